@@ -1,0 +1,41 @@
+# Every target builds $(VENV) first, with the versions of constraints.txt.
+#
+#   make test                          in a new .venv
+#   make test VENV="$VIRTUAL_ENV"      in an environment of your own; the torch it has is kept
+#
+# On Linux, PyPI's torch brings gigabytes of CUDA with it. Without a GPU, say first:
+#   export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.detune-installed
+
+.PHONY: test demo lint bench clean
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+demo: $(STAMP)
+	$(BIN)/detune demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+# Only what this Makefile made: an environment that was given by VENV= stays.
+clean:
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# A torch that is already there was chosen for the machine's GPU: without a pin pip leaves it alone.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; \
+	then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[demo,dev]'
+	touch $@

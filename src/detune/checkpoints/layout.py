@@ -1,0 +1,204 @@
+"""Which files of a directory make up a model."""
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from detune.errors import InputError
+
+__all__ = ["SIDE_SUFFIXES", "component_dirs", "pick_weights", "read_json", "side_files", "weight_map"]
+
+# <stem>.<format> or <stem>.<variant>.<format>, and the same with .index for shards: model.safetensors,
+# model.fp16.safetensors, model.safetensors.index.json, model.safetensors.index.fp16.json
+_STEM = r"(model|diffusion_pytorch_model|pytorch_model)"
+_SINGLE = re.compile(_STEM + r"(?:\.(?P<variant>[\w-]+))?\.(?P<format>safetensors|bin)")
+_INDEX = re.compile(_STEM + r"\.(?P<format>safetensors|bin)\.index(?:\.(?P<variant>[\w-]+))?\.json")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_ANY_INDEX = re.compile(r".*\.index(\.[\w-]+)?\.json")
+
+SIDE_SUFFIXES = frozenset(
+    {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".merges", ".py"}
+)
+_WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".ggml", ".msgpack", ".h5", ".tflite"}
+)
+# About one training run, or about an earlier recovery: wrong in any other checkpoint.
+_LEFT_BEHIND = frozenset({"detune.json", "trainer_state.json"})
+
+
+def pick_weights(names: Collection[str], where: str) -> str | None:
+    """Choose the weight file, or the index of the shards, that a loader would read from one directory.
+
+    Safetensors come before pickles, one whole file before shards, and a plain file before a variant such as
+    `model.fp16.safetensors`.
+
+    Args:
+        names: The file names in the directory.
+        where: The directory, for messages.
+
+    Returns:
+        The name of a weight file or of an index, or None where the directory holds no weights.
+
+    Raises:
+        InputError: The choice is ambiguous, or there are shards without their index.
+    """
+    ranked: dict[tuple[bool, bool, bool, bool], list[str]] = {}
+    for name in names:
+        match = _SINGLE.fullmatch(name) or _INDEX.fullmatch(name)
+        if match and not _SHARD.search(name):
+            rank = (False, match["variant"] is not None, match["format"] == "bin", name.endswith(".json"))
+        elif name.endswith(".safetensors") and not name.startswith("adapter_") and not _SHARD.search(name):
+            rank = (True, False, False, False)
+        elif name.endswith(".safetensors.index.json"):
+            rank = (True, False, False, True)
+        else:
+            continue
+        ranked.setdefault(rank, []).append(name)
+    if not ranked:
+        shards = sorted(
+            name for name in names if _SHARD.search(name) and name.endswith((".safetensors", ".bin"))
+        )
+        if shards:
+            raise InputError(
+                f"{where} has shards without their index",
+                f"found {shards[0]} and no *.index.json",
+                "copy the index file too",
+            )
+        return None
+    best = sorted(ranked[min(ranked)])
+    if len(best) > 1:
+        raise InputError(
+            f"{where} holds several sets of weights", f"found {', '.join(best)}", "give the path of one file"
+        )
+    return best[0]
+
+
+def component_dirs(root: Path) -> list[str]:
+    """List the sub-directories that hold parts of a model, "" being the directory itself.
+
+    A diffusers pipeline names them in `model_index.json`, sentence-transformers in `modules.json`.
+
+    Args:
+        root: The model's directory.
+
+    Returns:
+        Relative directories in the order of the file that names them.
+
+    Raises:
+        InputError: One of the two files is malformed.
+    """
+    pipeline, modules = root / "model_index.json", root / "modules.json"
+    try:
+        if pipeline.is_file():
+            # Options such as "_class_name" stand beside the components; [null, null] is an absent component.
+            found = [
+                name
+                for name, value in read_json(pipeline).items()
+                if isinstance(value, list) and len(value) == 2 and value[1] is not None
+            ]
+        elif modules.is_file():
+            found = [PurePosixPath(module["path"]).as_posix() for module in read_json(modules)]
+        else:
+            found = [""]
+    except (AttributeError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{root} has a malformed list of components", str(error), "copy the model again"
+        ) from error
+    for name in found:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise InputError(
+                f"{root} names a component outside itself", f"got {name!r}", "do not trust this model"
+            )
+    return list(dict.fromkeys("" if name == "." else name for name in found))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a checkpoint.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: The file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}", str(error.strerror or error), "check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not valid JSON", str(error), "download or copy the file again"
+        ) from error
+
+
+def side_files(root: Path, components: Iterable[str]) -> list[Path]:
+    """List the files that travel with the weights: configuration, tokenizer, scheduler, code and the like.
+
+    Directories with weights of their own that are no component (a trainer's `checkpoint-500`, `onnx`) are
+    other models and stay behind, as do indices of weights, adapters and an earlier report.
+
+    Args:
+        root: The checkpoint's directory.
+        components: Its component directories.
+
+    Returns:
+        Sorted paths relative to `root`.
+    """
+    wanted = set(components) | {""}
+    found: list[Path] = []
+
+    def visit(directory: Path) -> None:
+        children = [
+            child for child in sorted(directory.iterdir()) if not child.name.startswith((".", "__pycache__"))
+        ]
+        relative = directory.relative_to(root)
+        here = "" if relative == Path() else relative.as_posix()
+        if here not in wanted and any(child.suffix in _WEIGHT_SUFFIXES for child in children):
+            return
+        for child in children:
+            if child.is_dir():
+                visit(child)
+            elif (
+                child.suffix in SIDE_SUFFIXES
+                and child.name not in _LEFT_BEHIND
+                and not child.name.startswith("adapter_")
+                and not _ANY_INDEX.fullmatch(child.name)
+            ):
+                found.append(relative / child.name)
+
+    visit(root)
+    return sorted(found)
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """Read which shard holds which tensor.
+
+    Args:
+        path: A `*.index.json`.
+
+    Returns:
+        Tensor name to file name.
+
+    Raises:
+        InputError: The index is malformed or names a file outside its directory.
+    """
+    content = read_json(path)
+    table = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not table or not all(isinstance(file, str) for file in table.values()):
+        raise InputError(
+            f"{path} is not an index of shards", "expected a weight_map of file names", "copy it again"
+        )
+    for name, file in table.items():
+        # An index must not be able to point at other files of this machine.
+        if PurePosixPath(file).name != file:
+            raise InputError(
+                f"{path} places tensor {name!r} outside its directory",
+                f"got {file!r}",
+                "do not trust this model",
+            )
+    return table

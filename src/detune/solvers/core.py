@@ -1,0 +1,67 @@
+"""The joint core: `W_i = W_1 + Q C_i P^T`, so that iterations run on small matrices.
+
+All `W_i - W_1 = M_i - M_1` live in the sum of the adapters' spaces, at most `s = sum r_i` wide. An iteration that is
+built from SVDs and averages of the `W_i - W` commutes with the orthonormal Q and P, so on the cores `C_i` it gives
+the same iterates; only what storage rounding adds outside the spans is left to the last full-size step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detune.solvers.base import LowRank
+from detune.solvers.differences import OVERSAMPLING, orthonormal
+from detune.solvers.stack import Stack
+
+
+@dataclass(frozen=True)
+class JointCore:
+    """A stack in the coordinates of its joint column and row space.
+
+    Attributes:
+        Q: Orthonormal, `(out, s_Q)`, compute dtype.
+        P: Orthonormal, `(in, s_P)`, compute dtype.
+        cores: `C_i = Q^T (W_i - W_1) P`, `(n, s_Q, s_P)`, compute dtype; `C_1 = 0`.
+    """
+
+    Q: Tensor
+    P: Tensor
+    cores: Tensor
+
+    @classmethod
+    def of(cls, stack: Stack, rank: int, seed: int = 0) -> "JointCore | None":
+        """Find the joint spaces with a Gaussian sketch and one power pass.
+
+        Args:
+            stack: The models.
+            rank: The most that any `M_i` can have.
+            seed: Seed of the test matrix.
+
+        Returns:
+            The core, or None where it would be no smaller than the matrices.
+        """
+        out, columns = stack.shape
+        width = stack.n * rank + OVERSAMPLING
+        if width >= min(out, columns):
+            return None
+        options = {"dtype": stack.dtype, "device": stack.device}
+        generator = torch.Generator(device=stack.device).manual_seed(seed)
+        sketch = torch.zeros(width, columns, **options)
+        for block in stack.blocks():
+            # Each model has test vectors of its own; their sum covers the sum of the spaces.
+            for D_i in block.deviations[1:]:
+                sketch.addmm_(torch.randn(width, D_i.shape[0], generator=generator, **options), D_i)
+        stack.require_finite(sketch.sum())
+        P = orthonormal(sketch.mT)
+        images = torch.zeros(stack.n, out, width, **options)
+        for block in stack.blocks():
+            images[:, block.rows] = block.deviations @ P
+        mixing = torch.randn(stack.n, width, width, generator=generator, **options)
+        Q = orthonormal((images @ mixing).sum(dim=0))
+        return cls(Q, P, Q.mT @ images)
+
+    def lift(self, deltas: Sequence[LowRank]) -> tuple[LowRank, ...]:
+        """Deltas of the cores as deltas of the matrices."""
+        return tuple(LowRank(self.Q @ M_i.left, self.P @ M_i.right) for M_i in deltas)

@@ -1,0 +1,202 @@
+"""The solvers' input: the same weight matrix from every model, read in row blocks.
+
+Differences are taken before anything is multiplied: `W_i - W_1` is exact or nearly so in floating point
+(Sterbenz), while a product with the large `W_i` itself would bury the small delta under its rounding error.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from detune.errors import InputError
+
+
+class NonFinite(InputError):
+    """A matrix holds NaN or Inf.
+
+    Attributes:
+        model: Its place in the stack.
+    """
+
+    def __init__(self, model: int) -> None:
+        super().__init__(f"matrix {model} holds NaN or Inf", "expected finite weights", "leave that model out")
+        self.model = model
+
+
+# Rows are taken in blocks whose working set stays inside the processor's last-level cache.
+BLOCK_ENTRIES = 1 << 20
+# Below this many entries float64 costs nothing that anybody notices.
+SMALL_ENTRIES = 1 << 20
+# A float32 GEMM over D with blocked accumulation errs by about 3e-7 rms(D) per unit test vector. It is lost in the
+# storage noise sigma as long as rms(D) stays below this many sigma.
+FLOAT32_RANGE = float(1 << 20)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of the stack.
+
+    Attributes:
+        rows: Which rows of the matrices these are.
+        reference: `W_1` on these rows, `(rows, in)`, compute dtype.
+        deviations: `D_i = W_i - W_1` on these rows for every model, `(n, rows, in)`; `D_1 = 0`.
+    """
+
+    rows: slice
+    reference: Tensor
+    deviations: Tensor
+
+    def centred(self) -> Tensor:
+        """`W_i - mean_j W_j`, `(n, rows, in)`."""
+        return self.deviations - self.deviations.mean(dim=0)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One weight matrix as `n` models hold it: `W_i = W + M_i`, each rounded once to its dtype.
+
+    Attributes:
+        matrices: `n` tensors `(out, in)`, in their stored float dtypes, which may differ.
+        dtype: The dtype of every computation, float32 or float64.
+        device: Where it computes; blocks are moved there as they are read.
+    """
+
+    matrices: tuple[Tensor, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        matrices: Tensor | Sequence[Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Stack":
+        """Check the matrices and settle the compute dtype.
+
+        Args:
+            matrices: `(n, out, in)` or `n` tensors `(out, in)`, any float dtype.
+            dtype: float32 or float64; by default float32 where the storage noise covers its rounding
+                (bf16 and fp16 always, large float32 matrices with small deltas), float64 elsewhere.
+            device: Where to compute; by default where the first matrix lies.
+
+        Raises:
+            InputError: Not matrices of one shape, or not floating point.
+        """
+        tensors = tuple(matrices)
+        if not tensors:
+            raise InputError("an empty stack: expected at least one matrix (models, out, in)")
+        shape = tensors[0].shape
+        for i, tensor in enumerate(tensors):
+            if tensor.ndim != 2 or tensor.shape != shape:
+                raise InputError(
+                    f"matrix {i} has shape {tuple(tensor.shape)}, expected {tuple(shape)} as (out, in): "
+                    "give one matrix per model, all of one shape"
+                )
+            if not tensor.is_floating_point():
+                raise InputError(f"matrix {i} has dtype {tensor.dtype}, expected a float dtype: dequantise it first")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise InputError(f"compute dtype {dtype}: expected torch.float32 or torch.float64")
+        target = torch.device(device) if device is not None else tensors[0].device
+        return cls(tensors, dtype or _compute_dtype(tensors), target)
+
+    def require_finite(self, witness: Tensor) -> None:
+        """Name the model that holds NaN or Inf.
+
+        A pass over big matrices only to look for NaN would cost as much as averaging them; NaN and Inf survive sums
+        and products, so a solver looks at a small result instead.
+
+        Args:
+            witness: Anything computed from every entry of the stack.
+
+        Raises:
+            NonFinite: The witness is not finite.
+            InputError: It is not, although every matrix is: the computation overflowed.
+        """
+        if bool(torch.isfinite(witness).all()):
+            return
+        for i, W_i in enumerate(self.matrices):
+            if not bool(torch.isfinite(W_i).all()):
+                raise NonFinite(i)
+        raise InputError(f"the differences overflow {self.dtype}: rescale the matrices or compute in float64")
+
+    @property
+    def n(self) -> int:
+        """Number of models."""
+        return len(self.matrices)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self.matrices[0].shape[0], self.matrices[0].shape[1]
+
+    def blocks(self) -> Iterator[Block]:
+        """All rows, block by block, in order."""
+        out, width = self.shape
+        height = max(1, min(out, BLOCK_ENTRIES // max(1, width)))
+        for start in range(0, out, height):
+            rows = slice(start, min(start + height, out))
+            reference = self.matrices[0][rows].to(self.device, self.dtype)
+            deviations = torch.empty(self.n, *reference.shape, dtype=self.dtype, device=self.device)
+            deviations[0] = 0
+            for i in range(1, self.n):
+                torch.sub(self.matrices[i][rows].to(self.device, self.dtype), reference, out=deviations[i])
+            yield Block(rows, reference, deviations)
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """Root mean square of each model's storage rounding error, `(n,)`, float64."""
+        return torch.stack([storage_variance(_sample(W_i)).mean().sqrt() for W_i in self.matrices])
+
+    @cached_property
+    def noise_norm(self) -> Tensor:
+        """Estimated spectral norm of each model's rounding error, `(n,)`, float64.
+
+        For independent entries with variances `v`, `max_row sqrt(sum v) + max_col sqrt(sum v)` (Bandeira & van
+        Handel 2016, Theorem 1.1, without its lower-order term); on equal variances it is `sigma (sqrt d + sqrt k)`.
+        """
+        out, width = self.shape
+        norms = []
+        for W_i in self.matrices:
+            variance = storage_variance(_sample(W_i))
+            # Blocks of 16 neighbours steady the estimate of the largest row and column.
+            columns = variance.mean(dim=0).max() * out
+            rows = variance.mean(dim=1).max() * width
+            norms.append(columns.sqrt() + rows.sqrt())
+        return torch.stack(norms)
+
+
+def storage_variance(values: Tensor) -> Tensor:
+    """Variance of the rounding error of stored values: `ulp(x)^2 / 12`, uniform within half a unit in the last place.
+
+    Args:
+        values: Any shape, a float dtype.
+
+    Returns:
+        The same shape, float64.
+    """
+    info = torch.finfo(values.dtype)
+    magnitude = values.to(torch.float64).abs().clamp(min=info.tiny)
+    _, exponent = torch.frexp(magnitude)
+    ulp = torch.ldexp(torch.full_like(magnitude, info.eps), exponent - 1)
+    return ulp.square() / 12
+
+
+def _sample(matrix: Tensor, rows: int = 128) -> Tensor:
+    """Evenly spaced rows: enough to know magnitudes by."""
+    return matrix[:: max(1, matrix.shape[0] // rows)]
+
+
+def _compute_dtype(matrices: tuple[Tensor, ...]) -> torch.dtype:
+    if any(W_i.dtype == torch.float64 for W_i in matrices):
+        return torch.float64
+    if matrices[0].numel() <= SMALL_ENTRIES:
+        return torch.float64
+    samples = [_sample(W_i) for W_i in matrices]
+    reference = samples[0].double()
+    largest = max((sample.double() - reference).square().mean().sqrt() for sample in samples)
+    noise = min(storage_variance(sample).mean().sqrt() for sample in samples)
+    return torch.float32 if largest <= FLOAT32_RANGE * noise else torch.float64

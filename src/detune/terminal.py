@@ -1,0 +1,113 @@
+"""Reports as tables for people."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from detune.comparison import Comparison, ComparisonRow
+from detune.report import Report, Status, TensorRow
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=_Named)
+
+# What is left of a status when it is put in words.
+MEANING = {
+    Status.SHARED: "identical in all models, copied",
+    Status.RECOVERED: "recovered to the storage noise",
+    Status.RECOVERABLE: "can be recovered",
+    Status.APPROXIMATE: "approximate: more is left than storage noise",
+    Status.AVERAGED: "averaged",
+    Status.NOT_RECOVERABLE: "not recoverable: the average stands in",
+}
+
+
+def show_report(report: Report, out: Path | None = None) -> None:
+    """Print a short table: a line for each kind of tensor that differs, and what became of the rest.
+
+    Args:
+        report: Of `recover` or `inspect`.
+        out: Where the checkpoint was written, if it was.
+    """
+    console = Console()
+    changed = [row for row in report.tensors if row.status is not Status.SHARED]
+    table = Table("tensor", "shape", "status", "method", "ranks", "residual", "× noise", box=None, pad_edge=False)
+    for (pattern, status), rows in _by_kind(changed, lambda row: row.status).items():
+        table.add_row(
+            f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
+            "×".join(map(str, rows[0].shape)),
+            status,
+            rows[0].method,
+            _ranks(rows),
+            _largest(row.relative_residual for row in rows),
+            _largest(row.noise_ratio for row in rows),
+        )
+    if changed:
+        console.print(table)
+    for status, count in report.counts.items():
+        plain = "not recoverable" if out is None and status is Status.NOT_RECOVERABLE else MEANING[status]
+        console.print(f"{count} tensor{'s' * (count != 1)} {plain}", highlight=False)
+    for row in changed:
+        if row.status in (Status.NOT_RECOVERABLE, Status.APPROXIMATE):
+            console.print(f"  {row.name}: {row.reason}", highlight=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"wrote {out} in {report.seconds:.1f} s; the whole report is {out / 'detune.json'}", soft_wrap=True)
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """Print the tensors that differ, by kind, and the summary."""
+    console = Console()
+    table = Table("tensor", "shape", "W-Error", "worst", "identical bits", box=None, pad_edge=False)
+    for (pattern, _), rows in _by_kind(comparison.differing, lambda row: row.shape).items():
+        errors = [row.w_error for row in rows]
+        table.add_row(
+            f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
+            "×".join(map(str, rows[0].shape)),
+            f"{sum(errors) / len(errors):.2f}",
+            f"{max(errors):.2f}",
+            f"{100 * sum(row.bit_identical for row in rows) / len(rows):.2f} %",
+        )
+    if comparison.differing:
+        console.print(table)
+    summary = comparison.summary
+    console.print(
+        f"{summary['identical_tensors']} of {summary['tensors']} tensors and "
+        f"{100 * summary['bit_identical']:.4f} % of all entries are identical bit for bit",
+        highlight=False,
+    )
+    if summary["mean_w_error"] is not None:
+        console.print(
+            f"W-Error of the tensors that differ: mean {summary['mean_w_error']:.2f}, "
+            f"worst {summary['worst_w_error']:.2f} in {summary['worst_tensor']}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _by_kind(rows: Iterable[Row], key: Callable[[Row], object]) -> "dict[tuple[str, object], list[Row]]":
+    """Rows that differ only in the numbers of their names, together."""
+    kinds: dict[tuple[str, object], list[Row]] = defaultdict(list)
+    for row in rows:
+        kinds[re.sub(r"\d+", "*", row.name), key(row)].append(row)
+    # One of a kind keeps its own name.
+    return {(row_list[0].name if len(row_list) == 1 else pattern, k): row_list for (pattern, k), row_list in kinds.items()}
+
+
+def _ranks(rows: list[TensorRow]) -> str:
+    by_model = zip(*(row.ranks for row in rows if row.ranks), strict=False)
+    spans = [f"{min(r)}" if min(r) == max(r) else f"{min(r)}-{max(r)}" for r in by_model]
+    return spans[0] if spans and len(set(spans)) == 1 else ", ".join(spans)
+
+
+def _largest(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{max(known):.2g}" if known else ""

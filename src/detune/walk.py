@@ -1,0 +1,106 @@
+"""One pass over the tensors of a family: what `recover` and `inspect` have in common."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detune.errors import InputError
+from detune.family import Family, Strangers
+from detune.report import Status, TensorRow
+from detune.solvers import NonFinite
+
+logger = logging.getLogger(__name__)
+
+OnTensor = Callable[[str, TensorRow | None], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one tensor, before it has a name.
+
+    Attributes:
+        status: As in the report; so are `method` to `noise_ratio`.
+        full_rank_pairs: Pairs of models whose difference has no low rank.
+    """
+
+    status: Status
+    method: str
+    reason: str
+    ranks: tuple[int, ...] = ()
+    relative_residual: float | None = None
+    noise_ratio: float | None = None
+    full_rank_pairs: tuple[tuple[int, int], ...] = ()
+
+    def row(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], seconds: float
+    ) -> TensorRow:
+        """The report's row."""
+        return TensorRow(
+            name,
+            shape,
+            ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+            self.status,
+            self.method,
+            self.reason,
+            self.ranks,
+            self.relative_residual,
+            self.noise_ratio,
+            seconds,
+        )
+
+
+def walk(
+    family: Family,
+    on_shared: Callable[[str], None],
+    on_changed: Callable[[str, tuple[Tensor, ...]], Answer],
+    on_tensor: OnTensor | None = None,
+) -> list[TensorRow]:
+    """Visit every tensor in file order, holding one tensor's stack at a time.
+
+    Args:
+        family: The models.
+        on_shared: Called with the name of a tensor that is identical in all models; it is not read whole.
+        on_changed: Called with the name and the stored tensors of one that differs; says what became of it.
+        on_tensor: For progress: called with the name and None before, with the row after.
+
+    Returns:
+        A row for each tensor.
+
+    Raises:
+        InputError: A model holds NaN or Inf, or does not belong.
+    """
+    rows = []
+    strangers = Strangers([model.spec for model in family.models])
+    for name in family.names:
+        if on_tensor:
+            on_tensor(name, None)
+        began = time.perf_counter()
+        if family.is_shared(name):
+            on_shared(name)
+            answer = Answer(Status.SHARED, "copy", "identical in all models")
+        else:
+            try:
+                answer = on_changed(name, family.stack(name))
+            except NonFinite as error:
+                raise InputError(
+                    f"tensor {name!r} of {family.models[error.model].spec} holds NaN or Inf",
+                    "expected finite weights",
+                    "that model is damaged: leave it out or copy it again",
+                ) from None
+            strangers.watch(name, family.shape(name), answer.full_rank_pairs)
+        row = answer.row(name, family.shape(name), family.dtypes(name), time.perf_counter() - began)
+        rows.append(row)
+        logger.debug("%s: %s, %s", name, row.status, row.reason)
+        if on_tensor:
+            on_tensor(name, row)
+    strangers.settle()
+    return rows
+
+
+def matricise(tensor: Tensor) -> Tensor:
+    """A tensor as the matrix `(out, in)` in which a LoRA is low-rank: kernels `(out, in, h, w)` as `(out, in h w)`."""
+    return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(tensor.shape[0], -1)

@@ -1,0 +1,120 @@
+"""Imports point one way: a module knows its own layer's package and what lies below, never above."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "detune"
+
+# From low to high. Packages and modules of one row do not know each other, but for those of PIPELINE.
+PIPELINE = {"family", "recovery", "inspection", "comparison", "report"}
+LAYERS = (
+    {"errors"},
+    {"solvers", "checkpoints", "metrics"},
+    PIPELINE,
+    {"__init__"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+)
+
+# What the pure core may use beside the standard library.
+THIRD_PARTY = {
+    "errors": set(),
+    "solvers": {"torch", "numpy"},
+    "checkpoints": {"torch", "numpy", "safetensors", "huggingface_hub"},
+    "metrics": {"torch", "numpy"},
+}
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def part_of(file: Path) -> str:
+    """Return the name under detune that a file belongs to: 'solvers', 'cli', '__init__'."""
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(file: Path, *, top_level_only: bool = False) -> Iterator[str]:
+    """Yield the dotted name of each imported module, or of each name taken out of one."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                package = ("detune", *file.relative_to(SOURCE).parts[:-1])
+                module = ".".join([*package[: len(package) - node.level + 1], *module.split(".")]).rstrip(".")
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def parts_known(file: Path) -> set[str]:
+    """Return the parts of detune that a file imports; the version is anybody's to know."""
+    known = set()
+    for name in imports(file):
+        if name.partition(".")[0] == "detune" and name != "detune.__version__":
+            part = name.partition(".")[2].partition(".")[0]
+            known.add(part if any(part in layer for layer in LAYERS) else "__init__")
+    return known
+
+
+def third_party(names: Iterator[str]) -> set[str]:
+    tops = {name.partition(".")[0] for name in names}
+    return tops - sys.stdlib_module_names - {"detune"}
+
+
+def height(part: str) -> int:
+    (found,) = (i for i, layer in enumerate(LAYERS) if part in layer)
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+class TestEveryFile:
+    def test_has_a_layer(self, file):
+        assert any(part_of(file) in layer for layer in LAYERS), "give it a row in LAYERS"
+
+    def test_imports_only_what_lies_below(self, file):
+        part = part_of(file)
+        for known in parts_known(file) - {part}:
+            same_row = part in PIPELINE and known in PIPELINE
+            assert same_row or height(known) < height(part), f"{part} must not know {known}"
+
+    def test_uses_only_the_libraries_of_its_layer(self, file):
+        allowed = THIRD_PARTY.get(part_of(file))
+        if allowed is not None:
+            assert third_party(imports(file)) <= allowed
+
+    def test_needs_no_extra_to_be_imported(self, file):
+        assert third_party(imports(file, top_level_only=True)) <= declared("dependencies")
+
+    def test_imports_only_what_is_declared(self, file):
+        assert third_party(imports(file)) <= declared("dependencies") | declared("demo")
+
+
+def declared(group: str) -> set[str]:
+    """Return the import names of a group of requirements of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = project["dependencies"] if group == "dependencies" else project["optional-dependencies"][group]
+    names = {"".join(c if c.isalnum() or c in "-_" else " " for c in line).split()[0] for line in required}
+    return {name.replace("-", "_") for name in names}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("detune.errors", {"torch", "transformers", "peft", "diffusers"}),
+        ("detune", {"torch", "transformers", "peft", "diffusers"}),
+        ("detune.cli", {"torch", "transformers", "peft", "diffusers"}),
+    ],
+)
+def test_importing_loads_nothing_heavy(module, absent):
+    """`detune --help` answers at once: torch alone takes seconds to import."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not absent & set(done.stdout.split())
