@@ -30,7 +30,7 @@ bench: $(STAMP)
 # Only what this Makefile made: an environment that was given by VENV= stays.
 clean:
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard .ci src tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 
 # A torch that is already there was chosen for the machine's GPU: without a pin pip leaves it alone.
 $(STAMP): pyproject.toml constraints.txt

@@ -13,13 +13,14 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "detune"
 
 # From low to high. Packages and modules of one row do not know each other, but for those of PIPELINE.
-PIPELINE = {"family", "recovery", "inspection", "comparison", "report"}
+PIPELINE = {"comparison", "family", "inspection", "recovery", "report", "walk"}
 LAYERS = (
     {"errors"},
     {"solvers", "checkpoints", "metrics"},
     PIPELINE,
     {"__init__"},
     {"demo"},
+    {"terminal"},
     {"cli"},
     {"__main__"},
 )

@@ -34,7 +34,7 @@ merge_option = click.option(
 )
 
 
-class Rank(click.ParamType[int]):
+class Rank(click.ParamType[int | None]):
     """A positive number, or "auto"."""
 
     name = "auto|N"
@@ -195,7 +195,9 @@ def _device(name: str) -> Any:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise DetuneError(
-            f"no device {name!r} here", str(error).split("\n")[0], "use --device cpu, or install torch for your GPU"
+            f"no device {name!r} here",
+            str(error).split("\n")[0],
+            "use --device cpu, or install torch for your GPU",
         ) from None
     return torch.device(name)
 

@@ -39,9 +39,7 @@ class Family:
 
     def __init__(self, models: Sequence[str | Path], merge_dtype: torch.dtype | None = None) -> None:
         with ExitStack() as opened:
-            self.models = tuple(
-                opened.enter_context(open_checkpoint(spec, merge_dtype=merge_dtype)) for spec in models
-            )
+            self.models = tuple(opened.enter_context(open_checkpoint(spec, merge_dtype=merge_dtype)) for spec in models)
             for other in self.models[1:]:
                 check_fit(self.models[0], other)
             for first, second in combinations(self.models, 2):
@@ -160,9 +158,7 @@ def check_fit(reference: Checkpoint, other: Checkpoint) -> None:
             f"it {' and '.join(parts)}",
             "give checkpoints of one architecture, merged and saved the same way",
         )
-    differing = [
-        name for name, info in reference.tensors.items() if info.shape != other.tensors[name].shape
-    ]
+    differing = [name for name, info in reference.tensors.items() if info.shape != other.tensors[name].shape]
     if not differing:
         return
     resized = [name for name in differing if _is_resized_vocabulary(reference, other, name)]
@@ -192,18 +188,19 @@ def _is_resized_vocabulary(reference: Checkpoint, other: Checkpoint, name: str) 
 def _check_distinct(first: Checkpoint, second: Checkpoint) -> None:
     """Refuse a model given twice, by path or by content."""
     same_place = [path.resolve() for path in first.paths] == [path.resolve() for path in second.paths]
-    if same_place or all(_same_start(first, second, name) for name in first.tensors):
-        # Equal starts are a suspicion; equal bytes are proof.
-        if same_place or all(_same_bytes((first, second), name) for name in first.tensors):
-            how = "the same path" if same_place else f"every tensor equals that of {second.spec}"
-            raise InputError(
-                f"{first.spec} is given twice", how, "give each model once: a copy adds no information"
-            )
+    if same_place or _same_content(first, second):
+        how = "the same path" if same_place else f"every tensor equals that of {second.spec}"
+        raise InputError(f"{first.spec} is given twice", how, "give each model once: a copy adds no information")
 
 
-def _same_start(first: Checkpoint, second: Checkpoint, name: str) -> bool:
-    same_dtype = first.tensors[name].dtype == second.tensors[name].dtype
-    return same_dtype and _same_bytes((first, second), name, SAMPLE_BYTES)
+def _same_content(first: Checkpoint, second: Checkpoint) -> bool:
+    """Equal starts of all tensors are a suspicion, cheap to rule out; equal bytes are proof."""
+    if any(first.tensors[name].dtype != second.tensors[name].dtype for name in first.tensors):
+        return False
+    pair = (first, second)
+    return all(_same_bytes(pair, name, SAMPLE_BYTES) for name in first.tensors) and all(
+        _same_bytes(pair, name) for name in first.tensors
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -22,7 +22,6 @@ from detune.walk import Answer, OnTensor, matricise, walk
 FLOOR_RATIO = 2.0
 
 
-
 def recover_matrix(
     stack: Tensor | Sequence[Tensor],
     method: str | Solver = "auto",
@@ -111,7 +110,10 @@ def recover(
     with (
         Family(models, merge_dtype) as family,
         CheckpointWriter(
-            family.models[0], out, overwrite=overwrite, inputs=[path for m in family.models for path in m.paths]
+            family.models[0],
+            out,
+            overwrite=overwrite,
+            inputs=[path for m in family.models for path in m.paths],
         ) as writer,
         ThreadPoolExecutor(1, thread_name_prefix="detune-hash") as background,
     ):
@@ -163,7 +165,8 @@ def _refuse_if_hopeless(rows: Sequence[TensorRow]) -> None:
     hopeless = [row for row in rows if row.status is Status.NOT_RECOVERABLE]
     if hopeless and not any(row.status in (Status.RECOVERED, Status.APPROXIMATE) for row in rows):
         raise InputError(
-            f"none of {len(hopeless)} changed matrices can be recovered", f"{hopeless[0].name!r}: {hopeless[0].reason}"
+            f"none of {len(hopeless)} changed matrices can be recovered",
+            f"{hopeless[0].name!r}: {hopeless[0].reason}",
         )
 
 

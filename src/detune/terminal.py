@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from detune.comparison import Comparison, ComparisonRow
+from detune.comparison import Comparison
 from detune.report import Report, Status, TensorRow
 
 
@@ -41,11 +41,11 @@ def show_report(report: Report, out: Path | None = None) -> None:
     console = Console()
     changed = [row for row in report.tensors if row.status is not Status.SHARED]
     table = Table("tensor", "shape", "status", "method", "ranks", "residual", "× noise", box=None, pad_edge=False)
-    for (pattern, status), rows in _by_kind(changed, lambda row: row.status).items():
+    for (pattern, _), rows in _by_kind(changed, lambda row: row.status).items():
         table.add_row(
             f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
             "×".join(map(str, rows[0].shape)),
-            status,
+            rows[0].status,
             rows[0].method,
             _ranks(rows),
             _largest(row.relative_residual for row in rows),
@@ -60,7 +60,8 @@ def show_report(report: Report, out: Path | None = None) -> None:
         if row.status in (Status.NOT_RECOVERABLE, Status.APPROXIMATE):
             console.print(f"  {row.name}: {row.reason}", highlight=False, soft_wrap=True)
     if out is not None:
-        console.print(f"wrote {out} in {report.seconds:.1f} s; the whole report is {out / 'detune.json'}", soft_wrap=True)
+        took = f"wrote {out} in {report.seconds:.1f} s"
+        console.print(f"{took}; the whole report is {out / 'detune.json'}", soft_wrap=True)
 
 
 def show_comparison(comparison: Comparison) -> None:
@@ -99,7 +100,7 @@ def _by_kind(rows: Iterable[Row], key: Callable[[Row], object]) -> "dict[tuple[s
     for row in rows:
         kinds[re.sub(r"\d+", "*", row.name), key(row)].append(row)
     # One of a kind keeps its own name.
-    return {(row_list[0].name if len(row_list) == 1 else pattern, k): row_list for (pattern, k), row_list in kinds.items()}
+    return {(group[0].name if len(group) == 1 else pattern, k): group for (pattern, k), group in kinds.items()}
 
 
 def _ranks(rows: list[TensorRow]) -> str:

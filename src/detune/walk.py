@@ -35,9 +35,7 @@ class Answer:
     noise_ratio: float | None = None
     full_rank_pairs: tuple[tuple[int, int], ...] = ()
 
-    def row(
-        self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], seconds: float
-    ) -> TensorRow:
+    def row(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], seconds: float) -> TensorRow:
         """The report's row."""
         return TensorRow(
             name,
@@ -102,5 +100,5 @@ def walk(
 
 
 def matricise(tensor: Tensor) -> Tensor:
-    """A tensor as the matrix `(out, in)` in which a LoRA is low-rank: kernels `(out, in, h, w)` as `(out, in h w)`."""
+    """A tensor as the matrix in which a LoRA is low-rank: kernels `(out, in, h, w)` become `(out, in h w)`."""
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(tensor.shape[0], -1)

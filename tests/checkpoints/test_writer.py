@@ -68,7 +68,7 @@ def test_pipeline_loads_with_diffusers(pipeline_dir: Path, out: Path) -> None:
 
     like = open_checkpoint(pipeline_dir)
     changed = "vae/encoder.conv_in.weight"
-    value = torch.full(like.tensors[changed].shape, 0.25)
+    value = torch.full(like.tensors[changed].shape[::-1], 0.25).permute(3, 2, 1, 0)
     with CheckpointWriter(like, out) as writer:
         for name in like.tensors:
             if name == changed:
@@ -88,10 +88,7 @@ def test_written_values_are_rounded_to_the_stored_dtype(
     bert(dtype).save_pretrained(tmp_path / "m", max_shard_size="20KB")
     like = open_checkpoint(tmp_path / "m")
     generator = torch.Generator().manual_seed(5)
-    values = {
-        name: torch.randn(info.shape, generator=generator, dtype=torch.float64)
-        for name, info in like.tensors.items()
-    }
+    values = {name: torch.randn(info.shape, generator=generator) for name, info in like.tensors.items()}
     with CheckpointWriter(like, out) as writer, ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda name: writer.write(name, values[name]), reversed(like.tensors)))
     state = AutoModel.from_pretrained(out).state_dict()
@@ -100,6 +97,20 @@ def test_written_values_are_rounded_to_the_stored_dtype(
     before, after = tree(tmp_path / "m"), tree(out)
     assert before.keys() == after.keys()
     assert all(before[name] == after[name] for name in before if name.endswith(".json"))
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_float64_is_rounded_once(tmp_path: Path, out: Path, dtype: torch.dtype, step: float) -> None:
+    """Just beside a tie, by less than float32 can tell: rounding twice would go the wrong way."""
+    save_file({"w": torch.zeros(6, dtype=dtype)}, tmp_path / "x.safetensors")
+    like, tiny = open_checkpoint(tmp_path / "x.safetensors"), 2**-40
+    above, below = 1 + step / 2 + tiny, 1 + 1.5 * step - tiny
+    values = torch.tensor([above, -above, below, -below, 1 + step / 2, float("nan")], dtype=torch.float64)
+    with CheckpointWriter(like, out) as writer:
+        writer.write("w", values)
+    written = load_file(out / "x.safetensors")["w"].tolist()
+    assert written[:5] == [1 + step, -1 - step, 1 + step, -1 - step, 1.0]
+    assert written[5] != written[5]
 
 
 def test_pickled_shards_become_safetensors(bin_dir: Path, out: Path) -> None:

@@ -76,6 +76,7 @@ class MergedCheckpoint(Checkpoint):
 
     Raises:
         InputError: The adapter is more than plain LoRA, or does not fit the base.
+        ValueError: `merge_dtype` is not a floating point dtype that can be merged in.
     """
 
     def __init__(
@@ -86,6 +87,8 @@ class MergedCheckpoint(Checkpoint):
         self.index_files = base.index_files
         self._base = base
         self._adapter = adapter
+        if merge_dtype is not None and merge_dtype not in _FLOATS:
+            raise ValueError(f"merge_dtype is {merge_dtype}, expected one of {_FLOATS}")
         config = _read_config(adapter.root / "adapter_config.json")
         self._fan_in_fan_out = bool(config.get("fan_in_fan_out"))
         self._updates = _plan_updates(base, adapter, config)
@@ -204,9 +207,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is malformed", "expected a table", "copy the adapter again")
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise InputError(
-            f"adapter {path.parent} is of type {kind}", "only LORA is merged here", _merge_first(path)
-        )
+        raise InputError(f"adapter {path.parent} is of type {kind}", "only LORA is merged here", _merge_first(path))
     unsupported = [f"{key}={json.dumps(config[key])}" for key in _UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         unsupported.append(f"bias={config['bias']}")
@@ -260,15 +261,11 @@ def _plan_updates(base: Checkpoint, adapter: Checkpoint, config: Mapping[str, An
             )
         (name,) = matches
         if name in updates:
-            raise InputError(
-                f"{file} changes tensor {name!r} twice", f"again through {module!r}", _merge_first(file)
-            )
+            raise InputError(f"{file} changes tensor {name!r} twice", f"again through {module!r}", _merge_first(file))
         is_embedding = "embedding_A" in pair
         kinds = {"embedding_A", "embedding_B"} if is_embedding else {"A", "B"}
         if set(pair) != kinds:
-            raise InputError(
-                f"{file} is incomplete", f"module {module!r} has only {sorted(pair)}", "copy it again"
-            )
+            raise InputError(f"{file} is incomplete", f"module {module!r} has only {sorted(pair)}", "copy it again")
         factor_a, factor_b = (pair[kind] for kind in sorted(kinds))
         stored = base_layers[module]
         updates[name] = _Update(

@@ -13,15 +13,42 @@ import torch
 
 from detune.errors import InputError
 
-__all__ = ["copy_block", "file_hash", "memory_of", "new_block", "read_into"]
+__all__ = ["copy_block", "file_hash", "memory_of", "new_block", "read_into", "round_to"]
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
-    """View a contiguous CPU tensor of any dtype as bytes; valid while the tensor lives."""
+    """View a contiguous CPU tensor of any dtype as bytes."""
     size = tensor.numel() * tensor.element_size()
     if size == 0:
-        return memoryview(bytearray())
-    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+        return memoryview(b"")
+    array = (ctypes.c_char * size).from_address(tensor.data_ptr())
+    array.owner = tensor  # type: ignore[attr-defined]  # keeps the memory alive as long as the view
+    return memoryview(array).cast("B")
+
+
+def round_to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert to a dtype, rounding to nearest.
+
+    torch converts float64 to the small dtypes by way of float32 and so rounds twice, which is wrong next to a
+    tie. Here the first of the two rounds to odd there, which keeps the second on the right side.
+
+    Args:
+        tensor: Any values.
+        dtype: The wanted dtype.
+
+    Returns:
+        The converted tensor.
+    """
+    if tensor.dtype is not torch.float64 or not dtype.is_floating_point or dtype.itemsize > 2:
+        return tensor.to(dtype)
+    single = tensor.float()
+    bits = single.view(torch.int32)
+    # Only a float32 that ends in these zeros can be a tie of a smaller dtype.
+    suspects = ((bits & 0xFFF) == 0).nonzero(as_tuple=True)
+    exact, rounded = tensor[suspects], single[suspects]
+    truncated = bits[suspects] - (rounded.abs() > exact.abs()).int()
+    bits[suspects] = truncated | (rounded != exact).int()
+    return single.to(dtype)
 
 
 def copy_block(tensor: torch.Tensor, start: int, stop: int, out: memoryview | None) -> memoryview:
@@ -40,10 +67,10 @@ def file_hash(path: Path) -> str:
         raise InputError(f"cannot read {path}", str(error.strerror or error), "check the file") from error
 
 
-def new_block(length: int, out: memoryview | None) -> memoryview:
+def new_block(length: int, out: memoryview | None = None) -> memoryview:
     """Return the first `length` bytes of `out`, or of new memory."""
     if out is None:
-        return memoryview(bytearray(max(length, 0)))
+        return memory_of(torch.empty(max(length, 0), dtype=torch.uint8))
     return out[: max(length, 0)]
 
 
@@ -65,6 +92,4 @@ def read_into(path: Path, offset: int, memory: memoryview, name: str) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise InputError(
-            f"cannot read tensor {name!r} in {path}", str(error.strerror or error), "check it"
-        ) from error
+        raise InputError(f"cannot read tensor {name!r} in {path}", str(error.strerror or error), "check it") from error

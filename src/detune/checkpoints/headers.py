@@ -206,9 +206,7 @@ def _read_safetensors(path: Path) -> Header:
                 _DAMAGED,
             )
     if end != size:
-        raise InputError(
-            f"{path} has bytes no tensor owns", f"tensors end at {end}, the file at {size}", _DAMAGED
-        )
+        raise InputError(f"{path} has bytes no tensor owns", f"tensors end at {end}, the file at {size}", _DAMAGED)
     return Header(tuple(entries), metadata, prefix + raw)
 
 
@@ -225,13 +223,9 @@ def _parse_entry(path: Path, name: str, fields: Any, data_start: int) -> Entry:
         case {"dtype": str(dtype_name), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
             pass
         case _:
-            raise InputError(
-                f"{where} has a malformed header entry", "expected dtype, shape, data_offsets", _DAMAGED
-            )
+            raise InputError(f"{where} has a malformed header entry", "expected dtype, shape, data_offsets", _DAMAGED)
     if dtype_name not in DTYPES:
-        raise InputError(
-            f"{where} has the unknown dtype {dtype_name}", f"known: {', '.join(DTYPES)}", "convert it"
-        )
+        raise InputError(f"{where} has the unknown dtype {dtype_name}", f"known: {', '.join(DTYPES)}", "convert it")
     if not all(type(size) is int and size >= 0 for size in shape):
         raise InputError(f"{where} has the impossible shape {shape}", "expected whole numbers", _DAMAGED)
     entry = Entry(name, DTYPES[dtype_name], tuple(shape), data_start + begin)
@@ -288,14 +282,10 @@ def _pickle_entry(path: Path, name: Any, value: Any) -> Entry:
         )
     # Negated or conjugated views store other numbers than they show.
     if value.is_neg() or value.is_conj():
-        raise InputError(
-            f"tensor {name!r} in {path} is a lazy view", "expected stored values", "save a clone"
-        )
+        raise InputError(f"tensor {name!r} in {path} is a lazy view", "expected stored values", "save a clone")
     offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     if offset is None:
-        raise InputError(
-            f"tensor {name!r} in {path} cannot be located", "it has no storage", "convert to safetensors"
-        )
+        raise InputError(f"tensor {name!r} in {path} cannot be located", "it has no storage", "convert to safetensors")
     return Entry(
         name,
         value.dtype,

@@ -44,9 +44,7 @@ def fetch(hub_id: str) -> Path:
     except Exception as error:
         logger.debug("cannot list %s: %s; trying the cache", hub_id, error)
         try:
-            return Path(
-                huggingface_hub.snapshot_download(repo, revision=revision or None, local_files_only=True)
-            )
+            return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, local_files_only=True))
         except Exception:
             raise InputError(
                 f"{hub_id!r} is not an existing path, and cannot be fetched from the Hub",
@@ -65,9 +63,7 @@ def _download(hub_id: str, names: list[str]) -> Path:
         try:
             path = huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=wanted)
         except Exception as error:
-            raise InputError(
-                f"cannot download {hub_id!r}", str(error), "try again, or give a directory"
-            ) from error
+            raise InputError(f"cannot download {hub_id!r}", str(error), "try again, or give a directory") from error
         return Path(path)
 
     small = [name for name in names if PurePosixPath(name).suffix in SIDE_SUFFIXES]
@@ -95,8 +91,6 @@ def _needed_weights(root: Path, names: Collection[str], where: str) -> list[str]
         chosen = pick_weights({name for name in here if "/" not in name}, f"{where}/{component}".rstrip("/"))
         if chosen is None:
             continue
-        files = (
-            sorted(set(weight_map(root / prefix / chosen).values())) if chosen.endswith(".json") else [chosen]
-        )
+        files = sorted(set(weight_map(root / prefix / chosen).values())) if chosen.endswith(".json") else [chosen]
         needed += [prefix + name for name in files]
     return needed

@@ -57,9 +57,7 @@ def pick_weights(names: Collection[str], where: str) -> str | None:
             continue
         ranked.setdefault(rank, []).append(name)
     if not ranked:
-        shards = sorted(
-            name for name in names if _SHARD.search(name) and name.endswith((".safetensors", ".bin"))
-        )
+        shards = sorted(name for name in names if _SHARD.search(name) and name.endswith((".safetensors", ".bin")))
         if shards:
             raise InputError(
                 f"{where} has shards without their index",
@@ -103,14 +101,10 @@ def component_dirs(root: Path) -> list[str]:
         else:
             found = [""]
     except (AttributeError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{root} has a malformed list of components", str(error), "copy the model again"
-        ) from error
+        raise InputError(f"{root} has a malformed list of components", str(error), "copy the model again") from error
     for name in found:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise InputError(
-                f"{root} names a component outside itself", f"got {name!r}", "do not trust this model"
-            )
+            raise InputError(f"{root} names a component outside itself", f"got {name!r}", "do not trust this model")
     return list(dict.fromkeys("" if name == "." else name for name in found))
 
 
@@ -131,9 +125,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {path}", str(error.strerror or error), "check the path") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} is not valid JSON", str(error), "download or copy the file again"
-        ) from error
+        raise InputError(f"{path} is not valid JSON", str(error), "download or copy the file again") from error
 
 
 def side_files(root: Path, components: Iterable[str]) -> list[Path]:
@@ -153,9 +145,7 @@ def side_files(root: Path, components: Iterable[str]) -> list[Path]:
     found: list[Path] = []
 
     def visit(directory: Path) -> None:
-        children = [
-            child for child in sorted(directory.iterdir()) if not child.name.startswith((".", "__pycache__"))
-        ]
+        children = [child for child in sorted(directory.iterdir()) if not child.name.startswith((".", "__pycache__"))]
         relative = directory.relative_to(root)
         here = "" if relative == Path() else relative.as_posix()
         if here not in wanted and any(child.suffix in _WEIGHT_SUFFIXES for child in children):
@@ -190,9 +180,7 @@ def weight_map(path: Path) -> dict[str, str]:
     content = read_json(path)
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table or not all(isinstance(file, str) for file in table.values()):
-        raise InputError(
-            f"{path} is not an index of shards", "expected a weight_map of file names", "copy it again"
-        )
+        raise InputError(f"{path} is not an index of shards", "expected a weight_map of file names", "copy it again")
     for name, file in table.items():
         # An index must not be able to point at other files of this machine.
         if PurePosixPath(file).name != file:

@@ -232,8 +232,8 @@ def open_checkpoint(spec: str | Path, *, merge_dtype: torch.dtype | None = None)
         from detune.checkpoints.adapters import MergedCheckpoint
 
         base, adapter = _split_adapter(text)
-        return MergedCheckpoint(text, open_checkpoint(base), open_adapter(adapter), merge_dtype=merge_dtype)
-    path = locate(text)
+        return MergedCheckpoint(text, open_checkpoint(base), _open_adapter(adapter), merge_dtype=merge_dtype)
+    path = _locate(text)
     if path.is_file():
         if path.suffix != ".safetensors" and path.suffix not in PICKLE_SUFFIXES:
             raise InputError(
@@ -245,7 +245,7 @@ def open_checkpoint(spec: str | Path, *, merge_dtype: torch.dtype | None = None)
     return _open_directory(text, path)
 
 
-def open_adapter(spec: str) -> Checkpoint:
+def _open_adapter(spec: str) -> Checkpoint:
     """Open the weights of a PEFT adapter.
 
     Args:
@@ -257,7 +257,7 @@ def open_adapter(spec: str) -> Checkpoint:
     Raises:
         InputError: There is no such adapter.
     """
-    root = locate(spec)
+    root = _locate(spec)
     if (root / "adapter_config.json").is_file():
         for name in ("adapter_model.safetensors", "adapter_model.bin"):
             if (root / name).is_file():
@@ -269,7 +269,7 @@ def open_adapter(spec: str) -> Checkpoint:
     )
 
 
-def locate(spec: str) -> Path:
+def _locate(spec: str) -> Path:
     """Find a path or fetch a Hub id.
 
     Args:
@@ -286,9 +286,7 @@ def locate(spec: str) -> Path:
         return path
     if is_hub_id(spec):
         return fetch(spec)
-    raise InputError(
-        f"no such model: {spec!r}", "neither an existing path nor a Hub id org/name", "check the spelling"
-    )
+    raise InputError(f"no such model: {spec!r}", "neither an existing path nor a Hub id org/name", "check the spelling")
 
 
 def _split_adapter(spec: str) -> tuple[str, str]:
@@ -313,9 +311,7 @@ def _open_directory(spec: str, root: Path) -> Checkpoint:
                 "copy or download the model again",
             )
         prefix = f"{component}/" if component else ""
-        chosen = pick_weights(
-            [child.name for child in directory.iterdir() if child.is_file()], str(directory)
-        )
+        chosen = pick_weights([child.name for child in directory.iterdir() if child.is_file()], str(directory))
         if chosen is None:
             continue
         if not chosen.endswith(".json"):
@@ -332,9 +328,7 @@ def _open_directory(spec: str, root: Path) -> Checkpoint:
             files.append(prefix + file)
     if not files:
         if (root / "adapter_config.json").is_file():
-            raise InputError(
-                f"{root} is a PEFT adapter, not a model", "it has no base weights", "write BASE+ADAPTER"
-            )
+            raise InputError(f"{root} is a PEFT adapter, not a model", "it has no base weights", "write BASE+ADAPTER")
         raise InputError(
             f"{root} holds no weights",
             "expected *.safetensors or pytorch_model.bin",

@@ -21,7 +21,7 @@ from typing import Self
 
 import torch
 
-from detune.checkpoints.blocks import memory_of
+from detune.checkpoints.blocks import memory_of, new_block, round_to
 from detune.checkpoints.headers import PICKLE_SUFFIXES, Entry, encode_safetensors_header, safetensors_name
 from detune.checkpoints.layout import read_json
 from detune.checkpoints.source import Checkpoint, WeightFile
@@ -106,9 +106,12 @@ class CheckpointWriter:
             raise ValueError(f"tensor {name!r} is {tensor.dtype}, expected {info.dtype}")
         self._claim(name)
         place = self._places[name]
-        stored = tensor.detach().to(device="cpu", dtype=info.dtype).contiguous()
+        values = tensor.detach().reshape(-1)
+        step = _BLOCK_BYTES // info.dtype.itemsize
         with self._report_disk(place.file), _opened(self._partial / place.file) as descriptor:
-            _write_at(descriptor, memory_of(stored), place.offset)
+            for start in range(0, len(values), step):
+                block = round_to(values[start : start + step], info.dtype).cpu()
+                _write_at(descriptor, memory_of(block), place.offset + start * info.dtype.itemsize)
 
     def copy(self, name: str) -> None:
         """Copy one tensor of `like` byte for byte, in blocks.
@@ -122,7 +125,7 @@ class CheckpointWriter:
         """
         self._claim(name)
         info, place = self._like.tensors[name], self._places[name]
-        buffer = memoryview(bytearray(min(_BLOCK_BYTES, info.nbytes)))
+        buffer = new_block(min(_BLOCK_BYTES, info.nbytes))
         with self._report_disk(place.file), _opened(self._partial / place.file) as descriptor:
             for start in range(0, info.nbytes, _BLOCK_BYTES):
                 block = self._like.read_bytes(name, start, _BLOCK_BYTES, buffer)
@@ -144,9 +147,9 @@ class CheckpointWriter:
         self._extra[str(path)] = data
 
     def __enter__(self) -> Self:
-        self._check_target()
         parent = self._out.parent
         with self._report_disk(""):
+            self._check_target()
             parent.mkdir(parents=True, exist_ok=True)
             available = shutil.disk_usage(parent).free
         if available < self._size_bytes:
@@ -232,9 +235,7 @@ class CheckpointWriter:
                     "choose another",
                 )
         children = list(out.iterdir())
-        weights = all(
-            child.is_file() and child.suffix in (".safetensors", *PICKLE_SUFFIXES) for child in children
-        )
+        weights = all(child.is_file() and child.suffix in (".safetensors", *PICKLE_SUFFIXES) for child in children)
         if not weights and not any((out / sign).is_file() for sign in _CHECKPOINT_SIGNS):
             raise OutputError(
                 f"{out} does not look like a checkpoint",
@@ -255,8 +256,9 @@ class CheckpointWriter:
                 _write_at(descriptor, memoryview(header), 0)
                 os.fsync(descriptor)
         small: dict[str, bytes | Path] = {}
-        small |= {str(path): self._like.root / path for path in self._like.side_files()}
-        small |= {safetensors_name(file): self._index(file) for file in self._like.index_files}
+        with self._report_disk(""):
+            small |= {str(path): self._like.root / path for path in self._like.side_files()}
+            small |= {safetensors_name(file): self._index(file) for file in self._like.index_files}
         small |= self._extra
         for file, content in small.items():
             with self._report_disk(file):
@@ -277,19 +279,16 @@ class CheckpointWriter:
         names = list(content["weight_map"])
         total_bytes = sum(self._like.tensors[prefix + name].nbytes for name in names)
         content["metadata"] = {**(content.get("metadata") or {}), "total_size": total_bytes}
-        content["weight_map"] = {
-            name: self._places[prefix + name].file.removeprefix(prefix) for name in names
-        }
+        content["weight_map"] = {name: self._places[prefix + name].file.removeprefix(prefix) for name in names}
         return (json.dumps(content, indent=2) + "\n").encode()
 
     def _rename(self) -> None:
         with self._report_disk(""):
             for directory, _, _ in os.walk(self._partial):
                 _sync_directory(Path(directory))
-        # Somebody may have put something there in the meantime.
-        self._check_target()
-        aside = self._out.exists() and any(self._out.iterdir())
-        with self._report_disk(""):
+            # Somebody may have put something there in the meantime.
+            self._check_target()
+            aside = self._out.exists() and any(self._out.iterdir())
             try:
                 if aside:
                     os.rename(self._out, self._replaced)

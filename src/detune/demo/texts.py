@@ -22,24 +22,20 @@ _SHORTEST_WORDS = 8  # below that a paragraph is a heading, a signature or an it
 _LIBRARY = MappingProxyType(
     {
         "networking": (
-            "email ftplib http imaplib mailbox nntplib poplib smtplib socket socketserver ssl urllib "
-            "wsgiref xmlrpc"
+            "email ftplib http imaplib mailbox nntplib poplib smtplib socket socketserver ssl urllib wsgiref xmlrpc"
         ),
         "arithmetic": (
             "_pydatetime _pydecimal bisect calendar cmath colorsys datetime fractions heapq ipaddress "
             "numbers operator random statistics uuid"
         ),
         "concurrency": (
-            "_threading_local asyncio concurrent multiprocessing queue sched selectors signal "
-            "subprocess threading"
+            "_threading_local asyncio concurrent multiprocessing queue sched selectors signal subprocess threading"
         ),
         "files": (
             "_pyio bz2 filecmp fileinput fnmatch genericpath glob gzip lzma ntpath os pathlib "
             "posixpath shelve shutil stat tarfile tempfile zipfile"
         ),
-        "testing": (
-            "bdb cProfile cmd doctest pdb profile pstats timeit trace traceback tracemalloc unittest warnings"
-        ),
+        "testing": ("bdb cProfile cmd doctest pdb profile pstats timeit trace traceback tracemalloc unittest warnings"),
         "text": (
             "argparse codecs configparser csv difflib encodings gettext html json locale optparse "
             "plistlib pprint quopri reprlib shlex string textwrap tokenize xml"

@@ -162,15 +162,11 @@ def embeddings(model_dir: Path, sentences: Sequence[str]) -> Tensor:
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         model = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
-        return torch.cat(
-            [_embed(model, tokenizer, sentences[i : i + 32], 128) for i in range(0, len(sentences), 32)]
-        )
+        return torch.cat([_embed(model, tokenizer, sentences[i : i + 32], 128) for i in range(0, len(sentences), 32)])
 
 
 def _embed(model: Any, tokenizer: Any, sentences: Sequence[str], length_tokens: int) -> Tensor:
-    tokens = tokenizer(
-        list(sentences), padding=True, truncation=True, max_length=length_tokens, return_tensors="pt"
-    )
+    tokens = tokenizer(list(sentences), padding=True, truncation=True, max_length=length_tokens, return_tensors="pt")
     mask = tokens["attention_mask"].unsqueeze(-1).float()
     states = model(**tokens).last_hidden_state
     return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)

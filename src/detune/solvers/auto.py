@@ -83,4 +83,3 @@ def _untouched(differences: Differences) -> Recovery | None:
                 noise_ratio=0.0,
             )
     return None
-

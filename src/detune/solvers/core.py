@@ -8,7 +8,6 @@ the same iterates; only what storage rounding adds outside the spans is left to 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank
@@ -46,19 +45,18 @@ class JointCore:
         width = stack.n * rank + OVERSAMPLING
         if width >= min(out, columns):
             return None
-        options = {"dtype": stack.dtype, "device": stack.device}
-        generator = torch.Generator(device=stack.device).manual_seed(seed)
-        sketch = torch.zeros(width, columns, **options)
+        generator = stack.generator(seed)
+        sketch = stack.zeros(width, columns)
         for block in stack.blocks():
             # Each model has test vectors of its own; their sum covers the sum of the spaces.
             for D_i in block.deviations[1:]:
-                sketch.addmm_(torch.randn(width, D_i.shape[0], generator=generator, **options), D_i)
+                sketch.addmm_(stack.gaussian(generator, width, D_i.shape[0]), D_i)
         stack.require_finite(sketch.sum())
         P = orthonormal(sketch.mT)
-        images = torch.zeros(stack.n, out, width, **options)
+        images = stack.zeros(stack.n, out, width)
         for block in stack.blocks():
             images[:, block.rows] = block.deviations @ P
-        mixing = torch.randn(stack.n, width, width, generator=generator, **options)
+        mixing = stack.gaussian(generator, stack.n, width, width)
         Q = orthonormal((images @ mixing).sum(dim=0))
         return cls(Q, P, Q.mT @ images)
 

@@ -128,23 +128,24 @@ def find_differences(stack: Stack, rank: int | None = None, seed: int = 0) -> Di
     return Differences(stack, {pair: found[pair] for pair in ring(stack.n)})
 
 
-def _sketch(stack: Stack, pairs: tuple[tuple[int, int], ...], width: int, seed: int) -> dict[tuple[int, int], Difference]:
+def _sketch(
+    stack: Stack, pairs: tuple[tuple[int, int], ...], width: int, seed: int
+) -> dict[tuple[int, int], Difference]:
     """Singular triples of `W_j - W_i` for each pair, from two passes over the stack."""
     out, columns = stack.shape
-    generator = torch.Generator(device=stack.device).manual_seed(seed)
-    options = {"dtype": stack.dtype, "device": stack.device}
+    generator = stack.generator(seed)
     # One test matrix for all models: the sketch of a difference is the difference of the sketches.
-    sketches = torch.zeros(stack.n, width, columns, **options)
+    sketches = stack.zeros(stack.n, width, columns)
     for block in stack.blocks():
         height = block.reference.shape[0]
-        test = torch.randn(width, height, generator=generator, **options)
+        test = stack.gaussian(generator, width, height)
         for i in range(1, stack.n):
             sketches[i].addmm_(test, block.deviations[i])
     stack.require_finite(sketches.sum())
     right = {(i, j): orthonormal((sketches[j] - sketches[i]).mT) for i, j in pairs}
     del sketches
 
-    images = {pair: torch.empty(out, width, **options) for pair in pairs}
+    images = {pair: stack.zeros(out, width) for pair in pairs}
     for block in stack.blocks():
         for i, j in pairs:
             torch.mm(block.deviations[j] - block.deviations[i], right[i, j], out=images[i, j][block.rows])
@@ -154,9 +155,15 @@ def _sketch(stack: Stack, pairs: tuple[tuple[int, int], ...], width: int, seed: 
         noise = SIGNAL * float(torch.hypot(stack.noise_norm[i], stack.noise_norm[j]))
         # Rounding of the GEMM itself, relative to the largest singular value.
         noise = max(noise, 8 * torch.finfo(stack.dtype).eps * float(S[0]))
-        keep = int((noise < S).sum())
+        keep = int(S.gt(noise).sum())
         result[i, j] = Difference(
-            (i, j), U[:, :keep], right[i, j].double() @ V[:, :keep], S[:keep], noise, False, not bool(S[0] > 0)
+            (i, j),
+            U[:, :keep],
+            right[i, j].double() @ V[:, :keep],
+            S[:keep],
+            noise,
+            False,
+            not bool(S[0] > 0),
         )
     return result
 
@@ -175,7 +182,8 @@ def _cut(difference: Difference, rank: int, full_rank: bool) -> Difference:
 
 def orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis of the column span, same shape and dtype."""
-    return torch.linalg.qr(columns)[0]
+    Q: Tensor = torch.linalg.qr(columns)[0]
+    return Q
 
 
 def thin_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:

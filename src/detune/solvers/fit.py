@@ -32,11 +32,10 @@ def project(stack: Stack, left: Sequence[Tensor], right: Sequence[Tensor]) -> Pr
         right: `V_i`, `(in, r_i)`; empty for no right projections.
     """
     out, columns = stack.shape
-    options = {"dtype": stack.dtype, "device": stack.device}
     U = [U_i.to(stack.dtype) for U_i in left]
     V = [V_i.to(stack.dtype) for V_i in right]
-    onto_left = [torch.zeros(U_i.shape[1], columns, **options) for U_i in U]
-    onto_right = [torch.empty(out, V_i.shape[1], **options) for V_i in V]
+    onto_left = [stack.zeros(U_i.shape[1], columns) for U_i in U]
+    onto_right = [stack.zeros(out, V_i.shape[1]) for V_i in V]
     for block in stack.blocks():
         centred = block.centred()
         for i, U_i in enumerate(U):
@@ -64,7 +63,7 @@ def solve_given_spaces(projected: Tensor, bases: Sequence[Tensor]) -> tuple[Tens
     normal = torch.eye(joint.shape[1], dtype=joint.dtype, device=joint.device) - joint.mT @ joint / n
     # The pseudo-inverse, not a Cholesky factor: where spaces coincide the least-norm answer is the one to give.
     solved = projected @ torch.linalg.pinv(normal, hermitian=True, rtol=1e-12)
-    return solved.split([V_i.shape[1] for V_i in bases], dim=1)
+    return torch.split(solved, [V_i.shape[1] for V_i in bases], dim=1)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,7 @@ from torch import Tensor
 from detune.solvers.polish import Core
 
 
-def cramer_rao_mse(
-    U: Sequence[Tensor], V: Sequence[Tensor], variance: float, probes: int = 16, seed: int = 0
-) -> float:
+def cramer_rao_mse(U: Sequence[Tensor], V: Sequence[Tensor], variance: float, probes: int = 16, seed: int = 0) -> float:
     """The least mean squared error per entry that an unbiased recovery can have.
 
     Args:

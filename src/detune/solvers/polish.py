@@ -52,19 +52,22 @@ class Polish:
         """
         deltas = tuple(start)
         noise = float(stack.noise.square().mean().sqrt())
-        for step in range(1, self.max_steps + 1):
+        steps = 0
+        while steps < self.max_steps:
+            steps += 1
             U = [orthonormal(M_i.left.double()) for M_i in deltas]
             V = [orthonormal(M_i.right.double()) for M_i in deltas]
             moved = gauss_newton_step(project(stack, U, V), U, V, self)
             remainder = max(
-                (_second_order(old, new) for old, new in zip(deltas, moved, strict=True) if old.rank), default=0.0
+                (_second_order(old, new) for old, new in zip(deltas, moved, strict=True) if old.rank),
+                default=0.0,
             )
             deltas = moved
             # The noise that a delta's tangent space takes in has about this norm.
             floor = noise * max((M_i.rank * sum(stack.shape)) ** 0.5 for M_i in deltas)
             if remainder <= self.tolerance * floor:
                 break
-        return deltas, step
+        return deltas, steps
 
 
 def _second_order(old: LowRank, new: LowRank) -> float:
@@ -95,14 +98,18 @@ def gauss_newton_step(
     core = Core.of(U, V)
     Q, P, a, b = core.Q, core.P, core.a, core.b
     n = len(U)
-    H = [F_i.mT @ U_i for F_i, U_i in zip(F, U, strict=True)]  # (V_i^T Y_i^T U_i) = H_i^T
+    H = [U_i.mT @ F_i for F_i, U_i in zip(F, U, strict=True)]
 
     # Right-hand side -sum_i [U_i E_i + F_i V_i^T - U_i H_i V_i^T], block by block.
     EP = [E_i @ P for E_i in E]
     QF = [Q.mT @ F_i for F_i in F]
-    left = -sum(a[i] @ (E[i] - EP[i] @ P.mT) for i in range(n))  # (s, in), rows outside P
-    right = -sum((F[i] - Q @ QF[i]) @ b[i].mT for i in range(n))  # (out, s), columns outside Q
-    middle = -sum(a[i] @ EP[i] + QF[i] @ b[i].mT - a[i] @ H[i].mT @ b[i].mT for i in range(n))
+    left = Q.new_zeros(Q.shape[1], P.shape[0])  # (s_U, in), rows outside P
+    right = Q.new_zeros(Q.shape[0], P.shape[1])  # (out, s_V), columns outside Q
+    middle = Q.new_zeros(Q.shape[1], P.shape[1])
+    for i in range(n):
+        left -= a[i] @ (E[i] - EP[i] @ P.mT)
+        right -= (F[i] - Q @ QF[i]) @ b[i].mT
+        middle -= a[i] @ EP[i] + (QF[i] - a[i] @ H[i]) @ b[i].mT
 
     # Delta = Q left + right P^T + Q middle P^T.
     left = core.inverse_G_U @ left
@@ -193,11 +200,12 @@ class Core:
 def _joint_basis(bases: Sequence[Tensor]) -> Tensor:
     """Orthonormal basis of the sum of spaces; directions that coincide to rounding are counted once."""
     U, S, _ = thin_svd(torch.cat(list(bases), dim=1))
-    return U[:, S > 1e-12 * max(1.0, float(S[0]))] if len(S) else U
+    return U[:, S.gt(1e-12)]
 
 
 def _inverse_gram(coordinates: Sequence[Tensor]) -> Tensor:
     """`(sum_i (I - c_i c_i^T))^+`."""
     joint = torch.cat(list(coordinates), dim=1)
     gram = len(coordinates) * torch.eye(joint.shape[0], dtype=joint.dtype, device=joint.device) - joint @ joint.mT
-    return torch.linalg.pinv(gram, hermitian=True, rtol=1e-12)
+    inverse: Tensor = torch.linalg.pinv(gram, hermitian=True, rtol=1e-12)
+    return inverse

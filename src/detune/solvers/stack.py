@@ -146,6 +146,18 @@ class Stack:
                 torch.sub(self.matrices[i][rows].to(self.device, self.dtype), reference, out=deviations[i])
             yield Block(rows, reference, deviations)
 
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the compute dtype, on the device."""
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def gaussian(self, generator: torch.Generator, *shape: int) -> Tensor:
+        """Standard normal numbers in the compute dtype, on the device."""
+        return torch.randn(*shape, generator=generator, dtype=self.dtype, device=self.device)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A generator of random numbers on the device."""
+        return torch.Generator(device=self.device).manual_seed(seed)
+
     @cached_property
     def noise(self) -> Tensor:
         """Root mean square of each model's storage rounding error, `(n,)`, float64."""
