@@ -16,9 +16,7 @@ def make(folder: Path) -> None:
     for i in range(3):
         B = torch.randn(64, 2, generator=generator)
         A = torch.randn(2, 48, generator=generator)
-        save_file(
-            {"layer.weight": W_star + 0.1 * B @ A, "layer.bias": bias}, folder / f"model-{i}.safetensors"
-        )
+        save_file({"layer.weight": W_star + 0.1 * B @ A, "layer.bias": bias}, folder / f"model-{i}.safetensors")
 
 
 def check(folder: Path) -> None:

@@ -66,5 +66,4 @@ def _look(tensors: tuple[Tensor, ...], rank: int | None, device: torch.device | 
         ranks = differences.ranks if stack.n > 2 else ()
         found = f"the difference has rank {differences.of(0, 1).rank}; " if stack.n == 2 and not pairs else ""
         return Answer(Status.NOT_RECOVERABLE, "none", f"{found}{why}", ranks, full_rank_pairs=pairs)
-    reason = f"{spaces.side_name} spaces, separation {spaces.separation:.2g}"
-    return Answer(Status.RECOVERABLE, "intersect", reason, differences.ranks)
+    return Answer(Status.RECOVERABLE, "intersect", f"closed form from the {spaces}", differences.ranks)

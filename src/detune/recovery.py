@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -16,10 +15,8 @@ from detune.errors import InputError
 from detune.family import Family
 from detune.report import InputRow, Report, Status, TensorRow
 from detune.solvers import SOLVERS, Mean, NotLowRank, NotRecoverable, Recovery, Single, Solver, Stack
+from detune.solvers.auto import FLOOR_RATIO, unchanged
 from detune.walk import Answer, OnTensor, matricise, walk
-
-# Within this factor of what storage rounding alone leaves, the residual is storage rounding.
-FLOOR_RATIO = 2.0
 
 
 def recover_matrix(
@@ -194,10 +191,9 @@ def _solve(
 
 def _solve_vector(stack: Stack) -> tuple[Answer, Tensor]:
     """A vector has no low rank: only models that did not change it give it away."""
-    for i, j in combinations(range(stack.n), 2):
-        if stack.n > 2 and torch.equal(stack.matrices[i], stack.matrices[j]):
-            answer, weight = _answer(Single(i).solve(stack), Status.RECOVERED)
-            return replace(answer, method="unchanged", reason=f"models {i} and {j} agree: they left it alone"), weight
+    untouched = unchanged(stack) if stack.n >= 3 else None
+    if untouched is not None:
+        return _answer(untouched, Status.RECOVERED)
     answer, weight = _answer(Mean().solve(stack), Status.AVERAGED)
     return replace(answer, reason=f"a vector cannot be low-rank: the average of {stack.n} models"), weight
 

@@ -66,15 +66,10 @@ def check(base: Path, adapter: Path, expected: dict[str, torch.Tensor], touched:
     for name, info in merged.tensors.items():
         tensor = merged.read(name)
         assert (tensor.dtype, tuple(tensor.shape), tensor.nbytes) == (info.dtype, info.shape, info.nbytes)
-        (key,) = [
-            key for key in expected if key == name or key.endswith(f".{name}") or name.endswith(f".{key}")
-        ]
+        (key,) = [key for key in expected if key == name or key.endswith(f".{name}") or name.endswith(f".{key}")]
         assert tensor.dtype == expected[key].dtype
         assert tensor.equal(expected[key]), name
-        assert (
-            bytes(merged.read_bytes(name))
-            == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
+        assert bytes(merged.read_bytes(name)) == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         changed += not tensor.equal(plain.read(name))
     assert changed == touched
     return merged
@@ -119,9 +114,7 @@ def test_transposed_layers_equal_peft(tmp_path: Path, dtype: torch.dtype) -> Non
 
     def make() -> GPT2LMHeadModel:
         torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=16)).to(
-            dtype
-        )
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=16)).to(dtype)
 
     make().save_pretrained(tmp_path / "base")
     train(make(), LoraConfig(r=4, target_modules=["c_attn", "c_proj"]), tmp_path / "adapter")
@@ -197,9 +190,7 @@ def test_merge_in_float32(pair: tuple[Path, Path], tmp_path: Path) -> None:
     plain = open_checkpoint(base)
     merged = open_checkpoint(f"{base}+{adapter}", merge_dtype=torch.float32)
     factors = load_file(adapter / "adapter_model.safetensors")
-    factor_a, factor_b = (
-        factors[f"base_model.model.{QUERY.replace('weight', f'lora_{x}.weight')}"] for x in "AB"
-    )
+    factor_a, factor_b = (factors[f"base_model.model.{QUERY.replace('weight', f'lora_{x}.weight')}"] for x in "AB")
     expected = plain.read(QUERY).float() + (factor_b @ factor_a) * (6 / 4)
     assert merged.read(QUERY).equal(expected)
     assert merged.tensors[QUERY].dtype == torch.float32
@@ -305,12 +296,8 @@ PREFIX = "base_model.model.encoder.layer.0.attention.self.query"
         (
             lambda t: t.update(
                 {
-                    "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight": torch.ones(
-                        4, 2
-                    ),
-                    "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight": torch.ones(
-                        2, 4
-                    ),
+                    "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight": torch.ones(4, 2),
+                    "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight": torch.ones(2, 4),
                 }
             ),
             "changes tensor 'encoder.layer.0.attention.self.query.weight' twice",

@@ -26,9 +26,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
     return {
-        name: tensor
-        for file in sorted(directory.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
     }
 
 
@@ -60,9 +58,7 @@ def test_reads_shards_in_the_order_of_the_files(sharded_dir: Path) -> None:
         info.file for info in checkpoint.tensors.values()
     )
     assert checkpoint.index_files == ("model.safetensors.index.json",)
-    assert [file.metadata for file in checkpoint.weight_files] == [{"format": "pt"}] * len(
-        checkpoint.weight_files
-    )
+    assert [file.metadata for file in checkpoint.weight_files] == [{"format": "pt"}] * len(checkpoint.weight_files)
 
 
 def test_reads_every_dtype(tmp_path: Path) -> None:
@@ -153,9 +149,7 @@ def test_reads_blocks(sharded_dir: Path) -> None:
 
 
 def test_hashes_equal_sha256sum(sharded_dir: Path) -> None:
-    expected = {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sharded_dir.glob("*.safetensors")
-    }
+    expected = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sharded_dir.glob("*.safetensors")}
     assert open_checkpoint(sharded_dir).hashes() == expected
 
 
@@ -208,9 +202,7 @@ def test_picks_what_a_loader_would_read(names: list[str], chosen: Any) -> None:
 
 
 def test_refuses_to_guess_between_variants() -> None:
-    with pytest.raises(
-        InputError, match=r"several sets of weights; found model\.ema\.safetensors, model\.fp16"
-    ):
+    with pytest.raises(InputError, match=r"several sets of weights; found model\.ema\.safetensors, model\.fp16"):
         pick_weights(["model.fp16.safetensors", "model.ema.safetensors"], "m")
     with pytest.raises(InputError, match="shards without their index"):
         pick_weights(["model-00001-of-00002.safetensors"], "m")
@@ -297,9 +289,7 @@ def test_hub_downloads_only_what_is_needed(tmp_path: Path, monkeypatch: pytest.M
         ),
     ],
 )
-def test_hostile_headers(
-    tmp_path: Path, write_raw: Callable[..., Path], table: Any, data: bytes, message: str
-) -> None:
+def test_hostile_headers(tmp_path: Path, write_raw: Callable[..., Path], table: Any, data: bytes, message: str) -> None:
     path = write_raw(tmp_path / "x.safetensors", table, data)
     with pytest.raises(InputError, match=message) as caught:
         open_checkpoint(path)
@@ -387,9 +377,7 @@ def test_tensor_stored_twice(tmp_path: Path, sharded_dir: Path) -> None:
 
 
 def test_bad_specs(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"no such model: '\./nothing'; neither an existing path nor a Hub id"
-    ):
+    with pytest.raises(InputError, match=r"no such model: '\./nothing'; neither an existing path nor a Hub id"):
         open_checkpoint("./nothing")
     with pytest.raises(InputError, match="holds no weights"):
         open_checkpoint(tmp_path)

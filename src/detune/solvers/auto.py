@@ -1,15 +1,21 @@
 """What a user gets without thinking."""
 
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import ClassVar
 
+import torch
+
 from detune.solvers.base import NotRecoverable, Recovery
-from detune.solvers.differences import Differences, find_differences
+from detune.solvers.differences import find_differences
 from detune.solvers.fit import w_step
-from detune.solvers.intersect import Unsplittable, split
+from detune.solvers.intersect import Unsplittable, find_spaces, untranspose
 from detune.solvers.polish import Polish
 from detune.solvers.spectral import Spectral
 from detune.solvers.stack import Stack
+
+# A residual of more than this many times the storage noise is not storage noise.
+FLOOR_RATIO = 2.0
 
 
 @dataclass(frozen=True)
@@ -23,35 +29,59 @@ class Auto:
     """
 
     min_models: ClassVar[int] = 3
+
     polish: Polish = field(default_factory=Polish)
     spectral: Spectral = field(default_factory=lambda: Spectral(iterations=1000))
     seed: int = 0
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Choose and solve; see `Solver.solve`. The reason says which and why."""
-        differences = find_differences(stack, rank, self.seed)
-        untouched = _untouched(differences)
-        if untouched is not None:
-            return untouched
+        recovery = self._solve(stack, rank, fold=True)
+        if recovery.method == "intersect+polish" and (recovery.noise_ratio or 0.0) > FLOOR_RATIO:
+            # Folding rows loses a direction where very few rows differ: look again at all of them.
+            again = self._solve(stack, rank, fold=False)
+            return min(recovery, again, key=lambda r: r.noise_ratio or 0.0)
+        return recovery
+
+    def _solve(self, stack: Stack, rank: int | None, fold: bool) -> Recovery:
+        differences = find_differences(stack, rank, self.seed, fold)
+        if stack.n >= 3 and any(difference.rank == 0 for difference in differences.by_pair.values()):
+            untouched = unchanged(stack)
+            if untouched is not None:
+                return untouched
         try:
-            deltas, spaces = split(differences, rank)
+            spaces = find_spaces(differences, rank, self.seed)
         except Unsplittable as why:
             _check_solvable(stack, differences.ranks)
             recovery = self.spectral.solve(stack, rank or max(differences.ranks))
             return replace(recovery, reason=f"{why}; so {recovery.reason}")
-        polished, steps = self.polish.run(stack, deltas)
-        step = w_step(stack, polished)
+        deltas, steps = self.polish.run(spaces.stack, spaces.bases)
+        step = w_step(spaces.stack, deltas)
+        step = untranspose(step) if spaces.transposed else step
         return Recovery(
             step.weight,
             "intersect+polish",
-            f"closed form from the {spaces.side_name} spaces (separation {spaces.separation:.2g}), "
-            f"then {steps} Gauss-Newton step{'s' * (steps > 1)}",
-            polished,
-            tuple(M_i.rank for M_i in polished),
+            f"closed form from the {spaces}; then {steps} Gauss-Newton step{'s' * (steps > 1)}",
+            step.deltas,
+            tuple(M_i.rank for M_i in step.deltas),
             step.relative_residual,
             step.noise_ratio,
             steps,
         )
+
+
+def unchanged(stack: Stack) -> Recovery | None:
+    """Two models that agree in every entry did not change this matrix: it is the base's, bit for bit."""
+    for i, j in combinations(range(stack.n), 2):
+        if torch.equal(stack.matrices[i], stack.matrices[j]):
+            return Recovery(
+                stack.matrices[i].to(stack.device, stack.dtype, copy=True),
+                "unchanged",
+                f"models {i} and {j} agree in every entry: they left it as the base has it",
+                relative_residual=0.0,
+                noise_ratio=0.0,
+            )
+    return None
 
 
 def _check_solvable(stack: Stack, ranks: tuple[int, ...]) -> None:
@@ -64,22 +94,3 @@ def _check_solvable(stack: Stack, ranks: tuple[int, ...]) -> None:
             f"{unknowns} unknowns against {stack.n * out * columns} numbers",
             "add models",
         )
-
-
-def _untouched(differences: Differences) -> Recovery | None:
-    """Two models that agree in every entry did not change this matrix: it is the base's, bit for bit."""
-    stack = differences.stack
-    if stack.n < 3:
-        return None
-    for (i, j), difference in differences.by_pair.items():
-        if difference.identical:
-            weight = stack.matrices[i].to(stack.device, stack.dtype, copy=True)
-            return Recovery(
-                weight,
-                "unchanged",
-                f"models {i} and {j} agree in every entry: they left this matrix as the base has it",
-                ranks=differences.ranks,
-                relative_residual=0.0,
-                noise_ratio=0.0,
-            )
-    return None

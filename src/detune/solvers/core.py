@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from detune.solvers.base import LowRank
-from detune.solvers.differences import OVERSAMPLING, orthonormal
+from detune.solvers.differences import OVERSAMPLING
+from detune.solvers.linalg import orthonormal
 from detune.solvers.stack import Stack
 
 

@@ -1,7 +1,11 @@
-"""The pairwise differences `W_i - W_j = M_i - M_j`: their ranks and their column and row spaces.
+"""The pairwise differences `W_i - W_j = M_i - M_j`: their ranks and their row spaces.
 
-Halko, Martinsson & Tropp 2011 (arXiv 0909.4061), Algorithms 4.3 and 5.1: a Gaussian sketch finds the row space,
-one power pass `B = D P` corrects it, and a small SVD of `B` gives the singular triples.
+Two sketches, one inside the other. Rows are first folded onto a few hundred with random signs (a sparse embedding:
+Clarkson & Woodruff 2013, arXiv 1207.6365), one pass over the models and no products. What is left is small, and a
+Gaussian range finder (Halko, Martinsson & Tropp 2011, arXiv 0909.4061, Algorithms 4.2 and 5.1) takes its singular
+values and row space, starting narrow and widening, so that the cost follows the rank that is there.
+
+Column spaces are the row spaces of the transposed stack.
 """
 
 from dataclasses import dataclass
@@ -11,11 +15,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from detune.solvers.linalg import orthonormal, thin_svd
 from detune.solvers.ranks import solve_ranks
 from detune.solvers.stack import Stack
 
 OVERSAMPLING = 8
 FIRST_WIDTH = 40
+# Rows after folding: where storage noise is far below the deltas, and where it is not and folding more would lift it.
+FOLDED_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 1024, torch.float16: 1024}
+# Folding keeps a space of up to this share of its rows.
+FOLDED_RANK = 0.5
 # Adapters add up to less than this in practice; a difference of more is one of full rank.
 MOST_RANK = 1024
 # A singular value counts as signal from this multiple of the noise's estimated spectral norm.
@@ -28,21 +37,17 @@ class Difference:
 
     Attributes:
         pair: `(i, j)`.
-        left: Orthonormal column space, `(out, rank)`, float64.
-        right: Orthonormal row space, `(in, rank)`, float64.
-        singular_values: Descending, `(rank,)`, float64.
+        basis: Orthonormal row space, `(in, rank)`, float64.
+        singular_values: Of the folded difference, descending, `(rank,)`, float64.
         noise_norm: Singular values below this are storage noise.
         full_rank: There is no low-rank structure.
-        identical: The two matrices are equal in every entry.
     """
 
     pair: tuple[int, int]
-    left: Tensor
-    right: Tensor
+    basis: Tensor
     singular_values: Tensor
     noise_norm: float
     full_rank: bool
-    identical: bool
 
     @property
     def rank(self) -> int:
@@ -52,7 +57,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Differences:
-    """What the differences of a stack say: the input of every closed form.
+    """What the differences of a stack say: the input of the closed form.
 
     Attributes:
         stack: The stack they are of.
@@ -80,8 +85,8 @@ class Differences:
 def ring(n: int) -> tuple[tuple[int, int], ...]:
     """The pairs that are looked at: neighbours on a ring, so that the cost is linear in n.
 
-    Each model then meets two others, which is what its subspaces need. An even ring leaves the ranks undetermined
-    (add one to every second model, take one from the others), so a chord makes a triangle.
+    Each model then meets two others, which is what its space needs. An even ring leaves the ranks undetermined (add
+    one to every second model, take one from the others), so a chord makes a triangle.
 
     Example:
         >>> ring(3)
@@ -95,99 +100,79 @@ def ring(n: int) -> tuple[tuple[int, int], ...]:
     return (*pairwise(range(n)), (0, n - 1), *chord)
 
 
-def find_differences(stack: Stack, rank: int | None = None, seed: int = 0) -> Differences:
-    """Sketch the differences on the ring.
-
-    The sketch starts narrow and doubles for the pairs whose rank it does not cover, so its cost follows the
-    rank that is there and not the cap.
+def find_differences(stack: Stack, rank: int | None = None, seed: int = 0, fold: bool = True) -> Differences:
+    """Ranks and row spaces of the differences on the ring.
 
     Args:
         stack: At least two models.
-        rank: The most that any `M_i` can have: differences are cut to twice that.
-        seed: Seed of the Gaussian test matrix.
+        rank: The most that any `M_i` can have: spaces are cut to twice that.
+        seed: Of the random signs and test vectors.
+        fold: False works on all rows: slower, and sure where only a few rows differ.
 
     Returns:
-        The differences. `full_rank` is set where more than 7/8 of the singular values, or more than `MOST_RANK`,
-        stand over the noise.
+        The differences. `full_rank` is set where more than 7/8 of the singular values, or more than `MOST_RANK`, stand
+        over the noise.
 
     Raises:
         InputError: The stack holds NaN or Inf.
     """
-    limit = min(stack.shape)
-    most = min(MOST_RANK, limit - limit // 8)
-    width = min(limit, FIRST_WIDTH if rank is None else 2 * rank + OVERSAMPLING)
+    out, columns = stack.shape
+    most = min(MOST_RANK, min(stack.shape) - min(stack.shape) // 8)
+    cut = columns if rank is None else 2 * rank
+    width = FIRST_WIDTH if rank is None else cut
+    rows = FOLDED_ROWS.get(stack.matrices[0].dtype, max(FOLDED_ROWS.values())) if fold else out
     open_pairs = ring(stack.n)
     found: dict[tuple[int, int], Difference] = {}
     while open_pairs:
-        for pair, difference in _sketch(stack, open_pairs, width, seed).items():
-            full_rank = difference.rank > most
-            if full_rank or difference.rank <= width - OVERSAMPLING or width == limit:
-                found[pair] = _cut(difference, limit if rank is None else 2 * rank, full_rank)
+        folded = _fold(stack, rows, seed)
+        for i, j in open_pairs:
+            norm = float(torch.hypot(stack.noise_norm(i, folded.shape[1]), stack.noise_norm(j, folded.shape[1])))
+            basis, singular_values = _row_space(folded[j] - folded[i], norm, width, seed)
+            # The others will need about as much.
+            width = max(width, len(singular_values))
+            full_rank = len(singular_values) > most
+            if full_rank or len(singular_values) <= FOLDED_RANK * folded.shape[1] or folded.shape[1] == out:
+                found[i, j] = Difference((i, j), basis[:, :cut], singular_values[:cut], norm, full_rank)
         open_pairs = tuple(pair for pair in open_pairs if pair not in found)
-        width = min(limit, 2 * width, max(width, most) + OVERSAMPLING)
+        rows *= 4
     return Differences(stack, {pair: found[pair] for pair in ring(stack.n)})
 
 
-def _sketch(
-    stack: Stack, pairs: tuple[tuple[int, int], ...], width: int, seed: int
-) -> dict[tuple[int, int], Difference]:
-    """Singular triples of `W_j - W_i` for each pair, from two passes over the stack."""
+def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
+    """`S (W_i - W_1)` for each model, `(n, rows or a little more, in)`, S a sparse sign embedding of the rows.
+
+    Rows that lie a multiple of the height apart share a bucket: neighbours, which often belong to one attention head
+    and change together, do not. Where there are no more rows than asked for, they are taken as they are.
+    """
     out, columns = stack.shape
+    height = stack.block_height
+    buckets = out if rows >= out else min(out, -(-rows // height) * height)
+    folded = stack.zeros(stack.n, buckets, columns)
     generator = stack.generator(seed)
-    # One test matrix for all models: the sketch of a difference is the difference of the sketches.
-    sketches = stack.zeros(stack.n, width, columns)
     for block in stack.blocks():
-        height = block.reference.shape[0]
-        test = stack.gaussian(generator, width, height)
-        for i in range(1, stack.n):
-            sketches[i].addmm_(test, block.deviations[i])
-    stack.require_finite(sketches.sum())
-    right = {(i, j): orthonormal((sketches[j] - sketches[i]).mT) for i, j in pairs}
-    del sketches
-
-    images = {pair: stack.zeros(out, width) for pair in pairs}
-    for block in stack.blocks():
-        for i, j in pairs:
-            torch.mm(block.deviations[j] - block.deviations[i], right[i, j], out=images[i, j][block.rows])
-    result = {}
-    for i, j in pairs:
-        U, S, V = thin_svd(images[i, j])
-        noise = SIGNAL * float(torch.hypot(stack.noise_norm[i], stack.noise_norm[j]))
-        # Rounding of the GEMM itself, relative to the largest singular value.
-        noise = max(noise, 8 * torch.finfo(stack.dtype).eps * float(S[0]))
-        keep = int(S.gt(noise).sum())
-        result[i, j] = Difference(
-            (i, j),
-            U[:, :keep],
-            right[i, j].double() @ V[:, :keep],
-            S[:keep],
-            noise,
-            False,
-            not bool(S[0] > 0),
-        )
-    return result
+        start = block.rows.start % buckets
+        target = folded[1:, start : start + block.reference.shape[0]]
+        if buckets == out:
+            target.copy_(block.deviations[1:])
+        else:
+            signs = stack.gaussian(generator, block.reference.shape[0], 1).sign()
+            target.addcmul_(block.deviations[1:], signs)
+    stack.require_finite(folded.sum())
+    return folded
 
 
-def _cut(difference: Difference, rank: int, full_rank: bool) -> Difference:
-    return Difference(
-        difference.pair,
-        difference.left[:, :rank],
-        difference.right[:, :rank],
-        difference.singular_values[:rank],
-        difference.noise_norm,
-        full_rank,
-        difference.identical,
-    )
-
-
-def orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the column span, same shape and dtype."""
-    Q: Tensor = torch.linalg.qr(columns)[0]
-    return Q
-
-
-def thin_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`U, S, V` in float64 of a tall matrix, through QR so that the SVD is of the small side."""
-    Q, R = torch.linalg.qr(tall.double())
-    U, S, Vh = torch.linalg.svd(R)
-    return Q @ U, S, Vh.mT
+def _row_space(A: Tensor, noise_norm: float, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Row space and singular values of A over the noise, both float64."""
+    limit = min(A.shape)
+    generator = torch.Generator(device=A.device).manual_seed(seed)
+    width = min(limit, width + OVERSAMPLING)
+    while True:
+        test = torch.randn(A.shape[1], width, generator=generator, dtype=A.dtype, device=A.device)
+        Q = orthonormal(A @ test)
+        V, S, _ = thin_svd((Q.mT @ A).mT)
+        # Below this is the rounding error of the products, not the storage's.
+        floor = max(noise_norm, 8 * torch.finfo(A.dtype).eps * float(S[0]))
+        rank = int(S.gt(floor).sum())
+        if rank <= width - OVERSAMPLING or width == limit:
+            return V[:, :rank], S[:rank]
+        width = min(limit, 4 * width)

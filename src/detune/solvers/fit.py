@@ -7,63 +7,64 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank
-from detune.solvers.stack import Stack
+from detune.solvers.stack import Block, Stack
 
 
-@dataclass(frozen=True)
-class Projections:
-    """What a Gauss-Newton step needs of the data.
-
-    Attributes:
-        onto_left: `U_i^T (W_i - mean)` for each model, `(r_i, in)`, float64.
-        onto_right: `(W_i - mean) V_i` for each model, `(out, r_i)`, float64.
-    """
-
-    onto_left: tuple[Tensor, ...]
-    onto_right: tuple[Tensor, ...]
-
-
-def project(stack: Stack, left: Sequence[Tensor], right: Sequence[Tensor]) -> Projections:
-    """Project the centred models onto given column and row spaces in one pass.
+def project_right(stack: Stack, V: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`F_i = (W_i - mean) V_i` for each model, `(out, r_i)`, float64.
 
     Args:
         stack: The models.
-        left: `U_i`, `(out, r_i)`; empty for no left projections.
-        right: `V_i`, `(in, r_i)`; empty for no right projections.
+        V: `(in, r_i)` for each.
     """
-    out, columns = stack.shape
-    U = [U_i.to(stack.dtype) for U_i in left]
-    V = [V_i.to(stack.dtype) for V_i in right]
-    onto_left = [stack.zeros(U_i.shape[1], columns) for U_i in U]
-    onto_right = [stack.zeros(out, V_i.shape[1]) for V_i in V]
+    V = [V_i.to(stack.dtype) for V_i in V]
+    F = [stack.zeros(stack.shape[0], V_i.shape[1]) for V_i in V]
     for block in stack.blocks():
-        centred = block.centred()
-        for i, U_i in enumerate(U):
-            onto_left[i].addmm_(U_i[block.rows].mT, centred[i])
-        for i, V_i in enumerate(V):
-            torch.mm(centred[i], V_i, out=onto_right[i][block.rows])
-    return Projections(tuple(E.double() for E in onto_left), tuple(F.double() for F in onto_right))
+        for centred_i, V_i, F_i in zip(block.centred(), V, F, strict=True):
+            torch.mm(centred_i, V_i, out=F_i[block.rows])
+    return tuple(F_i.double() for F_i in F)
 
 
-def solve_given_spaces(projected: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Least squares for all models at once when one side's spaces are known.
-
-    With `M_i = F_i V_i^T` the normal equations of `sum_i |W_i - W - M_i|^2`, W eliminated, are
-    `F (I - blocks(V_i^T V_j) / n) = [(W_i - mean) V_i]_i`: one small matrix for every row of F.
+def project_left(stack: Stack, U: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`E_i = U_i^T (W_i - mean)` for each model, `(r_i, in)`, float64.
 
     Args:
-        projected: `[(W_i - mean) V_i]_i` side by side, `(rows, s)`, float64.
-        bases: Orthonormal `V_i`, `(columns, r_i)`, float64, `s = sum r_i`.
-
-    Returns:
-        `F_i`, `(rows, r_i)`, for each model.
+        stack: The models.
+        U: `(out, r_i)` for each.
     """
-    n = len(bases)
-    joint = torch.cat(list(bases), dim=1)
-    normal = torch.eye(joint.shape[1], dtype=joint.dtype, device=joint.device) - joint.mT @ joint / n
+    U = [U_i.to(stack.dtype) for U_i in U]
+    E = [stack.zeros(U_i.shape[1], stack.shape[1]) for U_i in U]
+    for block in stack.blocks():
+        for centred_i, U_i, E_i in zip(block.centred(), U, E, strict=True):
+            E_i.addmm_(U_i[block.rows].mT, centred_i)
+    return tuple(E_i.double() for E_i in E)
+
+
+def normal_inverse(V: Sequence[Tensor]) -> Tensor:
+    """The inverse of the normal equations for given row spaces, `(s, s)`, float64.
+
+    With `M_i = F_i V_i^T` the normal equations of `sum_i |W_i - W - M_i|^2`, W eliminated, are
+    `[F_i] (I - blocks(V_i^T V_j) / n) = [(W_i - mean) V_i]`: one small matrix for every row.
+
+    Args:
+        V: Orthonormal `(in, r_i)`, float64, `s = sum r_i`.
+    """
+    joint = torch.cat(list(V), dim=1)
+    normal = torch.eye(joint.shape[1], dtype=joint.dtype, device=joint.device) - joint.mT @ joint / len(V)
     # The pseudo-inverse, not a Cholesky factor: where spaces coincide the least-norm answer is the one to give.
-    solved = projected @ torch.linalg.pinv(normal, hermitian=True, rtol=1e-12)
-    return torch.split(solved, [V_i.shape[1] for V_i in bases], dim=1)
+    inverse: Tensor = torch.linalg.pinv(normal, hermitian=True, rtol=1e-12)
+    return inverse
+
+
+def solve_given_rows(projected: Sequence[Tensor], V: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Least squares for all models at once when the row spaces are known: `F_i` of `M_i = F_i V_i^T`.
+
+    Args:
+        projected: `(W_i - mean) V_i`, `(out, r_i)`, float64.
+        V: Orthonormal `(in, r_i)`, float64.
+    """
+    solved = torch.cat(list(projected), dim=1) @ normal_inverse(V)
+    return torch.split(solved, [V_i.shape[1] for V_i in V], dim=1)
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,15 @@ class WStep:
 
     Attributes:
         weight: `mean_i (W_i - M_i)`, `(out, in)`, compute dtype.
-        residual: `sum_i |W_i - weight - M_i|_F^2`.
-        spread: `sum_i |W_i - mean|_F^2`.
-        noise_ratio: Root of residual over what storage rounding alone leaves after the fit.
+        deltas: The `M_i` it was made with.
+        relative_residual: `sqrt(sum_i |W_i - weight - M_i|^2 / sum_i |W_i - mean|^2)`.
+        noise_ratio: Root of the residual over what storage rounding alone leaves after the fit.
     """
 
     weight: Tensor
-    residual: float
-    spread: float
+    deltas: tuple[LowRank, ...]
+    relative_residual: float
     noise_ratio: float
-
-    @property
-    def relative_residual(self) -> float:
-        """The share of the spread that is left, as a ratio of norms."""
-        return float((self.residual / self.spread) ** 0.5) if self.spread > 0 else 0.0
 
 
 def w_step(stack: Stack, deltas: Sequence[LowRank]) -> WStep:
@@ -100,32 +96,78 @@ def w_step(stack: Stack, deltas: Sequence[LowRank]) -> WStep:
     Raises:
         InputError: The stack holds NaN or Inf.
     """
-    out, columns = stack.shape
-    weight = torch.empty(out, columns, dtype=stack.dtype, device=stack.device)
-    residual = torch.zeros((), dtype=torch.float64, device=stack.device)
-    spread = torch.zeros_like(residual)
+    accumulator = _Accumulator(stack, [M_i.right for M_i in deltas])
     left = [M_i.left.to(stack.device, stack.dtype) for M_i in deltas]
-    right = [M_i.right.to(stack.device, stack.dtype).mT for M_i in deltas]
     for block in stack.blocks():
+        spread = _squares(block.centred())
+        accumulator.add(block, [left_i[block.rows] for left_i in left], spread)
+    return accumulator.finish(tuple(deltas))
+
+
+def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
+    """`solve_given_rows` and `w_step` in one pass: the rows of `F_i` need no others.
+
+    Args:
+        stack: The models.
+        V: Orthonormal `(in, r_i)`, float64.
+
+    Raises:
+        InputError: The stack holds NaN or Inf.
+    """
+    accumulator = _Accumulator(stack, V)
+    right = [V_i.to(stack.dtype) for V_i in V]
+    ranks = [V_i.shape[1] for V_i in V]
+    inverse = normal_inverse(V).to(stack.dtype)
+    F = stack.zeros(stack.shape[0], sum(ranks))
+    for block in stack.blocks():
+        centred = block.centred()
+        projected = torch.cat([centred_i @ V_i for centred_i, V_i in zip(centred, right, strict=True)], dim=1)
+        torch.mm(projected, inverse, out=F[block.rows])
+        accumulator.add(block, torch.split(F[block.rows], ranks, dim=1), _squares(centred))
+    return accumulator.finish(tuple(map(LowRank, torch.split(F.double(), ranks, dim=1), V)))
+
+
+class _Accumulator:
+    """What the W-step gathers block by block."""
+
+    def __init__(self, stack: Stack, right: Sequence[Tensor]) -> None:
+        self._stack = stack
+        self._right = [right_i.to(stack.device, stack.dtype).mT for right_i in right]
+        self._weight = torch.empty_like(stack.matrices[0], dtype=stack.dtype, device=stack.device)
+        self._residual = torch.zeros((), dtype=torch.float64, device=stack.device)
+        self._spread = torch.zeros_like(self._residual)
+
+    def add(self, block: Block, left: Sequence[Tensor], spread: Tensor) -> None:
+        """Take in the block; its deviations are used up."""
         rest = block.deviations
-        spread += _spread(rest)
-        for i in range(len(deltas)):
-            rest[i].addmm_(left[i][block.rows], right[i], alpha=-1)
-        torch.add(block.reference, rest.mean(dim=0), out=weight[block.rows])
-        residual += _spread(rest)
-    stack.require_finite(residual)
-    return WStep(weight, float(residual), float(spread), _noise_ratio(stack, deltas, float(residual)))
+        for rest_i, left_i, right_i in zip(rest, left, self._right, strict=False):
+            rest_i.addmm_(left_i, right_i, alpha=-1)
+        mean = rest.mean(dim=0)
+        torch.add(block.reference, mean, out=self._weight[block.rows])
+        self._residual += _squares(rest.sub_(mean))
+        self._spread += spread
+
+    def finish(self, deltas: tuple[LowRank, ...]) -> WStep:
+        """The step, once every block is in."""
+        stack = self._stack
+        stack.require_finite(self._residual)
+        residual, spread = float(self._residual), float(self._spread)
+        expected = float(stack.noise.square().mean()) * _degrees_of_freedom(stack, deltas)
+        return WStep(
+            self._weight,
+            deltas,
+            (residual / spread) ** 0.5 if spread > 0 else 0.0,
+            (residual / expected) ** 0.5 if expected > 0 else 0.0,
+        )
 
 
-def _spread(values: Tensor) -> Tensor:
-    """`sum_i |x_i - mean|^2` over the models."""
-    return (values - values.mean(dim=0)).square_().sum(dtype=torch.float64)
+def _squares(values: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values)
+    return norm.double().square()
 
 
-def _noise_ratio(stack: Stack, deltas: Sequence[LowRank], residual: float) -> float:
-    """Residual over its expectation: (n-1) dk noisy numbers, less the parameters that the fit took."""
+def _degrees_of_freedom(stack: Stack, deltas: Sequence[LowRank]) -> float:
+    """(n-1) dk noisy numbers, less the parameters that the fit took."""
     out, columns = stack.shape
     taken = sum(M_i.rank * (out + columns - M_i.rank) for M_i in deltas)
-    free = max(1.0, (stack.n - 1) * out * columns - taken)
-    expected = float(stack.noise.square().mean()) * free
-    return float((residual / expected) ** 0.5) if expected > 0 else 0.0
+    return max(1.0, (stack.n - 1) * out * columns - taken)

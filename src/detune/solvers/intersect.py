@@ -1,43 +1,45 @@
 """The closed form: every adapter's space is where the spaces of two differences meet.
 
-`W_i - W_j = M_i - M_j` has the column space `col(M_i) + col(M_j)`, so `col(M_1)` is the intersection of
-`col(W_1 - W_2)` and `col(W_1 - W_3)`, and likewise for rows. With the spaces of one side known, the rest is one
-linear least-squares problem for all models (`solve_given_spaces`).
+`W_i - W_j = M_i - M_j` has the row space `row(M_i) + row(M_j)`, so `row(M_1)` is the intersection of
+`row(W_1 - W_2)` and `row(W_1 - W_3)`, and likewise for columns. With the spaces of one side known, the rest is one
+linear least-squares problem for all models (`detune.solvers.fit.normal_inverse`).
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank, NotLowRank, NotRecoverable, Recovery
-from detune.solvers.differences import Differences, find_differences, orthonormal
-from detune.solvers.fit import project, solve_given_spaces, w_step
+from detune.solvers.differences import Differences, find_differences
+from detune.solvers.fit import WStep, w_step_given_rows
+from detune.solvers.linalg import orthonormal
 from detune.solvers.stack import Stack
 
-Side = Literal["left", "right"]
+# Spaces that are this far apart (sin^2) are told apart well enough: the other side is not looked at.
+GOOD_SEPARATION = 0.5
 
 
 @dataclass(frozen=True)
 class Spaces:
-    """The adapters' spaces on one side.
+    """The adapters' row spaces, or their column spaces as the row spaces of the transposed stack.
 
     Attributes:
-        side: "left" for column spaces (in `R^out`), "right" for row spaces (in `R^in`).
-        bases: Orthonormal basis of each model's space, `(out or in, r_i)`, float64.
-        separation: The smallest `sin^2` of an angle between what two differences share and what they do not:
-            1 where the adapters' spaces are orthogonal, 0 where they cannot be told apart.
+        stack: The stack, transposed where `transposed`.
+        transposed: Whether these are column spaces.
+        bases: Orthonormal basis of each model's space, `(in, r_i)` of this stack, float64.
+        separation: The smallest `sin^2` of an angle between what two differences share and what they do not: 1 where
+            the adapters' spaces are orthogonal, 0 where they cannot be told apart.
     """
 
-    side: Side
+    stack: Stack
+    transposed: bool
     bases: tuple[Tensor, ...]
     separation: float
 
-    @property
-    def side_name(self) -> str:
-        """The side in words."""
-        return "column" if self.side == "left" else "row"
+    def __str__(self) -> str:
+        return f"{'column' if self.transposed else 'row'} spaces, separation {self.separation:.2g}"
 
 
 class Unsplittable(NotRecoverable):
@@ -46,82 +48,84 @@ class Unsplittable(NotRecoverable):
 
 @dataclass(frozen=True)
 class Intersect:
-    """Closed form from three models on. It needs `r_1 + r_2 + r_3 <= max(out, in)` and `r_i + r_j <= min(out, in)`.
+    """Closed form from three models on.
+
+    It needs `r_1 + r_2 + r_3 <= max(out, in)` and `r_i + r_j <= min(out, in)`.
 
     Attributes:
         seed: Seed of the sketch.
     """
 
     min_models: ClassVar[int] = 3
+
     seed: int = 0
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Recover by intersection; see `Solver.solve`."""
-        deltas, spaces = split(find_differences(stack, rank, self.seed), rank)
-        step = w_step(stack, deltas)
+        spaces = find_spaces(find_differences(stack, rank, self.seed), rank, self.seed)
+        step = w_step_given_rows(spaces.stack, spaces.bases)
+        step = untranspose(step) if spaces.transposed else step
         return Recovery(
             step.weight,
             "intersect",
-            f"closed form from the {spaces.side_name} spaces, separation {spaces.separation:.2g}",
-            deltas,
-            tuple(M_i.rank for M_i in deltas),
+            f"closed form from the {spaces}",
+            step.deltas,
+            tuple(M_i.rank for M_i in step.deltas),
             step.relative_residual,
             step.noise_ratio,
         )
 
 
-def split(differences: Differences, rank: int | None) -> tuple[tuple[LowRank, ...], Spaces]:
-    """Every model's delta in closed form.
-
-    Raises:
-        NotRecoverable: As `find_spaces`.
-    """
-    stack = differences.stack
-    spaces = find_spaces(differences, rank)
-    if spaces.side == "left":
-        onto_left = project(stack, spaces.bases, ()).onto_left
-        right = solve_given_spaces(torch.cat([E.mT for E in onto_left], dim=1), spaces.bases)
-        return tuple(LowRank(U, V) for U, V in zip(spaces.bases, right, strict=True)), spaces
-    onto_right = project(stack, (), spaces.bases).onto_right
-    left = solve_given_spaces(torch.cat(onto_right, dim=1), spaces.bases)
-    return tuple(LowRank(U, V) for U, V in zip(left, spaces.bases, strict=True)), spaces
-
-
-def find_spaces(differences: Differences, rank: int | None) -> Spaces:
+def find_spaces(differences: Differences, rank: int | None = None, seed: int = 0) -> Spaces:
     """The adapters' spaces on the side where they are easier to tell apart.
+
+    LoRAs of one seed keep their A near the shared start, so their row spaces nearly coincide and their column spaces
+    do not: where the rows are badly separated the columns are looked at too.
+
+    Args:
+        differences: Of the stack as it is.
+        rank: The most that any `M_i` can have.
+        seed: Seed of the sketch of the columns.
 
     Raises:
         NotRecoverable: Fewer than three models.
         NotLowRank: A difference has full rank.
         Unsplittable: The ranks are too high for the matrix.
     """
-    ranks = differences.ranks if rank is None else tuple(min(r, rank) for r in differences.ranks)
-    _check(differences, ranks)
-    out, columns = differences.stack.shape
-    need = _widest_triple(ranks)
-    candidates = [intersect(differences, ranks, "left")] if need <= out else []
-    candidates += [intersect(differences, ranks, "right")] if need <= columns else []
-    return max(candidates, key=lambda spaces: spaces.separation)
+    stack = differences.stack
+    out, columns = stack.shape
+    ranks = _check(differences, rank)
+    rows = intersect(differences, ranks) if _widest_triple(ranks) <= columns else None
+    if rows is not None and (rows.separation >= GOOD_SEPARATION or _widest_triple(ranks) > out):
+        return rows
+    turned = intersect(find_differences(stack.transposed, rank, seed), ranks)
+    turned = replace(turned, transposed=True)
+    return turned if rows is None else max(rows, turned, key=lambda spaces: spaces.separation)
 
 
-def intersect(differences: Differences, ranks: tuple[int, ...], side: Side) -> Spaces:
-    """`span(M_i) = span(W_i - W_prev) ∩ span(W_i - W_next)` for every model of the ring.
+def intersect(differences: Differences, ranks: tuple[int, ...]) -> Spaces:
+    """`row(M_i) = row(W_i - W_before) ∩ row(W_i - W_after)` for every model of the ring.
 
-    The principal angles between the two spans are zero on the intersection: the leading singular vectors of
-    `R_prev^T R_next`, whose singular values are the cosines (Björck & Golub 1973).
+    The principal angles between the two spaces are zero on the intersection: the leading singular vectors of
+    `R_before^T R_after`, whose singular values are the cosines (Björck & Golub 1973).
     """
     n = differences.stack.n
     bases = []
     separation = 1.0
     for i, r in enumerate(ranks):
-        before = getattr(differences.of(i, (i - 1) % n), side)
-        after = getattr(differences.of(i, (i + 1) % n), side)
+        before, after = differences.of(i, (i - 1) % n).basis, differences.of(i, (i + 1) % n).basis
         X, cosines, Yh = torch.linalg.svd(before.mT @ after)
         r = min(r, len(cosines))
         bases.append(orthonormal(before @ X[:, :r] + after @ Yh[:r].mT))
         if r and len(cosines) > r:
             separation = min(separation, max(0.0, 1 - float(cosines[r]) ** 2))
-    return Spaces(side, tuple(bases), separation)
+    return Spaces(differences.stack, False, tuple(bases), separation)
+
+
+def untranspose(step: WStep) -> WStep:
+    """The step of a transposed stack, turned back."""
+    deltas = tuple(LowRank(M_i.right, M_i.left) for M_i in step.deltas)
+    return replace(step, weight=step.weight.mT, deltas=deltas)
 
 
 def _widest_triple(ranks: tuple[int, ...]) -> int:
@@ -130,19 +134,24 @@ def _widest_triple(ranks: tuple[int, ...]) -> int:
     return max(ranks[i - 1] + ranks[i] + ranks[(i + 1) % n] for i in range(n))
 
 
-def _check(differences: Differences, ranks: tuple[int, ...]) -> None:
+def _check(differences: Differences, rank: int | None) -> tuple[int, ...]:
+    """The ranks to work with, if the conditions hold."""
     stack = differences.stack
     out, columns = stack.shape
     if stack.n < 3:
         raise NotRecoverable(
-            f"{stack.n} models: intersect needs three, because a difference of two splits in many ways; "
-            "add a model, or use --method mean"
+            f"{stack.n} models: a difference of two splits into two adapters in infinitely many ways",
+            "a third decides: add a model, or use --method mean",
         )
     if differences.full_rank_pairs:
         raise NotLowRank(differences.full_rank_pairs, stack.shape)
+    ranks = differences.ranks if rank is None else tuple(min(r, rank) for r in differences.ranks)
     widest_pair = max(ranks[i] + ranks[j] for i, j in differences.by_pair)
     if widest_pair > min(out, columns) or _widest_triple(ranks) > max(out, columns):
         raise Unsplittable(
-            f"ranks {ranks} are too high for a {out}x{columns} matrix: three neighbours sum to "
-            f"{_widest_triple(ranks)}, at most {max(out, columns)} can be told apart"
+            f"ranks {ranks} are too high for a {out}x{columns} matrix",
+            f"two sum to {widest_pair} of at most {min(out, columns)}, "
+            f"three to {_widest_triple(ranks)} of at most {max(out, columns)}",
+            "more models with lower ranks are needed",
         )
+    return ranks

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank
-from detune.solvers.differences import orthonormal, thin_svd
-from detune.solvers.fit import Projections, project
+from detune.solvers.fit import project_left, project_right, solve_given_rows
+from detune.solvers.linalg import joint_basis, orthonormal
 from detune.solvers.stack import Stack
 
 
@@ -43,99 +43,119 @@ class Polish:
     cg_tolerance: float = 1e-10
     cg_steps: int = 500
 
-    def run(self, stack: Stack, start: Sequence[LowRank]) -> tuple[tuple[LowRank, ...], int]:
-        """Polished deltas and the number of steps taken.
+    def run(self, stack: Stack, V: Sequence[Tensor]) -> tuple[tuple[LowRank, ...], int]:
+        """The deltas at the maximum, and the number of steps taken.
 
         Args:
             stack: The models.
-            start: A delta for each model, near the answer.
+            V: Orthonormal row spaces near the answer, `(in, r_i)`, float64.
         """
-        deltas = tuple(start)
-        noise = float(stack.noise.square().mean().sqrt())
-        steps = 0
-        while steps < self.max_steps:
-            steps += 1
-            U = [orthonormal(M_i.left.double()) for M_i in deltas]
-            V = [orthonormal(M_i.right.double()) for M_i in deltas]
-            moved = gauss_newton_step(project(stack, U, V), U, V, self)
-            remainder = max(
-                (_second_order(old, new) for old, new in zip(deltas, moved, strict=True) if old.rank),
-                default=0.0,
-            )
-            deltas = moved
-            # The noise that a delta's tangent space takes in has about this norm.
-            floor = noise * max((M_i.rank * sum(stack.shape)) ** 0.5 for M_i in deltas)
-            if remainder <= self.tolerance * floor:
+        # The noise that a delta's tangent space takes in has about this norm.
+        widest = max(V_i.shape[1] for V_i in V)
+        floor = float(stack.noise.square().mean().sqrt()) * (widest * sum(stack.shape)) ** 0.5
+        onto_right = project_right(stack, V)
+        left = solve_given_rows(onto_right, V)
+        for steps in range(1, self.max_steps + 1):
+            U = [orthonormal(left_i) for left_i in left]
+            old = [U_i.mT @ left_i for U_i, left_i in zip(U, left, strict=True)]
+            moved = gauss_newton_step(project_left(stack, U), onto_right, U, V, self)
+            deltas = tuple(tangent.retract() for tangent in moved)
+            left_behind = max(tangent.second_order(S) for tangent, S in zip(moved, old, strict=True))
+            if left_behind <= self.tolerance * floor or steps == self.max_steps:
                 break
+            V = tuple(M_i.right for M_i in deltas)
+            left = tuple(M_i.left for M_i in deltas)
+            onto_right = project_right(stack, V)
         return deltas, steps
 
 
-def _second_order(old: LowRank, new: LowRank) -> float:
-    """What a step of this size leaves behind: `|step|^2 / sigma_min`, by the curvature of the rank-r manifold."""
-    L = torch.cat([new.left, -old.left.double()], dim=1)
-    R = torch.cat([new.right, old.right.double()], dim=1)
-    step = (torch.linalg.qr(L)[1] @ torch.linalg.qr(R)[1].mT).square().sum()
-    smallest = torch.linalg.svdvals(torch.linalg.qr(new.left)[1] @ torch.linalg.qr(new.right)[1].mT)[-1]
-    return float(step / smallest)
+@dataclass(frozen=True)
+class Tangent:
+    """A matrix in the tangent space of the rank-r matrices at `U S V^T`: `U X + (I - U U^T) Y V^T`.
+
+    It is `[U QY] small [V QX]^T` with orthonormal factors.
+
+    Attributes:
+        left: `[U QY]`, `(out, 2r)`.
+        small: `(2r, 2r)`.
+        right: `[V QX]`, `(in, 2r)`.
+    """
+
+    left: Tensor
+    small: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, X: Tensor, Y: Tensor, U: Tensor, V: Tensor) -> "Tangent":
+        """From `X` `(r, in)` and `Y` `(out, r)`, at orthonormal U and V."""
+        S = X @ V
+        X, Y = X - S @ V.mT, Y - U @ (U.mT @ Y)
+        QX, QY = orthonormal(X.mT), orthonormal(Y)
+        small = torch.cat([torch.cat([S, X @ QX], dim=1), torch.cat([QY.mT @ Y, torch.zeros_like(S)], dim=1)])
+        return cls(torch.cat([U, QY], dim=1), small, torch.cat([V, QX], dim=1))
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.small.shape[0] // 2
+
+    def retract(self) -> LowRank:
+        """Best rank-r approximation (Vandereycken 2013, eq. 3.1)."""
+        A, sigma, Bh = torch.linalg.svd(self.small)
+        r = self.rank
+        return LowRank(self.left @ (A[:, :r] * sigma[:r]), self.right @ Bh[:r].mT)
+
+    def second_order(self, S: Tensor) -> float:
+        """What a step from `U S V^T` to here leaves behind: `|step|^2 / sigma_min`, the manifold's curvature."""
+        if self.rank == 0:
+            return 0.0
+        step = self.small.clone()
+        step[: self.rank, : self.rank] -= S
+        return float(step.square().sum() / torch.linalg.svdvals(self.small)[self.rank - 1])
 
 
 def gauss_newton_step(
-    projections: Projections, U: Sequence[Tensor], V: Sequence[Tensor], options: Polish | None = None
-) -> tuple[LowRank, ...]:
-    """Solve the linearised problem exactly and go back to rank r.
+    E: Sequence[Tensor],
+    F: Sequence[Tensor],
+    U: Sequence[Tensor],
+    V: Sequence[Tensor],
+    options: Polish | None = None,
+) -> tuple[Tangent, ...]:
+    """Solve the problem linearised at `U_i`, `V_i` exactly.
 
     Args:
-        projections: `E_i = U_i^T (W_i - mean)` and `F_i = (W_i - mean) V_i`.
+        E: `U_i^T (W_i - mean)`, `(r_i, in)`, float64.
+        F: `(W_i - mean) V_i`, `(out, r_i)`, float64.
         U: Orthonormal `(out, r_i)`, float64.
         V: Orthonormal `(in, r_i)`, float64.
         options: Tolerances of the conjugate gradients.
 
     Returns:
-        The new `M_i`.
+        The new `M_i`, each in its tangent space.
     """
     options = options or Polish()
-    E, F = projections.onto_left, projections.onto_right
     core = Core.of(U, V)
     Q, P, a, b = core.Q, core.P, core.a, core.b
-    n = len(U)
-    H = [U_i.mT @ F_i for F_i, U_i in zip(F, U, strict=True)]
 
-    # Right-hand side -sum_i [U_i E_i + F_i V_i^T - U_i H_i V_i^T], block by block.
-    EP = [E_i @ P for E_i in E]
-    QF = [Q.mT @ F_i for F_i in F]
-    left = Q.new_zeros(Q.shape[1], P.shape[0])  # (s_U, in), rows outside P
-    right = Q.new_zeros(Q.shape[0], P.shape[1])  # (out, s_V), columns outside Q
+    # Right-hand side -sum_i [U_i E_i + F_i V_i^T - U_i (U_i^T F_i) V_i^T], block by block.
+    left = Q.new_zeros(Q.shape[1], P.shape[0])  # (s_U, in), outside P
+    right = Q.new_zeros(Q.shape[0], P.shape[1])  # (out, s_V), outside Q
     middle = Q.new_zeros(Q.shape[1], P.shape[1])
-    for i in range(n):
-        left -= a[i] @ (E[i] - EP[i] @ P.mT)
-        right -= (F[i] - Q @ QF[i]) @ b[i].mT
-        middle -= a[i] @ EP[i] + (QF[i] - a[i] @ H[i]) @ b[i].mT
+    for E_i, F_i, U_i, a_i, b_i in zip(E, F, U, a, b, strict=True):
+        EP, QF = E_i @ P, Q.mT @ F_i
+        left -= a_i @ (E_i - EP @ P.mT)
+        right -= (F_i - Q @ QF) @ b_i.mT
+        middle -= a_i @ EP + (QF - a_i @ (U_i.mT @ F_i)) @ b_i.mT
 
-    # Delta = Q left + right P^T + Q middle P^T.
+    # Delta = W - mean = Q left + right P^T + Q middle P^T.
     left = core.inverse_G_U @ left
     right = right @ core.inverse_G_V
     middle = core.solve(middle, options.cg_tolerance, options.cg_steps)
-
-    deltas = []
-    for i in range(n):
-        X = E[i] - a[i].mT @ (left + middle @ P.mT)  # U_i^T (Y_i - Delta); right has no part in Q
-        Y = F[i] - (Q @ (middle @ b[i]) + right @ b[i])  # (Y_i - Delta) V_i; left has no part in P
-        deltas.append(_retract(X, Y, U[i], V[i]))
-    return tuple(deltas)
-
-
-def _retract(X: Tensor, Y: Tensor, U: Tensor, V: Tensor) -> LowRank:
-    """Best rank-r approximation of the tangent vector `U X + (I - U U^T) Y V^T` (Vandereycken 2013, eq. 3.1)."""
-    r = U.shape[1]
-    if r == 0:
-        return LowRank(U, V)
-    S = X @ V
-    QX, RX = torch.linalg.qr((X - S @ V.mT).mT)
-    QY, RY = torch.linalg.qr(Y - U @ (U.mT @ Y))
-    small = torch.cat([torch.cat([S, RX.mT], dim=1), torch.cat([RY, torch.zeros_like(RX)], dim=1)])
-    A, sigma, Bh = torch.linalg.svd(small)
-    left = torch.cat([U, QY], dim=1) @ (A[:, :r] * sigma[:r])
-    return LowRank(left, torch.cat([V, QX], dim=1) @ Bh[:r].mT)
+    return tuple(
+        # U_i^T (W_i - W), where `right` has no part in Q, and (W_i - W) V_i, where `left` has none in P.
+        Tangent.of(E_i - a_i.mT @ (left + middle @ P.mT), F_i - (Q @ middle + right) @ b_i, U_i, V_i)
+        for E_i, F_i, U_i, V_i, a_i, b_i in zip(E, F, U, V, a, b, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +181,7 @@ class Core:
     @classmethod
     def of(cls, U: Sequence[Tensor], V: Sequence[Tensor]) -> "Core":
         """The operator for given spaces: `U_i` `(out, r_i)` and `V_i` `(in, r_i)`, orthonormal, float64."""
-        Q, P = _joint_basis(U), _joint_basis(V)
+        Q, P = joint_basis(U), joint_basis(V)
         a = tuple(Q.mT @ U_i for U_i in U)
         b = tuple(P.mT @ V_i for V_i in V)
         return cls(Q, P, a, b, _inverse_gram(a), _inverse_gram(b))
@@ -195,12 +215,6 @@ class Core:
             previous, rho = rho, (residual * z).sum()
             direction = z + (rho / previous) * direction
         return X
-
-
-def _joint_basis(bases: Sequence[Tensor]) -> Tensor:
-    """Orthonormal basis of the sum of spaces; directions that coincide to rounding are counted once."""
-    U, S, _ = thin_svd(torch.cat(list(bases), dim=1))
-    return U[:, S.gt(1e-12)]
 
 
 def _inverse_gram(coordinates: Sequence[Tensor]) -> Tensor:

@@ -133,18 +133,35 @@ class Stack:
         """`(out, in)`."""
         return self.matrices[0].shape[0], self.matrices[0].shape[1]
 
+    @cached_property
+    def transposed(self) -> "Stack":
+        """The same stack with rows and columns exchanged; nothing is copied."""
+        return Stack(tuple(W_i.mT for W_i in self.matrices), self.dtype, self.device)
+
+    @property
+    def block_height(self) -> int:
+        """Rows of a block."""
+        return max(1, min(self.shape[0], BLOCK_ENTRIES // max(1, self.shape[1])))
+
     def blocks(self) -> Iterator[Block]:
-        """All rows, block by block, in order."""
-        out, width = self.shape
-        height = max(1, min(out, BLOCK_ENTRIES // max(1, width)))
+        """All rows, block by block, in order. The deviations' memory is reused: they are valid until the next."""
+        out, height = self.shape[0], self.block_height
+        buffer = self._block_buffer(height)
         for start in range(0, out, height):
             rows = slice(start, min(start + height, out))
             reference = self.matrices[0][rows].to(self.device, self.dtype)
-            deviations = torch.empty(self.n, *reference.shape, dtype=self.dtype, device=self.device)
+            deviations = buffer[:, : reference.shape[0]]
             deviations[0] = 0
             for i in range(1, self.n):
                 torch.sub(self.matrices[i][rows].to(self.device, self.dtype), reference, out=deviations[i])
             yield Block(rows, reference, deviations)
+
+    def _block_buffer(self, height: int) -> Tensor:
+        width = self.shape[1]
+        if self.matrices[0].stride(0) < self.matrices[0].stride(1):
+            # A transposed stack: the block is laid out as its matrices are, or every copy would jump about.
+            return self.zeros(self.n, width, height).mT
+        return self.zeros(self.n, height, width)
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros in the compute dtype, on the device."""
@@ -159,26 +176,27 @@ class Stack:
         return torch.Generator(device=self.device).manual_seed(seed)
 
     @cached_property
-    def noise(self) -> Tensor:
-        """Root mean square of each model's storage rounding error, `(n,)`, float64."""
-        return torch.stack([storage_variance(_sample(W_i)).mean().sqrt() for W_i in self.matrices])
+    def _variances(self) -> list[Tensor]:
+        """Storage variance of some rows of each model, `(rows, in)`, float64."""
+        return [storage_variance(_sample(W_i)) for W_i in self.matrices]
 
     @cached_property
-    def noise_norm(self) -> Tensor:
-        """Estimated spectral norm of each model's rounding error, `(n,)`, float64.
+    def noise(self) -> Tensor:
+        """Root mean square of each model's storage rounding error, `(n,)`, float64."""
+        return torch.stack([variance.mean().sqrt() for variance in self._variances])
 
-        For independent entries with variances `v`, `max_row sqrt(sum v) + max_col sqrt(sum v)` (Bandeira & van
-        Handel 2016, Theorem 1.1, without its lower-order term); on equal variances it is `sigma (sqrt d + sqrt k)`.
+    def noise_norm(self, model: int, rows: int) -> Tensor:
+        """Estimated spectral norm of a model's rounding error after folding onto `rows`, a float64 scalar.
+
+        For independent entries with variances `v` it is `max_row sqrt(sum v) + max_col sqrt(sum v)` (Bandeira & van
+        Handel 2016, Theorem 1.1, without its lower-order term); on equal variances, `sigma (sqrt d + sqrt k)`. Folding
+        d rows onto m adds up `d / m` variances in each entry.
         """
         out, width = self.shape
-        norms = []
-        for W_i in self.matrices:
-            variance = storage_variance(_sample(W_i))
-            # Blocks of 16 neighbours steady the estimate of the largest row and column.
-            columns = variance.mean(dim=0).max() * out
-            rows = variance.mean(dim=1).max() * width
-            norms.append(columns.sqrt() + rows.sqrt())
-        return torch.stack(norms)
+        variance = self._variances[model]
+        columns = variance.mean(dim=0).max() * out
+        longest = variance.mean(dim=1).max() * width * out / rows
+        return columns.sqrt() + longest.sqrt()
 
 
 def storage_variance(values: Tensor) -> Tensor:
@@ -197,7 +215,7 @@ def storage_variance(values: Tensor) -> Tensor:
     return ulp.square() / 12
 
 
-def _sample(matrix: Tensor, rows: int = 128) -> Tensor:
+def _sample(matrix: Tensor, rows: int = 64) -> Tensor:
     """Evenly spaced rows: enough to know magnitudes by."""
     return matrix[:: max(1, matrix.shape[0] // rows)]
 
