@@ -136,7 +136,7 @@ def compare(recovered: str, truth: str, as_json: bool) -> None:
     from detune.terminal import show_comparison
 
     comparison = detune.compare(recovered, truth)
-    click.echo(comparison.to_json()) if as_json else show_comparison(comparison)
+    click.echo(comparison.to_json(), nl=False) if as_json else show_comparison(comparison)
 
 
 @cli.command()

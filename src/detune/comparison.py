@@ -3,16 +3,14 @@
 import json
 import math
 import statistics
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from detune.checkpoints import open_checkpoint
+from detune.checkpoints import Checkpoint, open_checkpoint
 from detune.errors import InputError
-from detune.family import check_fit
 from detune.metrics import bit_identical, w_error
 
 
@@ -40,12 +38,16 @@ class Comparison:
     Attributes:
         recovered: The one compared, as the user gave it.
         truth: What it was compared with.
-        rows: Every tensor, in file order.
+        rows: Every tensor that both have, in the truth's file order.
+        only_recovered: Names that the truth lacks.
+        only_truth: Names that the recovered checkpoint lacks.
     """
 
     recovered: str
     truth: str
     rows: tuple[ComparisonRow, ...]
+    only_recovered: tuple[str, ...]
+    only_truth: tuple[str, ...]
 
     @property
     def differing(self) -> tuple[ComparisonRow, ...]:
@@ -71,7 +73,7 @@ class Comparison:
     def to_json(self) -> str:
         """The comparison as JSON; `-inf` becomes null."""
         rows = [asdict(row) | {"w_error": row.w_error if math.isfinite(row.w_error) else None} for row in self.rows]
-        return json.dumps({"recovered": self.recovered, "truth": self.truth, "summary": self.summary, "tensors": rows})
+        return json.dumps(asdict(self) | {"rows": rows, "summary": self.summary}, indent=1) + "\n"
 
 
 def compare(recovered: str | Path, truth: str | Path) -> Comparison:
@@ -85,20 +87,41 @@ def compare(recovered: str | Path, truth: str | Path) -> Comparison:
         A row for each tensor, and a summary.
 
     Raises:
-        InputError: One cannot be read, or their tensors have other names or shapes.
+        InputError: One cannot be read, their shapes differ, or they have no names in common.
 
     Example:
         >>> compare("recovered", "base").summary["mean_w_error"]  # doctest: +SKIP
         -16.9
     """
-    return Comparison(str(recovered), str(truth), tuple(_rows(recovered, truth)))
-
-
-def _rows(recovered: str | Path, truth: str | Path) -> Iterator[ComparisonRow]:
     with open_checkpoint(recovered) as ours, open_checkpoint(truth) as theirs:
-        check_fit(theirs, ours)
-        for name, info in theirs.tensors.items():
-            a, b = ours.read(name), theirs.read(name)
-            if not bool(torch.isfinite(b).all() if b.is_floating_point() else True):
-                raise InputError(f"tensor {name!r} of {theirs.spec} holds NaN or Inf", "expected the base's weights")
-            yield ComparisonRow(name, info.shape, w_error(a, b), bit_identical(a, b))
+        common = [name for name in theirs.tensors if name in ours.tensors]
+        if not common:
+            raise InputError(
+                f"{ours.spec} and {theirs.spec} have no tensor in common",
+                f"got {next(iter(ours.tensors))!r} ..., expected {next(iter(theirs.tensors))!r} ...",
+                "give checkpoints of one architecture, saved from the same class",
+            )
+        return Comparison(
+            ours.spec,
+            theirs.spec,
+            tuple(_row(ours, theirs, name) for name in common),
+            tuple(name for name in ours.tensors if name not in theirs.tensors),
+            tuple(name for name in theirs.tensors if name not in ours.tensors),
+        )
+
+
+def _row(ours: Checkpoint, theirs: Checkpoint, name: str) -> ComparisonRow:
+    shape, expected = ours.tensors[name].shape, theirs.tensors[name].shape
+    if shape != expected:
+        raise InputError(
+            f"tensor {name!r} of {ours.spec} has shape {list(shape)}",
+            f"{theirs.spec} has {list(expected)}",
+            "give checkpoints of one architecture",
+        )
+    recovered, truth = ours.read(name), theirs.read(name)
+    for model, tensor in ((ours, recovered), (theirs, truth)):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"tensor {name!r} of {model.spec} holds NaN or Inf", "expected finite weights", "copy it again"
+            )
+    return ComparisonRow(name, expected, w_error(recovered, truth), bit_identical(recovered, truth))

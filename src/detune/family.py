@@ -41,7 +41,7 @@ class Family:
         with ExitStack() as opened:
             self.models = tuple(opened.enter_context(open_checkpoint(spec, merge_dtype=merge_dtype)) for spec in models)
             for other in self.models[1:]:
-                check_fit(self.models[0], other)
+                _check_fit(self.models[0], other)
             for first, second in combinations(self.models, 2):
                 _check_distinct(first, second)
             self._opened = opened.pop_all()
@@ -147,7 +147,7 @@ def _block(model: Checkpoint, name: str, start: int, length: int) -> Tensor:
     return torch.frombuffer(model.read_bytes(name, start, length), dtype=torch.uint8)
 
 
-def check_fit(reference: Checkpoint, other: Checkpoint) -> None:
+def _check_fit(reference: Checkpoint, other: Checkpoint) -> None:
     """Same names, same shapes, floats against floats."""
     missing = [name for name in reference.tensors if name not in other.tensors]
     extra = [name for name in other.tensors if name not in reference.tensors]

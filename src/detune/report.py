@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import detune
+from detune import __version__
 
 
 class Status(StrEnum):
@@ -123,7 +123,7 @@ def versions() -> dict[str, str]:
     """Versions of detune and of what its figures depend on."""
     import torch
 
-    return {"detune": detune.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return {"detune": __version__, "python": platform.python_version(), "torch": torch.__version__}
 
 
 def _ranks_by_model(rows: Sequence[TensorRow]) -> list[list[int]]:

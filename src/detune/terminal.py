@@ -79,6 +79,10 @@ def show_comparison(comparison: Comparison) -> None:
         )
     if comparison.differing:
         console.print(table)
+    for names, where in ((comparison.only_recovered, comparison.truth), (comparison.only_truth, comparison.recovered)):
+        if names:
+            listed = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+            console.print(f"not compared: {where} lacks {listed}", highlight=False, soft_wrap=True)
     summary = comparison.summary
     console.print(
         f"{summary['identical_tensors']} of {summary['tensors']} tensors and "

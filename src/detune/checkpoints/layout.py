@@ -97,7 +97,9 @@ def component_dirs(root: Path) -> list[str]:
                 if isinstance(value, list) and len(value) == 2 and value[1] is not None
             ]
         elif modules.is_file():
-            found = [PurePosixPath(module["path"]).as_posix() for module in read_json(modules)]
+            # A module without parameters, such as a normalisation, may have no directory at all.
+            named = [PurePosixPath(module["path"]).as_posix() for module in read_json(modules)]
+            found = [path for path in named if (root / path).is_dir()]
         else:
             found = [""]
     except (AttributeError, TypeError, KeyError) as error:

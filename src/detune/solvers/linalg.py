@@ -36,8 +36,7 @@ def thin_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return Q @ U, S, Vh.mT
     # The Gram matrix halves the digits: half of float64's are as many as float32 has.
     tall = tall.double()
-    values, V = torch.linalg.eigh(tall.mT @ tall)
-    V = V.flip(1)
+    V = torch.linalg.eigh(tall.mT @ tall)[1].flip(1)
     U = tall @ V
     S = torch.linalg.vector_norm(U, dim=0)
     return U / S.clamp(min=torch.finfo(S.dtype).tiny), S, V
