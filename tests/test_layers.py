@@ -29,7 +29,7 @@ LAYERS = (
 THIRD_PARTY = {
     "errors": set(),
     "solvers": {"torch", "numpy"},
-    "checkpoints": {"torch", "numpy", "safetensors", "huggingface_hub"},
+    "checkpoints": {"torch", "numpy", "safetensors", "huggingface_hub", "transformers"},
     "metrics": {"torch", "numpy"},
 }
 

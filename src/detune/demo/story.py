@@ -13,17 +13,17 @@ from rich.table import Table
 import detune
 from detune.comparison import Comparison
 from detune.demo.texts import DEMO_DOMAINS, passages
-from detune.demo.train import base_model, embeddings, merge, train_lora
+from detune.demo.train import STEPS, base_model, embeddings, merge, train_lora
 from detune.errors import OutputError
 from detune.report import Status
 
 # The paper's baselines, its method, and ours.
 METHODS = {
-    "single": "one fine-tuned model, as it is",
-    "mean": "the average of the three",
-    "spectral": "Spectral DeTuning, 300 iterations",
+    "single": "one model as it is",
+    "mean": "their average",
+    "spectral": "the paper's method",
     "intersect": "closed form",
-    "auto": "closed form, then polished",
+    "auto": "the same, polished",
 }
 RANK = 16
 SENTENCES = (
@@ -51,34 +51,48 @@ def tell(out: Path | None = None, *, steps: int | None = None, seed: int = 0) ->
         DetuneError: The extra `demo` is not installed.
         OutputError: `out` exists and is not empty.
     """
-    if out is not None and out.exists() and any(out.iterdir()):
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not empty", "choose another directory, or leave --out away")
-    base = base_model()
-    options = {} if steps is None else {"steps": steps}
-    with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="detune-demo-") as folder:
-        return _tell(base, Path(folder), options, seed)
-
-
-def _tell(base: Path, folder: Path, options: dict[str, int], seed: int) -> dict[str, Comparison]:
     console = Console(highlight=False)
+    base = base_model()
+    with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="detune-demo-") as directory:
+        folder = Path(directory)
+        merged = _fine_tune(console, base, folder, steps or STEPS, seed)
+        comparisons = _attack(console, base, merged, folder)
+        _check_behaviour(console, base, merged[0], folder / "recovered-auto")
     console.print(
-        "[bold]1. A base model and three fine-tunes of it.[/] The base is all-MiniLM-L6-v2, 22 million real weights. "
-        f"Each fine-tune is a LoRA of rank {RANK} on query and value, trained from seed {seed} on English text that "
-        "Python carries, merged by PEFT and saved as float32."
+        "\nThree merged fine-tunes gave their base away: nobody published it, and anybody\n"
+        "can compute it. Two would not have. Look at your own with\n"
+        "   detune inspect MODEL MODEL MODEL"
+    )
+    if out is not None:
+        console.print(f"All models are kept in {out}.", soft_wrap=True)
+    return comparisons
+
+
+def _fine_tune(console: Console, base: Path, folder: Path, steps: int, seed: int) -> list[Path]:
+    console.print(
+        "[bold]1. A base model and three fine-tunes of it[/]\n"
+        "   The base is all-MiniLM-L6-v2: 22 million real weights. Each fine-tune is a\n"
+        f"   LoRA of rank {RANK} on query and value, trained from seed {seed} on English text that\n"
+        "   Python carries, merged by PEFT and saved in float32."
     )
     merged = []
     for domain in DEMO_DOMAINS:
+        began = time.perf_counter()
         texts = passages(domain)
         with Spinner(f"training on {domain}", console=console):
-            began = time.perf_counter()
-            adapter = train_lora(base, texts, folder / f"adapter-{domain}", rank=RANK, seed=seed, **options)
+            adapter = train_lora(base, texts, folder / f"adapter-{domain}", rank=RANK, steps=steps, seed=seed)
             merged.append(merge(base, adapter, folder / f"merged-{domain}"))
-        console.print(f"   {domain}: {len(texts)} passages, {time.perf_counter() - began:.0f} s")
+        console.print(f"   {domain}: {len(texts)} passages, {steps} steps, {time.perf_counter() - began:.0f} s")
+    return merged
 
-    console.print("\n[bold]2. The attack.[/] It sees the three merged models, not the base and not the adapters:")
-    console.print(f"   detune recover {' '.join(path.name for path in merged)} --out recovered\n")
+
+def _attack(console: Console, base: Path, merged: list[Path], folder: Path) -> dict[str, Comparison]:
+    console.print("\n[bold]2. The recovery, from the merged models alone[/]")
+    console.print(f"   detune recover {' '.join(path.name for path in merged)}\n      --out recovered\n")
     comparisons = {}
-    table = Table("method", "", "W-Error, mean", "worst", "identical bits", "seconds", box=None, pad_edge=False)
+    table = Table("method", "", "W-Error", "worst", "identical bits", "seconds", box=None)
     for method, meaning in METHODS.items():
         # Spectral DeTuning is told the rank, as in the paper; the others find it.
         rank = RANK if method == "spectral" else None
@@ -97,17 +111,18 @@ def _tell(base: Path, folder: Path, options: dict[str, int], seed: int) -> dict[
         )
     console.print(table)
     console.print(
-        f"   Over the {len(tuned)} matrices that were fine-tuned; the others are identical in all models. W-Error is\n"
-        "   log10 of the mean squared error against the true base, identical bits the share of exact entries."
-    )
-
-    console.print("\n[bold]3. The recovered model behaves as the base.[/] Largest difference of sentence embeddings:")
-    truth = embeddings(base, SENTENCES)
-    for name, path in {"a fine-tuned model": merged[0], "the recovered model": folder / "recovered-auto"}.items():
-        difference = float((embeddings(path, SENTENCES) - truth).abs().max())
-        console.print(f"   {name + ':':22} {difference:.1e}")
-    console.print(
-        "\nThree merged fine-tunes gave their base away: nobody published it, and anybody can compute it. Two would not "
-        "have. Look at your own models with [bold]detune inspect MODEL...[/]"
+        f"\n   Over the {len(tuned)} matrices that were fine-tuned; all others are shared by the models.\n"
+        "   W-Error is log10 of the mean squared error against the true base, averaged\n"
+        "   over the matrices; identical bits is the share of weights that are exact."
     )
     return comparisons
+
+
+def _check_behaviour(console: Console, base: Path, tuned: Path, recovered: Path) -> None:
+    console.print(
+        "\n[bold]3. The recovered model behaves as the base[/]\n   Largest difference of sentence embeddings:"
+    )
+    truth = embeddings(base, SENTENCES)
+    for name, path in (("a fine-tuned model", tuned), ("the recovered model", recovered)):
+        difference = float((embeddings(path, SENTENCES) - truth).abs().max())
+        console.print(f"   {name:20} {difference:.1e}")

@@ -23,6 +23,7 @@ __all__ = ["base_model", "embeddings", "merge", "train_lora"]
 
 _log = logging.getLogger(__name__)
 
+STEPS = 100
 _BATCH = 8  # pairs a step
 _LENGTH_TOKENS = 24  # of each half passage
 _TEMPERATURE = 0.05  # of the contrastive loss, as in SimCSE
@@ -50,7 +51,7 @@ def train_lora(
     rank: int = 16,
     alpha: int = 32,
     targets: Sequence[str] = ("query", "value"),
-    steps: int = 100,
+    steps: int = STEPS,
     lr: float = 1e-3,
     seed: int = 0,
     threads: int = 2,
