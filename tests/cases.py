@@ -25,6 +25,12 @@ class Problem:
     deltas: tuple[Tensor, ...]
     stack: Tensor
 
+    def turned(self, left: Tensor, right: Tensor) -> "Problem":
+        """The problem in other orthonormal bases, rounded once again as storing does it."""
+        W_star = left @ self.W_star @ right
+        deltas = tuple(left @ M_i @ right for M_i in self.deltas)
+        return Problem(W_star, deltas, torch.stack([W_star + M_i for M_i in deltas]).to(self.stack.dtype))
+
     def error(self, weight: Tensor) -> float:
         """Root mean square error of an answer, over that of the deltas."""
         return rms(weight.double() - self.W_star) / self.delta_rms
@@ -134,15 +140,14 @@ def make_problem(regime: Regime, generator: torch.Generator) -> Problem:
         rows = regime.shared_rows**0.5 * common[:, :r] + (1 - regime.shared_rows) ** 0.5 * own
         U, V = torch.linalg.qr(normal(generator, out, r))[0], torch.linalg.qr(rows)[0]
         sigma = torch.exp(torch.linspace(0, -regime.decay, r, dtype=torch.float64))
-        spread = regime.scale * (out * columns) ** 0.5 / max(1.0, float(sigma.norm()))
-        deltas.append(spread * (U * sigma) @ V.mT)
+        deltas.append(regime.scale * (out * columns / max(1, r)) ** 0.5 * (U * sigma) @ V.mT)
     stack = torch.stack([W_star + M_i for M_i in deltas]).to(regime.dtype)
     return Problem(W_star, tuple(deltas), stack)
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
     """Standard normal numbers, float64."""
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def orthogonal(generator: torch.Generator, size: int) -> Tensor:
