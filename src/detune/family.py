@@ -144,7 +144,9 @@ def _same_bytes(models: Sequence[Checkpoint], name: str, limit: int | None = Non
 
 
 def _block(model: Checkpoint, name: str, start: int, length: int) -> Tensor:
-    return torch.frombuffer(model.read_bytes(name, start, length), dtype=torch.uint8)
+    # Eight bytes at a time, where they divide: several times faster to compare.
+    dtype = torch.int64 if length % 8 == 0 else torch.uint8
+    return torch.frombuffer(model.read_bytes(name, start, length), dtype=dtype)
 
 
 def _check_fit(reference: Checkpoint, other: Checkpoint) -> None:

@@ -166,7 +166,7 @@ def test_names_the_model_that_holds_nan_or_inf(name, value, dtype):
 
 @pytest.mark.parametrize("name", ["auto", "intersect"])
 def test_needs_three_models(name):
-    with pytest.raises(NotRecoverable, match="2 models.* a third decides: add a model"):
+    with pytest.raises(NotRecoverable, match=r"2 models.* a third decides: add a model"):
         SOLVERS[name]().solve(Stack.of(make_problem(REGIMES["plain"], seeded()).stack[:2]))
 
 
@@ -175,7 +175,7 @@ def test_names_the_models_that_differ_at_full_rank(name):
     stack = make_problem(REGIMES["many models"], seeded()).stack
     stack[2] = normal(seeded(9), *stack[2].shape)
     with pytest.raises(
-        NotLowRank, match="models 1 and 2 differ at full rank in a 72x60 matrix; .*leave it out"
+        NotLowRank, match=r"models 1 and 2 differ at full rank in a 72x60 matrix; .*leave it out"
     ) as refused:
         SOLVERS[name]().solve(Stack.of(stack))
     assert all(2 in pair for pair in refused.value.pairs)

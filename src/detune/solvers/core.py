@@ -1,6 +1,6 @@
-"""The joint core: `W_i = W_1 + Q C_i P^T`, so that iterations run on small matrices.
+"""The joint core: `W_i = mean + Q C_i P^T`, so that iterations run on small matrices.
 
-All `W_i - W_1 = M_i - M_1` live in the sum of the adapters' spaces, at most `s = sum r_i` wide. An iteration that is
+All `W_i - mean_j W_j` live in the sum of the adapters' spaces, at most `s = sum r_i` wide. An iteration that is
 built from SVDs and averages of the `W_i - W` commutes with the orthonormal Q and P, so on the cores `C_i` it gives
 the same iterates; only what storage rounding adds outside the spans is left to the last full-size step.
 """
@@ -23,7 +23,7 @@ class JointCore:
     Attributes:
         Q: Orthonormal, `(out, s_Q)`, compute dtype.
         P: Orthonormal, `(in, s_P)`, compute dtype.
-        cores: `C_i = Q^T (W_i - W_1) P`, `(n, s_Q, s_P)`, compute dtype; `C_1 = 0`.
+        cores: `C_i = Q^T (W_i - mean) P`, `(n, s_Q, s_P)`, compute dtype.
     """
 
     Q: Tensor
@@ -50,13 +50,13 @@ class JointCore:
         sketch = stack.zeros(width, columns)
         for block in stack.blocks():
             # Each model has test vectors of its own; their sum covers the sum of the spaces.
-            for D_i in block.deviations[1:]:
-                sketch.addmm_(stack.gaussian(generator, width, D_i.shape[0]), D_i)
+            for centred_i in block.centred:
+                sketch.addmm_(stack.gaussian(generator, width, centred_i.shape[0]), centred_i)
         stack.require_finite(sketch.sum())
         P = orthonormal(sketch.mT)
         images = stack.zeros(stack.n, out, width)
         for block in stack.blocks():
-            images[:, block.rows] = block.deviations @ P
+            images[:, block.rows] = block.centred @ P
         mixing = stack.gaussian(generator, stack.n, width, width)
         Q = orthonormal((images @ mixing).sum(dim=0))
         return cls(Q, P, Q.mT @ images)

@@ -139,7 +139,7 @@ def find_differences(stack: Stack, rank: int | None = None, seed: int = 0, fold:
 
 
 def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
-    """`S (W_i - W_1)` for each model, `(n, rows or a little more, in)`, S a sparse sign embedding of the rows.
+    """`S (W_i - mean)` for each model, `(n, rows or a little more, in)`, S a sparse sign embedding of the rows.
 
     Rows that lie a multiple of the height apart share a bucket: neighbours, which often belong to one attention head
     and change together, do not. Where there are no more rows than asked for, they are taken as they are.
@@ -151,12 +151,12 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
     generator = stack.generator(seed)
     for block in stack.blocks():
         start = block.rows.start % buckets
-        target = folded[1:, start : start + block.reference.shape[0]]
+        target = folded[:, start : start + block.reference.shape[0]]
         if buckets == out:
-            target.copy_(block.deviations[1:])
+            target.copy_(block.centred)
         else:
             signs = stack.gaussian(generator, block.reference.shape[0], 1).sign()
-            target.addcmul_(block.deviations[1:], signs)
+            target.addcmul_(block.centred, signs)
     stack.require_finite(folded.sum())
     return folded
 

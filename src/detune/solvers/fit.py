@@ -11,7 +11,7 @@ from detune.solvers.stack import Block, Stack
 
 
 def project_right(stack: Stack, V: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """`F_i = (W_i - mean) V_i` for each model, `(out, r_i)`, float64.
+    """`F_i = (W_i - mean) V_i` for each model, `(out, r_i)`, `stack.factor_dtype`.
 
     Args:
         stack: The models.
@@ -20,13 +20,13 @@ def project_right(stack: Stack, V: Sequence[Tensor]) -> tuple[Tensor, ...]:
     V = [V_i.to(stack.dtype) for V_i in V]
     F = [stack.zeros(stack.shape[0], V_i.shape[1]) for V_i in V]
     for block in stack.blocks():
-        for centred_i, V_i, F_i in zip(block.centred(), V, F, strict=True):
+        for centred_i, V_i, F_i in zip(block.centred, V, F, strict=True):
             torch.mm(centred_i, V_i, out=F_i[block.rows])
-    return tuple(F_i.double() for F_i in F)
+    return tuple(F_i.to(stack.factor_dtype) for F_i in F)
 
 
 def project_left(stack: Stack, U: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """`E_i = U_i^T (W_i - mean)` for each model, `(r_i, in)`, float64.
+    """`E_i = U_i^T (W_i - mean)` for each model, `(r_i, in)`, `stack.factor_dtype`.
 
     Args:
         stack: The models.
@@ -35,9 +35,9 @@ def project_left(stack: Stack, U: Sequence[Tensor]) -> tuple[Tensor, ...]:
     U = [U_i.to(stack.dtype) for U_i in U]
     E = [stack.zeros(U_i.shape[1], stack.shape[1]) for U_i in U]
     for block in stack.blocks():
-        for centred_i, U_i, E_i in zip(block.centred(), U, E, strict=True):
+        for centred_i, U_i, E_i in zip(block.centred, U, E, strict=True):
             E_i.addmm_(U_i[block.rows].mT, centred_i)
-    return tuple(E_i.double() for E_i in E)
+    return tuple(E_i.to(stack.factor_dtype) for E_i in E)
 
 
 def normal_inverse(V: Sequence[Tensor]) -> Tensor:
@@ -49,7 +49,7 @@ def normal_inverse(V: Sequence[Tensor]) -> Tensor:
     Args:
         V: Orthonormal `(in, r_i)`, float64, `s = sum r_i`.
     """
-    joint = torch.cat(list(V), dim=1)
+    joint = torch.cat(list(V), dim=1).double()
     normal = torch.eye(joint.shape[1], dtype=joint.dtype, device=joint.device) - joint.mT @ joint / len(V)
     # The pseudo-inverse, not a Cholesky factor: where spaces coincide the least-norm answer is the one to give.
     inverse: Tensor = torch.linalg.pinv(normal, hermitian=True, rtol=1e-12)
@@ -60,10 +60,11 @@ def solve_given_rows(projected: Sequence[Tensor], V: Sequence[Tensor]) -> tuple[
     """Least squares for all models at once when the row spaces are known: `F_i` of `M_i = F_i V_i^T`.
 
     Args:
-        projected: `(W_i - mean) V_i`, `(out, r_i)`, float64.
+        projected: `(W_i - mean) V_i`, `(out, r_i)`; their dtype is that of the answer.
         V: Orthonormal `(in, r_i)`, float64.
     """
-    solved = torch.cat(list(projected), dim=1) @ normal_inverse(V)
+    side_by_side = torch.cat(list(projected), dim=1)
+    solved = side_by_side @ normal_inverse(V).to(side_by_side.dtype)
     return torch.split(solved, [V_i.shape[1] for V_i in V], dim=1)
 
 
@@ -99,8 +100,7 @@ def w_step(stack: Stack, deltas: Sequence[LowRank]) -> WStep:
     accumulator = _Accumulator(stack, [M_i.right for M_i in deltas])
     left = [M_i.left.to(stack.device, stack.dtype) for M_i in deltas]
     for block in stack.blocks():
-        spread = _squares(block.centred())
-        accumulator.add(block, [left_i[block.rows] for left_i in left], spread)
+        accumulator.add(block, [left_i[block.rows] for left_i in left])
     return accumulator.finish(tuple(deltas))
 
 
@@ -120,10 +120,9 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
     inverse = normal_inverse(V).to(stack.dtype)
     F = stack.zeros(stack.shape[0], sum(ranks))
     for block in stack.blocks():
-        centred = block.centred()
-        projected = torch.cat([centred_i @ V_i for centred_i, V_i in zip(centred, right, strict=True)], dim=1)
+        projected = torch.cat([centred_i @ V_i for centred_i, V_i in zip(block.centred, right, strict=True)], dim=1)
         torch.mm(projected, inverse, out=F[block.rows])
-        accumulator.add(block, torch.split(F[block.rows], ranks, dim=1), _squares(centred))
+        accumulator.add(block, torch.split(F[block.rows], ranks, dim=1))
     return accumulator.finish(tuple(map(LowRank, torch.split(F.double(), ranks, dim=1), V)))
 
 
@@ -137,15 +136,15 @@ class _Accumulator:
         self._residual = torch.zeros((), dtype=torch.float64, device=stack.device)
         self._spread = torch.zeros_like(self._residual)
 
-    def add(self, block: Block, left: Sequence[Tensor], spread: Tensor) -> None:
-        """Take in the block; its deviations are used up."""
-        rest = block.deviations
+    def add(self, block: Block, left: Sequence[Tensor]) -> None:
+        """Take in the block; its centred models are used up."""
+        rest = block.centred
+        self._spread += _squares(rest)
         for rest_i, left_i, right_i in zip(rest, left, self._right, strict=False):
             rest_i.addmm_(left_i, right_i, alpha=-1)
         mean = rest.mean(dim=0)
-        torch.add(block.reference, mean, out=self._weight[block.rows])
+        torch.add(block.reference, block.offset + mean, out=self._weight[block.rows])
         self._residual += _squares(rest.sub_(mean))
-        self._spread += spread
 
     def finish(self, deltas: tuple[LowRank, ...]) -> WStep:
         """The step, once every block is in."""

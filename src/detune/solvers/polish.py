@@ -34,12 +34,12 @@ class Polish:
     Attributes:
         max_steps: Most Gauss-Newton steps; each is one pass over the matrices.
         tolerance: Stop when the error that the next step would remove is below this share of the storage noise.
-        cg_tolerance: Relative residual at which conjugate gradients stop.
+        cg_tolerance: Relative residual at which conjugate gradients stop, or at the compute dtype's precision.
         cg_steps: Most conjugate gradient steps.
     """
 
     max_steps: int = 8
-    tolerance: float = 0.1
+    tolerance: float = 0.5
     cg_tolerance: float = 1e-10
     cg_steps: int = 500
 
@@ -53,6 +53,7 @@ class Polish:
         # The noise that a delta's tangent space takes in has about this norm.
         widest = max(V_i.shape[1] for V_i in V)
         floor = float(stack.noise.square().mean().sqrt()) * (widest * sum(stack.shape)) ** 0.5
+        V = tuple(V_i.to(stack.factor_dtype) for V_i in V)
         onto_right = project_right(stack, V)
         left = solve_given_rows(onto_right, V)
         for steps in range(1, self.max_steps + 1):
@@ -124,10 +125,10 @@ def gauss_newton_step(
     """Solve the problem linearised at `U_i`, `V_i` exactly.
 
     Args:
-        E: `U_i^T (W_i - mean)`, `(r_i, in)`, float64.
-        F: `(W_i - mean) V_i`, `(out, r_i)`, float64.
-        U: Orthonormal `(out, r_i)`, float64.
-        V: Orthonormal `(in, r_i)`, float64.
+        E: `U_i^T (W_i - mean)`, `(r_i, in)`, any one compute dtype, and so the others.
+        F: `(W_i - mean) V_i`, `(out, r_i)`.
+        U: Orthonormal `(out, r_i)`.
+        V: Orthonormal `(in, r_i)`.
         options: Tolerances of the conjugate gradients.
 
     Returns:
@@ -160,7 +161,7 @@ def gauss_newton_step(
 
 @dataclass(frozen=True)
 class Core:
-    """The operator `A: Delta -> sum_i P_i Delta R_i` on the joint spans, all float64.
+    """The operator `A: Delta -> sum_i P_i Delta R_i` on the joint spans, all in one compute dtype.
 
     Attributes:
         Q: Orthonormal basis of all column spaces, `(out, s_U)`.
@@ -180,7 +181,7 @@ class Core:
 
     @classmethod
     def of(cls, U: Sequence[Tensor], V: Sequence[Tensor]) -> "Core":
-        """The operator for given spaces: `U_i` `(out, r_i)` and `V_i` `(in, r_i)`, orthonormal, float64."""
+        """The operator for given spaces: `U_i` `(out, r_i)` and `V_i` `(in, r_i)`, orthonormal."""
         Q, P = joint_basis(U), joint_basis(V)
         a = tuple(Q.mT @ U_i for U_i in U)
         b = tuple(P.mT @ V_i for V_i in V)
@@ -203,7 +204,7 @@ class Core:
         z = n * self.inverse_G_U @ residual @ self.inverse_G_V
         direction = z
         rho = (residual * z).sum()
-        target = tolerance * float(rhs.norm())
+        target = max(tolerance, 30 * torch.finfo(rhs.dtype).eps) * float(rhs.norm())
         for _ in range(max_steps):
             if float(residual.norm()) <= target:
                 break
@@ -220,6 +221,7 @@ class Core:
 def _inverse_gram(coordinates: Sequence[Tensor]) -> Tensor:
     """`(sum_i (I - c_i c_i^T))^+`."""
     joint = torch.cat(list(coordinates), dim=1)
-    gram = len(coordinates) * torch.eye(joint.shape[0], dtype=joint.dtype, device=joint.device) - joint @ joint.mT
+    exact = joint.double()
+    gram = len(coordinates) * torch.eye(joint.shape[0], dtype=exact.dtype, device=exact.device) - exact @ exact.mT
     inverse: Tensor = torch.linalg.pinv(gram, hermitian=True, rtol=1e-12)
-    return inverse
+    return inverse.to(joint.dtype)

@@ -37,21 +37,19 @@ FLOAT32_RANGE = float(1 << 20)
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of the stack.
+    """Some rows of the stack, with what the models have in common taken off.
 
     Attributes:
         rows: Which rows of the matrices these are.
         reference: `W_1` on these rows, `(rows, in)`, compute dtype.
-        deviations: `D_i = W_i - W_1` on these rows for every model, `(n, rows, in)`; `D_1 = 0`.
+        offset: `mean_i W_i - W_1`, `(rows, in)`: kept apart, because it is small and `W_1` is not.
+        centred: `W_i - mean_j W_j` for every model, `(n, rows, in)`.
     """
 
     rows: slice
     reference: Tensor
-    deviations: Tensor
-
-    def centred(self) -> Tensor:
-        """`W_i - mean_j W_j`, `(n, rows, in)`."""
-        return self.deviations - self.deviations.mean(dim=0)
+    offset: Tensor
+    centred: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,6 +131,15 @@ class Stack:
         """`(out, in)`."""
         return self.matrices[0].shape[0], self.matrices[0].shape[1]
 
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype of computations with factors, which add up some 1e-6 of relative error in float32.
+
+        That is far below the rounding of bf16 and fp16 and not below that of float32.
+        """
+        halves = (torch.bfloat16, torch.float16)
+        return self.dtype if all(W_i.dtype in halves for W_i in self.matrices) else torch.float64
+
     @cached_property
     def transposed(self) -> "Stack":
         """The same stack with rows and columns exchanged; nothing is copied."""
@@ -144,17 +151,19 @@ class Stack:
         return max(1, min(self.shape[0], BLOCK_ENTRIES // max(1, self.shape[1])))
 
     def blocks(self) -> Iterator[Block]:
-        """All rows, block by block, in order. The deviations' memory is reused: they are valid until the next."""
+        """All rows, block by block, in order. The memory of `centred` is reused: it is valid until the next block."""
         out, height = self.shape[0], self.block_height
         buffer = self._block_buffer(height)
         for start in range(0, out, height):
             rows = slice(start, min(start + height, out))
             reference = self.matrices[0][rows].to(self.device, self.dtype)
-            deviations = buffer[:, : reference.shape[0]]
-            deviations[0] = 0
+            centred = buffer[:, : reference.shape[0]]
             for i in range(1, self.n):
-                torch.sub(self.matrices[i][rows].to(self.device, self.dtype), reference, out=deviations[i])
-            yield Block(rows, reference, deviations)
+                torch.sub(self.matrices[i][rows].to(self.device, self.dtype), reference, out=centred[i])
+            offset = centred[1:].sum(dim=0).div_(self.n)
+            centred[1:] -= offset
+            torch.neg(offset, out=centred[0])
+            yield Block(rows, reference, offset, centred)
 
     def _block_buffer(self, height: int) -> Tensor:
         width = self.shape[1]
