@@ -79,7 +79,7 @@ def naive(models: torch.Tensor, r: int, iterations: int, patience: int = 15) -> 
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("iterations", "patience"), [(1, 15), (2, 15), (30, 15), (60, 1)])
+@pytest.mark.parametrize(("iterations", "patience"), [(2, 15), (3, 15), (30, 15), (60, 1)])
 def test_equals_the_papers_algorithm(seed, iterations, patience):
     problem = make_problem(Regime(shape=(24, 20), ranks=(3,) * 4, scale=0.3), seeded(seed))
     solver = Spectral(iterations=iterations, svd="exact", on_core=False, patience=patience)
@@ -115,7 +115,7 @@ def test_core_holds_all_that_differs():
     for side in (core.Q, core.P):
         torch.testing.assert_close(side.mT @ side, torch.eye(side.shape[1], dtype=side.dtype))
     for W_i, C_i in zip(problem.stack, core.cores, strict=True):
-        torch.testing.assert_close(core.Q @ C_i @ core.P.mT, W_i - problem.stack[0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(core.Q @ C_i @ core.P.mT, W_i - problem.stack.mean(dim=0), rtol=0, atol=1e-12)
 
 
 def test_there_is_no_core_where_it_would_save_nothing():

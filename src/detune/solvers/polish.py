@@ -33,13 +33,13 @@ class Polish:
 
     Attributes:
         max_steps: Most Gauss-Newton steps; each is one pass over the matrices.
-        tolerance: Stop when the error that the next step would remove is below this share of the storage noise.
+        tolerance: Stop when what the linearisation neglects is below this share of the storage noise.
         cg_tolerance: Relative residual at which conjugate gradients stop, or at the compute dtype's precision.
         cg_steps: Most conjugate gradient steps.
     """
 
     max_steps: int = 8
-    tolerance: float = 0.5
+    tolerance: float = 0.1
     cg_tolerance: float = 1e-10
     cg_steps: int = 500
 
@@ -58,10 +58,9 @@ class Polish:
         left = solve_given_rows(onto_right, V)
         for steps in range(1, self.max_steps + 1):
             U = [orthonormal(left_i) for left_i in left]
-            old = [U_i.mT @ left_i for U_i, left_i in zip(U, left, strict=True)]
             moved = gauss_newton_step(project_left(stack, U), onto_right, U, V, self)
             deltas = tuple(tangent.retract() for tangent in moved)
-            left_behind = max(tangent.second_order(S) for tangent, S in zip(moved, old, strict=True))
+            left_behind = max(tangent.second_order for tangent in moved)
             if left_behind <= self.tolerance * floor or steps == self.max_steps:
                 break
             V = tuple(M_i.right for M_i in deltas)
@@ -106,13 +105,12 @@ class Tangent:
         r = self.rank
         return LowRank(self.left @ (A[:, :r] * sigma[:r]), self.right @ Bh[:r].mT)
 
-    def second_order(self, S: Tensor) -> float:
-        """What a step from `U S V^T` to here leaves behind: `|step|^2 / sigma_min`, the manifold's curvature."""
-        if self.rank == 0:
-            return 0.0
-        step = self.small.clone()
-        step[: self.rank, : self.rank] -= S
-        return float(step.square().sum() / torch.linalg.svdvals(self.small)[self.rank - 1])
+    @property
+    def second_order(self) -> float:
+        """How far the rank-r matrices curve away from their tangent space here: `|RY S^-1 RX|_F`."""
+        r = self.rank
+        S, RX, RY = self.small[:r, :r], self.small[:r, r:], self.small[r:, :r]
+        return float((RY @ torch.linalg.pinv(S) @ RX).norm())
 
 
 def gauss_newton_step(
