@@ -185,8 +185,13 @@ def _solve(
         pairs = why.pairs if isinstance(why, NotLowRank) else ()
         answer, weight = _answer(Mean().solve(stack), Status.NOT_RECOVERABLE)
         return replace(answer, reason=str(why), full_rank_pairs=pairs), weight
-    reached = recovery.noise_ratio is not None and recovery.noise_ratio <= FLOOR_RATIO
-    return _answer(recovery, Status.RECOVERED if reached else Status.APPROXIMATE)
+    if recovery.noise_ratio is not None and recovery.noise_ratio <= FLOOR_RATIO:
+        return _answer(recovery, Status.RECOVERED)
+    answer, weight = _answer(recovery, Status.APPROXIMATE)
+    left = (
+        f"{recovery.noise_ratio:.2g} times the storage noise is left: adapters of these ranks do not explain the data"
+    )
+    return replace(answer, reason=f"{recovery.reason}; {left}"), weight
 
 
 def _solve_vector(stack: Stack) -> tuple[Answer, Tensor]:

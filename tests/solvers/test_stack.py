@@ -28,6 +28,14 @@ def test_noise_is_that_of_each_model_in_its_own_dtype():
         assert float(noise) == pytest.approx(rms(W_i.double() - exact), rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_noise_is_that_of_the_coarsest_rounding_and_not_of_the_file(dtype):
+    """Many a float32 checkpoint was bf16 before."""
+    exact = normal(seeded(), 200, 100)
+    widened = exact.to(dtype).float()
+    assert float(Stack.of([widened]).noise[0]) == pytest.approx(rms(widened.double() - exact), rel=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_noise_norm_bounds_the_spectral_norm(dtype):
     sizes = torch.exp(normal(seeded(1), 200, 1))
