@@ -68,6 +68,9 @@ def cli(verbose: int) -> None:
     """
     levels = (logging.WARNING, logging.INFO, logging.DEBUG)
     logging.basicConfig(level=levels[min(verbose, 2)], format="%(levelname)s %(name)s: %(message)s")
+    if not verbose:
+        # It tells of every retry, twice; what counts comes in the one line at the end.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
 
 @cli.command()

@@ -175,7 +175,7 @@ def _check_fit(reference: Checkpoint, other: Checkpoint) -> None:
     shapes = [f"{name!r} {list(other.tensors[name].shape)}" for name in differing[:LISTED]]
     expected = [f"{list(reference.tensors[name].shape)}" for name in differing[:LISTED]]
     raise InputError(
-        f"{other.spec} does not fit {reference.spec}: {len(differing)} tensors have another shape",
+        f"{other.spec} does not fit {reference.spec}: {len(differing)} of its tensors have other shapes",
         f"got {', '.join(shapes)}, expected {', '.join(expected)}",
         "give checkpoints of one architecture",
     )

@@ -225,7 +225,7 @@ class CheckpointWriter:
             raise OutputError(
                 f"{out} exists and is not empty",
                 "expected a new or empty directory",
-                "choose another, or overwrite",
+                "choose another, or allow it with --overwrite",
             )
         for path in self._inputs:
             if path == out or path.is_relative_to(out) or out.is_relative_to(path):

@@ -31,7 +31,7 @@ class Auto:
     min_models: ClassVar[int] = 3
 
     polish: Polish = field(default_factory=Polish)
-    spectral: Spectral = field(default_factory=lambda: Spectral(iterations=1000))
+    spectral: Spectral = field(default_factory=Spectral)
     seed: int = 0
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
