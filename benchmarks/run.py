@@ -18,7 +18,7 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 COMMANDS = {
     "minilm": [],
     "random_matrices": [],
-    "closed_form": [],
+    "closed_form": ["--iterations", "60"],
     "checkpoint": [],
 }
 INTRODUCTION = """# Benchmarks

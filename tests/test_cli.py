@@ -277,7 +277,7 @@ BAD = {
         _changing(_rename), ("model-2", "does not fit", "model-0", "layer.3.weight", "layer.9.weight", "give")
     ),
     "other shapes": Bad(
-        _changing(_grow("layer.1.weight", 3)), ("model-2", "another shape", "layer.1.weight", "83", "80", "give")
+        _changing(_grow("layer.1.weight", 3)), ("model-2", "other shapes", "layer.1.weight", "83", "80", "give")
     ),
     "resized vocabulary": Bad(
         _changing(_grow("embed_tokens.weight", 4)),

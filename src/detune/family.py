@@ -160,6 +160,13 @@ def _check_fit(reference: Checkpoint, other: Checkpoint) -> None:
             f"it {' and '.join(parts)}",
             "give checkpoints of one architecture, merged and saved the same way",
         )
+    for name, info in reference.tensors.items():
+        if info.dtype.is_floating_point != other.tensors[name].dtype.is_floating_point:
+            raise InputError(
+                f"tensor {name!r} of {other.spec} is stored as {other.tensors[name].dtype}",
+                f"{reference.spec} has {info.dtype}",
+                "dequantise the model, or leave it out",
+            )
     differing = [name for name, info in reference.tensors.items() if info.shape != other.tensors[name].shape]
     if not differing:
         return

@@ -225,7 +225,7 @@ def _check_count(solver: Solver, n: int) -> None:
             "the difference of two models splits into two adapters in infinitely many ways, and a third decides",
             "add a model, or average with --method mean",
         )
-    raise InputError(f"{n} models given, {name} needs at least {solver.min_models}", "add a model")
+    raise InputError(f"{n} model{'s' * (n != 1)} given, {name} needs at least {solver.min_models}", "add a model")
 
 
 def _check_rank(rank: int | None) -> None:

@@ -38,7 +38,7 @@ def show_report(report: Report, out: Path | None = None) -> None:
         report: Of `recover` or `inspect`.
         out: Where the checkpoint was written, if it was.
     """
-    console = Console()
+    console = Console(markup=False)
     changed = [row for row in report.tensors if row.status is not Status.SHARED]
     table = Table("tensor", "shape", "status", "method", "ranks", "residual", "× noise", box=None, pad_edge=False)
     for (pattern, _), rows in _by_kind(changed, lambda row: row.status).items():
@@ -66,7 +66,7 @@ def show_report(report: Report, out: Path | None = None) -> None:
 
 def show_comparison(comparison: Comparison) -> None:
     """Print the tensors that differ, by kind, and the summary."""
-    console = Console()
+    console = Console(markup=False)
     table = Table("tensor", "shape", "W-Error", "worst", "identical bits", box=None, pad_edge=False)
     for (pattern, _), rows in _by_kind(comparison.differing, lambda row: row.shape).items():
         errors = [row.w_error for row in rows]

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 
 from detune.solvers.base import NotRecoverable, Recovery
-from detune.solvers.differences import find_differences
-from detune.solvers.fit import w_step
+from detune.solvers.differences import SIGNAL, find_differences
+from detune.solvers.fit import w_step, w_step_given_rows
 from detune.solvers.intersect import Unsplittable, find_spaces, untranspose
 from detune.solvers.polish import Polish
 from detune.solvers.spectral import Spectral
@@ -36,15 +36,18 @@ class Auto:
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Choose and solve; see `Solver.solve`. The reason says which and why."""
-        recovery = self._solve(stack, rank, fold=True)
-        if recovery.method == "intersect+polish" and (recovery.noise_ratio or 0.0) > FLOOR_RATIO:
-            # Folding rows loses a direction where very few rows differ: look again at all of them.
-            again = self._solve(stack, rank, fold=False)
-            return min(recovery, again, key=lambda r: r.noise_ratio or 0.0)
-        return recovery
+        best = self._solve(stack, rank, fold=True)
+        # Folding rows loses a direction where very few rows differ: look again at all of them. And noise may be more
+        # than storage's, if the merge was rounded on its way: look again above that.
+        for signal in (SIGNAL, 2 * SIGNAL, 4 * SIGNAL):
+            if not best.method.startswith("intersect") or (best.noise_ratio or 0.0) <= FLOOR_RATIO:
+                break
+            again = self._solve(stack, rank, fold=False, signal=signal)
+            best = min(best, again, key=lambda r: r.noise_ratio or 0.0)
+        return best
 
-    def _solve(self, stack: Stack, rank: int | None, fold: bool) -> Recovery:
-        differences = find_differences(stack, rank, self.seed, fold)
+    def _solve(self, stack: Stack, rank: int | None, fold: bool, signal: float = SIGNAL) -> Recovery:
+        differences = find_differences(stack, rank, self.seed, fold, signal)
         if stack.n >= 3 and any(difference.rank == 0 for difference in differences.by_pair.values()):
             untouched = unchanged(stack)
             if untouched is not None:
@@ -57,11 +60,18 @@ class Auto:
             return replace(recovery, reason=f"{why}; so {recovery.reason}")
         deltas, steps = self.polish.run(spaces.stack, spaces.bases)
         step = w_step(spaces.stack, deltas)
+        method = "intersect+polish"
+        if step.noise_ratio > FLOOR_RATIO:
+            # Directions that are noise make the step ill-conditioned: it must not spoil a better start.
+            start = w_step_given_rows(spaces.stack, spaces.bases)
+            if not step.noise_ratio <= start.noise_ratio:
+                step, method, steps = start, "intersect", 0
         step = untranspose(step) if spaces.transposed else step
         return Recovery(
             step.weight,
-            "intersect+polish",
-            f"closed form from the {spaces}; then {steps} Gauss-Newton step{'s' * (steps > 1)}",
+            method,
+            f"closed form from the {spaces}; "
+            + (f"then {steps} Gauss-Newton step{'s' * (steps > 1)}" if steps else "polishing brought it no closer"),
             step.deltas,
             tuple(M_i.rank for M_i in step.deltas),
             step.relative_residual,
@@ -72,6 +82,7 @@ class Auto:
 
 def unchanged(stack: Stack) -> Recovery | None:
     """Two models that agree in every entry did not change this matrix: it is the base's, bit for bit."""
+    stack.require_finite(torch.stack([W_i.sum(dtype=torch.float64) for W_i in stack.matrices]))
     for i, j in combinations(range(stack.n), 2):
         if torch.equal(stack.matrices[i], stack.matrices[j]):
             return Recovery(

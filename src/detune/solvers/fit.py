@@ -151,7 +151,12 @@ class _Accumulator:
         stack = self._stack
         stack.require_finite(self._residual)
         residual, spread = float(self._residual), float(self._spread)
-        expected = float(stack.noise.square().mean()) * _degrees_of_freedom(stack, deltas)
+        # Float64 models are as finely rounded as the computation: its own rounding, some eps of the deltas, is in the
+        # residual too.
+        out, columns = stack.shape
+        computed = 32 * torch.finfo(torch.float64).eps * (spread / (stack.n * out * columns)) ** 0.5
+        variance = float(stack.noise.square().mean()) + computed**2
+        expected = variance * _degrees_of_freedom(stack, deltas)
         return WStep(
             self._weight,
             deltas,

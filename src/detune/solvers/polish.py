@@ -34,13 +34,13 @@ class Polish:
     Attributes:
         max_steps: Most Gauss-Newton steps; each is one pass over the matrices.
         tolerance: Stop when what the linearisation neglects is below this share of the storage noise.
-        cg_tolerance: Relative residual at which conjugate gradients stop, or at the compute dtype's precision.
+        cg_tolerance: Conjugate gradients stop when their residual is below this share of the storage noise in it.
         cg_steps: Most conjugate gradient steps.
     """
 
     max_steps: int = 8
     tolerance: float = 0.1
-    cg_tolerance: float = 1e-10
+    cg_tolerance: float = 0.01
     cg_steps: int = 500
 
     def run(self, stack: Stack, V: Sequence[Tensor]) -> tuple[tuple[LowRank, ...], int]:
@@ -52,13 +52,14 @@ class Polish:
         """
         # The noise that a delta's tangent space takes in has about this norm.
         widest = max(V_i.shape[1] for V_i in V)
-        floor = float(stack.noise.square().mean().sqrt()) * (widest * sum(stack.shape)) ** 0.5
+        noise = float(stack.noise.square().mean().sqrt())
+        floor = noise * (widest * sum(stack.shape)) ** 0.5
         V = tuple(V_i.to(stack.factor_dtype) for V_i in V)
         onto_right = project_right(stack, V)
         left = solve_given_rows(onto_right, V)
         for steps in range(1, self.max_steps + 1):
             U = [orthonormal(left_i) for left_i in left]
-            moved = gauss_newton_step(project_left(stack, U), onto_right, U, V, self)
+            moved = gauss_newton_step(project_left(stack, U), onto_right, U, V, noise, self)
             deltas = tuple(tangent.retract() for tangent in moved)
             left_behind = max(tangent.second_order for tangent in moved)
             if left_behind <= self.tolerance * floor or steps == self.max_steps:
@@ -118,6 +119,7 @@ def gauss_newton_step(
     F: Sequence[Tensor],
     U: Sequence[Tensor],
     V: Sequence[Tensor],
+    noise: float = 0.0,
     options: Polish | None = None,
 ) -> tuple[Tangent, ...]:
     """Solve the problem linearised at `U_i`, `V_i` exactly.
@@ -127,6 +129,7 @@ def gauss_newton_step(
         F: `(W_i - mean) V_i`, `(out, r_i)`.
         U: Orthonormal `(out, r_i)`.
         V: Orthonormal `(in, r_i)`.
+        noise: Root mean square of the storage noise: the equations need not be solved better than it allows.
         options: Tolerances of the conjugate gradients.
 
     Returns:
@@ -149,7 +152,8 @@ def gauss_newton_step(
     # Delta = W - mean = Q left + right P^T + Q middle P^T.
     left = core.inverse_G_U @ left
     right = right @ core.inverse_G_V
-    middle = core.solve(middle, options.cg_tolerance, options.cg_steps)
+    precision = options.cg_tolerance * noise * (len(U) * middle.numel()) ** 0.5
+    middle = core.solve(middle, precision, options.cg_steps)
     return tuple(
         # U_i^T (W_i - W), where `right` has no part in Q, and (W_i - W) V_i, where `left` has none in P.
         Tangent.of(E_i - a_i.mT @ (left + middle @ P.mT), F_i - (Q @ middle + right) @ b_i, U_i, V_i)
@@ -194,15 +198,21 @@ class Core:
             total -= ((X - a_i @ aX) @ b_i) @ b_i.mT
         return total
 
-    def solve(self, rhs: Tensor, tolerance: float = 1e-10, max_steps: int = 500) -> Tensor:
-        """`A^-1 rhs` on the core by preconditioned conjugate gradients."""
+    def solve(self, rhs: Tensor, precision: float = 0.0, max_steps: int = 500) -> Tensor:
+        """`A^-1 rhs` on the core by preconditioned conjugate gradients.
+
+        Args:
+            rhs: `(s_U, s_V)`.
+            precision: Frobenius norm of the residual to stop at; the dtype's own precision if that is larger.
+            max_steps: Most steps.
+        """
         n = len(self.a)
         X = torch.zeros_like(rhs)
         residual = rhs.clone()
         z = n * self.inverse_G_U @ residual @ self.inverse_G_V
         direction = z
         rho = (residual * z).sum()
-        target = max(tolerance, 30 * torch.finfo(rhs.dtype).eps) * float(rhs.norm())
+        target = max(precision, 0.1 * torch.finfo(rhs.dtype).eps * float(rhs.norm()))
         for _ in range(max_steps):
             if float(residual.norm()) <= target:
                 break

@@ -85,8 +85,8 @@ class Stack:
             InputError: Not matrices of one shape, or not floating point.
         """
         tensors = tuple(matrices)
-        if not tensors:
-            raise InputError("an empty stack: expected at least one matrix (models, out, in)")
+        if not tensors or not all(tensor.numel() for tensor in tensors):
+            raise InputError("an empty stack: expected at least one matrix with entries, (models, out, in)")
         shape = tensors[0].shape
         for i, tensor in enumerate(tensors):
             if tensor.ndim != 2 or tensor.shape != shape:
@@ -187,7 +187,7 @@ class Stack:
     @cached_property
     def _variances(self) -> list[Tensor]:
         """Storage variance of some rows of each model, `(rows, in)`, float64."""
-        return [storage_variance(_sample(W_i)) for W_i in self.matrices]
+        return [storage_variance(_as_rounded(_sample(W_i))) for W_i in self.matrices]
 
     @cached_property
     def noise(self) -> Tensor:
@@ -224,6 +224,14 @@ def storage_variance(values: Tensor) -> Tensor:
     return ulp.square() / 12
 
 
+def _as_rounded(values: Tensor) -> Tensor:
+    """The values in the dtype that they were rounded to: a float32 file may hold what was bf16 or fp16 before."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if values.dtype.itemsize > 2 and torch.equal(values.to(dtype).to(values.dtype), values):
+            return values.to(dtype)
+    return values
+
+
 def _sample(matrix: Tensor, rows: int = 64) -> Tensor:
     """Evenly spaced rows: enough to know magnitudes by."""
     return matrix[:: max(1, matrix.shape[0] // rows)]
@@ -237,5 +245,5 @@ def _compute_dtype(matrices: tuple[Tensor, ...]) -> torch.dtype:
     samples = [_sample(W_i) for W_i in matrices]
     reference = samples[0].double()
     largest = max((sample.double() - reference).square().mean().sqrt() for sample in samples)
-    noise = min(storage_variance(sample).mean().sqrt() for sample in samples)
+    noise = min(storage_variance(_as_rounded(sample)).mean().sqrt() for sample in samples)
     return torch.float32 if largest <= FLOAT32_RANGE * noise else torch.float64
