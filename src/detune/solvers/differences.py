@@ -171,14 +171,19 @@ def _row_space(A: Tensor, noise_norm: float, width: int, seed: int) -> tuple[Ten
     """Row space and singular values of A over the noise, both float64."""
     limit = min(A.shape)
     generator = torch.Generator(device=A.device).manual_seed(seed)
-    width = min(limit, width + OVERSAMPLING)
     while True:
+        width = min(limit, _padded(width))
         test = torch.randn(A.shape[1], width, generator=generator, dtype=A.dtype, device=A.device)
         Q = orthonormal(A @ test)
         V, S, _ = thin_svd((Q.mT @ A).mT)
         # Below this is the rounding error of the products, not the storage's.
         floor = max(noise_norm, 8 * torch.finfo(A.dtype).eps * float(S[0]))
         rank = int(S.gt(floor).sum())
-        if rank <= width - OVERSAMPLING or width == limit:
+        if _padded(rank) <= width or width == limit:
             return V[:, :rank], S[:rank]
-        width = min(limit, 4 * width)
+        width *= 3
+
+
+def _padded(rank: int) -> int:
+    """Test vectors for a rank: with few to spare, the weakest directions would drown in the noise of the others."""
+    return rank + max(OVERSAMPLING, rank // 2)
