@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from problems import verdict
 from safetensors.torch import save_file
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, RANK = 4096, 14336, 1024, 64
@@ -111,10 +112,11 @@ def report(
     for method in measured:
         print(f"{method:5} {seconds[method]:7.2f} s   peak {peak[method]:6.0f} MB")
     ratios = sorted(auto[0] / mean[0] for auto, mean in zip(measured["auto"], measured["mean"], strict=True))
-    print(f"time auto / mean: {median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(f"time auto / mean from {ratios[0]:.2f} to {ratios[-1]:.2f}; ", end="")
+    print(verdict("median", median(ratios), 1.5))
     largest = max(math.prod(shape) for shape in SHAPES.values()) * 4 / 2**20
-    print(f"interpreter with torch {torch_alone:.0f} MB; largest tensor in float32 {largest:.0f} MB: ", end="")
-    print(f"auto's peak is torch + {(peak['auto'] - torch_alone) / largest:.2f} x that tensor")
+    print(f"interpreter with torch {torch_alone:.0f} MB; largest tensor in float32 {largest:.0f} MB")
+    print(verdict("(auto's peak - torch) / that tensor", (peak["auto"] - torch_alone) / largest, 8))
     command = [sys.executable, "-m", "detune", "compare", str(folder / "auto"), str(folder / "base"), "--json"]
     summary = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["summary"]
     print(f"auto: mean W-Error {summary['mean_w_error']:.2f} over the fine-tuned matrices, ", end="")

@@ -1,7 +1,8 @@
 """How fast is the closed form? One 4096x4096 matrix, r=64, n=3, against averaging and against the published method.
 
 Expected: at least 300 times faster than 1000 iterations of Spectral DeTuning in its published form (full matrices,
-`torch.svd_lowrank`), and at most 2.5 times the time of averaging the three matrices in float32.
+`torch.svd_lowrank`), and at most 2.5 times the time of averaging the three matrices in float32. Fewer iterations are
+scaled up: like the full run, they spend their second half at the full rank.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from problems import error, random_problem
+from problems import error, random_problem, verdict
 
 from detune import recover_matrix
 from detune.solvers import Spectral
@@ -51,7 +52,8 @@ def main() -> None:
     for name, value in rows.items():
         print(f"{name:45} {value:8.3f} s {value / average:9.1f} x (W1 + W2 + W3) / 3")
     spectral = list(rows.values())[-1] * 1000 / iterations
-    print(f"closed form: {spectral / closed:.0f} times faster than 1000 iterations of spectral")
+    print(f"1000 iterations of spectral / closed form: {spectral / closed:.0f}, target at least 300")
+    print(verdict("closed form / (W1 + W2 + W3) / 3", closed / average, 2.5))
     for method in ("mean", "intersect", "auto"):
         print(f"W-Error of {method}: {error(recover_matrix(models, method).weight, problem):.2f}")
 

@@ -76,6 +76,11 @@ def random_problem(
     return Problem(W, torch.stack(models), tuple(U), tuple(V))
 
 
+def verdict(name: str, measured: float, at_most: float) -> str:
+    """A line that holds a figure against its target."""
+    return f"{name}: {measured:.2f}, target at most {at_most}: {'met' if measured <= at_most else 'MISSED'}"
+
+
 def error(weight: Tensor, problem: Problem) -> float:
     """W-Error of an answer."""
     return w_error(weight, problem.W)
