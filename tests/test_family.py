@@ -89,7 +89,8 @@ def test_lists_only_the_first_few_shapes(tmp_path):
     paths = [
         save_plain(tmp_path / f"m{k}", {f"w{i}": torch.full((2, 3 + k), k) for i in range(LISTED + 2)}) for k in (0, 1)
     ]
-    with pytest.raises(InputError, match=rf"{LISTED + 2} of its tensors have other shapes; got 'w0' \[2, 4\]") as refused:
+    says = rf"{LISTED + 2} of its tensors have other shapes; got 'w0' \[2, 4\]"
+    with pytest.raises(InputError, match=says) as refused:
         Family(paths)
     assert str(refused.value).count("'w") == LISTED
 
