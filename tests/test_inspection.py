@@ -45,7 +45,7 @@ def test_two_models_show_the_rank_of_their_difference(fine):
     report = detune.inspect(fine.models[:2])
     assert report.counts == {Status.SHARED: 3, Status.NOT_RECOVERABLE: 4}
     row = next(row for row in report.tensors if "layer" in row.name)
-    assert row.reason.startswith("the difference has rank 4; 2 models")
+    assert row.reason.startswith("the difference has rank 4; a third model is needed")
     assert row.ranks == ()
 
 

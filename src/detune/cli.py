@@ -80,7 +80,7 @@ def cli(verbose: int) -> None:
 @rank_option
 @device_option
 @merge_option
-@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint in OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a checkpoint, with all that is in it.")
 @json_option
 def recover(
     models: tuple[str, ...],
@@ -164,7 +164,7 @@ def main() -> None:
         click.echo(f"detune: error: {error}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("detune: interrupted, nothing was written", err=True)
+        click.echo("detune: interrupted, no checkpoint was written", err=True)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone, as in `detune inspect ... | head`: not an error worth a word.
@@ -195,8 +195,9 @@ def _device(name: str) -> Any:
     import torch
 
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        # float64 too: some devices have none.
+        torch.ones(1, dtype=torch.float64, device=name).item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise DetuneError(
             f"no device {name!r} here",
             str(error).split("\n")[0],

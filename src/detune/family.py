@@ -66,7 +66,7 @@ class Family:
 
     def is_shared(self, name: str) -> bool:
         """Whether all models hold the same bytes, read block by block up to the first difference."""
-        return len(set(self.dtypes(name))) == 1 and _same_bytes(self.models, name)
+        return self.n > 1 and len(set(self.dtypes(name))) == 1 and _same_bytes(self.models, name)
 
     def stack(self, name: str) -> tuple[Tensor, ...]:
         """The tensor of every model, in stored dtype and shape."""

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from detune.errors import InputError
 from detune.family import Family
+from detune.recovery import solve_tensor
 from detune.report import InputRow, Report, Status
-from detune.solvers import NotLowRank, NotRecoverable, Stack
+from detune.solvers import Auto, NotLowRank, Stack
 from detune.solvers.differences import find_differences
-from detune.solvers.intersect import find_spaces
 from detune.walk import Answer, OnTensor, matricise, walk
 
 
@@ -25,7 +26,7 @@ def inspect(
     merge_dtype: torch.dtype | None = None,
     on_tensor: OnTensor | None = None,
 ) -> Report:
-    """Look at what differs between models, without solving or writing anything.
+    """Look at what differs between models, without writing anything.
 
     Args:
         models: At least two, as `detune.checkpoints.open_checkpoint` takes them.
@@ -35,7 +36,7 @@ def inspect(
         on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
 
     Returns:
-        A report whose rows have the ranks found, and "recoverable" where the closed form applies.
+        A report whose rows have the ranks found, and "recoverable" where `recover` would reach the storage noise.
 
     Raises:
         InputError: The models cannot be read, do not fit together, or one does not belong.
@@ -45,25 +46,25 @@ def inspect(
         raise InputError(f"{len(models)} model given", "inspect compares at least two", "add models")
     with Family(models, merge_dtype) as family:
         rows = walk(family, lambda name: None, lambda name, tensors: _look(tensors, rank, device), on_tensor)
-        inputs = tuple(InputRow(model.spec, {}) for model in family.models)
+        inputs = tuple(InputRow(model.spec, model.hashes()) for model in family.models)
     command = {"name": "inspect", "argv": sys.argv, "rank": rank or "auto", "device": str(device or "cpu")}
     return Report(command, inputs, tuple(rows), time.perf_counter() - started)
 
 
 def _look(tensors: tuple[Tensor, ...], rank: int | None, device: torch.device | str | None) -> Answer:
+    if len(tensors) > 2:
+        # What `recover` would do, to the end: a rank alone does not show whether the answer fits.
+        answer, _ = solve_tensor(tensors, Auto(), rank, device)
+        return replace(answer, status=Status.RECOVERABLE) if answer.status is Status.RECOVERED else answer
     if not all(tensor.is_floating_point() for tensor in tensors):
-        return Answer(Status.NOT_RECOVERABLE, "none", "integers that differ")
+        return Answer(Status.NOT_RECOVERABLE, "none", "not floating point")
     stack = Stack.of([matricise(tensor) for tensor in tensors], device=device)
     if min(stack.shape) == 1:
         stack.require_finite(torch.stack([W_i.double().sum() for W_i in stack.matrices]))
         return Answer(Status.AVERAGED, "mean", "a vector cannot be low-rank: it can only be averaged")
-    differences = find_differences(stack, rank)
-    try:
-        spaces = find_spaces(differences, rank)
-    except NotRecoverable as why:
-        pairs = why.pairs if isinstance(why, NotLowRank) else ()
-        # Two models give the sum of their ranks and not the parts.
-        ranks = differences.ranks if stack.n > 2 else ()
-        found = f"the difference has rank {differences.of(0, 1).rank}; " if stack.n == 2 and not pairs else ""
-        return Answer(Status.NOT_RECOVERABLE, "none", f"{found}{why}", ranks, full_rank_pairs=pairs)
-    return Answer(Status.RECOVERABLE, "intersect", f"closed form from the {spaces}", differences.ranks)
+    difference = find_differences(stack, rank).of(0, 1)
+    if difference.full_rank:
+        why = NotLowRank((difference.pair,), stack.shape)
+        return Answer(Status.NOT_RECOVERABLE, "none", str(why), full_rank_pairs=why.pairs)
+    reason = f"the difference has rank {difference.rank}; a third model is needed to split it"
+    return Answer(Status.NOT_RECOVERABLE, "none", reason)

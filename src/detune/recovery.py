@@ -58,6 +58,10 @@ def recover_matrix(
     prepared = Stack.of(stack, dtype, device)
     _check_count(solver, prepared.n)
     _check_rank(rank)
+    if min(prepared.shape) == 1 and not isinstance(solver, Mean | Single):
+        raise NotRecoverable(
+            f"a {prepared.shape[0]}x{prepared.shape[1]} matrix is a vector", "it cannot be low-rank", "use mean"
+        )
     return solver.solve(prepared, rank)
 
 
@@ -119,14 +123,15 @@ def recover(
             writer.copy(name)
 
         def solve(name: str, tensors: tuple[Tensor, ...]) -> Answer:
-            answer, weight = _solve(tensors, solver, rank, device)
+            answer, weight = solve_tensor(tensors, solver, rank, device)
             writer.write(name, weight.reshape(tensors[0].shape))
             return answer
 
         hashes = [background.submit(model.hashes) for model in family.models]
         try:
             rows = walk(family, keep, solve, on_tensor)
-            _refuse_if_hopeless(rows)
+            if not isinstance(solver, Mean | Single):
+                _refuse_if_hopeless(rows)
             inputs = [InputRow(m.spec, h.result()) for m, h in zip(family.models, hashes, strict=True)]
         except BaseException:
             background.shutdown(wait=False, cancel_futures=True)
@@ -159,7 +164,8 @@ def make_solver(method: str | Solver) -> Solver:
 
 def _refuse_if_hopeless(rows: Sequence[TensorRow]) -> None:
     """Nothing is written where nothing could be had."""
-    hopeless = [row for row in rows if row.status is Status.NOT_RECOVERABLE]
+    # Integers that differ are no matrices, and stand as the first model has them.
+    hopeless = [row for row in rows if row.status is Status.NOT_RECOVERABLE and row.method != "single"]
     if hopeless and not any(row.status in (Status.RECOVERED, Status.APPROXIMATE) for row in rows):
         raise InputError(
             f"none of {len(hopeless)} changed matrices can be recovered",
@@ -167,12 +173,12 @@ def _refuse_if_hopeless(rows: Sequence[TensorRow]) -> None:
         )
 
 
-def _solve(
+def solve_tensor(
     tensors: tuple[Tensor, ...], solver: Solver, rank: int | None, device: torch.device | str | None
 ) -> tuple[Answer, Tensor]:
     """The answer for one tensor that differs between the models, and its values in any shape."""
     if not all(tensor.is_floating_point() for tensor in tensors):
-        reason = "integers that differ have no average; the first model's stand in"
+        reason = "not floating point, so there is no average; the first model's stand in"
         return Answer(Status.NOT_RECOVERABLE, "single", reason), tensors[0]
     stack = Stack.of([matricise(tensor) for tensor in tensors], device=device)
     if isinstance(solver, Mean | Single):

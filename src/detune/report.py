@@ -19,7 +19,7 @@ class Status(StrEnum):
     RECOVERED = "recovered"
     """The low-rank model explains the data down to the storage noise."""
     RECOVERABLE = "recoverable"
-    """Would be recovered (`inspect` looks and does not solve)."""
+    """Would be recovered: `inspect` writes nothing."""
     APPROXIMATE = "approximate"
     """Best effort: what is left is more than storage noise."""
     AVERAGED = "averaged"

@@ -32,7 +32,7 @@ __all__ = ["CheckpointWriter"]
 logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 16 * 2**20
-_CHECKPOINT_SIGNS = ("detune.json", "config.json", "model_index.json")
+_CHECKPOINT_SIGNS = ("detune.json", "model_index.json")
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,11 @@ class CheckpointWriter:
                     "choose another",
                 )
         children = list(out.iterdir())
-        weights = all(child.is_file() and child.suffix in (".safetensors", *PICKLE_SUFFIXES) for child in children)
-        if not weights and not any((out / sign).is_file() for sign in _CHECKPOINT_SIGNS):
+        # A config.json alone may be anybody's: it needs weights beside it.
+        has_weights = any(child.suffix in (".safetensors", *PICKLE_SUFFIXES) for child in children)
+        only_weights = all(child.suffix in (".safetensors", *PICKLE_SUFFIXES) for child in children)
+        is_model = only_weights or (has_weights and (out / "config.json").is_file())
+        if not is_model and not any((out / sign).is_file() for sign in _CHECKPOINT_SIGNS):
             raise OutputError(
                 f"{out} does not look like a checkpoint",
                 f"found {children[0].name} and none of {', '.join(_CHECKPOINT_SIGNS)}",

@@ -1,4 +1,4 @@
-"""Recovery methods: pure functions of a stack of matrices. This table is the one place that names them."""
+"""Recovery methods: pure functions of a stack of matrices. `SOLVERS` names them."""
 
 from detune.solvers.auto import Auto
 from detune.solvers.base import LowRank, NotLowRank, NotRecoverable, Recovery, Solver

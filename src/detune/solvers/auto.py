@@ -5,6 +5,7 @@ from itertools import combinations
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from detune.solvers.base import NotRecoverable, Recovery
 from detune.solvers.differences import SIGNAL, find_differences
@@ -42,7 +43,10 @@ class Auto:
         for signal in (SIGNAL, 2 * SIGNAL, 4 * SIGNAL):
             if not best.method.startswith("intersect") or (best.noise_ratio or 0.0) <= FLOOR_RATIO:
                 break
-            again = self._solve(stack, rank, fold=False, signal=signal)
+            try:
+                again = self._solve(stack, rank, fold=False, signal=signal)
+            except NotRecoverable:
+                break
             best = min(best, again, key=lambda r: r.noise_ratio or 0.0)
         return best
 
@@ -81,18 +85,28 @@ class Auto:
 
 
 def unchanged(stack: Stack) -> Recovery | None:
-    """Two models that agree in every entry did not change this matrix: it is the base's, bit for bit."""
+    """Two models that agree in every bit are taken to have left the matrix alone: it is the base's.
+
+    None where no two agree, or where two groups do.
+    """
     stack.require_finite(torch.stack([W_i.sum(dtype=torch.float64) for W_i in stack.matrices]))
-    for i, j in combinations(range(stack.n), 2):
-        if torch.equal(stack.matrices[i], stack.matrices[j]):
-            return Recovery(
-                stack.matrices[i].to(stack.device, stack.dtype, copy=True),
-                "unchanged",
-                f"models {i} and {j} agree in every entry: they left it as the base has it",
-                relative_residual=0.0,
-                noise_ratio=0.0,
-            )
-    return None
+    agreeing = [(i, j) for i, j in combinations(range(stack.n), 2) if _same_bits(stack.matrices[i], stack.matrices[j])]
+    # Two groups that agree each within itself contradict each other.
+    if not agreeing or any(not _same_bits(stack.matrices[agreeing[0][0]], stack.matrices[i]) for i, _ in agreeing):
+        return None
+    i, j = agreeing[0]
+    return Recovery(
+        stack.matrices[i].to(stack.device, stack.dtype, copy=True),
+        "unchanged",
+        f"models {i} and {j} agree in every bit: taken to have left it as the base has it",
+        relative_residual=0.0,
+        noise_ratio=0.0,
+    )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Bytes are compared: some float dtypes know no equality, and zeros have signs."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _check_solvable(stack: Stack, ranks: tuple[int, ...]) -> None:

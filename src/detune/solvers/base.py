@@ -36,7 +36,7 @@ class NotLowRank(NotRecoverable):
         self.pairs = pairs
         super().__init__(
             f"models {pairs[0][0]} and {pairs[0][1]} differ at full rank in a {shape[0]}x{shape[1]} matrix",
-            "one has another base or was fine-tuned in full",
+            "one has another base, was fine-tuned in full, or by adapters of rank above 512",
             "leave it out",
         )
 

@@ -8,7 +8,7 @@ Near rank-limited `M_i = U_i C_i V_i^T` the problem is linear: `M_i` may move in
 With `Delta = W - mean_i W_i`, Q a basis of all U_i and P of all V_i, the operator `A: Delta -> sum_i P_i Delta R_i`
 falls apart: `n Delta` outside both spans, an s x s matrix `G_U = sum_i Q^T P_i Q` on `(Q, outside)`, `G_V` on
 `(outside, P)`, and a core of s x s unknowns on `(Q, P)`, solved by conjugate gradients with `X -> n G_U^-1 X G_V^-1`
-as preconditioner. A step takes one pass over the matrices; convergence is quadratic, where alternating
+as preconditioner. A step takes two passes over the matrices; convergence is quadratic, where alternating
 minimisation crawls.
 
 Reference for the step: Golub & Pereyra 1973, variable projection; for the tangent space, Vandereycken 2013
@@ -32,7 +32,7 @@ class Polish:
     """How long to polish.
 
     Attributes:
-        max_steps: Most Gauss-Newton steps; each is one pass over the matrices.
+        max_steps: Most Gauss-Newton steps; each is two passes over the matrices.
         tolerance: Stop when what the linearisation neglects is below this share of the storage noise.
         cg_tolerance: Conjugate gradients stop when their residual is below this share of the storage noise in it.
         cg_steps: Most conjugate gradient steps.
@@ -97,7 +97,7 @@ class Tangent:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """The rank r of the point."""
         return self.small.shape[0] // 2
 
     def retract(self) -> LowRank:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from detune.solvers.base import LowRank, NotRecoverable, Recovery
+from detune.solvers.base import LowRank, NotLowRank, NotRecoverable, Recovery
 from detune.solvers.core import JointCore
 from detune.solvers.differences import find_differences
 from detune.solvers.fit import w_step
@@ -87,11 +87,15 @@ class Spectral:
         """Iterate; see `Solver.solve`. Without a rank it takes the largest found in the differences."""
         if stack.n < 2:
             raise NotRecoverable("spectral with one model: it needs at least two, and three to be right; add models")
-        if rank is None:
-            rank = max(find_differences(stack, seed=self.seed).ranks)
+        if rank is None or self.on_core:
+            differences = find_differences(stack, rank, self.seed)
+            if differences.full_rank_pairs:
+                raise NotLowRank(differences.full_rank_pairs, stack.shape)
+            rank = rank or max(differences.ranks)
         rank = max(1, min(rank, *stack.shape))
         core = JointCore.of(stack, rank, self.seed) if self.on_core else None
         models = core.cores if core else torch.stack([W_i.to(stack.device, stack.dtype) for W_i in stack.matrices])
+        stack.require_finite(models.sum())
         deltas = self.alternate(models, rank)
         step = w_step(stack, core.lift(deltas) if core else deltas)
         return Recovery(

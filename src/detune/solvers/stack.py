@@ -84,7 +84,7 @@ class Stack:
         Raises:
             InputError: Not matrices of one shape, or not floating point.
         """
-        tensors = tuple(matrices)
+        tensors = tuple(W_i.detach() for W_i in matrices)
         if not tensors or not all(tensor.numel() for tensor in tensors):
             raise InputError("an empty stack: expected at least one matrix with entries, (models, out, in)")
         shape = tensors[0].shape
@@ -93,6 +93,10 @@ class Stack:
                 raise InputError(
                     f"matrix {i} has shape {tuple(tensor.shape)}, expected {tuple(shape)} as (out, in): "
                     "give one matrix per model, all of one shape"
+                )
+            if tensor.device != tensors[0].device:
+                raise InputError(
+                    f"matrix {i} is on {tensor.device}, matrix 0 on {tensors[0].device}: move them together"
                 )
             if not tensor.is_floating_point():
                 raise InputError(f"matrix {i} has dtype {tensor.dtype}, expected a float dtype: dequantise it first")
@@ -187,7 +191,7 @@ class Stack:
     @cached_property
     def _variances(self) -> list[Tensor]:
         """Storage variance of some rows of each model, `(rows, in)`, float64."""
-        return [storage_variance(_as_rounded(_sample(W_i))) for W_i in self.matrices]
+        return [storage_variance(sample) for sample in _as_rounded([_sample(W_i) for W_i in self.matrices])]
 
     @cached_property
     def noise(self) -> Tensor:
@@ -224,12 +228,17 @@ def storage_variance(values: Tensor) -> Tensor:
     return ulp.square() / 12
 
 
-def _as_rounded(values: Tensor) -> Tensor:
-    """The values in the dtype that they were rounded to: a float32 file may hold what was bf16 or fp16 before."""
+def _as_rounded(samples: Sequence[Tensor]) -> list[Tensor]:
+    """The values in the dtype that they were rounded to: float32 files may hold what was bf16 or fp16 before.
+
+    All must lie on its grid. One alone is a model that left a half-precision base as it was: exact, not coarse.
+    """
     for dtype in (torch.bfloat16, torch.float16):
-        if values.dtype.itemsize > 2 and torch.equal(values.to(dtype).to(values.dtype), values):
-            return values.to(dtype)
-    return values
+        if all(
+            sample.dtype.itemsize <= 2 or torch.equal(sample.to(dtype).to(sample.dtype), sample) for sample in samples
+        ):
+            return [sample if sample.dtype.itemsize <= 2 else sample.to(dtype) for sample in samples]
+    return list(samples)
 
 
 def _sample(matrix: Tensor, rows: int = 64) -> Tensor:
@@ -245,5 +254,5 @@ def _compute_dtype(matrices: tuple[Tensor, ...]) -> torch.dtype:
     samples = [_sample(W_i) for W_i in matrices]
     reference = samples[0].double()
     largest = max((sample.double() - reference).square().mean().sqrt() for sample in samples)
-    noise = min(storage_variance(_as_rounded(sample)).mean().sqrt() for sample in samples)
+    noise = min(storage_variance(sample).mean().sqrt() for sample in _as_rounded(samples))
     return torch.float32 if largest <= FLOAT32_RANGE * noise else torch.float64
