@@ -377,3 +377,15 @@ def test_a_link_stays_a_link(like: Checkpoint, out: Path, tmp_path: Path) -> Non
     copy_all(like, link)
     assert link.is_symlink()
     assert tree(out) == tree(like.root)
+
+
+def test_overwrite_spares_a_directory_that_only_has_a_config(tmp_path):
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    out = tmp_path / "thesis"
+    out.mkdir()
+    for name in ("config.json", "thesis.tex"):
+        (out / name).write_text("{}")
+    writer = CheckpointWriter(open_checkpoint(tmp_path / "model.safetensors"), out, overwrite=True)
+    with pytest.raises(OutputError, match="does not look like a checkpoint"), writer:
+        pass
+    assert (out / "thesis.tex").is_file()

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from detune import recover_matrix
+from detune.metrics import w_error
+from detune.solvers import Auto, NotLowRank, NotRecoverable, Spectral, Stack
+from tests.cases import seeded
+
+
+def lora(generator, out, columns, rank, size):
+    B, A = torch.randn(out, rank, generator=generator), torch.randn(rank, columns, generator=generator)
+    return size * B @ A / (rank * columns) ** 0.5
+
+
+class TestAgreement:
+    def test_of_one_pair_is_taken_for_the_base(self):
+        W, M = torch.randn(40, 30, generator=seeded(0)), lora(seeded(1), 40, 30, 2, 1.0)
+        recovery = Auto().solve(Stack.of([W, W + M, W]))
+        assert recovery.method == "unchanged"
+        assert torch.equal(recovery.weight.float(), W)
+
+    def test_of_two_groups_proves_nothing(self):
+        W, M = torch.randn(40, 30, generator=seeded(0)), lora(seeded(1), 40, 30, 2, 1.0)
+        recovery = Auto().solve(Stack.of([W + M, W + M, W, W]))
+        assert recovery.method != "unchanged"
+
+
+def test_a_half_precision_base_left_alone_by_one_model_is_no_coarse_noise():
+    generator = seeded(0)
+    W = torch.randn(128, 128, generator=generator).bfloat16().float()
+    models = [W + lora(generator, 128, 128, 4, 0.03), W + lora(generator, 128, 128, 4, 0.03), W]
+    recovery = recover_matrix(models)
+    assert recovery.ranks == (4, 4, 0)
+    assert 0.3 < recovery.noise_ratio < 2
+    assert w_error(recovery.weight, W) < -14
+
+
+def test_one_frozen_a_is_not_recoverable():
+    generator = seeded(0)
+    W, A = torch.randn(96, 96, generator=generator), torch.randn(4, 96, generator=generator)
+    models = [W + 0.01 * torch.randn(96, 4, generator=generator) @ A for _ in range(4)]
+    with pytest.raises(NotRecoverable, match="share their row spaces, as with one frozen A"):
+        recover_matrix(models)
+
+
+def test_spectral_names_strangers_too():
+    models = torch.randn(3, 80, 80, generator=seeded(0))
+    with pytest.raises(NotLowRank, match="differ at full rank"):
+        recover_matrix(models, Spectral(iterations=2), rank=4)
