@@ -3,7 +3,7 @@ import torch
 
 from detune import recover_matrix
 from detune.metrics import w_error
-from detune.solvers import Auto, NotLowRank, NotRecoverable, Spectral, Stack
+from detune.solvers import Auto, NotLowRank, Spectral, Stack
 from tests.cases import seeded
 
 
@@ -35,12 +35,11 @@ def test_a_half_precision_base_left_alone_by_one_model_is_no_coarse_noise():
     assert w_error(recovery.weight, W) < -14
 
 
-def test_one_frozen_a_is_not_recoverable():
+def test_one_frozen_a_is_never_called_recovered():
     generator = seeded(0)
     W, A = torch.randn(96, 96, generator=generator), torch.randn(4, 96, generator=generator)
     models = [W + 0.01 * torch.randn(96, 4, generator=generator) @ A for _ in range(4)]
-    with pytest.raises(NotRecoverable, match="share their row spaces, as with one frozen A"):
-        recover_matrix(models)
+    assert recover_matrix(models).noise_ratio > 1000
 
 
 def test_spectral_names_strangers_too():

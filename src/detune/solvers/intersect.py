@@ -19,8 +19,6 @@ from detune.solvers.stack import Stack
 
 # Spaces that are this far apart (sin^2) are told apart well enough: the other side is not looked at.
 GOOD_SEPARATION = 0.5
-# Below this they are the same: the differences' ranks do not add up, and what they share is not one adapter's.
-SAME_SPACE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -98,10 +96,6 @@ def find_spaces(differences: Differences, rank: int | None = None, seed: int = 0
     out, columns = stack.shape
     ranks = _check(differences, rank)
     rows = intersect(differences, ranks) if _widest_triple(ranks) <= columns else None
-    if rows is not None and rows.separation < SAME_SPACE:
-        raise NotRecoverable(
-            "the adapters share their row spaces, as with one frozen A", "inside them any W fits", "add other models"
-        )
     if rows is not None and (rows.separation >= GOOD_SEPARATION or _widest_triple(ranks) > out):
         return rows
     turned = intersect(find_differences(stack.transposed, rank, seed), ranks)
