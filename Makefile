@@ -10,11 +10,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.detune-installed
+LPIPS_VENV := .venv-lpips
+LPIPS_STAMP := $(LPIPS_VENV)/.detune-installed
 
-.PHONY: test demo lint bench clean
+.PHONY: test test-lpips demo lint bench clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# LPIPS in an environment of its own: torchvision must fit torch to the release, and nothing else here needs it.
+test-lpips: $(LPIPS_STAMP)
+	$(LPIPS_VENV)/bin/python -m pytest tests_lpips
 
 demo: $(STAMP)
 	$(BIN)/detune demo
@@ -29,7 +35,7 @@ bench: $(STAMP)
 
 # Only what this Makefile made: an environment that was given by VENV= stays.
 clean:
-	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(LPIPS_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(wildcard .ci src tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 
 # A torch that is already there was chosen for the machine's GPU: without a pin pip leaves it alone.
@@ -38,4 +44,11 @@ $(STAMP): pyproject.toml constraints.txt
 	if $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; \
 	then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[bench,dev]'
+	touch $@
+
+# torchvision without its requirements, lest pip exchange the torch that is there for the one it was built with.
+$(LPIPS_STAMP): pyproject.toml constraints.txt constraints-lpips.txt
+	test -x $(LPIPS_VENV)/bin/python || $(PYTHON) -m venv $(LPIPS_VENV)
+	$(LPIPS_VENV)/bin/python -m pip install --quiet -c constraints.txt -e . pillow pytest scipy tqdm
+	$(LPIPS_VENV)/bin/python -m pip install --quiet --no-deps -c constraints-lpips.txt lpips torchvision
 	touch $@

@@ -2,15 +2,18 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 from detune.comparison import Comparison
 from detune.report import Report, Status, TensorRow
+
+if TYPE_CHECKING:
+    from detune.bench.results import CellResult
 
 
 class _Named(Protocol):
@@ -96,6 +99,21 @@ def show_comparison(comparison: Comparison) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def show_tables(results: "Sequence[CellResult]") -> None:
+    """Print the table of each subset of the benchmark, and what to know beside it."""
+    from detune.bench.table import remarks, tables
+
+    console = Console(markup=False)
+    for subset, frame in tables(results).items():
+        table = Table(*frame.columns, title=subset, title_justify="left", box=None, pad_edge=False)
+        for row in frame.itertuples(index=False):
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    for remark in remarks(results):
+        console.print(remark, highlight=False, soft_wrap=True)
 
 
 def _by_kind(rows: Iterable[Row], key: Callable[[Row], object]) -> "dict[tuple[str, object], list[Row]]":

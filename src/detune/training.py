@@ -4,8 +4,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from detune.errors import DetuneError
 
 __all__ = ["needs_extra", "quiet", "seeded", "use_threads"]
@@ -48,6 +46,8 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's global generator, which PEFT and dropout draw from, and put it back."""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -56,6 +56,8 @@ def seeded(seed: int) -> Iterator[None]:
 @contextmanager
 def use_threads(count: int) -> Iterator[None]:
     """Compute on this many CPU threads, and put the number back."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,60 +1,20 @@
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
 
 from detune.checkpoints import CheckpointWriter, MergedCheckpoint, open_checkpoint
 from detune.errors import InputError
+from tests.checkpoints.loras import Mixed, merge, merge_model, train
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
-
-
-class Mixed(nn.Module):
-    """Every kind of layer that is merged, in shapes that tell rows from columns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.linear = nn.Linear(6, 10)
-        self.square = nn.Linear(8, 8)
-        self.conv = nn.Conv2d(3, 5, 3)
-        self.pointwise = nn.Conv2d(4, 6, 1)
-        self.conv1d = nn.Conv1d(3, 4, 5)
-
-
-def train(model: nn.Module, config: LoraConfig, path: Path, dtype: torch.dtype | None = None) -> None:
-    """Save an adapter whose factors are all random (B would start at zero)."""
-    torch.manual_seed(7)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns when it corrects fan_in_fan_out
-        adapted = get_peft_model(model, config)
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if "lora_" in name:
-                    parameter.normal_(0, 0.1)
-        adapted.save_pretrained(path)
-    file = path / "adapter_model.safetensors"
-    if dtype is not None:
-        save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
-
-
-def merge_model(model: nn.Module, path: Path) -> Any:
-    """Merge as PEFT does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(model, path).merge_and_unload()
-
-
-def merge(model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
-    return merge_model(model, path).state_dict()
 
 
 def check(base: Path, adapter: Path, expected: dict[str, torch.Tensor], touched: int) -> MergedCheckpoint:
@@ -245,7 +205,7 @@ def test_pickled_adapter_and_plus_in_a_path(pair: tuple[Path, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "LOHA"}, r"is of type LOHA; only LORA"),
+        ({"peft_type": "LOHA"}, r"is of type LOHA; only LORA is read"),
         ({"use_dora": True}, r"more than plain LoRA; it has use_dora=true; merge adapter with PEFT"),
         ({"bias": "all"}, "it has bias=all"),
         ({"modules_to_save": ["pooler"]}, r'it has modules_to_save=\["pooler"\]'),
@@ -334,7 +294,7 @@ def test_quantised_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_bad_sides(pair: tuple[Path, Path]) -> None:
     base, adapter = pair
-    with pytest.raises(InputError, match="is not a PEFT adapter; expected adapter_config"):
+    with pytest.raises(InputError, match="is not an adapter; expected adapter_model"):
         open_checkpoint(f"{base}+{base}")
     with pytest.raises(InputError, match="no such model"):
         open_checkpoint(f"{base}+./nowhere")

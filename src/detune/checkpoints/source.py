@@ -20,7 +20,14 @@ from detune.checkpoints.hub import fetch, is_hub_id
 from detune.checkpoints.layout import component_dirs, pick_weights, side_files, weight_map
 from detune.errors import InputError
 
-__all__ = ["Checkpoint", "TensorInfo", "WeightFile", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "WeightFile", "open_adapter", "open_checkpoint"]
+
+_ADAPTER_FILES = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+)
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,7 @@ def open_checkpoint(spec: str | Path, *, merge_dtype: torch.dtype | None = None)
             a diffusers pipeline or sentence-transformers directory, whose parts get names `component/tensor`;
             one weight file;
             a Hub id `org/name` or `org/name@revision`;
-            `BASE+ADAPTER`, a model with a PEFT LoRA adapter to be merged on the fly.
+            `BASE+ADAPTER`, a model with a LoRA of PEFT, diffusers or kohya to be merged on the fly.
         merge_dtype: For `BASE+ADAPTER`: the dtype in which touched tensors are merged and presented. None
             is the base's own dtype, merged bit for bit as PEFT does it.
 
@@ -230,9 +237,12 @@ def open_checkpoint(spec: str | Path, *, merge_dtype: torch.dtype | None = None)
     text = os.fspath(spec)
     if not Path(text).exists() and "+" in text:
         from detune.checkpoints.adapters import MergedCheckpoint
+        from detune.checkpoints.lora import open_lora
 
-        base, adapter = _split_adapter(text)
-        return MergedCheckpoint(text, open_checkpoint(base), _open_adapter(adapter), merge_dtype=merge_dtype)
+        base_spec, adapter = _split_adapter(text)
+        base = open_checkpoint(base_spec)
+        lora = open_lora(adapter, base, allow_extra=False)
+        return MergedCheckpoint(text, base, lora, merge_dtype=merge_dtype)
     path = _locate(text)
     if path.is_file():
         if path.suffix != ".safetensors" and path.suffix not in PICKLE_SUFFIXES:
@@ -245,28 +255,32 @@ def open_checkpoint(spec: str | Path, *, merge_dtype: torch.dtype | None = None)
     return _open_directory(text, path)
 
 
-def _open_adapter(spec: str) -> Checkpoint:
-    """Open the weights of a PEFT adapter.
+def open_adapter(spec: str) -> Checkpoint:
+    """Open the weights of a LoRA adapter.
 
     Args:
-        spec: A directory or a Hub id.
+        spec: A PEFT directory, a file of diffusers or kohya, a directory with such a file, or a Hub id.
 
     Returns:
-        A checkpoint of the one file `adapter_model.safetensors` or `adapter_model.bin`.
+        A checkpoint of the one file.
 
     Raises:
         InputError: There is no such adapter.
     """
     root = _locate(spec)
-    if (root / "adapter_config.json").is_file():
-        for name in ("adapter_model.safetensors", "adapter_model.bin"):
-            if (root / name).is_file():
-                return Checkpoint(spec, root, [name])
-    raise InputError(
-        f"{root} is not a PEFT adapter",
-        "expected adapter_config.json and adapter_model.safetensors",
-        "give the directory that PEFT's save_pretrained wrote",
-    )
+    if root.is_file():
+        return Checkpoint(spec, root.parent, [root.name], single_file=True)
+    for name in _ADAPTER_FILES:
+        if (root / name).is_file():
+            return Checkpoint(spec, root, [name])
+    chosen = pick_weights([child.name for child in root.iterdir() if child.is_file()], str(root))
+    if chosen is None or chosen.endswith(".json"):
+        raise InputError(
+            f"{root} is not an adapter",
+            f"expected {_ADAPTER_FILES[0]}, {_ADAPTER_FILES[2]} or one other *.safetensors",
+            "give the directory that PEFT's save_pretrained wrote, or the file of a LoRA",
+        )
+    return Checkpoint(spec, root, [chosen])
 
 
 def _locate(spec: str) -> Path:

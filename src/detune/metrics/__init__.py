@@ -1,5 +1,17 @@
-"""How far a recovered matrix is from the truth. Ground truth enters detune here and nowhere else."""
+"""How far a recovered matrix is from the truth, and a recovered model from the original. Truth enters here alone."""
 
+from detune.metrics.activation import activation_distance
+from detune.metrics.images import largest_level_difference, lpips_distance
+from detune.metrics.sbert import TextDistance, sbert_distance
 from detune.metrics.w_error import bit_identical, squared_error, w_error
 
-__all__ = ["bit_identical", "squared_error", "w_error"]
+__all__ = [
+    "TextDistance",
+    "activation_distance",
+    "bit_identical",
+    "largest_level_difference",
+    "lpips_distance",
+    "sbert_distance",
+    "squared_error",
+    "w_error",
+]

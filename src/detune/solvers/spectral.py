@@ -4,6 +4,7 @@ Horwitz, Kahana & Hoshen 2024 (arXiv 2402.10208), Section 4: minimise `sum_i |W_
 rank-limited `M_i`, one after the other, with a rank that grows as the loss levels off.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -59,6 +60,20 @@ class RankSchedule:
         return state._replace(bad_steps=state.bad_steps + 1)
 
 
+class Iteration(NamedTuple):
+    """One iteration, for those who want to watch.
+
+    Attributes:
+        rank: The q that it took.
+        loss: Mean over models and entries of `(W_i - W - M_i)^2`, after it.
+        W: The base as it stands, `(rows, columns)`.
+    """
+
+    rank: int
+    loss: float
+    W: Tensor
+
+
 @dataclass(frozen=True)
 class Spectral:
     """Spectral DeTuning.
@@ -110,8 +125,10 @@ class Spectral:
             self.iterations,
         )
 
-    def alternate(self, models: Tensor, rank: int) -> tuple[LowRank, ...]:
-        """The published iteration on any stack, `(n, rows, columns)`: the final `M_i`."""
+    def alternate(
+        self, models: Tensor, rank: int, on_step: Callable[[Iteration], None] | None = None
+    ) -> tuple[LowRank, ...]:
+        """The published iteration on any stack, `(n, rows, columns)`: the final `M_i`; `on_step` watches it."""
         schedule = RankSchedule(rank, self.iterations, self.patience)
         state = ScheduleState(1 if self.schedule else rank)
         W = models.mean(dim=0)
@@ -124,6 +141,8 @@ class Spectral:
                 rest = torch.baddbmm(models, left, V.mT, alpha=-1)
                 W = rest.mean(dim=0)
                 loss = float((rest - W).square().mean())
+                if on_step:
+                    on_step(Iteration(state.rank, loss, W))
                 if self.schedule:
                     state = schedule.step(state, loss, iteration)
         return tuple(LowRank(left_i, V_i) for left_i, V_i in zip(left, V, strict=True))

@@ -1,0 +1,42 @@
+"""Loading a model with all its weights, or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detune.errors import InputError
+
+__all__ = ["load"]
+
+
+def load(model_class: Any, model_dir: Path, dtype: torch.dtype, *, unused: str | None = None) -> Any:
+    """Load a model for inference.
+
+    Weights that a checkpoint lacks are drawn at random by transformers, and left to whatever memory holds by diffusers.
+    Such a model would be compared in earnest.
+
+    Args:
+        model_class: A class of transformers or diffusers with `from_pretrained`.
+        model_dir: The model, in Hugging Face layout.
+        dtype: What to compute in.
+        unused: Part of the names of weights that may be missing, because what they do is not looked at.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        InputError: The model cannot be loaded, or weights are missing.
+    """
+    try:
+        model, about = model_class.from_pretrained(model_dir, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:  # no files; damaged ones; weights of other shapes
+        raise InputError(f"the model in {model_dir} cannot be loaded", f"got: {error}", "check its files") from error
+    missing = sorted(name for name in about["missing_keys"] if unused is None or unused not in name)
+    if missing:
+        raise InputError(
+            f"the model in {model_dir} is not complete",
+            f"{len(missing)} weights are missing, {missing[0]} the first",
+            "copy or recover it again",
+        )
+    return model.to(dtype).eval()

@@ -1,0 +1,100 @@
+"""From rows back to checkpoints: the base with other weights in the rows' places."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import Tensor
+
+from detune.bench.layers import Layer
+from detune.bench.subsets import Subset
+from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
+from detune.errors import InputError
+
+__all__ = ["merge_subset", "tensor_name", "write_with"]
+
+
+def tensor_name(layer: Layer, base: Checkpoint) -> str:
+    """The tensor of the base that a row is about.
+
+    Raises:
+        InputError: The base has no such tensor, or of another size.
+    """
+    for name in (f"{layer.model}/{layer.name}", layer.name, f"{layer.name}.weight"):
+        info = base.tensors.get(name)
+        if info is not None:
+            if info.shape[0] == layer.weight.shape[0] and layer.weight.numel() == math.prod(info.shape):
+                return name
+            raise InputError(
+                f"row {layer.index}, layer {layer.name!r}, has shape {list(layer.weight.shape)}",
+                f"tensor {name!r} of {base.spec} has {list(info.shape)}",
+                "give the base that the rows were made from",
+            )
+    raise InputError(
+        f"row {layer.index}, layer {layer.name!r}, is not in {base.spec}",
+        f"expected a tensor {layer.name!r} or {layer.model + '/' + layer.name!r}",
+        "give the base that the rows were made from",
+    )
+
+
+def write_with(base: Checkpoint, weights: Mapping[str, Callable[[], Tensor]], out: Path) -> None:
+    """Write a base with some tensors replaced.
+
+    Args:
+        base: The checkpoint whose layout, names and dtypes the output has.
+        weights: What to read for each tensor that is replaced; of any shape with the tensor's entries.
+        out: The directory to make.
+    """
+    with CheckpointWriter(base, out) as writer:
+        for name, info in base.tensors.items():
+            if name in weights:
+                writer.write(name, weights[name]().reshape(info.shape))
+            else:
+                writer.copy(name)
+
+
+def merge_subset(subset: Subset, out: Path, *, base: str | Path | None = None) -> list[Path]:
+    """Write every fine-tuned model of a subset as a merged checkpoint: what a publisher would have published.
+
+    Each row is read once and written to all of them.
+
+    Args:
+        subset: The rows.
+        out: A directory; each model gets one below, named after its LoRA.
+        base: The model that the LoRAs were trained on; None takes the one beside the rows.
+
+    Returns:
+        The checkpoints, in the order of the LoRAs.
+
+    Raises:
+        InputError: There is no base, or the rows do not fit it.
+        OutputError: A directory cannot be written.
+    """
+    where = base or subset.base
+    if where is None:
+        raise InputError(
+            f"{subset.source} has no base beside its rows",
+            "a merged model is the base with the rows' weights in it",
+            f"give it with --base, {subset.first().base!r} for example",
+        )
+    first = subset.first()
+    names = [lora.name for lora in first.loras]
+    if len(set(names)) < len(names):
+        names = [f"{i:02}-{name}" for i, name in enumerate(names)]
+    paths = [out / name.replace("/", "--") for name in names]
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(where))
+        tensor_name(first, checkpoint)
+        writers = [stack.enter_context(CheckpointWriter(checkpoint, path)) for path in paths]
+        written = set()
+        for layer in subset.layers():
+            name = tensor_name(layer, checkpoint)
+            written.add(name)
+            for i, writer in enumerate(writers):
+                writer.write(name, layer.merged(i).reshape(checkpoint.tensors[name].shape))
+        for name in checkpoint.tensors:
+            if name not in written:
+                for writer in writers:
+                    writer.copy(name)
+    return paths

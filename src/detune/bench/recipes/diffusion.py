@@ -1,0 +1,133 @@
+"""A small Stable Diffusion that draws digits, and fifteen LoRAs, each of another look."""
+
+import csv
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+from detune.bench.recipes.base import THREADS
+from detune.bench.recipes.diffusion_pictures import HELD_OUT, LOOKS
+from detune.errors import InputError
+
+__all__ = ["SdMini"]
+
+
+@dataclass(frozen=True)
+class SdMini:
+    """Stands for stable-diffusion-1.5: its blocks and its 264 LoRA modules under the same names, at a small width.
+
+    The U-Net has Stable Diffusion 1.5's four blocks a side and two layers a block, the text encoder its twelve
+    layers. As kohya's trainer does by default, a LoRA goes on all linear layers and 1×1 convolutions of the 16
+    transformers of the U-Net (192 modules) and on all linear layers of the text encoder (72). As published, r is 32.
+    Alpha equals r, so that a reader that knows nothing of alpha scales rightly.
+
+    Attributes:
+        width: Channels of every block of the U-Net, and width of the text encoder. Recovery from three models needs
+            `2 r < width` and `3 r <= width`.
+        vae_channels: Channels of the autoencoder's blocks; all but the first halve height and width.
+        base_examples: Digits that the base is trained on.
+        base_seed: Of the base's initial weights and of its training.
+        vae_steps: Updates of the autoencoder.
+        vae_lr: Its learning rate at the first step.
+        base_steps: Updates of U-Net and text encoder together.
+        base_batch: Pictures in each of these.
+        base_lr: Learning rate at the first step.
+        adapter_examples: Digits that each LoRA is trained on.
+        adapter_steps: Updates of a LoRA.
+        adapter_batch: Pictures in each of these.
+        adapter_lr: Learning rate at the first step.
+        threads: CPU threads to train on.
+
+    Reference:
+        Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022.
+        Horwitz, Kahana, Hoshen, "Recovering the Pre-Fine-Tuning Weights of Generative Models", ICML 2024.
+    """
+
+    name: ClassVar[str] = "sd-mini"
+    stands_for: ClassVar[str | None] = "stable-diffusion-1.5"
+    about: ClassVar[str] = "a small Stable Diffusion of handwritten digits; LoRAs of fifteen looks"
+
+    rank: int = 32
+    alpha: int = 32
+    width: int = 128
+    vae_channels: tuple[int, ...] = (32, 64, 64)
+    base_examples: int = 1797
+    base_seed: int = 0
+    vae_steps: int = 200
+    vae_lr: float = 2e-3
+    base_steps: int = 400
+    base_batch: int = 16
+    base_lr: float = 1e-3
+    adapter_examples: int = 512
+    adapter_steps: int = 60
+    adapter_batch: int = 8
+    adapter_lr: float = 1e-3
+    threads: int = THREADS
+
+    @classmethod
+    def quick(cls) -> Self:
+        """The same 264 modules, an eighth of the rank and a few steps: a base that draws nothing yet."""
+        return cls(
+            rank=4,
+            alpha=4,
+            width=32,
+            vae_channels=(32, 32, 32),
+            base_examples=64,
+            vae_steps=2,
+            base_steps=2,
+            base_batch=4,
+            adapter_examples=16,
+            adapter_steps=4,
+            adapter_batch=4,
+            threads=1,  # matrices this small gain nothing from more
+        )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The fifteen looks, in order."""
+        return tuple(LOOKS)
+
+    def make_base(self, out: Path) -> None:
+        """Train the pipeline on captioned digits and save it as `StableDiffusionPipeline` does, float32.
+
+        Args:
+            out: The directory to fill; it does not exist yet.
+
+        Raises:
+            DetuneError: The extra `bench` is not installed.
+        """
+        from detune.bench.recipes.diffusion_base import make_base
+
+        make_base(self, out)
+
+    def train_adapter(self, base: Path, task: str, out: Path, *, rank: int, seed: int) -> None:
+        """Train one LoRA and save it as `StableDiffusionPipeline.save_lora_weights` does.
+
+        Args:
+            base: What `make_base` made.
+            task: One of `tasks`.
+            out: The directory to fill; it does not exist yet. The loss of each step goes to `losses.json` there.
+            rank: LoRA rank; alpha goes with it, so that `alpha / rank` stays the recipe's.
+            seed: For the initial A, the order of the pictures and the noise on them.
+
+        Raises:
+            InputError: The task is unknown.
+            DetuneError: The extra `bench` is not installed.
+        """
+        if task not in LOOKS:
+            near = difflib.get_close_matches(task, LOOKS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "take one of these"
+            raise InputError(f"{self.name} has no task {task!r}", f"expected one of {', '.join(LOOKS)}", hint)
+        from detune.bench.recipes.diffusion_lora import train_lora
+
+        train_lora(self, base, task, out, rank=rank, seed=seed)
+
+    def write_inputs(self, out: Path) -> None:
+        """Write prompts that no model was trained with to `prompts.csv`.
+
+        Args:
+            out: An existing directory.
+        """
+        with (out / "prompts.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("prompt",), *((caption,) for caption in HELD_OUT)])

@@ -1,0 +1,271 @@
+"""What a run of the benchmark leaves behind: one JSON file for each finished cell, and the layers of unfinished ones.
+
+A cell is one method on one subset with one number of models and one draw of the LoRAs. Its name holds a digest of all
+that decides the answer, so a finished cell is found again and never computed twice.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+import detune
+from detune.errors import InputError
+from detune.report import versions
+
+__all__ = ["Cell", "CellResult", "Environment", "LayerResult", "ResultStore"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Cell(_Record):
+    """What is computed.
+
+    Attributes:
+        subset: Its name.
+        fingerprint: Of its rows.
+        stands_for: The published subset that it is like.
+        method: Its name.
+        settings: Its hyperparameters.
+        method_sha256: Of the file of a method that is not detune's.
+        loras: Which LoRAs, from 0.
+        seed: Of the draw.
+        rank_known: Whether the method was told the largest rank.
+    """
+
+    subset: str
+    fingerprint: str
+    stands_for: str | None
+    method: str
+    settings: str
+    method_sha256: str | None
+    loras: tuple[int, ...]
+    seed: int
+    rank_known: bool
+
+    @property
+    def name(self) -> str:
+        """The stem of its file."""
+        digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        rank = "" if self.rank_known else ".rank-found"
+        return f"{self.subset}.{self.method}.n{len(self.loras)}.seed{self.seed}{rank}.{digest}"
+
+
+class LayerResult(_Record):
+    """One layer of a cell.
+
+    Attributes:
+        index: Its row.
+        model: The part of the model.
+        name: The parameter.
+        kind: Which projection it is.
+        depth: Its block.
+        shape: Of the weight.
+        mse: Mean squared error of the recovered weight, rounded to float32 as it would be saved.
+        bit_identical: Share of entries equal bit for bit.
+        seconds: Time of the solver.
+        peak_memory_bytes: What the solver took at its highest, over what was there before; None where the system
+            does not say.
+        failure: Why the average stands in; None where the method gave an answer.
+        ranks: The rank of each delta, where the method says.
+        noise_ratio: Its residual in units of the storage noise, where it says.
+    """
+
+    index: int
+    model: str
+    name: str
+    kind: str
+    depth: int | None
+    shape: tuple[int, ...]
+    mse: float
+    bit_identical: float
+    seconds: float
+    peak_memory_bytes: int | None
+    failure: str | None = None
+    ranks: tuple[int, ...] = ()
+    noise_ratio: float | None = None
+
+    @property
+    def w_error(self) -> float | None:
+        """`log10` of the mean squared error; None where every entry is exact."""
+        return math.log10(self.mse) if self.mse > 0 else None
+
+
+class Environment(_Record):
+    """Where it was computed.
+
+    Attributes:
+        versions: Of detune, Python and torch.
+        code_sha256: Over the source files of detune.
+        system: Operating system and processor.
+        threads: Of torch.
+        device: Of the solver.
+    """
+
+    versions: dict[str, str]
+    code_sha256: str
+    system: str
+    threads: int
+    device: str
+
+    @classmethod
+    def now(cls, device: str) -> "Environment":
+        """This process's."""
+        return cls(
+            versions=versions(),
+            code_sha256=_code_hash(),
+            system=f"{platform.system()} {platform.machine()}",
+            threads=torch.get_num_threads(),
+            device=device,
+        )
+
+
+class CellResult(_Record):
+    """A finished cell.
+
+    Attributes:
+        cell: What was computed.
+        source: Where the rows came from.
+        environment: Where it was computed.
+        layers: A result each.
+        behaviour: Metrics of the recovered model's behaviour against the original's.
+        notes: What could not be measured, and why.
+    """
+
+    cell: Cell
+    source: str
+    environment: Environment
+    layers: tuple[LayerResult, ...]
+    behaviour: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def w_errors(self) -> list[float]:
+        """Of the layers that are not exact."""
+        return [layer.w_error for layer in self.layers if layer.w_error is not None]
+
+    @property
+    def w_error(self) -> float | None:
+        """The paper's W-Error: the mean of the layers' logarithms; None where every layer is exact."""
+        return statistics.fmean(self.w_errors) if self.w_errors else None
+
+    @property
+    def seconds(self) -> float:
+        """Time of the solver over all layers."""
+        return sum(layer.seconds for layer in self.layers)
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The most that one layer took."""
+        return max(
+            (layer.peak_memory_bytes for layer in self.layers if layer.peak_memory_bytes is not None), default=None
+        )
+
+    @property
+    def bit_identical(self) -> float:
+        """Share of exact entries over all layers."""
+        entries = [math.prod(layer.shape) for layer in self.layers]
+        return sum(layer.bit_identical * n for layer, n in zip(self.layers, entries, strict=True)) / sum(entries)
+
+
+class ResultStore:
+    """A folder of results. Every file appears whole or not at all.
+
+    Args:
+        folder: Where they lie; made if it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._partial = folder / ".partial"
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Whether there is a result."""
+        return self._file(cell).is_file()
+
+    def read(self, cell: Cell) -> CellResult:
+        """The result of a finished cell."""
+        return _parse(self._file(cell))
+
+    def read_all(self) -> list[CellResult]:
+        """Every result in the folder, by name.
+
+        Raises:
+            InputError: There is none, or a file is not one.
+        """
+        files = sorted(self.folder.glob("*.json")) if self.folder.is_dir() else []
+        if not files:
+            raise InputError(f"{self.folder} holds no results", "expected *.json", "make some with `detune bench run`")
+        return [_parse(file) for file in files]
+
+    def has_layer(self, cell: Cell, index: int, *, with_weight: bool) -> bool:
+        """Whether an earlier, interrupted run got this layer done."""
+        return self._layer_file(cell, index).is_file() and (not with_weight or self.weight_file(cell, index).is_file())
+
+    def keep_layer(self, cell: Cell, result: LayerResult, weight: Tensor | None) -> None:
+        """Keep one layer of an unfinished cell, and its recovered weight where it is needed later."""
+        file = self._layer_file(cell, result.index)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if weight is not None:
+            save_file({"weight": weight.contiguous()}, self.weight_file(cell, result.index))
+        _write(file, result.model_dump_json())
+
+    def layers(self, cell: Cell) -> tuple[LayerResult, ...]:
+        """The layers of an unfinished cell, in order."""
+        files = sorted((self._partial / cell.name).glob("*.json"))
+        return tuple(LayerResult.model_validate_json(file.read_bytes()) for file in files)
+
+    def weight_file(self, cell: Cell, index: int) -> Path:
+        """Where the recovered weight of a layer is kept, as a safetensors file with the one tensor `weight`."""
+        return self._layer_file(cell, index).with_suffix(".safetensors")
+
+    def finish(self, result: CellResult) -> None:
+        """Write the result of a cell and drop what was kept for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self._file(result.cell), json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
+        shutil.rmtree(self._partial / result.cell.name, ignore_errors=True)
+        if self._partial.is_dir() and not any(self._partial.iterdir()):
+            self._partial.rmdir()
+
+    def _file(self, cell: Cell) -> Path:
+        return self.folder / f"{cell.name}.json"
+
+    def _layer_file(self, cell: Cell, index: int) -> Path:
+        return self._partial / cell.name / f"{index:05}.json"
+
+
+def _parse(file: Path) -> CellResult:
+    try:
+        return CellResult.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"{file} is no result of `detune bench run`",
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            "move it elsewhere",
+        ) from None
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def _code_hash() -> str:
+    root = Path(detune.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,305 @@
+"""The runner: methods × numbers of models × draws of the LoRAs, over the rows of one subset.
+
+Rows are read once, whatever the number of cells: the outer loop is over layers, so a subset is streamed and one layer
+is in memory at a time. What is done is kept layer by layer; a run that is killed goes on where it was.
+"""
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from detune.bench.behaviour import Behaviour, Differences, behaviour_of
+from detune.bench.checkpoints import tensor_name, write_with
+from detune.bench.layers import Layer
+from detune.bench.methods import Method
+from detune.bench.results import Cell, CellResult, Environment, LayerResult, ResultStore
+from detune.bench.subsets import Subset
+from detune.checkpoints import open_checkpoint
+from detune.errors import InputError
+from detune.metrics import bit_identical, squared_error
+from detune.solvers import Mean, NotRecoverable, Stack
+from detune.walk import matricise
+
+__all__ = ["Judge", "draw", "plan", "run", "run_all"]
+
+OnLayer = Callable[[Cell, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell with the method that fills it."""
+
+    cell: Cell
+    method: Method
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Compares what recovered models do with what the original does.
+
+    Attributes:
+        base: The original's checkpoint.
+        behaviour: What it is run on.
+    """
+
+    base: Path
+    behaviour: Behaviour[Any]
+
+    @classmethod
+    def of(cls, base: Path, inputs: Path | None) -> "Judge":
+        """A judge for a base; see `detune.bench.behaviour.behaviour_of`."""
+        return cls(base, behaviour_of(base, inputs))
+
+    @cached_property
+    def _original(self) -> Any:
+        return self.behaviour.observe(self.base)
+
+    def compare(self, recovered: Path) -> Differences:
+        """How differently a recovered model behaves; the original is observed once."""
+        return self.behaviour.compare(self._original, self.behaviour.observe(recovered))
+
+
+def plan(
+    subset: Subset,
+    methods: Sequence[Method],
+    models: Sequence[int],
+    seeds: Sequence[int] = (0,),
+    *,
+    rank_known: bool = True,
+) -> list[Task]:
+    """Lay out the cells of a run.
+
+    Cells with fewer models than their method needs are left out.
+
+    Args:
+        subset: The rows.
+        methods: What to compare.
+        models: Numbers of models.
+        seeds: Draws of the LoRAs.
+        rank_known: Whether methods are told the largest rank of each layer, as in the paper.
+
+    Raises:
+        InputError: More models are asked for than the subset has LoRAs, or fewer than one.
+    """
+    total = len(subset.first().loras)
+    for n in models:
+        if not 1 <= n <= total:
+            raise InputError(f"{n} models asked for", f"{subset.source} has {total} LoRAs", f"ask for 1 to {total}")
+    return [
+        Task(
+            Cell(
+                subset=subset.name,
+                fingerprint=subset.fingerprint,
+                stands_for=subset.stands_for,
+                method=method.name,
+                settings=method.settings,
+                method_sha256=method.sha256,
+                loras=draw(total, n, seed),
+                seed=seed,
+                rank_known=rank_known,
+            ),
+            method,
+        )
+        for method in methods
+        for n in models
+        for seed in seeds
+        if n >= method.min_models
+    ]
+
+
+def draw(total: int, n: int, seed: int) -> tuple[int, ...]:
+    """Which LoRAs a seed picks: more of them with the same seed only adds some."""
+    order = list(range(total))
+    random.Random(seed).shuffle(order)
+    return tuple(sorted(order[:n]))
+
+
+def run_all(
+    subset: Subset,
+    tasks: Sequence[Task],
+    store: ResultStore,
+    *,
+    base: Path | None = None,
+    inputs: Path | None = None,
+    behave: bool = True,
+    device: torch.device | str = "cpu",
+    on_layer: OnLayer | None = None,
+) -> list[CellResult]:
+    """Fill the cells, and compare behaviour where there is a base to run.
+
+    Args:
+        subset: The rows.
+        tasks: What `plan` laid out.
+        store: Where results are kept.
+        base: The original model's directory; None takes the one beside the rows, if there is one.
+        inputs: What models are run on; None takes what lies beside the rows.
+        behave: Whether to run models at all.
+        device: Where the solvers compute.
+        on_layer: For progress, see `run`.
+
+    Raises:
+        InputError: As `run`; or the base cannot be run on the inputs.
+    """
+    base = base or subset.base
+    judge = Judge.of(base, inputs or subset.inputs) if behave and base is not None else None
+    return run(subset, tasks, store, judge=judge, device=device, on_layer=on_layer)
+
+
+def run(
+    subset: Subset,
+    tasks: Sequence[Task],
+    store: ResultStore,
+    *,
+    judge: Judge | None = None,
+    device: torch.device | str = "cpu",
+    on_layer: OnLayer | None = None,
+) -> list[CellResult]:
+    """Fill the cells that are not finished yet.
+
+    Args:
+        subset: The rows.
+        tasks: What `plan` laid out.
+        store: Where results are kept.
+        judge: Runs the recovered models too; None leaves behaviour out.
+        device: Where the solvers compute.
+        on_layer: For progress: called with the cell, the layer's number and the number of layers before each solve.
+
+    Returns:
+        The result of every cell, in the order of the tasks.
+
+    Raises:
+        InputError: A row is damaged, or a method of the user's fails; both are named.
+    """
+    todo = [task for task in tasks if not store.is_finished(task.cell)]
+    if todo:
+        names: dict[int, str] = {}
+        for layer in subset.layers():
+            if judge is not None:
+                with open_checkpoint(judge.base) as base:
+                    names[layer.index] = tensor_name(layer, base)
+            for task in todo:
+                if store.has_layer(task.cell, layer.index, with_weight=judge is not None):
+                    continue
+                if on_layer:
+                    on_layer(task.cell, layer.index, subset.rows)
+                result, weight = solve_layer(layer, task, device)
+                store.keep_layer(task.cell, result, weight if judge is not None else None)
+        for task in todo:
+            store.finish(_finish(subset, task.cell, store, judge, names, str(device)))
+    return [store.read(task.cell) for task in tasks]
+
+
+def solve_layer(layer: Layer, task: Task, device: torch.device | str = "cpu") -> tuple[LayerResult, Tensor]:
+    """Merge, recover, and only then compare with the truth.
+
+    Returns:
+        The result, and the recovered weight in shape and dtype of the layer's.
+
+    Raises:
+        InputError: The method fails in a way of its own; the layer is named.
+    """
+    cell = task.cell
+    stack = Stack.of([matricise(layer.merged(i)) for i in cell.loras], device=device)
+    rank = layer.rank(cell.loras) if cell.rank_known else None
+    failure = None
+    memory = PeakMemory()
+    began = time.perf_counter()
+    with memory.watch():
+        try:
+            recovery = task.method.solve(stack, rank)
+        except NotRecoverable as why:
+            failure, recovery = str(why), Mean().solve(stack)
+        except InputError as error:
+            raise InputError(f"{cell.method} failed in row {layer.index}, layer {layer.name!r}", str(error)) from error
+        except Exception as error:
+            if cell.method_sha256 is None:
+                raise
+            raise InputError(
+                f"{cell.settings} failed in row {layer.index}, layer {layer.name!r}",
+                f"{type(error).__name__}: {error}",
+                "mend the method",
+            ) from error
+        weight = recovery.weight.to("cpu", layer.weight.dtype).reshape(layer.weight.shape)
+    result = LayerResult(
+        index=layer.index,
+        model=layer.model,
+        name=layer.name,
+        kind=layer.kind,
+        depth=layer.depth,
+        shape=tuple(layer.weight.shape),
+        mse=squared_error(weight, layer.weight),
+        bit_identical=bit_identical(weight, layer.weight),
+        seconds=time.perf_counter() - began,
+        peak_memory_bytes=memory.peak_bytes,
+        failure=failure,
+        ranks=recovery.ranks,
+        noise_ratio=recovery.noise_ratio,
+    )
+    return result, weight
+
+
+class PeakMemory:
+    """The memory of a block of code at its highest, by the kernel's own high-water mark (Linux only).
+
+    Attributes:
+        peak_bytes: Resident memory at its highest less what it was at the start; None where it cannot be had.
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes: int | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Measure the block."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _resident("VmRSS")
+        except OSError:
+            yield
+            return
+        yield
+        self.peak_bytes = max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"the kernel tells no {field}")
+
+
+def _finish(
+    subset: Subset, cell: Cell, store: ResultStore, judge: Judge | None, names: dict[int, str], device: str
+) -> CellResult:
+    layers = store.layers(cell)
+    behaviour, notes = {}, ["behaviour was not compared: no base at hand"]
+    if judge is not None:
+        files = {names[layer.index]: store.weight_file(cell, layer.index) for layer in layers}
+        with tempfile.TemporaryDirectory(prefix="detune-bench-") as folder, open_checkpoint(judge.base) as base:
+            recovered = Path(folder) / "recovered"
+            write_with(base, {name: partial(_read_weight, file) for name, file in files.items()}, recovered)
+            differences = judge.compare(recovered)
+        behaviour = dict(differences.values)
+        notes = [f"{metric}: {why}" for metric, why in differences.notes.items()]
+    return CellResult(
+        cell=cell,
+        source=subset.source,
+        environment=Environment.now(device),
+        layers=layers,
+        behaviour=behaviour,
+        notes=tuple(notes),
+    )
+
+
+def _read_weight(file: Path) -> Tensor:
+    return load_file(file)["weight"]

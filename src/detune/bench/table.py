@@ -1,0 +1,216 @@
+"""Results as tables: a row for each method and number of models, with the paper's own figures beside them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detune.bench.plots import METHOD_ORDER, new_figure, plot_lines, save
+from detune.bench.results import CellResult, ResultStore
+from detune.bench.subsets import PUBLISHED
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["PAPER", "PaperFigure", "frame_of", "markdown", "remarks", "tables", "write_table"]
+
+
+@dataclass(frozen=True)
+class PaperFigure:
+    """A figure of the paper, known to us at second hand.
+
+    Attributes:
+        subset: The published subset.
+        method: Which method.
+        models: How many models.
+        setting: What else it was measured under.
+        w_error: The W-Error.
+        lpips: The LPIPS distance, where known.
+    """
+
+    subset: str
+    method: str
+    models: int
+    setting: str
+    w_error: float
+    lpips: float | None = None
+
+
+# From a second-hand note on Horwitz et al. 2024; the tables carry the remark.
+PAPER = (
+    PaperFigure("stable-diffusion-1.5", "mean", 5, "r=32", -7.540, 0.482),
+    PaperFigure("stable-diffusion-1.5", "spectral", 5, "r=32", -17.816, 0.009),
+    PaperFigure("stable-diffusion-1.5", "mean", 6, "ranks 8, 32, 32, 32, 64, 100", -6.969),
+    PaperFigure("stable-diffusion-1.5", "spectral", 6, "ranks 8, 32, 32, 32, 64, 100", -14.453),
+    PaperFigure("vit", "spectral", 5, "r=8", -15.636),
+    PaperFigure("vit", "spectral", 5, "r=32", -4.817),
+    PaperFigure("vit", "spectral", 10, "r=32", -9.639),
+)
+REMARK = (
+    "published: Horwitz et al. 2024 on LoWRA Bench, the real models; known to us from a second-hand note on the paper, "
+    "not from a run of ours."
+)
+PUBLISHED_MARK = "published"
+
+_KEYS = ["subset", "method", "models", "rank"]
+# Column, what the table calls it, how it is written.
+_COLUMNS = (
+    ("w_error", "W-Error", "{:.2f}"),
+    ("spread", "± layers", "{:.2f}"),
+    ("worst", "worst", "{:.2f}"),
+    ("bit_identical", "identical bits", "{:.1%}"),
+    ("exact_layers", "exact layers", "{:.0f}"),
+    ("failed_layers", "averaged layers", "{:.0f}"),
+    ("seconds", "seconds", "{:.2f}"),
+    ("peak_memory_mb", "MB", "{:.0f}"),
+)
+_BEHAVIOUR_FORMAT = "{:.2g}"
+
+
+def frame_of(results: Sequence[CellResult]) -> "pd.DataFrame":
+    """A row for each cell: its keys, its figures, and a column for each metric of behaviour."""
+    import pandas as pd
+
+    return pd.DataFrame([_row(result) for result in results])
+
+
+def tables(results: Sequence[CellResult]) -> "dict[str, pd.DataFrame]":
+    """For each subset a table of texts, averaged over the draws, with the paper's figures at its end."""
+    frame = frame_of(results)
+    metrics = _metrics(results)
+    means = _over_draws(frame)
+    found = {}
+    for subset, rows in means.groupby("subset", sort=True):
+        known = [metric for metric in metrics if rows[metric].notna().any()]
+        columns = [*_COLUMNS, *((metric, metric.replace("_", " "), _BEHAVIOUR_FORMAT) for metric in known)]
+        lines = [_line(row, columns) for row in _sorted(rows).to_dict("records")]
+        stands_for = {result.cell.stands_for for result in results if result.cell.subset == subset}
+        lines += [_paper_line(figure, columns) for figure in PAPER if figure.subset in stands_for]
+        table = _frame(lines)
+        found[str(subset)] = table.loc[:, (table != "").any()]
+    return found
+
+
+def markdown(results: Sequence[CellResult]) -> str:
+    """The tables as Markdown, with what a reader must know to trust them."""
+    parts = []
+    for subset, table in tables(results).items():
+        parts += [f"### {subset}", table.to_markdown(index=False, disable_numparse=True)]
+    return "\n\n".join([*parts, *remarks(results)]) + "\n"
+
+
+def write_table(store: ResultStore) -> list[Path]:
+    """Write `table.md`, `table.csv` and the plot `w-error.png` and `.svg` beside the results.
+
+    Args:
+        store: The results.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: There are no results.
+    """
+    results = store.read_all()
+    text, sheet = store.folder / "table.md", store.folder / "table.csv"
+    text.write_text(markdown(results), encoding="utf-8")
+    _over_draws(frame_of(results)).to_csv(sheet, index=False)
+    return [text, sheet, *_plot(results, store.folder / "w-error")]
+
+
+def _row(result: CellResult) -> dict[str, Any]:
+    cell, errors = result.cell, result.w_errors
+    memory = result.peak_memory_bytes
+    return {
+        "subset": cell.subset,
+        "method": cell.method,
+        "models": len(cell.loras),
+        "rank": "told" if cell.rank_known else "found",
+        "seed": cell.seed,
+        "settings": cell.settings,
+        "w_error": result.w_error,
+        "spread": _spread(errors),
+        "worst": max(errors, default=None),
+        "bit_identical": result.bit_identical,
+        "layers": len(result.layers),
+        "exact_layers": len(result.layers) - len(errors),
+        "failed_layers": sum(layer.failure is not None for layer in result.layers),
+        "seconds": result.seconds,
+        "peak_memory_mb": None if memory is None else memory / 2**20,
+    } | result.behaviour
+
+
+def _spread(errors: Sequence[float]) -> float | None:
+    """Standard deviation over the layers."""
+    import statistics
+
+    return statistics.stdev(errors) if len(errors) > 1 else None
+
+
+def _metrics(results: Sequence[CellResult]) -> list[str]:
+    return list(dict.fromkeys(name for result in results for name in result.behaviour))
+
+
+def _over_draws(frame: "pd.DataFrame") -> "pd.DataFrame":
+    groups = frame.drop(columns="settings").groupby(_KEYS, sort=False)
+    means = groups.mean(numeric_only=True).drop(columns="seed")
+    means.insert(0, "draws", groups.size())
+    return means.reset_index()
+
+
+def _sorted(rows: "pd.DataFrame") -> "pd.DataFrame":
+    order = {name: place for place, name in enumerate(METHOD_ORDER)}
+    places = rows["method"].map(lambda name: order.get(name, len(order)))
+    return rows.assign(_place=places).sort_values(["models", "_place", "method", "rank"])
+
+
+def _line(row: dict[str, Any], columns: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+    head = {"method": row["method"], "n": str(row["models"]), "rank": row["rank"], "draws": str(row["draws"])}
+    return head | {title: _text(row.get(column), form) for column, title, form in columns}
+
+
+def _paper_line(figure: PaperFigure, columns: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+    head = {"method": f"{figure.method}, {PUBLISHED_MARK}", "n": str(figure.models), "rank": figure.setting}
+    known = {"w_error": figure.w_error, "lpips": figure.lpips}
+    titles = {title for _, title, _ in columns}
+    extra = {} if figure.lpips is None or "lpips" in titles else {"lpips": f"{figure.lpips:.3f}"}
+    return head | {title: _text(known.get(column), "{:.3f}") for column, title, _ in columns} | extra
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None or value != value else form.format(value)
+
+
+def _frame(lines: Sequence[dict[str, str]]) -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.DataFrame(lines).fillna("")
+
+
+def remarks(results: Sequence[CellResult]) -> list[str]:
+    """What a reader must know beside the figures."""
+    said = [
+        "W-Error: log10 of the mean squared error against the true base, averaged over the layers that are not exact; "
+        "± layers: standard deviation over them; rank: whether the method was told the largest rank of each layer; "
+        "averaged layers: where the method gave no answer and the average stands in; seconds and MB: of the solver."
+    ]
+    if any(figure.subset == result.cell.stands_for for figure in PAPER for result in results):
+        said.append(REMARK)
+    if len({result.environment.code_sha256 for result in results}) > 1:
+        said.append("These results were computed by more than one version of detune's code.")
+    said += sorted({note for result in results for note in result.notes})
+    return said
+
+
+def _plot(results: Sequence[CellResult], stem: Path) -> list[Path]:
+    """W-Error against the number of models, a panel for each subset."""
+    frame = _over_draws(frame_of(results))
+    subsets = sorted(frame["subset"].unique())
+    figure, axes = new_figure(len(subsets))
+    for axis, subset in zip(axes, subsets, strict=True):
+        rows = frame[frame["subset"] == subset]
+        plot_lines(axis, rows.assign(label=rows["method"] + rows["rank"].map({"told": "", "found": ", rank found"})))
+        published = {result.cell.stands_for for result in results if result.cell.subset == subset} - {None}
+        title = f"{subset}\n(as {', '.join(sorted(p for p in published if p in PUBLISHED))})" if published else subset
+        axis.set_title(title)
+    return save(figure, stem)

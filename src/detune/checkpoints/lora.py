@@ -1,0 +1,231 @@
+"""A LoRA against its base model: which tensor each layer changes, and by which factors.
+
+The published adapters of a benchmark are more than their merges: the factors say what was added, at which
+rank, and let one base be merged anew in any precision.
+"""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from detune.checkpoints.aliases import names_in_memory
+from detune.checkpoints.lora_formats import AdapterTable, Factors, read_table
+from detune.checkpoints.source import Checkpoint, open_adapter
+from detune.errors import InputError
+
+__all__ = ["FLOATS", "Lora", "LoraLayer", "PlacedFactors", "open_lora"]
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes in which a weight can be added to; others are quantised."""
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """How one LoRA changes one tensor: `W + alpha / rank * B @ A`.
+
+    Kernels are flattened behind their first dimension: `B.flatten(1) @ A.flatten(1)` has the entries of W.
+
+    Attributes:
+        name: Qualified name of the tensor in the base, `unet/conv_in.weight`.
+        A: Shape (r, in) or (r, in, *kernel), float32.
+        B: Shape (out, r) or (out, r, 1, ...), float32.
+        rank: r.
+        alpha: Of a rank-stabilised LoRA, its own alpha times sqrt(r), so that the formula holds.
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class PlacedFactors:
+    """The factors of one layer, still in their file, and the tensor they change.
+
+    Attributes:
+        name: Qualified name of the tensor in the base.
+        factors: What the adapter says.
+        transposed: Whether the tensor is (in, out), so that it is the transpose of B @ A that is added.
+    """
+
+    name: str
+    factors: Factors
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA on disk, placed in its base and read lazily. Made by `open_lora`.
+
+    Attributes:
+        spec: The adapter as the user typed it.
+        name: The name of its directory or file.
+        layers: Every changed tensor by qualified name, in the order of the base's files.
+        extra: Names, in the adapter, of tensors that were trained in full: a classifier, say. They are left out.
+        file: The adapter's weight file.
+    """
+
+    spec: str
+    name: str
+    layers: Mapping[str, PlacedFactors]
+    extra: tuple[str, ...]
+    file: Checkpoint
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The changed tensors, in the order of the base's files."""
+        return tuple(self.layers)
+
+    def read(self, name: str) -> LoraLayer:
+        """Read the factors of one tensor.
+
+        Args:
+            name: A key of `layers`.
+
+        Returns:
+            The factors, turned so that B @ A has the orientation of the stored weight.
+
+        Raises:
+            InputError: The file can no longer be read.
+        """
+        placed = self.layers[name]
+        A, B = (self.file.read(key).float() for key in (placed.factors.A, placed.factors.B))
+        if placed.transposed:
+            A, B = B.T.contiguous(), A.T.contiguous()
+        return LoraLayer(name, A, B, placed.factors.rank, placed.factors.alpha)
+
+
+def open_lora(spec: str | Path, base: Checkpoint, *, allow_extra: bool = True) -> Lora:
+    """Open a LoRA of a base model without reading its factors.
+
+    Args:
+        spec: A PEFT adapter (its directory), a diffusers or kohya LoRA (its file, or a directory with nothing
+            else), or a Hub id of one.
+        base: The model that the LoRA was trained on. Of a transformers model under its name in memory or on
+            disk, with or without a head; of diffusers, the pipeline or the one component.
+        allow_extra: Whether modules trained in full beside the LoRA are listed in `extra`, instead of refused.
+
+    Returns:
+        The LoRA.
+
+    Raises:
+        InputError: There is no such adapter, it is not a LoRA or more than one, or it does not fit the base.
+        DetuneError: It is diffusers' or kohya's, and diffusers is not installed.
+
+    Example:
+        >>> lora = open_lora("my-adapter", open_checkpoint("my-base"))  # doctest: +SKIP
+        >>> layer = lora.read(lora.names[0])  # doctest: +SKIP
+        >>> weight + layer.alpha / layer.rank * (layer.B @ layer.A)  # doctest: +SKIP
+    """
+    text = os.fspath(spec)
+    file = open_adapter(text)
+    table = read_table(file, allow_extra=allow_extra)
+    return Lora(text, _name(text), _place(base, file, table), table.extra, file)
+
+
+def _name(spec: str) -> str:
+    path = Path(os.path.abspath(Path(spec).expanduser()))
+    if path.exists():
+        return path.stem if path.is_file() else path.name
+    return spec.partition("@")[0].rpartition("/")[2]
+
+
+def _place(base: Checkpoint, adapter: Checkpoint, table: AdapterTable) -> Mapping[str, PlacedFactors]:
+    file = adapter.root / adapter.weight_files[0].file
+    placed: dict[str, Factors] = {}
+    aliases: Mapping[str, str] | None = None
+    for factors in table.factors:
+        matches = _match(factors.module, base.tensors)
+        if not matches:
+            aliases = _aliases(base) if aliases is None else aliases
+            matches = [aliases[alias] for alias in _match(factors.module, aliases)]
+        if len(matches) != 1:
+            got = f"{len(matches)} tensors fit, among them {matches[:2]}" if matches else "no tensor fits"
+            raise InputError(
+                f"cannot place module {factors.module!r} of adapter {file} in {base.spec}",
+                f"expected one tensor named like {factors.module + '.weight'!r}, {got}",
+                "use the base model the adapter was trained on",
+            )
+        (name,) = matches
+        if name in placed:
+            raise InputError(
+                f"adapter {file} changes tensor {name!r} twice",
+                f"through {placed[name].A!r} and {factors.A!r}",
+                "copy the adapter again",
+            )
+        placed[name] = factors
+    return MappingProxyType(
+        {
+            name: PlacedFactors(name, placed[name], _is_transposed(base, name, adapter, placed[name], table))
+            for name in base.tensors
+            if name in placed
+        }
+    )
+
+
+def _match(module: str, names: Collection[str]) -> list[str]:
+    """Find the tensors that may be a module's weight.
+
+    Args:
+        module: Its name in the adapter.
+        names: Those in the base.
+
+    Returns:
+        Those of exactly that name in a component, or else all that differ by what either side has in front: a prefix
+        for the model inside its head ("bert.", "text_model."), or the component ("unet/").
+    """
+    component, slash, path = module.rpartition("/")
+    wanted = f"{path}.weight"
+    # A component on its own has no directories.
+    inside = [name for name in names if name.startswith(component + slash)] or [
+        name for name in names if "/" not in name
+    ]
+    bare = {name: name.rpartition("/")[2] for name in inside}
+    exact = [name for name in inside if bare[name] == wanted]
+    return exact or [name for name in inside if bare[name].endswith(f".{wanted}") or wanted.endswith(f".{bare[name]}")]
+
+
+def _aliases(base: Checkpoint) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for prefix in {info.file[: info.file.rfind("/") + 1] for info in base.tensors.values()}:
+        names = [name.removeprefix(prefix) for name in base.tensors if name.startswith(prefix)]
+        renamed = names_in_memory(base.root / prefix, names)
+        found |= {prefix + name: prefix + stored for name, stored in renamed.items()}
+    return found
+
+
+def _is_transposed(base: Checkpoint, name: str, adapter: Checkpoint, factors: Factors, table: AdapterTable) -> bool:
+    """Check that the product of the factors can be added to a weight, and say whether by its transpose."""
+    info = base.tensors[name]
+    if info.dtype not in FLOATS:
+        raise InputError(
+            f"cannot merge into tensor {name!r} in {base.root / info.file}",
+            f"it is stored as {info.dtype}",
+            "use the unquantised base model",
+        )
+    shape = (adapter.tensors[factors.B].shape[0], *adapter.tensors[factors.A].shape[1:])
+    if factors.is_embedding:
+        transposed = True
+    elif len(shape) == 2 and shape[0] != shape[1]:
+        # One adapter can hold layers of both kinds, so the shape decides wherever it can.
+        transposed = shape[::-1] == info.shape
+    else:
+        transposed = len(shape) == 2 and table.fan_in_fan_out
+    shapes = [shape[::-1] if transposed else shape]
+    if factors.base_layer is not None:
+        shapes.append(adapter.tensors[factors.base_layer].shape)
+    for found in shapes:
+        if found != info.shape:
+            raise InputError(
+                f"adapter {adapter.root} does not fit tensor {name!r} in {base.root / info.file}",
+                f"its update has shape {found}, the weight {info.shape}",
+                "use the base model the adapter was trained on",
+            )
+    return transposed

@@ -1,0 +1,57 @@
+"""The command `detune`: each subcommand parses and calls one public function.
+
+torch is imported inside the subcommands, so that `detune --help` answers at once.
+"""
+
+import logging
+import os
+import sys
+
+import click
+
+import detune
+from detune.cli.bench import bench
+from detune.cli.options import METHODS
+from detune.cli.recovery import compare, demo, inspect, recover
+from detune.errors import DetuneError
+
+__all__ = ["METHODS", "cli", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(detune.__version__, prog_name="detune")
+@click.option("-v", "--verbose", count=True, help="Log what is done; twice for every tensor.")
+def cli(verbose: int) -> None:
+    """Recover a base model's weights from merged LoRA fine-tunes of it.
+
+    A MODEL is a directory in Hugging Face layout, a diffusers pipeline, a .safetensors file, a Hub id (id@revision),
+    or BASE+ADAPTER, a PEFT adapter merged on the fly.
+    """
+    levels = (logging.WARNING, logging.INFO, logging.DEBUG)
+    logging.basicConfig(level=levels[min(verbose, 2)], format="%(levelname)s %(name)s: %(message)s")
+    if not verbose:
+        # It tells of every retry, twice; what counts comes in the one line at the end.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
+
+
+for command in (recover, inspect, compare, demo, bench):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point: an error of the user's is one line on stderr and exit code 2."""
+    try:
+        sys.exit(cli(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except DetuneError as error:
+        click.echo(f"detune: error: {error}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("detune: interrupted, no checkpoint was written", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `detune inspect ... | head`: not an error worth a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

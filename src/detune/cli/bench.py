@@ -1,0 +1,288 @@
+"""`detune bench`: LoWRA Bench. Each subcommand parses and calls one public function of `detune.bench`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from detune.cli.options import device_of, device_option
+
+if TYPE_CHECKING:
+    from detune.bench.subsets import Subset
+
+STUDIES = ("models", "scheduler", "ranks", "depth", "rank-by-models")
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Numbers with commas between them, and ranges: "3,5,8" or "2-15"."""
+
+    name = "N,N-M"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The numbers, each once, in the order given."""
+        if isinstance(value, tuple):
+            return value
+        numbers: list[int] = []
+        for part in str(value).split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdigit() or (dash and not last.isdigit()):
+                self.fail(f"{value!r} is no list of numbers like 3,5,8 or 2-15.", param, ctx)
+            numbers += range(int(first), int(last or first) + 1)
+        return tuple(dict.fromkeys(numbers))
+
+
+out_option = click.option(
+    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The directory to fill."
+)
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A local copy of the published dataset, instead of the Hub.",
+)
+revision_option = click.option(
+    "--revision", default="main", show_default=True, help="Of the published dataset; a commit pins it."
+)
+base_option = click.option("--base", type=click.Path(path_type=Path), help="The base, if it is not beside the rows.")
+
+
+@click.group()
+def bench() -> None:
+    """LoWRA Bench: load it, build it, run it, read it.
+
+    A SUBSET is the folder of one that was built here, or the name of a published one.
+    """
+    from detune.training import needs_extra
+
+    with needs_extra("bench"):
+        import pydantic  # noqa: F401
+
+
+@bench.command("list")
+def list_() -> None:
+    """Show the published subsets and the recipes, with layers, ranks and where their data is."""
+    from detune.bench.catalogue import show_catalogue
+
+    show_catalogue()
+
+
+@bench.command()
+@click.argument("source", nargs=-1, required=True, metavar="RECIPE | ADAPTER...")
+@out_option
+@click.option("--base", help="Build from this base and the ADAPTERs, in PEFT, diffusers or kohya format.")
+@click.option("--name", help="With --base: what the subset is called; by default as its directory.")
+@click.option("--stands-for", metavar="SUBSET", help="With --base: the published subset whose settings apply.")
+@click.option("--quick", is_flag=True, help="The recipe's smallest form, for a look at the code path.")
+@click.option(
+    "--seeds",
+    type=click.Choice(["shared", "different"]),
+    default="shared",
+    show_default=True,
+    help="Whether the recipe's LoRAs start from one seed, as those of one script do.",
+)
+@click.option("--seed", default=0, show_default=True, help="The first seed.")
+@click.option("--ranks", type=Numbers(), default=(), help="Ranks that the recipe's LoRAs take in turn.")
+def build(
+    source: tuple[str, ...],
+    out: Path,
+    base: str | None,
+    name: str | None,
+    stands_for: str | None,
+    quick: bool,
+    seeds: Any,
+    seed: int,
+    ranks: tuple[int, ...],
+) -> None:
+    """Write a subset in the schema of LoWRA Bench, from a RECIPE or from LoRAs of one's own.
+
+    A build that was interrupted goes on where it stopped.
+    """
+    if base is not None:
+        from detune.bench.build import build_subset
+
+        with _status("writing rows") as say:
+            subset = build_subset(
+                base,
+                source,
+                out,
+                name=name,
+                stands_for=stands_for,
+                on_shard=lambda done, total: say(f"file {done} of {total}"),
+            )
+    else:
+        from detune.bench.recipes import build_recipe, find_recipe
+
+        if len(source) > 1:
+            raise click.UsageError("give one RECIPE, or --base BASE with the ADAPTERs.")
+        recipe = find_recipe(source[0], quick=quick)
+        with _status("starting") as say:
+            subset = build_recipe(recipe, out, seeds=seeds, seed=seed, ranks=ranks, on_step=say)
+    _show_subset(subset, out)
+
+
+@bench.command()
+@click.argument("subset")
+@out_option
+@base_option
+@data_option
+@revision_option
+def merge(subset: str, out: Path, base: Path | None, data: Path | None, revision: str) -> None:
+    """Write every fine-tuned model of SUBSET as a merged checkpoint below OUT."""
+    from detune.bench.checkpoints import merge_subset
+    from detune.bench.subsets import open_subset
+
+    with _status("merging"):
+        paths = merge_subset(open_subset(subset, data=data, revision=revision), out, base=base)
+    click.echo(f"wrote {len(paths)} merged models below {out}")
+
+
+@bench.command()
+@click.argument("subset")
+@click.option(
+    "--methods",
+    default="single,mean,spectral,intersect,auto",
+    show_default=True,
+    help="Names, or path/to/file.py:function.",
+)
+@click.option("--models", type=Numbers(), default="3,5,8", show_default=True, help="How many models.")
+@click.option("--draws", type=Numbers(), default="0", show_default=True, help="Seeds over which LoRAs are drawn.")
+@click.option(
+    "--rank", type=click.Choice(["told", "found"]), default="told", show_default=True, help="As in the paper, or not."
+)
+@out_option
+@base_option
+@click.option("--inputs", type=click.Path(path_type=Path), help="Prompts (CSV) or images to compare behaviour on.")
+@click.option("--weights-only", is_flag=True, help="Do not run the recovered models.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own choice.")
+@device_option
+@data_option
+@revision_option
+def run(
+    subset: str,
+    methods: str,
+    models: tuple[int, ...],
+    draws: tuple[int, ...],
+    rank: str,
+    out: Path,
+    base: Path | None,
+    inputs: Path | None,
+    weights_only: bool,
+    threads: int | None,
+    device: str,
+    data: Path | None,
+    revision: str,
+) -> None:
+    """Run methods over SUBSET and end with the table. What is finished in OUT is not run again."""
+    from detune.bench.methods import find_method
+    from detune.bench.results import ResultStore
+    from detune.bench.run import plan, run_all
+    from detune.bench.subsets import open_subset
+
+    _use_threads(threads)
+    rows = open_subset(subset, data=data, revision=revision)
+    chosen = [find_method(name.strip(), rows) for name in methods.split(",")]
+    tasks = plan(rows, chosen, models, draws, rank_known=rank == "told")
+    store = ResultStore(out)
+    with _layers() as on_layer:
+        run_all(
+            rows,
+            tasks,
+            store,
+            base=base,
+            inputs=inputs,
+            behave=not weights_only,
+            device=device_of(device),
+            on_layer=on_layer,
+        )
+    _show_table(store)
+
+
+@bench.command()
+@click.argument("results", type=click.Path(path_type=Path))
+def table(results: Path) -> None:
+    """Print the table of RESULTS and write it beside them: Markdown, CSV, and a plot as PNG and SVG."""
+    from detune.bench.results import ResultStore
+
+    _show_table(ResultStore(results))
+
+
+@bench.command()
+@click.argument("study", type=click.Choice(STUDIES))
+@click.argument("subsets", nargs=-1, required=True, metavar="SUBSET...")
+@out_option
+@click.option("--models", type=Numbers(), default=(), help="How many models; by default the study's own.")
+@click.option("--draws", type=Numbers(), default="0", show_default=True, help="Seeds over which LoRAs are drawn.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own choice.")
+@data_option
+@revision_option
+def study(
+    study: str,
+    subsets: tuple[str, ...],
+    out: Path,
+    models: tuple[int, ...],
+    draws: tuple[int, ...],
+    threads: int | None,
+    data: Path | None,
+    revision: str,
+) -> None:
+    """Answer a question with runs, a plot and a CSV file; cells that OUT has are not run again."""
+    from detune.bench.results import ResultStore
+    from detune.bench.studies import Bench, run_study
+    from detune.bench.subsets import open_subset
+
+    _use_threads(threads)
+    opened = tuple(open_subset(name, data=data, revision=revision) for name in subsets)
+    with _layers() as on_layer:
+        result = run_study(study, Bench(opened, ResultStore(out), models, draws, on_layer))
+    for file in result.files:
+        click.echo(f"wrote {file}")
+
+
+def _show_subset(subset: "Subset", out: Path) -> None:
+    click.echo(f"{subset.name}: {subset.rows} layers in {out}; run methods on it with")
+    click.echo(f"  detune bench run {out} --out results")
+
+
+def _show_table(store: Any) -> None:
+    from detune.bench.table import write_table
+    from detune.terminal import show_tables
+
+    files = write_table(store)
+    show_tables(store.read_all())
+    click.echo(f"wrote {', '.join(str(file) for file in files)}")
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _status(first: str) -> Iterator[Callable[[str], None]]:
+    """What is being done, on stderr; gone when done."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: click.echo(text, err=True)
+        return
+    with console.status(first) as status:
+        yield status.update
+
+
+@contextmanager
+def _layers() -> Iterator[Callable[[Any, int, int | None], None]]:
+    """A bar with the layer and the cell at hand, on stderr; gone when done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("opening the subset", total=None)
+
+        def on_layer(cell: Any, index: int, rows: int | None) -> None:
+            bar.update(task, completed=index, total=rows, description=f"{cell.method}, {len(cell.loras)} models")
+
+        yield on_layer

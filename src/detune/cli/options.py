@@ -1,0 +1,70 @@
+"""Options that several subcommands share, and what they are turned into."""
+
+from typing import Any
+
+import click
+
+from detune.errors import DetuneError
+
+METHODS = ("auto", "intersect", "spectral", "mean", "single")
+
+models_argument = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
+device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
+merge_option = click.option(
+    "--merge-dtype",
+    type=click.Choice(["base", "float32"]),
+    default="base",
+    show_default=True,
+    help="For BASE+ADAPTER: merge in the base's dtype, as PEFT does, or in float32.",
+)
+
+
+class Rank(click.ParamType[int | None]):
+    """A positive number, or "auto"."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """None for "auto"."""
+        if value is None or value == "auto":
+            return None
+        try:
+            rank = int(value)
+        except ValueError:
+            rank = 0
+        if rank < 1:
+            self.fail(f"{value!r} is neither a positive number nor 'auto'.", param, ctx)
+        return rank
+
+
+rank_option = click.option(
+    "--rank", type=Rank(), default="auto", show_default=True, help="The most that an adapter's rank can be."
+)
+
+
+def device_of(name: str) -> Any:
+    """The torch device of a name, tried out.
+
+    Raises:
+        DetuneError: It is not there, or has no float64.
+    """
+    import torch
+
+    try:
+        # float64 too: some devices have none.
+        torch.ones(1, dtype=torch.float64, device=name).item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise DetuneError(
+            f"no device {name!r} here",
+            str(error).split("\n")[0],
+            "use --device cpu, or install torch for your GPU",
+        ) from None
+    return torch.device(name)
+
+
+def merge_dtype_of(name: str) -> Any:
+    """The dtype to merge in; None is the base's."""
+    import torch
+
+    return torch.float32 if name == "float32" else None

@@ -1,0 +1,123 @@
+"""The main job: `recover`, `inspect`, `compare`, and the demonstration."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+
+import detune
+from detune.cli.options import (
+    METHODS,
+    device_of,
+    device_option,
+    json_option,
+    merge_dtype_of,
+    merge_option,
+    models_argument,
+    rank_option,
+)
+
+if TYPE_CHECKING:
+    from detune.report import TensorRow
+
+
+@click.command()
+@models_argument
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to make.")
+@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How to recover.")
+@rank_option
+@device_option
+@merge_option
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a checkpoint, with all that is in it.")
+@json_option
+def recover(
+    models: tuple[str, ...],
+    out: Path,
+    method: str,
+    rank: int | None,
+    device: str,
+    merge_dtype: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write the base model of at least three merged LoRA fine-tunes to OUT."""
+    from detune.terminal import show_report
+
+    with _progress(quiet=as_json) as on_tensor:
+        report = detune.recover(
+            models,
+            out,
+            method,
+            rank=rank,
+            device=device_of(device),
+            overwrite=overwrite,
+            merge_dtype=merge_dtype_of(merge_dtype),
+            on_tensor=on_tensor,
+        )
+    click.echo(report.to_json(), nl=False) if as_json else show_report(report, out)
+
+
+@click.command()
+@models_argument
+@rank_option
+@device_option
+@merge_option
+@json_option
+def inspect(models: tuple[str, ...], rank: int | None, device: str, merge_dtype: str, as_json: bool) -> None:
+    """Show what changed between models, at which rank, and what can be recovered. Writes nothing."""
+    from detune.terminal import show_report
+
+    with _progress(quiet=as_json) as on_tensor:
+        report = detune.inspect(
+            models,
+            rank=rank,
+            device=device_of(device),
+            merge_dtype=merge_dtype_of(merge_dtype),
+            on_tensor=on_tensor,
+        )
+    click.echo(report.to_json(), nl=False) if as_json else show_report(report)
+
+
+@click.command()
+@click.argument("recovered")
+@click.argument("truth")
+@click.option("--json", "as_json", is_flag=True, help="Print every tensor as JSON.")
+def compare(recovered: str, truth: str, as_json: bool) -> None:
+    """Show W-Error and the share of bit-identical entries of RECOVERED against TRUTH."""
+    from detune.terminal import show_comparison
+
+    comparison = detune.compare(recovered, truth)
+    click.echo(comparison.to_json(), nl=False) if as_json else show_comparison(comparison)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the models here; a temporary directory otherwise.")
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps of each LoRA.")
+@click.option("--seed", default=0, show_default=True, help="Seed of all LoRAs: they share their initial A.")
+def demo(out: Path | None, steps: int | None, seed: int) -> None:
+    """The whole story on a real model, offline, in about two minutes: fine-tune, merge, recover, compare."""
+    from detune.demo.story import tell
+
+    tell(out, steps=steps, seed=seed)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator["Callable[[str, TensorRow | None], None]"]:
+    """A bar with the current tensor, on stderr; gone when done."""
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("opening the models", total=None)
+
+        def on_tensor(name: str, row: "TensorRow | None") -> None:
+            if row is None:
+                bar.update(task, description=name)
+            else:
+                bar.advance(task)
+
+        yield on_tensor
