@@ -18,6 +18,7 @@ import torch
 import detune.cli
 from detune.solvers import SOLVERS, Auto
 from tests.cases import normal, seeded
+from tests.command import Ran
 from tests.families import (
     Fine,
     State,
@@ -33,27 +34,6 @@ from tests.families import (
 )
 
 COMMAND = [sys.executable, "-c", "from detune.cli import main; main()"]
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Run `detune` in this process."""
-
-    def run(*words: object) -> Ran:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["detune", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            detune.cli.main()
-        captured = capsys.readouterr()
-        return Ran(int(exit_.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import sys
 
 import torch
 
+torch.set_num_threads(1)  # as in tests/
+
 try:
     import torchvision
 except RuntimeError as error:

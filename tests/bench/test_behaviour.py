@@ -281,6 +281,12 @@ class TestImages:
         with pytest.raises(InputError, match="got shapes"):
             behaviour.compare(black, black[:1])
 
+    def test_of_a_pipeline_without_scheduler(self, behaviour, diffusion, tmp_path):
+        broken = copied(diffusion, tmp_path / "broken")
+        shutil.rmtree(broken / "scheduler")
+        with pytest.raises(InputError, match=r"the pipeline in \S*broken cannot be loaded; got: .*; check its files"):
+            behaviour.observe(broken)
+
     def test_defaults_are_the_papers(self, diffusion, prompts):
         assert behaviour_of(diffusion, prompts) == DrawnImages(PROMPTS, steps=50, seed=0)
 

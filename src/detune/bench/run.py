@@ -32,6 +32,8 @@ from detune.walk import matricise
 
 __all__ = ["Judge", "draw", "plan", "run", "run_all"]
 
+USUAL_MODELS = (3, 5, 8)
+
 OnLayer = Callable[[Cell, int, int | None], None]
 
 
@@ -72,7 +74,7 @@ class Judge:
 def plan(
     subset: Subset,
     methods: Sequence[Method],
-    models: Sequence[int],
+    models: Sequence[int] = (),
     seeds: Sequence[int] = (0,),
     *,
     rank_known: bool = True,
@@ -84,7 +86,7 @@ def plan(
     Args:
         subset: The rows.
         methods: What to compare.
-        models: Numbers of models.
+        models: Numbers of models; empty for 3, 5 and 8, as far as there are LoRAs.
         seeds: Draws of the LoRAs.
         rank_known: Whether methods are told the largest rank of each layer, as in the paper.
 
@@ -92,6 +94,7 @@ def plan(
         InputError: More models are asked for than the subset has LoRAs, or fewer than one.
     """
     total = len(subset.first().loras)
+    models = models or [n for n in USUAL_MODELS if n <= total] or [total]
     for n in models:
         if not 1 <= n <= total:
             raise InputError(f"{n} models asked for", f"{subset.source} has {total} LoRAs", f"ask for 1 to {total}")

@@ -146,7 +146,7 @@ def merge(subset: str, out: Path, base: Path | None, data: Path | None, revision
     show_default=True,
     help="Names, or path/to/file.py:function.",
 )
-@click.option("--models", type=Numbers(), default="3,5,8", show_default=True, help="How many models.")
+@click.option("--models", type=Numbers(), default=(), show_default="3,5,8", help="How many models.")
 @click.option("--draws", type=Numbers(), default="0", show_default=True, help="Seeds over which LoRAs are drawn.")
 @click.option(
     "--rank", type=click.Choice(["told", "found"]), default="told", show_default=True, help="As in the paper, or not."
@@ -209,7 +209,7 @@ def table(results: Path) -> None:
 
 
 @bench.command()
-@click.argument("study", type=click.Choice(STUDIES))
+@click.argument("study", type=click.Choice(STUDIES), metavar="STUDY")
 @click.argument("subsets", nargs=-1, required=True, metavar="SUBSET...")
 @out_option
 @click.option("--models", type=Numbers(), default=(), help="How many models; by default the study's own.")
@@ -227,7 +227,10 @@ def study(
     data: Path | None,
     revision: str,
 ) -> None:
-    """Answer a question with runs, a plot and a CSV file; cells that OUT has are not run again."""
+    """Answer a question with runs, a plot and a CSV file; cells that OUT has are not run again.
+
+    A STUDY is one of models, scheduler, ranks, depth, rank-by-models.
+    """
     from detune.bench.results import ResultStore
     from detune.bench.studies import Bench, run_study
     from detune.bench.subsets import open_subset

@@ -52,14 +52,16 @@ class DrawnImages:
             from transformers import CLIPTextModel
 
             classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-            with seeded(self.seed):
-                pipeline: Any = StableDiffusionPipeline.from_pretrained(
-                    model_dir,
-                    **{name: load(part, model_dir / name, torch.float32) for name, part in classes.items()},
-                    safety_checker=None,
-                    feature_extractor=None,
-                    requires_safety_checker=False,
-                )
+            with seeded(self.seed):  # whatever a library draws, torch's generator is put back
+                parts = {name: load(part, model_dir / name, torch.float32) for name, part in classes.items()}
+                try:
+                    pipeline: Any = StableDiffusionPipeline.from_pretrained(
+                        model_dir, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+                    )
+                except (OSError, ValueError) as error:
+                    raise InputError(
+                        f"the pipeline in {model_dir} cannot be loaded", f"got: {error}", "check its files"
+                    ) from error
                 pipeline.set_progress_bar_config(disable=True)
                 return np.stack([self._draw(pipeline, prompt) for prompt in self.prompts])
 

@@ -51,10 +51,10 @@ class SdMini:
     rank: int = 32
     alpha: int = 32
     width: int = 128
-    vae_channels: tuple[int, ...] = (32, 64, 64)
+    vae_channels: tuple[int, ...] = (32, 32, 64)
     base_examples: int = 1797
     base_seed: int = 0
-    vae_steps: int = 200
+    vae_steps: int = 300
     vae_lr: float = 2e-3
     base_steps: int = 400
     base_batch: int = 16

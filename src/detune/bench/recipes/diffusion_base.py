@@ -25,7 +25,7 @@ _CAPTION_TOKENS = 16
 _MOST_MERGES = 1000  # more than the captions' words need
 _LATENT_CHANNELS = 4
 _KL_WEIGHT = 1e-3
-_VAE_BATCH = 32
+_VAE_BATCH = 8
 
 
 def make_base(recipe: "SdMini", out: Path) -> None:

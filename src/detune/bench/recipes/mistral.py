@@ -308,7 +308,7 @@ def _train_lora(
 
     config = LoraConfig(
         r=rank,
-        lora_alpha=recipe.alpha * rank // recipe.rank,
+        lora_alpha=recipe.alpha * rank / recipe.rank,  # type: ignore[arg-type]  # at rank 2 it is less than one
         target_modules=_TARGETS,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",

@@ -93,7 +93,8 @@ class VitMini:
             intermediate_size=self.mlp,
             image_size=self.image_pixels,
             patch_size=_PATCH_PIXELS,
-            num_labels=10,
+            id2label={digit: str(digit) for digit in range(10)},
+            label2id={str(digit): digit for digit in range(10)},
         )
         processor = ViTImageProcessorPil(size={"height": self.image_pixels, "width": self.image_pixels})
         with quiet(), seeded(_BASE_SEED), use_threads(THREADS):
@@ -141,10 +142,11 @@ class VitMini:
             vit = ViTForImageClassification.from_pretrained(base)
             processor = ViTImageProcessorPil.from_pretrained(base)
             present = {name.rpartition(".")[2] for name, _ in vit.named_modules()}
+            targets = [name for name in _TARGETS if name in present]
             config = LoraConfig(
                 r=rank,
                 lora_alpha=self.alpha * rank // self.rank,
-                target_modules=[name for name in _TARGETS if name in present],
+                target_modules=targets,
                 lora_dropout=0.1,
             )
             with seeded(seed):
@@ -163,7 +165,7 @@ class VitMini:
                 )
             # PEFT would write where the base lies on this machine, and the modules in no fixed order.
             config.base_model_name_or_path = self.name
-            config.target_modules = sorted(config.target_modules)
+            config.target_modules = targets
             model.save_pretrained(str(out))
             (out / "README.md").unlink()  # a card without content, with the base's place on this machine
             save_file(vit.classifier.state_dict(), out / "head.safetensors")

@@ -1,0 +1,95 @@
+"""`detune bench` as its users meet it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.bench.conftest import LORAS
+
+COMMAND = [sys.executable, "-c", "from detune.cli import main; main()", "bench"]
+
+
+def test_list_names_every_subset_and_recipe(command):
+    ran = command("bench", "list")
+    assert ran.code == 0
+    for name in ("vit", "stable-diffusion-1.5", "mistral-7b-v0.1-dpo", "sd-mini", "minilm"):
+        assert f"\n{name} " in f"\n{ran.out}"
+    assert "hf download Eliahu/LoWRA-Bench" in ran.out
+
+
+def test_build_run_table_study_and_merge(command, bert_base, loras, tmp_path):
+    subset, results = tmp_path / "mine", tmp_path / "results"
+    ran = command("bench", "build", "--base", bert_base, *loras, "--out", subset)
+    assert ran.code == 0
+    assert f"mine: 4 layers in {subset}" in ran.out
+    ran = command("bench", "run", subset, "--methods", "mean,auto", "--models", "3-4", "--out", results, "--threads", 1)
+    assert ran.code == 0
+    assert len(list(results.glob("*.json"))) == 4
+    assert "behaviour was not compared: no base at hand" in ran.out
+    ran = command("bench", "table", results)
+    assert ran.code == 0
+    assert [line.split()[:3] for line in ran.out.splitlines() if line.startswith(("mean", "auto"))] == [
+        ["mean", "3", "told"],
+        ["auto", "3", "told"],
+        ["mean", "4", "told"],
+        ["auto", "4", "told"],
+    ]
+    assert {file.name for file in results.iterdir()} >= {"table.md", "table.csv", "w-error.png", "w-error.svg"}
+    ran = command("bench", "study", "models", subset, "--models", "3,4", "--out", results)
+    assert ran.code == 0
+    assert f"wrote {results / 'studies' / 'models.mine.csv'}" in ran.out
+    ran = command("bench", "merge", subset, "--base", bert_base, "--out", tmp_path / "merged")
+    assert ran.code == 0
+    assert len(list((tmp_path / "merged").iterdir())) == LORAS
+    ran = command("recover", *sorted((tmp_path / "merged").iterdir()), "--out", tmp_path / "recovered")
+    assert ran.code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "vitt", "--out", "OUT"], "detune: error: no subset 'vitt'; expected a folder"),
+        (["run", "vit", "--out", "OUT"], "detune: error: cannot read Eliahu/LoWRA-Bench from the Hub; "),
+        (["run", "SUBSET", "--methods", "spectrum", "--out", "OUT"], "did you mean 'spectral'?"),
+        (["run", "SUBSET", "--models", "3,x", "--out", "OUT"], "'3,x' is no list of numbers like 3,5,8 or 2-15."),
+        (["run", "SUBSET", "--models", "20", "--out", "OUT"], "detune: error: 20 models asked for; "),
+        (["run", "SUBSET", "--device", "cuda:9", "--out", "OUT"], "detune: error: no device 'cuda:9' here; "),
+        (["run", "SUBSET", "--base", "nowhere", "--out", "OUT"], "detune: error: no model in nowhere; "),
+        (["build", "vit-min", "--out", "OUT"], "detune: error: no recipe 'vit-min'; expected one of vit-mini"),
+        (["build", "vit-mini", "minilm", "--out", "OUT"], "give one RECIPE, or --base BASE with the ADAPTERs."),
+        (["build", "nothing", "--base", "BASE", "--out", "OUT"], "detune: error: no such model: 'nothing'; "),
+        (["merge", "SUBSET", "--out", "OUT"], "has no base beside its rows"),
+        (["table", "OUT"], "holds no results; expected *.json"),
+        (["study", "depths", "SUBSET", "--out", "OUT"], "'depths' is not one of"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(command, subset_dir, bert_base, tmp_path, words, message):
+    places = {"SUBSET": subset_dir, "BASE": bert_base, "OUT": tmp_path / "out"}
+    ran = command("bench", *(places.get(word, word) for word in words))
+    assert ran.code == 2
+    assert message in ran.err
+    assert "Traceback" not in ran.err
+    assert ran.err.rstrip().count("\n") <= 3, "usage errors are click's own lines"
+
+
+def test_a_real_kill_loses_no_finished_layer(subset_dir, tmp_path):
+    method = tmp_path / "slow.py"
+    method.write_text("import time\n\ndef slow(models, rank):\n    time.sleep(0.5)\n    return models[0]\n")
+    words = [*COMMAND, "run", str(subset_dir), "--methods", f"{method}:slow", "--models", "3"]
+    words += ["--out", str(tmp_path / "results")]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(done := list((tmp_path / "results").glob(".partial/*/*.json"))) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    times = {file: file.stat().st_mtime_ns for file in done}
+    assert not list((tmp_path / "results").glob("*.json"))
+    began = time.time()
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    (file,) = (tmp_path / "results").glob("*.json")
+    assert len(json.loads(file.read_text())["layers"]) == 4
+    assert all(time_ns < began * 1e9 for time_ns in times.values())
