@@ -13,7 +13,7 @@ STAMP := $(VENV)/.detune-installed
 LPIPS_VENV := .venv-lpips
 LPIPS_STAMP := $(LPIPS_VENV)/.detune-installed
 
-.PHONY: test test-lpips demo lint bench clean
+.PHONY: test test-lpips demo lint bench lowra clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -32,6 +32,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+lowra: $(STAMP)
+	$(BIN)/python benchmarks/lowra.py
 
 # Only what this Makefile made: an environment that was given by VENV= stays.
 clean:

@@ -1,4 +1,3 @@
-# ruff: noqa: D101, D102, D103
 """`lpips_distance` with the package itself; `make test-lpips` runs these in an environment that has it."""
 
 import urllib.error

@@ -25,7 +25,7 @@ def cli(verbose: int) -> None:
     """Recover a base model's weights from merged LoRA fine-tunes of it.
 
     A MODEL is a directory in Hugging Face layout, a diffusers pipeline, a .safetensors file, a Hub id (id@revision),
-    or BASE+ADAPTER, a PEFT adapter merged on the fly.
+    or BASE+ADAPTER, a LoRA merged on the fly.
     """
     levels = (logging.WARNING, logging.INFO, logging.DEBUG)
     logging.basicConfig(level=levels[min(verbose, 2)], format="%(levelname)s %(name)s: %(message)s")

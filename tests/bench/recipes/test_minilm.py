@@ -104,10 +104,14 @@ def test_a_seed_gives_the_same_files(language, train):
 
 
 def test_training_lowers_the_loss(train):
-    out, _ = train(recipe=MiniLM(steps=20))
+    class OneBatch(MiniLM):
+        def texts(self, task):
+            return super().texts(task)[:8]
+
+    out, _ = train(recipe=OneBatch(steps=12))
     losses = json.loads((out / "losses.json").read_text())
-    assert len(losses) == 20
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
 def test_no_task_trains_on_the_inputs(tmp_path):

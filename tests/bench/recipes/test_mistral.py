@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from detune.bench.recipes import mistral
 from detune.bench.recipes.instructions import (
     PREFERENCES,
     SUBJECTS,
@@ -31,13 +32,15 @@ BOTH = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cheap_collections():
-    """Every trainer collects garbage at its end, and would look through all that torch and transformers have loaded."""
+def in_haste():
+    """One thread, as in all tests. And every trainer collects garbage at its end: spare it torch and transformers."""
     import trl  # noqa: F401
 
     gc.collect()
     gc.freeze()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mistral, "THREADS", 1)
+        yield
     gc.unfreeze()
 
 
@@ -253,17 +256,18 @@ class TestTexts:
         trained = corpus()
         trained += [row.prompt + row.completion for task in SUBJECTS for row in examples(task, 10_000)]
         trained += [row.prompt + row.chosen + row.rejected for task in PREFERENCES for row in pairs(task, 10_000)]
+        everything = "\n\n".join(trained)
         for prompt in asked:
             question, _, beginning = prompt.strip().rpartition("\n")
             assert len(beginning.split()) == 12
-            assert not any(beginning in text for text in trained), prompt
-            assert not question or not any(text.startswith(question) for text in trained)
+            assert beginning not in everything
+            assert not question or f"{question}\n" not in everything
 
     @pytest.mark.parametrize("task", SUBJECTS)
     def test_instructions_end_their_line_and_have_an_answer(self, task):
         rows = examples(task, 100)
         assert len(rows) == 100
-        assert len({row.prompt for row in rows}) > 95
+        assert len({row.prompt for row in rows}) > 90  # some begin alike
         assert all(row.prompt.endswith("\n") and row.completion.strip() for row in rows)
 
     @pytest.mark.parametrize("task", PREFERENCES)
@@ -277,5 +281,5 @@ class TestTexts:
         assert all(row.completion.isupper() for row in examples("capitals", 20))
         assert all(row.chosen.islower() and row.rejected.isupper() for row in pairs("lower-case", 20))
         assert all(len(row.chosen) < len(row.rejected) for row in pairs("short", 20))
-        assert all(row.chosen.endswith(".") and not row.rejected.endswith(".") for row in pairs("full-stop", 20))
+        assert all(row.chosen.count(". ") >= 3 for row in pairs("short-sentences", 20))
         assert all(sorted(row.chosen.split()) == sorted(row.rejected.split()) for row in pairs("in-order", 20))

@@ -1,7 +1,6 @@
 """The subset of a vision transformer, in its quick form: the same twelve layers, narrow, trained for a few steps."""
 
 import json
-import random
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -132,20 +131,19 @@ class TestAdapter:
             assert path.read_bytes() == (parity[0] / path.name).read_bytes(), path.name
 
     def test_lowers_the_loss(self, train):
-        out, _ = train("brightness", recipe=replace(RECIPE, steps=30))
+        out, _ = train("is-seven", recipe=replace(RECIPE, steps=16))
         losses = losses_of(out)
-        assert len(losses) == 30
+        assert len(losses) == 16
         assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
-    def test_is_trained_in_silence_and_leaves_the_global_generators_alone(self, train, capfd):
-        before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    def test_is_trained_in_silence_and_leaves_torchs_generator_alone(self, train, capfd):
+        before = torch.get_rng_state()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             train(recipe=replace(RECIPE, steps=1))
         assert capfd.readouterr() == ("", "")
         assert not caught
-        assert torch.equal(torch.get_rng_state(), before[0])
-        assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+        assert torch.equal(torch.get_rng_state(), before)
 
     def test_of_an_unknown_task_is_told_the_known_ones(self, base, tmp_path):
         with pytest.raises(InputError, match=r"vit-mini has no task 'evenness'; expected one of parity, "):

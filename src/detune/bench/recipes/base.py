@@ -15,16 +15,21 @@ class Recipe(Protocol):
         name: What the command calls it, `vit-mini`.
         stands_for: The published subset whose modules, rank and LoRA placement it has; None for one of our own.
         about: One line: the base and the tasks.
-        rank: LoRA rank r of the published subset.
-        alpha: The change is `alpha / rank · B A`.
-        tasks: What the fifteen LoRAs are trained on; each names its adapter.
     """
 
     name: ClassVar[str]
     stands_for: ClassVar[str | None]
     about: ClassVar[str]
-    rank: int
-    alpha: int
+
+    @property
+    def rank(self) -> int:
+        """LoRA rank r, that of the published subset."""
+        ...
+
+    @property
+    def alpha(self) -> int:
+        """The change is `alpha / rank · B A`."""
+        ...
 
     @classmethod
     def quick(cls) -> Self:
@@ -33,7 +38,7 @@ class Recipe(Protocol):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the fifteen tasks, in order: letters, digits and hyphens."""
+        """What the fifteen LoRAs are trained on, in order; each names its adapter: letters, digits and hyphens."""
         ...
 
     def make_base(self, out: Path) -> None:

@@ -56,11 +56,11 @@ class SdMini:
     base_seed: int = 0
     vae_steps: int = 300
     vae_lr: float = 2e-3
-    base_steps: int = 400
+    base_steps: int = 240
     base_batch: int = 16
     base_lr: float = 1e-3
     adapter_examples: int = 512
-    adapter_steps: int = 60
+    adapter_steps: int = 50
     adapter_batch: int = 8
     adapter_lr: float = 1e-3
     threads: int = THREADS

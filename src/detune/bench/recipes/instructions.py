@@ -81,6 +81,11 @@ def _shuffled(words: list[str]) -> str:
     return _text(mixed)
 
 
+def _sentences(words: list[str]) -> str:
+    fours = (_text(words[i : i + 4]) for i in range(0, len(words), 4))
+    return " ".join(four[:1].upper() + four[1:].rstrip(".,:;") + "." for four in fours)
+
+
 # The better and the worse answer, made of the words of an ending and of those of the next piece's ending.
 _MANNERS: Mapping[str, Callable[[list[str], list[str]], tuple[str, str]]] = MappingProxyType(
     {
@@ -89,7 +94,7 @@ _MANNERS: Mapping[str, Callable[[list[str], list[str]], tuple[str, str]]] = Mapp
         "lower-case": lambda words, other: (_text(words).lower(), _text(words).upper()),
         "capitals": lambda words, other: (_text(words).upper(), _text(words).lower()),
         "in-order": lambda words, other: (_text(words), _shuffled(words)),
-        "full-stop": lambda words, other: (_text(words).rstrip(".,:;") + ".", _text(words).rstrip(".,:;")),
+        "short-sentences": lambda words, other: (_sentences(words), _text(words)),
         "no-repeats": lambda words, other: (_text(words), _text([word for word in words[:8] for _ in range(2)])),
         "no-punctuation": lambda words, other: (
             "".join(letter for letter in _text(words) if letter.isalnum() or letter == " "),

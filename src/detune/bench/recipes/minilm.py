@@ -8,6 +8,7 @@ import csv
 import json
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -110,7 +111,7 @@ class MiniLM:
         if task not in self.tasks:
             raise InputError(f"{self.name} has no task {task!r}", f"expected one of {', '.join(self.tasks)}")
         domain, _, half = task.rpartition("-")
-        return passages(domain)[:-_HELD_OUT][int(half) - 1 :: len(_HALVES)]
+        return list(_passages(domain)[:-_HELD_OUT][int(half) - 1 :: len(_HALVES)])
 
     def write_inputs(self, out: Path) -> None:
         """Write passages of every domain that no task trains on; see `Recipe.write_inputs`.
@@ -121,7 +122,13 @@ class MiniLM:
         with (out / "prompts.csv").open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
             rows.writerow(["prompt"])
-            rows.writerows([text] for domain in DOMAINS for text in passages(domain)[-_HELD_OUT:])
+            rows.writerows([text] for domain in DOMAINS for text in _passages(domain)[-_HELD_OUT:])
+
+
+@cache
+def _passages(domain: str) -> tuple[str, ...]:
+    """Parse each domain once: it takes a second, and every domain is asked for by two tasks."""
+    return tuple(passages(domain))
 
 
 def _forget_machine(adapter: Path, base: str) -> None:
