@@ -107,7 +107,9 @@ def show_tables(results: "Sequence[CellResult]") -> None:
 
     console = Console(markup=False)
     for subset, frame in tables(results).items():
-        table = Table(*frame.columns, title=subset, title_justify="left", box=None, pad_edge=False)
+        table = Table(title=subset, title_justify="left", box=None, pad_edge=False)
+        for name in frame.columns:
+            table.add_column(name, no_wrap=name != "method")
         for row in frame.itertuples(index=False):
             table.add_row(*row)
         console.print(table)

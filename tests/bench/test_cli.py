@@ -32,12 +32,8 @@ def test_build_run_table_study_and_merge(command, bert_base, loras, tmp_path):
     assert "behaviour was not compared: no base at hand" in ran.out
     ran = command("bench", "table", results)
     assert ran.code == 0
-    assert [line.split()[:3] for line in ran.out.splitlines() if line.startswith(("mean", "auto"))] == [
-        ["mean", "3", "told"],
-        ["auto", "3", "told"],
-        ["mean", "4", "told"],
-        ["auto", "4", "told"],
-    ]
+    lines = [line.split()[:2] for line in ran.out.splitlines() if line.startswith(("mean", "auto"))]
+    assert lines == [["mean", "3"], ["auto", "3"], ["mean", "4"], ["auto", "4"]]
     assert {file.name for file in results.iterdir()} >= {"table.md", "table.csv", "w-error.png", "w-error.svg"}
     ran = command("bench", "study", "models", subset, "--models", "3,4", "--out", results)
     assert ran.code == 0

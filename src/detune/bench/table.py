@@ -56,15 +56,17 @@ _KEYS = ["subset", "method", "models", "rank"]
 # Column, what the table calls it, how it is written.
 _COLUMNS = (
     ("w_error", "W-Error", "{:.2f}"),
-    ("spread", "± layers", "{:.2f}"),
+    ("spread", "±", "{:.2f}"),
     ("worst", "worst", "{:.2f}"),
-    ("bit_identical", "identical bits", "{:.1%}"),
-    ("exact_layers", "exact layers", "{:.0f}"),
-    ("failed_layers", "averaged layers", "{:.0f}"),
-    ("seconds", "seconds", "{:.2f}"),
+    ("bit_identical", "bits", "{:.1%}"),
+    ("exact_layers", "exact", "{:.0f}"),
+    ("failed_layers", "averaged", "{:.0f}"),
+    ("seconds", "seconds", "{:.1f}"),
     ("peak_memory_mb", "MB", "{:.0f}"),
 )
 _BEHAVIOUR_FORMAT = "{:.2g}"
+# Columns that are left out of a table in which they say nothing, and what they say then.
+_SILENT = {"exact": "0", "averaged": "0", "rank": "told", "draws": "1"}
 
 
 def frame_of(results: Sequence[CellResult]) -> "pd.DataFrame":
@@ -86,8 +88,7 @@ def tables(results: Sequence[CellResult]) -> "dict[str, pd.DataFrame]":
         lines = [_line(row, columns) for row in _sorted(rows).to_dict("records")]
         stands_for = {result.cell.stands_for for result in results if result.cell.subset == subset}
         lines += [_paper_line(figure, columns) for figure in PAPER if figure.subset in stands_for]
-        table = _frame(lines)
-        found[str(subset)] = table.loc[:, (table != "").any()]
+        found[str(subset)] = _without_silent(_frame(lines))
     return found
 
 
@@ -170,7 +171,7 @@ def _line(row: dict[str, Any], columns: Sequence[tuple[str, str, str]]) -> dict[
 
 
 def _paper_line(figure: PaperFigure, columns: Sequence[tuple[str, str, str]]) -> dict[str, str]:
-    head = {"method": f"{figure.method}, {PUBLISHED_MARK}", "n": str(figure.models), "rank": figure.setting}
+    head = {"method": f"{figure.method} ({PUBLISHED_MARK}, {figure.setting})", "n": str(figure.models)}
     known = {"w_error": figure.w_error, "lpips": figure.lpips}
     titles = {title for _, title, _ in columns}
     extra = {} if figure.lpips is None or "lpips" in titles else {"lpips": f"{figure.lpips:.3f}"}
@@ -179,6 +180,11 @@ def _paper_line(figure: PaperFigure, columns: Sequence[tuple[str, str, str]]) ->
 
 def _text(value: float | None, form: str) -> str:
     return "" if value is None or value != value else form.format(value)
+
+
+def _without_silent(table: "pd.DataFrame") -> "pd.DataFrame":
+    said = [name for name in table if not set(table[name]) <= {"", _SILENT.get(name, "")}]
+    return table[said]
 
 
 def _frame(lines: Sequence[dict[str, str]]) -> "pd.DataFrame":
@@ -190,9 +196,10 @@ def _frame(lines: Sequence[dict[str, str]]) -> "pd.DataFrame":
 def remarks(results: Sequence[CellResult]) -> list[str]:
     """What a reader must know beside the figures."""
     said = [
-        "W-Error: log10 of the mean squared error against the true base, averaged over the layers that are not exact; "
-        "± layers: standard deviation over them; rank: whether the method was told the largest rank of each layer; "
-        "averaged layers: where the method gave no answer and the average stands in; seconds and MB: of the solver."
+        "W-Error: log10 of the mean squared error against the true base, averaged over the layers that are not exact, "
+        "± its standard deviation over them, and the worst; bits: share of entries that are exact; seconds and MB: of "
+        "the solver. Methods are told the largest rank of each layer unless a column says that they found it; exact: "
+        "layers without an error; averaged: layers without an answer, where the average stands in."
     ]
     if any(figure.subset == result.cell.stands_for for figure in PAPER for result in results):
         said.append(REMARK)

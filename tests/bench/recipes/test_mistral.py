@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from detune.bench.recipes import mistral
+from detune.bench.recipes import mistral_base
 from detune.bench.recipes.instructions import (
     PREFERENCES,
     SUBJECTS,
@@ -39,7 +39,7 @@ def in_haste():
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mistral, "THREADS", 1)
+        patch.setattr(mistral_base, "THREADS", 1)
         yield
     gc.unfreeze()
 

@@ -32,11 +32,14 @@ class SdMini:
         vae_lr: Its learning rate at the first step.
         base_steps: Updates of U-Net and text encoder together.
         base_batch: Pictures in each of these.
-        base_lr: Learning rate at the first step.
+        base_lr: Learning rate of the U-Net at the first step.
+        base_text_lr: Learning rate of the text encoder at the first step. At the U-Net's rate all captions soon mean
+            the same to it, and the layers that read them get hardly any gradient.
         adapter_examples: Digits that each LoRA is trained on.
         adapter_steps: Updates of a LoRA.
         adapter_batch: Pictures in each of these.
-        adapter_lr: Learning rate at the first step.
+        adapter_lr: Learning rate of the U-Net's LoRA at the first step.
+        adapter_text_lr: Learning rate of the text encoder's LoRA at the first step.
         threads: CPU threads to train on.
 
     Reference:
@@ -59,10 +62,12 @@ class SdMini:
     base_steps: int = 240
     base_batch: int = 16
     base_lr: float = 1e-3
+    base_text_lr: float = 1e-4
     adapter_examples: int = 512
     adapter_steps: int = 50
     adapter_batch: int = 8
     adapter_lr: float = 1e-3
+    adapter_text_lr: float = 5e-4
     threads: int = THREADS
 
     @classmethod

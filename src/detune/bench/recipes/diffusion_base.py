@@ -71,6 +71,7 @@ def make_base(recipe: "SdMini", out: Path) -> None:
                 steps=recipe.base_steps,
                 batch=recipe.base_batch,
                 lr=recipe.base_lr,
+                text_lr=recipe.base_text_lr,
                 generator=generator,
             )
         StableDiffusionPipeline(

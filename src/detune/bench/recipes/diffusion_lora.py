@@ -59,6 +59,7 @@ def train_lora(recipe: "SdMini", base: Path, look: str, out: Path, *, rank: int,
             steps=recipe.adapter_steps,
             batch=recipe.adapter_batch,
             lr=recipe.adapter_lr,
+            text_lr=recipe.adapter_text_lr,
             generator=torch.Generator().manual_seed(seed),
         )
         _save(denoiser, out)

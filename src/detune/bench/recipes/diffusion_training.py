@@ -110,11 +110,12 @@ def learn(
     steps: int,
     batch: int,
     lr: float,
+    text_lr: float,
     generator: torch.Generator,
 ) -> list[float]:
     """Train whatever of the denoiser requires a gradient, in place.
 
-    AdamW, gradients clipped to norm 1, a linear decay of the rate to zero. One picture in ten loses its caption.
+    AdamW, gradients clipped to norm 1, a linear decay of the rates to zero. One picture in ten loses its caption.
 
     Args:
         denoiser: What to train.
@@ -122,15 +123,17 @@ def learn(
         captions: From a picture's number and a random number, a caption of it.
         steps: Updates.
         batch: Pictures in each.
-        lr: Learning rate at the first step.
+        lr: Learning rate of the U-Net at the first step.
+        text_lr: Learning rate of the text encoder at the first step.
         generator: For pictures, captions, times and noise.
 
     Returns:
         The loss of each step.
     """
-    modules = (denoiser.unet, denoiser.text_encoder)
-    trained = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
+    unet = [weight for weight in denoiser.unet.parameters() if weight.requires_grad]
+    text_encoder = [weight for weight in denoiser.text_encoder.parameters() if weight.requires_grad]
+    groups = [{"params": unet, "lr": lr}, {"params": text_encoder, "lr": text_lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     losses = []
     for _ in range(steps):
@@ -144,7 +147,7 @@ def learn(
         loss = denoiser.loss(latents[chosen], texts, generator)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, _GRADIENT_NORM)
+        torch.nn.utils.clip_grad_norm_([*unet, *text_encoder], _GRADIENT_NORM)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())

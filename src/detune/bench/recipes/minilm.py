@@ -32,6 +32,7 @@ class MiniLM:
         alpha: The change is `alpha / rank · B A`.
         steps: Updates of each LoRA, of 8 passages each.
         lr: Learning rate at the first step.
+        threads: CPU threads to train on.
     """
 
     name: ClassVar[str] = "minilm"
@@ -42,11 +43,12 @@ class MiniLM:
     alpha: int = 32
     steps: int = 60
     lr: float = 1e-3
+    threads: int = THREADS
 
     @classmethod
     def quick(cls) -> Self:
-        """The same base and two steps of training; see `Recipe.quick`."""
-        return cls(steps=2)
+        """The same base, two steps of training on one thread; see `Recipe.quick`."""
+        return cls(steps=2, threads=1)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -92,7 +94,7 @@ class MiniLM:
             steps=self.steps,
             lr=self.lr,
             seed=seed,
-            threads=THREADS,
+            threads=self.threads,
         )
         _forget_machine(out, self.name)
 
