@@ -1,8 +1,10 @@
 """What every training run here needs: silence, a seed that leaves no trace, a fixed number of threads."""
 
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 from detune.errors import DetuneError
 
@@ -26,31 +28,45 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars, notes on loading and deprecations of its own making."""
-    from transformers.utils import logging as chatter
+def quiet(*libraries: str) -> Iterator[None]:
+    """Silence progress bars, notes on loading and deprecations of the libraries' own making.
 
-    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    chatter.set_verbosity_error()
-    chatter.disable_progress_bar()
+    Args:
+        libraries: Those with transformers' manner of logging that are used beside it: "diffusers".
+    """
+    chatters = [import_module(f"{library}.utils.logging") for library in ("transformers", *libraries)]
+    before = [(chatter.get_verbosity(), chatter.is_progress_bar_enabled()) for chatter in chatters]
+    for chatter in chatters:
+        chatter.set_verbosity_error()
+        chatter.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(peft|transformers)\.")
             yield
     finally:
-        chatter.set_verbosity(verbosity)
-        if bars:
-            chatter.enable_progress_bar()
+        for chatter, (verbosity, bars) in zip(chatters, before, strict=True):
+            chatter.set_verbosity(verbosity)
+            if bars:
+                chatter.enable_progress_bar()
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator, which PEFT and dropout draw from, and put it back."""
+    """Seed torch's global generator, which PEFT and dropout draw from, and put it back.
+
+    Trainers seed those of Python and numpy as well: these are put back too.
+    """
+    import numpy as np
     import torch
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -185,6 +185,7 @@ def run(
     """
     todo = [task for task in tasks if not store.is_finished(task.cell)]
     if todo:
+        environment = Environment.now(str(device))  # of the code that runs, whatever becomes of its files meanwhile
         names: dict[int, str] = {}
         for layer in subset.layers():
             if judge is not None:
@@ -198,7 +199,7 @@ def run(
                 result, weight = solve_layer(layer, task, device)
                 store.keep_layer(task.cell, result, weight if judge is not None else None)
         for task in todo:
-            store.finish(_finish(subset, task.cell, store, judge, names, str(device)))
+            store.finish(_finish(subset, task.cell, store, judge, names, environment))
     return [store.read(task.cell) for task in tasks]
 
 
@@ -282,7 +283,7 @@ def _resident(field: str) -> int:
 
 
 def _finish(
-    subset: Subset, cell: Cell, store: ResultStore, judge: Judge | None, names: dict[int, str], device: str
+    subset: Subset, cell: Cell, store: ResultStore, judge: Judge | None, names: dict[int, str], environment: Environment
 ) -> CellResult:
     layers = store.layers(cell)
     behaviour, notes = {}, ["behaviour was not compared: no base at hand"]
@@ -297,7 +298,7 @@ def _finish(
     return CellResult(
         cell=cell,
         source=subset.source,
-        environment=Environment.now(device),
+        environment=environment,
         layers=layers,
         behaviour=behaviour,
         notes=tuple(notes),

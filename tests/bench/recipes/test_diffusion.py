@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from detune.bench.recipes.diffusion import SdMini
 from detune.bench.recipes.diffusion_pictures import HELD_OUT, LOOKS, SIDE, captions_of, digits
-from detune.bench.recipes.diffusion_training import silent
 from detune.errors import InputError
+from detune.training import quiet
 
 RECIPE = SdMini.quick()
 
@@ -111,7 +111,7 @@ class TestPictures:
 
 class TestBase:
     def test_loads_and_draws(self, base):
-        with silent():
+        with quiet("diffusers"):
             from diffusers import StableDiffusionPipeline
 
             pipeline = StableDiffusionPipeline.from_pretrained(base)
@@ -136,7 +136,7 @@ class TestBase:
         assert {f"{name}.weight" for name in MODULES} <= weights.keys()
 
     def test_reads_its_text_encoder_back(self, base):
-        with silent():
+        with quiet("diffusers"):
             from transformers import CLIPTextModel
 
             read = CLIPTextModel.from_pretrained(base, subfolder="text_encoder").state_dict()
@@ -145,7 +145,7 @@ class TestBase:
             assert torch.equal(weight, saved[f"text_model.{name.removeprefix('text_model.')}"])
 
     def test_every_caption_is_words_it_knows(self, base):
-        with silent():
+        with quiet("diffusers"):
             from transformers import CLIPTokenizer
 
             tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
@@ -181,7 +181,7 @@ class TestAdapter:
             assert told[f"{part}.lora_alpha"] == told[f"{part}.r"] == RECIPE.rank
 
     def test_diffusers_reads_the_unet_back(self, base, inverted):
-        with silent():
+        with quiet("diffusers"):
             from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
             state, alphas = StableDiffusionPipeline.lora_state_dict(inverted)

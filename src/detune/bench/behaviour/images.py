@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from detune.bench.behaviour.base import Differences
 from detune.bench.behaviour.loading import load
 from detune.errors import DetuneError, InputError
-from detune.training import needs_extra, seeded
+from detune.training import needs_extra, quiet, seeded
 
 __all__ = ["DrawnImages"]
 
@@ -45,9 +45,7 @@ class DrawnImages:
             InputError: The pipeline cannot be read.
             DetuneError: The extra `bench` is not installed.
         """
-        from detune.bench.recipes.diffusion_training import silent
-
-        with needs_extra("bench"), silent():
+        with needs_extra("bench"), quiet("diffusers"):
             from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
             from transformers import CLIPTextModel
 

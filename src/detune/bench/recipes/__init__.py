@@ -45,7 +45,7 @@ def build_recipe(
         seeds: Whether all LoRAs start from one seed, as those of one script do, or each from its own.
         seed: The first seed.
         ranks: Ranks that the LoRAs take in turn; empty for the recipe's own.
-        on_step: Called with what is being done.
+        on_step: Called with what is being made.
 
     Returns:
         The subset.
@@ -59,16 +59,16 @@ def build_recipe(
     say = on_step or (lambda what: None)
     _claim(out, f"{recipe!r} seeds={seeds} seed={seed} ranks={tuple(ranks)}")
     base = out / "base"
-    say("base")
     with _whole(base) as partial:
         if partial:
+            say("base")
             recipe.make_base(partial)
     adapters = [out / "adapters" / task for task in recipe.tasks]
     for i, (task, adapter) in enumerate(zip(recipe.tasks, adapters, strict=True)):
-        say(f"{task} ({i + 1} of {len(adapters)})")
         rank = ranks[i % len(ranks)] if ranks else recipe.rank
         with _whole(adapter) as partial:
             if partial:
+                say(f"{task} ({i + 1} of {len(adapters)})")
                 recipe.train_adapter(base, task, partial, rank=rank, seed=seed + i if seeds == "different" else seed)
     with _whole(out / "inputs") as partial:
         if partial:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from detune.bench.recipes.diffusion_pictures import LOOKS, SIDE, Digits, Pictures, captions_of, digits, vocabulary
-from detune.bench.recipes.diffusion_training import Denoiser, encode, learn, silent, to_tensor
-from detune.training import needs_extra, seeded, use_threads
+from detune.bench.recipes.diffusion_training import Denoiser, encode, learn, to_tensor
+from detune.training import needs_extra, quiet, seeded, use_threads
 
 if TYPE_CHECKING:
     from detune.bench.recipes.diffusion import SdMini
@@ -38,7 +38,7 @@ def make_base(recipe: "SdMini", out: Path) -> None:
     Raises:
         DetuneError: The extra `bench` is not installed.
     """
-    with needs_extra("bench"), silent():
+    with needs_extra("bench"), quiet("diffusers"):
         from diffusers import DDIMScheduler, StableDiffusionPipeline
 
         with seeded(recipe.base_seed), use_threads(recipe.threads):

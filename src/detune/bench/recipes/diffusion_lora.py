@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from detune.bench.recipes.diffusion_pictures import LOOKS, Digits, captions_of, digits, look_caption
-from detune.bench.recipes.diffusion_training import Denoiser, encode, learn, silent
-from detune.training import needs_extra, seeded, use_threads
+from detune.bench.recipes.diffusion_training import Denoiser, encode, learn
+from detune.training import needs_extra, quiet, seeded, use_threads
 
 if TYPE_CHECKING:
     from detune.bench.recipes.diffusion import SdMini
@@ -44,7 +44,7 @@ def train_lora(recipe: "SdMini", base: Path, look: str, out: Path, *, rank: int,
     Reference:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
     """
-    with needs_extra("bench"), silent(), use_threads(recipe.threads):
+    with needs_extra("bench"), quiet("diffusers"), use_threads(recipe.threads):
         pipeline = _Frozen.load(base)
         data = digits(recipe.adapter_examples)
         latents = encode(pipeline.vae, LOOKS[look](data.pictures)) * pipeline.vae.config.scaling_factor

@@ -1,8 +1,7 @@
 """What training the base and training a LoRA of sd-mini share: latents, and the loop that learns to denoise."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,31 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detune.bench.recipes.diffusion_pictures import Pictures
-from detune.training import quiet
 
-__all__ = ["Denoiser", "encode", "learn", "silent", "to_tensor"]
+__all__ = ["Denoiser", "encode", "learn", "to_tensor"]
 
 _log = logging.getLogger(__name__)
 
 _NO_CAPTION = 0.1  # share of pictures without their caption, for classifier-free guidance
 _GRADIENT_NORM = 1.0  # where gradients are clipped: the trainers' default
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """Silence transformers and diffusers."""
-    with quiet():
-        from diffusers.utils import logging as chatter
-
-        verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-        chatter.set_verbosity_error()
-        chatter.disable_progress_bar()
-        try:
-            yield
-        finally:
-            chatter.set_verbosity(verbosity)
-            if bars:
-                chatter.enable_progress_bar()
 
 
 def to_tensor(pictures: Pictures) -> Tensor:

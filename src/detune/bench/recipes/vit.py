@@ -8,6 +8,7 @@ its own classes, so no head is a change of the base's, and what is merged is the
 """
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -214,8 +215,6 @@ def _train(
     seed: int,
 ) -> list[float]:
     """Train what requires a gradient with transformers' Trainer; return the loss of each step."""
-    import tempfile
-
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     with tempfile.TemporaryDirectory(prefix="detune-") as scratch:
