@@ -26,6 +26,7 @@ class Method:
         min_models: The fewest models that it works with.
         solve: `(stack, rank) -> Recovery`; a rank of None is for the method to find.
         sha256: Of the file it comes from, if it is not detune's own.
+        dtype: What it computes in; None decides by the storage noise, as `detune.solvers.Stack.of` does.
     """
 
     name: str
@@ -33,10 +34,13 @@ class Method:
     min_models: int
     solve: Callable[[Stack, int | None], Recovery]
     sha256: str | None = None
+    dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, solver: Solver, name: str) -> "Method":
-        """A solver under a name of its own."""
+        """A solver under a name of its own. Spectral DeTuning computes in float32, as published."""
+        if isinstance(solver, Spectral):
+            return cls(name, f"{solver!r} in float32", solver.min_models, solver.solve, dtype=torch.float32)
         return cls(name, repr(solver), solver.min_models, solver.solve)
 
 

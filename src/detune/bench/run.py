@@ -213,7 +213,7 @@ def solve_layer(layer: Layer, task: Task, device: torch.device | str = "cpu") ->
         InputError: The method fails in a way of its own; the layer is named.
     """
     cell = task.cell
-    stack = Stack.of([matricise(layer.merged(i)) for i in cell.loras], device=device)
+    stack = Stack.of([matricise(layer.merged(i)) for i in cell.loras], task.method.dtype, device)
     rank = layer.rank(cell.loras) if cell.rank_known else None
     failure = None
     memory = PeakMemory()

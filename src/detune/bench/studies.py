@@ -282,7 +282,7 @@ def _watch(layer: Layer, solver: Spectral, n: int, seed: int) -> "pd.DataFrame":
     import pandas as pd
 
     loras = draw(len(layer.loras), n, seed)
-    stack = Stack.of([matricise(layer.merged(i)) for i in loras])
+    stack = Stack.of([matricise(layer.merged(i)) for i in loras], torch.float32)
     models = torch.stack(stack.matrices).to(stack.dtype)
     truth = matricise(layer.weight).to(stack.dtype)
     rows: list[dict[str, Any]] = []

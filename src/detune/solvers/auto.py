@@ -38,9 +38,11 @@ class Auto:
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Choose and solve; see `Solver.solve`. The reason says which and why."""
         best = self._solve(stack, rank, fold=True)
-        # Folding rows loses a direction where very few rows differ: look again at all of them. And noise may be more
-        # than storage's, if the merge was rounded on its way: look again above that.
-        for signal in (SIGNAL, 2 * SIGNAL, 4 * SIGNAL):
+        # Folding rows loses a direction where very few rows differ: look again at all of them. Differences of LoRAs
+        # that nearly coincide can have directions below the noise: where the rank is known, look for them there. And
+        # noise may be more than storage's, if the merge was rounded on its way: look again above that.
+        below = (SIGNAL / 4,) if rank is not None else ()
+        for signal in (SIGNAL, *below, 2 * SIGNAL, 4 * SIGNAL):
             if not best.method.startswith("intersect") or (best.noise_ratio or 0.0) <= FLOOR_RATIO:
                 break
             try:
@@ -62,13 +64,14 @@ class Auto:
             _check_solvable(stack, differences.ranks)
             recovery = self.spectral.solve(stack, rank or max(differences.ranks))
             return replace(recovery, reason=f"{why}; so {recovery.reason}")
-        deltas, steps = self.polish.run(spaces.stack, spaces.bases)
-        step = w_step(spaces.stack, deltas)
+        polished = self.polish.run(spaces.stack, spaces.bases)
+        step, steps = w_step(spaces.stack, polished.deltas), polished.steps
         method = "intersect+polish"
         if step.noise_ratio > FLOOR_RATIO:
-            # Directions that are noise make the step ill-conditioned: it must not spoil a better start.
+            # Directions that are noise make the step ill-conditioned: it must not spoil a better start. One that
+            # wandered off fits the data better than the start and the base worse.
             start = w_step_given_rows(spaces.stack, spaces.bases)
-            if not step.noise_ratio <= start.noise_ratio:
+            if not (polished.converged and step.noise_ratio <= start.noise_ratio):
                 step, method, steps = start, "intersect", 0
         step = untranspose(step) if spaces.transposed else step
         return Recovery(

@@ -17,6 +17,7 @@ Reference for the step: Golub & Pereyra 1973, variable projection; for the tange
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,20 @@ from detune.solvers.base import LowRank
 from detune.solvers.fit import project_left, project_right, solve_given_rows
 from detune.solvers.linalg import joint_basis, orthonormal
 from detune.solvers.stack import Stack
+
+
+class Polished(NamedTuple):
+    """What polishing gave.
+
+    Attributes:
+        deltas: The `M_i`.
+        steps: Gauss-Newton steps taken.
+        converged: Whether the last one was within the tolerance.
+    """
+
+    deltas: tuple[LowRank, ...]
+    steps: int
+    converged: bool
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,11 @@ class Polish:
     cg_tolerance: float = 0.01
     cg_steps: int = 500
 
-    def run(self, stack: Stack, V: Sequence[Tensor]) -> tuple[tuple[LowRank, ...], int]:
-        """The deltas at the maximum, and the number of steps taken.
+    def run(self, stack: Stack, V: Sequence[Tensor]) -> Polished:
+        """The deltas at the maximum.
+
+        Gauss-Newton converges quadratically or not at all: where some direction is as good as undetermined it wanders,
+        and is stopped once a step leaves no less behind than half of the step before.
 
         Args:
             stack: The models.
@@ -57,17 +75,20 @@ class Polish:
         V = tuple(V_i.to(stack.factor_dtype) for V_i in V)
         onto_right = project_right(stack, V)
         left = solve_given_rows(onto_right, V)
+        before = float("inf")
         for steps in range(1, self.max_steps + 1):
             U = [orthonormal(left_i) for left_i in left]
             moved = gauss_newton_step(project_left(stack, U), onto_right, U, V, noise, self)
             deltas = tuple(tangent.retract() for tangent in moved)
             left_behind = max(tangent.second_order for tangent in moved)
-            if left_behind <= self.tolerance * floor or steps == self.max_steps:
+            converged = left_behind <= self.tolerance * floor
+            if converged or left_behind > before / 2 or steps == self.max_steps:
                 break
+            before = left_behind
             V = tuple(M_i.right for M_i in deltas)
             left = tuple(M_i.left for M_i in deltas)
             onto_right = project_right(stack, V)
-        return deltas, steps
+        return Polished(deltas, steps, converged)
 
 
 @dataclass(frozen=True)
