@@ -402,7 +402,7 @@ def test_ctrl_c_leaves_nothing(command, family, out, monkeypatch):
     monkeypatch.setattr(Auto, "solve", solve)
     ran = command("recover", *family.specs, "--out", out)
     assert ran.code == 130
-    assert ran.err.strip() == "detune: interrupted, no checkpoint was written"
+    assert ran.err.strip() == "detune: interrupted, nothing unfinished passes for a result"
     assert os.listdir(out.parent) == []
 
 
@@ -423,7 +423,7 @@ def test_real_ctrl_c_leaves_nothing(tmp_path, out):
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert err.strip() == "detune: interrupted, no checkpoint was written"
+    assert err.strip() == "detune: interrupted, nothing unfinished passes for a result"
     assert os.listdir(out.parent) == []
 
 

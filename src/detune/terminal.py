@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from detune.comparison import Comparison
 from detune.report import Report, Status, TensorRow
 
 if TYPE_CHECKING:
     from detune.bench.results import CellResult
+    from detune.comparison import Comparison
 
 
 class _Named(Protocol):
@@ -67,7 +67,7 @@ def show_report(report: Report, out: Path | None = None) -> None:
         console.print(f"{took}; the whole report is {out / 'detune.json'}", soft_wrap=True)
 
 
-def show_comparison(comparison: Comparison) -> None:
+def show_comparison(comparison: "Comparison") -> None:
     """Print the tensors that differ, by kind, and the summary."""
     console = Console(markup=False)
     table = Table("tensor", "shape", "W-Error", "worst", "identical bits", box=None, pad_edge=False)
@@ -116,6 +116,41 @@ def show_tables(results: "Sequence[CellResult]") -> None:
         console.print()
     for remark in remarks(results):
         console.print(remark, highlight=False, soft_wrap=True)
+
+
+def show_catalogue() -> None:
+    """Print what the benchmark can run on: the published subsets and the recipes."""
+    from detune.bench.recipes import RECIPES
+    from detune.bench.subsets import PUBLISHED, PUBLISHED_LORAS, REPOSITORY
+
+    console = Console(markup=False, highlight=False)
+    table = _catalogue("published", "layers", "rank", "n", "iterations", "base")
+    for name, subset in PUBLISHED.items():
+        numbers = (subset.layers, subset.rank, subset.models, subset.iterations)
+        table.add_row(name, *map(str, numbers), subset.base)
+    console.print(table)
+    console.print(
+        f"n and iterations are the paper's. {PUBLISHED_LORAS} LoRAs each, streamed from the Hub dataset\n"
+        f"{REPOSITORY}, or from a local copy with --data DIR:\n"
+        f"  hf download {REPOSITORY} --repo-type dataset --local-dir DIR\n",
+        soft_wrap=True,
+    )
+    table = _catalogue("recipe", "layers", "rank", "stands for", "what it is")
+    for name, recipe in RECIPES.items():
+        table.add_row(name, str(recipe.layers), str(recipe().rank), recipe.stands_for or "", recipe.about)
+    console.print(table)
+    console.print(
+        f"{PUBLISHED_LORAS} LoRAs each, made here and without a network by\n  detune bench build RECIPE --out DIR",
+        soft_wrap=True,
+    )
+
+
+def _catalogue(name: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in (name, *columns[:-1]):
+        table.add_column(column, no_wrap=True)
+    table.add_column(columns[-1], overflow="fold")
+    return table
 
 
 def _by_kind(rows: Iterable[Row], key: Callable[[Row], object]) -> "dict[tuple[str, object], list[Row]]":

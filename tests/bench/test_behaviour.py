@@ -219,13 +219,14 @@ class TestTexts:
         assert changed["sbert_log10"] > values["sbert_log10"]
         assert changed["equal_texts"] < 1.0
 
-    def test_each_prompt_starts_from_the_seed_and_is_not_part_of_the_text(self, llama, prompts):
+    def test_each_prompt_starts_from_the_seed_and_its_text(self, llama, prompts):
         behaviour = replace(behaviour_of(llama, prompts), prompts=(PROMPTS[0], PROMPTS[1], PROMPTS[0]))
         first, other, again = behaviour.observe(llama)
         assert first == again
         assert first != other
-        assert not first.startswith(PROMPTS[0])
-        assert 1 <= len(first.split()) <= 50
+        assert first.startswith(PROMPTS[0])
+        assert other.startswith(PROMPTS[1])
+        assert 1 <= len(first.removeprefix(PROMPTS[0]).split()) <= 50
 
     def test_another_seed_writes_another_text(self, llama, prompts):
         behaviour = behaviour_of(llama, prompts)
@@ -233,7 +234,17 @@ class TestTexts:
 
     def test_length(self, llama, prompts):
         texts = replace(behaviour_of(llama, prompts), new_tokens=1).observe(llama)
-        assert all(len(text.split()) <= 1 for text in texts)
+        written = [text.removeprefix(prompt) for text, prompt in zip(texts, PROMPTS, strict=True)]
+        assert all(len(text.split()) <= 1 for text in written)
+
+    def test_defaults_are_the_papers(self, llama, prompts):
+        expected = WrittenTexts(llama, PROMPTS, new_tokens=50, temperature=0.7, top_k=50, top_p=0.95, seed=0)
+        assert behaviour_of(llama, prompts) == expected
+
+    def test_without_a_tokenizer(self, llama, tmp_path):
+        behaviour = WrittenTexts(tmp_path, PROMPTS)
+        with pytest.raises(InputError, match=r"the tokenizer in \S+ cannot be loaded; got: .*; check its files"):
+            behaviour.observe(llama)
 
     def test_generation_settings_of_a_fine_tune_do_not_matter(self, llama, prompts, tmp_path):
         tuned = copied(llama, tmp_path / "tuned")
@@ -255,9 +266,21 @@ class TestImages:
         assert len(np.unique(drawn)) > 20
         assert not np.array_equal(drawn[0], drawn[1])
 
-    def test_of_one_prompt_do_not_depend_on_the_others(self, behaviour, diffusion):
-        alone = replace(behaviour, prompts=PROMPTS[1:2]).observe(diffusion)
-        np.testing.assert_array_equal(behaviour.observe(diffusion)[1:2], alone)
+    def test_each_prompt_has_latents_of_its_own(self, behaviour, diffusion):
+        first, second = replace(behaviour, prompts=PROMPTS[:1] * 2).observe(diffusion)
+        assert not np.array_equal(first, second)
+
+    def test_latents_are_drawn_at_once_from_the_seed(self, behaviour, diffusion):
+        from diffusers import StableDiffusionPipeline
+
+        with quiet("diffusers"):
+            pipeline = StableDiffusionPipeline.from_pretrained(diffusion, safety_checker=None)
+            pipeline.set_progress_bar_config(disable=True)
+            side = pipeline.unet.config.sample_size
+            latents = torch.randn((3, 4, side, side), generator=torch.Generator().manual_seed(7))
+            truth = pipeline(PROMPTS[2], num_inference_steps=2, latents=latents[2:], output_type="np").images
+        drawn = replace(behaviour, seed=7).observe(diffusion)
+        np.testing.assert_array_equal(drawn[2:], (truth * 255).round().astype(np.uint8))
 
     def test_levels_of_equal_and_of_changed_models_and_why_there_is_no_lpips(
         self, behaviour, diffusion, tmp_path, monkeypatch

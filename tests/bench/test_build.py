@@ -1,23 +1,49 @@
 """Rows from a base and adapters, and back to merged models."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields, replace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertModel
 
 from detune.bench import build
 from detune.bench.build import build_subset
-from detune.bench.checkpoints import merge_subset
-from detune.bench.layers import arrow_schema
+from detune.bench.checkpoints import merge_subset, tensor_name
+from detune.bench.layers import Layer, arrow_schema
+from detune.bench.subsets import Subset, open_subset
 from detune.checkpoints import open_checkpoint
-from detune.errors import InputError
+from detune.errors import InputError, OutputError
 from detune.training import quiet
 from tests.bench.conftest import ALPHA, LORAS, RANK, save_lora
 from tests.families import plain_family
+
+
+class Rows(Subset):
+    """A subset with rows of one's own."""
+
+    def __init__(self, subset: Subset, rows: list[Layer]):
+        super().__init__(**{field.name: getattr(subset, field.name) for field in fields(Subset)})
+        object.__setattr__(self, "own", rows)
+
+    def layers(self) -> Iterator[Layer]:
+        yield from self.own
+
+
+def renamed(subset: Subset, names: list[str]) -> Subset:
+    def with_names(layer: Layer) -> Layer:
+        return replace(
+            layer, loras=tuple(replace(lora, name=name) for lora, name in zip(layer.loras, names, strict=True))
+        )
+
+    return Rows(subset, [with_names(layer) for layer in subset.layers()])
+
 
 NAMES = [f"encoder.layer.{i}.attention.self.{kind}.weight" for i in range(2) for kind in ("query", "value")]
 
@@ -79,10 +105,64 @@ def test_an_interrupted_build_goes_on_where_it_stopped(bert_base, loras, tmp_pat
 
 
 def test_other_inputs_replace_what_is_there(bert_base, loras, tmp_path):
-    first = build_subset(bert_base, loras, tmp_path)
+    first = build_subset(bert_base, loras, tmp_path).fingerprint
     other = build_subset(bert_base, loras[:3], tmp_path)
     assert len(other.first().loras) == 3
-    assert first.fingerprint != other.fingerprint
+    assert first != other.fingerprint
+
+
+def test_a_folder_with_something_else_is_left_alone(bert_base, loras, tmp_path):
+    (tmp_path / "README.md").write_text("my notes")
+    with pytest.raises(OutputError, match=r"is not empty; and holds no build"):
+        build_subset(bert_base, loras, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    with pytest.raises(OutputError, match=r"README\.md is a file"):
+        build_subset(bert_base, loras, tmp_path / "README.md")
+
+
+@pytest.mark.parametrize("name", ["mine.parquet", "data/mine.parquet", "data/train-00000-of-00001.parquet"])
+def test_parquet_files_of_others_are_neither_removed_nor_mixed_in(name, bert_base, loras, tmp_path):
+    build_subset(bert_base, loras[:2], tmp_path)
+    pq.write_table(pa.table({"mine": [1]}), tmp_path / name)
+    with pytest.raises(OutputError, match=r"\.parquet is in the way; it was not made by detune bench build"):
+        build_subset(bert_base, loras[:3], tmp_path)
+    assert pq.read_table(tmp_path / name).to_pydict() == {"mine": [1]}
+
+
+def test_a_build_that_is_not_whole_is_not_read(bert_base, loras, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SHARD_BYTES", 15_000)
+    build_subset(bert_base, loras, tmp_path)
+    (tmp_path / "data" / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(InputError, match=r"holds 2 rows; expected 4"):
+        open_subset(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "a:b", " "])
+def test_a_name_that_files_cannot_have_is_refused(name, bert_base, loras, tmp_path):
+    with pytest.raises(InputError, match=r"a subset cannot be called"):
+        build_subset(bert_base, loras, tmp_path / "out", name=name)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", ["[]", "{}", '{"model_type": null}'])
+def test_a_base_without_a_model_type_is_called_by_its_directory(config, bert_base, loras, tmp_path):
+    base = shutil.copytree(bert_base, tmp_path / "plain")
+    (base / "config.json").write_text(config)
+    assert build_subset(base, loras, tmp_path / "out").first().model == "plain"
+
+
+def test_tensors_trained_in_full_are_listed_as_left_out(bert_base, tmp_path, caplog):
+    with quiet():
+        kept = LoraConfig(r=2, target_modules=["query"], modules_to_save=["pooler"])
+        get_peft_model(BertModel.from_pretrained(bert_base), kept).save_pretrained(tmp_path / "full")
+    lora = save_lora(tmp_path / "plain", seed=0, targets=("query",))
+    build_subset(bert_base, [lora, tmp_path / "full"], tmp_path / "out")
+    left_out = json.loads((tmp_path / "out" / "subset.json").read_text())["left_out"]
+    assert list(left_out) == ["full"]
+    assert len(left_out["full"]) == 2
+    assert all("pooler" in name for name in left_out["full"])
+    assert "Trained in full beside `full`, and left out: `" in (tmp_path / "out" / "README.md").read_text()
+    assert "1 of 2 LoRAs also trained tensors in full" in caplog.text
 
 
 def test_mixed_ranks_are_kept_apart(bert_base, loras, tmp_path):
@@ -116,6 +196,38 @@ def test_back_to_merged_models(subset, bert_base, loras, tmp_path):
         expected = layers[name].merged(2) if name in layers else base.read(name)
         assert torch.equal(merged.read(name), expected)
     BertModel.from_pretrained(paths[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "directories"),
+    [
+        (["../a", "b/c", "..", ""], ["--a", "b--c", "unnamed", "unnamed"]),
+        (["a:b", "a*b", "c", "C"], ["a-b", "a-b", "c", "C"]),
+        (["a", "b", "c", "../d"], ["a", "b", "c", "--d"]),
+    ],
+)
+def test_merged_models_stay_below_their_folder(names, directories, subset, bert_base, tmp_path):
+    paths = merge_subset(renamed(subset, names), tmp_path / "merged", base=bert_base)
+    twice = len({name.casefold() for name in directories}) < 4
+    assert [path.name for path in paths] == [f"{i:02}-{name}" if twice else name for i, name in enumerate(directories)]
+    assert {path.parent for path in paths} == {tmp_path / "merged"}
+
+
+def test_two_rows_of_one_tensor_are_refused(subset, bert_base, tmp_path):
+    layers = list(subset.layers())
+    twice = Rows(subset, [layers[0], replace(layers[0], index=1)])
+    with pytest.raises(InputError, match=r"row 1 of .*, layer 'encoder.*', is there twice; row 0 is about tensor"):
+        merge_subset(twice, tmp_path / "merged", base=bert_base)
+
+
+def test_a_row_may_name_a_module_of_a_component(bert_base, tmp_path):
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(bert_base, pipeline / "text_encoder")
+    (pipeline / "model_index.json").write_text(json.dumps({"text_encoder": ["transformers", "BertModel"]}))
+    with open_checkpoint(pipeline) as base:
+        name = f"text_encoder/{NAMES[0]}"
+        layer = Layer(0, "task", "text_encoder", NAMES[0].removesuffix(".weight"), "base", base.read(name), ())
+        assert tensor_name(layer, base) == name
 
 
 def test_merging_needs_the_base_that_the_rows_were_made_from(subset, tmp_path):

@@ -83,6 +83,21 @@ def test_seeds_and_ranks_go_to_the_adapters_and_into_the_name(tmp_path):
     assert [lora.rank for lora in subset.first().loras[:3]] == [1, 4, 1]
 
 
+def test_a_rank_of_zero_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(InputError, match=r"no LoRA has rank 0; expected positive numbers"):
+        build_recipe(Plain(tmp_path / "log"), tmp_path / "out", ranks=(2, 0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_build_is_kept_to_the_byte(tmp_path):
+    recipe = Plain(tmp_path / "log")
+    first = build_recipe(recipe, tmp_path / "out").fingerprint
+    (file,) = (tmp_path / "out").glob("data/*.parquet")
+    before = file.stat().st_mtime_ns
+    assert build_recipe(recipe, tmp_path / "out").fingerprint == first
+    assert file.stat().st_mtime_ns == before
+
+
 def test_another_build_in_the_same_place_is_refused(tmp_path):
     build_recipe(Plain(tmp_path / "log"), tmp_path / "out")
     with pytest.raises(OutputError, match=r"out holds another build; it was made by Plain.*seed=0.*expected .*seed=1"):

@@ -10,10 +10,10 @@ import torch
 from detune.bench import run as runner
 from detune.bench.behaviour import Differences
 from detune.bench.methods import find_method
-from detune.bench.results import ResultStore
+from detune.bench.results import EXACT_W_ERROR, Environment, ResultStore
 from detune.bench.run import Judge, draw, plan, run, run_all
 from detune.checkpoints import open_checkpoint
-from detune.errors import InputError
+from detune.errors import InputError, OutputError
 from detune.metrics import w_error
 from detune.solvers import SOLVERS, Spectral
 from detune.training import seeded
@@ -79,6 +79,46 @@ def test_a_killed_run_goes_on_with_the_layer_it_was_at(subset, store, monkeypatc
     assert not (store.folder / ".partial").exists()
 
 
+def test_a_method_named_twice_is_one_cell(subset, store):
+    results = run(subset, plan(subset, methods(subset, "mean", "mean"), [3]), store)
+    assert results[0] == results[1]
+    assert len(results[0].layers) == 4
+    assert len(list(store.folder.glob("*.json"))) == 1
+
+
+def test_two_runs_at_one_cell_are_refused(subset, store):
+    tasks = plan(subset, methods(subset, "mean"), [3])
+    with (
+        store.claim(tasks[0].cell, Environment.now("cpu")),
+        pytest.raises(OutputError, match=r"another run is at small\.mean\.n3.*; wait for it"),
+    ):
+        run(subset, tasks, store)
+    run(subset, tasks, store)
+
+
+def test_what_other_code_left_unfinished_is_dropped(subset, store):
+    (task,) = plan(subset, methods(subset, "mean"), [3])
+    here = Environment.now("cpu")
+    result, _ = runner.solve_layer(subset.first(), task)
+    with store.claim(task.cell, here.model_copy(update={"code_sha256": "0"})):
+        store.keep_layer(task.cell, result, None)
+    with store.claim(task.cell, here):
+        assert not store.has_layer(task.cell, 0, with_weight=False)
+        store.keep_layer(task.cell, result, None)
+    with store.claim(task.cell, here):
+        assert store.has_layer(task.cell, 0, with_weight=False)
+
+
+def test_an_exact_layer_counts_as_better_than_any_error(subset, store):
+    (result,) = run(subset, plan(subset, methods(subset, "auto"), [4]), store)
+    exact = result.layers[0].model_copy(update={"mse": 0.0})
+    better = result.model_copy(update={"layers": (exact, *result.layers[1:])})
+    assert exact.w_error == EXACT_W_ERROR < -31
+    assert better.w_error < result.w_error
+    every = result.model_copy(update={"layers": (exact,) * 4})
+    assert every.w_error == pytest.approx(EXACT_W_ERROR)
+
+
 def test_draws_are_nested_and_differ():
     assert set(draw(15, 3, 7)) < set(draw(15, 8, 7))
     assert len({draw(15, 5, seed) for seed in range(6)}) > 3
@@ -108,6 +148,11 @@ def test_cells_with_too_few_models_are_left_out(subset):
     tasks = plan(subset, methods(subset, "auto", "spectral", "mean"), [1, 2, 3])
     counts = [(task.cell.method, len(task.cell.loras)) for task in tasks]
     assert counts == [("auto", 3), ("spectral", 2), ("spectral", 3), ("mean", 1), ("mean", 2), ("mean", 3)]
+
+
+def test_a_method_that_never_has_enough_models_is_named(subset):
+    with pytest.raises(InputError, match=r"auto needs at least 3 models; asked for 1, 2; .*give --models 3"):
+        plan(subset, methods(subset, "mean", "auto"), [1, 2])
 
 
 @pytest.mark.parametrize("n", [0, 5])
@@ -142,7 +187,7 @@ class TestMethodsOfTheUsers:
         (result,) = run(subset, [task], store)
         layer = subset.first()
         expected = torch.stack([layer.merged(i) for i in task.cell.loras]).median(dim=0).values
-        assert result.cell.method == "best"
+        assert result.cell.method == "mine.best"
         assert result.layers[0].w_error == w_error(expected, layer.weight)
 
     def test_a_changed_file_is_another_cell(self, subset, tmp_path):
@@ -155,7 +200,7 @@ class TestMethodsOfTheUsers:
     @pytest.mark.parametrize(
         ("body", "message"),
         [
-            ("return models", r"best failed in row 0, layer 'encoder.*returned a tensor \(3, 32, 32\); expected"),
+            ("return models", r"mine\.best failed in row 0, layer 'encoder.*returned a tensor \(3, 32, 32\); expected"),
             ("return 3", r"returned 'int'; expected a tensor \(32, 32\)"),
             ("return models[0] / 0", r"returned NaN or Inf"),
             ("return nothing", r"mine\.py:best failed in row 0, layer 'encoder.*NameError: name 'nothing'"),
@@ -196,10 +241,26 @@ def test_the_recovered_model_is_judged_whole(subset, store, bert_base):
     assert auto.notes == ("other: cannot be had",)
 
 
-def test_a_run_without_the_base_says_so(subset, store):
+def test_behaviour_is_compared_later_if_it_was_not_at_first(subset, store, bert_base):
+    tasks = plan(subset, methods(subset, "mean"), [3])
+    assert run(subset, tasks, store)[0].behaviour == {}
+    judge = Judge(bert_base, Distance(), "inputs")
+    (judged,) = run(subset, tasks, store, judge=judge)
+    assert judged.behaviour["largest"] > 1e-3
+    assert judged.judged_on == judge.digest
+    assert run(subset, tasks, store) == [judged], "what is known is not forgotten"
+    other = Judge(bert_base, Distance(), "other inputs")
+    assert run(subset, tasks, store, judge=other)[0].judged_on == other.digest != judge.digest
+
+
+def test_a_run_without_behaviour_says_why(subset, store, bert_base, tmp_path):
     (result,) = run_all(subset, plan(subset, methods(subset, "mean"), [3]), store)
     assert result.behaviour == {}
     assert result.notes == ("behaviour was not compared: no base at hand",)
+    (result,) = run_all(subset, plan(subset, methods(subset, "single"), [3]), store, base=bert_base, behave=False)
+    assert result.notes == ("behaviour was not compared: models were not run",)
+    with pytest.raises(InputError, match=r"inputs .* are given, but no base at hand; .*give --base"):
+        run_all(subset, plan(subset, methods(subset, "mean"), [3]), store, inputs=tmp_path)
 
 
 def test_a_base_that_does_not_fit_is_refused(subset, store, tmp_path):
@@ -214,7 +275,7 @@ def test_results_are_json_that_others_can_read(subset, store):
     run(subset, plan(subset, methods(subset, "auto"), [3]), store)
     (file,) = store.folder.glob("*.json")
     content = json.loads(file.read_text())
-    assert set(content) == {"cell", "source", "environment", "layers", "behaviour", "notes"}
+    assert set(content) == {"cell", "source", "environment", "layers", "behaviour", "notes", "judged_on"}
     assert content["cell"]["fingerprint"] == subset.fingerprint
     assert all(math.isfinite(layer["mse"]) for layer in content["layers"])
 

@@ -3,7 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -80,8 +83,16 @@ def test_float64_and_integer_alphas_are_read():
     ("column", "value", "message"),
     [
         ("lora_1_rank", 0, r"row 7 of here, layer 'blocks\.0\.query\.weight': lora_1_rank is 0"),
-        ("lora_1_rank", None, r"row 7 .*lora_1_rank is missing; expected a positive number"),
-        ("lora_2_alpha", None, r"row 7 .*lora_2_alpha is missing; expected a number"),
+        ("lora_1_rank", None, r"row 7 .*lora_1_rank is missing; expected a positive integer"),
+        ("lora_2_alpha", None, r"row 7 .*lora_2_alpha is missing; expected a finite number"),
+        ("lora_2_alpha", float("nan"), r"row 7 .*lora_2_alpha is nan; expected a finite number"),
+        ("lora_2_alpha", float("-inf"), r"row 7 .*lora_2_alpha is -inf; expected a finite number"),
+        ("pre_ft_weight", [[float("nan")] * 8] * 6, r"row 7 .*query.weight': pre_ft_weight holds NaN or Inf"),
+        ("lora_1_A_weight", [[float("inf")] * 8] * 2, r"row 7 .*query.weight': lora_1_A_weight holds NaN or Inf"),
+        ("lora_2_B_weight", [[float("nan")] * 2] * 6, r"row 7 .*query.weight': lora_2_B_weight holds NaN or Inf"),
+        ("layer_name", None, r"row 7 of here, layer None: layer_name is missing; expected a text"),
+        ("task_name", None, r"row 7 .*query.weight': task_name is missing; expected a text"),
+        ("lora_1_name", None, r"row 7 .*query.weight': lora_1_name is missing; expected a text"),
         ("lora_0_rank", 5, r"row 7 .*lora_0 has A 2x8, B 6x2; expected A 5x8, B 6x5 for rank 5"),
         ("lora_0_A_weight", [[1.0, 2.0], [3.0]], r"row 7 .*lora_0_A_weight is no matrix; .*different lengths"),
         ("pre_ft_weight", [], r"row 7 .*pre_ft_weight is no matrix; .*got nothing"),
@@ -92,6 +103,152 @@ def test_float64_and_integer_alphas_are_read():
 def test_a_damaged_row_is_named(column, value, message):
     with pytest.raises(InputError, match=message):
         layer_of(change(table(make_layer()), column, value), 7, "here")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("lora_1_rank", 2.5, r"row 7 .*query.weight': lora_1_rank is 2\.5; expected a positive integer"),
+        ("lora_1_rank", "two", r"row 7 .*query.weight': lora_1_rank is 'two'; expected a positive integer"),
+        ("lora_0_alpha", "three", r"row 7 .*query.weight': lora_0_alpha is 'three'; expected a finite number"),
+    ],
+)
+def test_numbers_of_another_kind_are_named(column, value, message):
+    row = table(make_layer())
+    row = row.set_column(row.schema.get_field_index(column), column, pa.array([value]))
+    with pytest.raises(InputError, match=message):
+        layer_of(row, 7, "here")
+
+
+def test_an_alpha_of_zero_is_a_lora_that_changes_nothing():
+    layer = layer_of(change(table(make_layer()), "lora_1_alpha", 0.0), 0, "here")
+    assert torch.equal(layer.merged(1), layer.weight)
+
+
+def test_files_with_other_numbers_of_loras_do_not_go_together(tmp_path):
+    layer = make_layer()
+    fewer = Layer(1, layer.task, layer.model, layer.name, layer.base, layer.weight, layer.loras[:2])
+    pq.write_table(table(layer), tmp_path / "a.parquet")
+    pq.write_table(table(fewer), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"b\.parquet has rows of 2 LoRAs; expected 3, as .*a\.parquet has"):
+        open_subset(str(tmp_path))
+
+
+def test_one_row_is_in_memory_at_a_time(tmp_path):
+    rows, size, rank = 32, 512, 2
+    loras = (LoraFactors("lora", torch.ones(rank, size), torch.ones(size, rank), rank, 1.0),)
+    weights = (normal(seeded(i), size, size).float() for i in range(rows))
+    tables = [table(Layer(i, "task", "model", f"layer.{i}", "base", W, loras)) for i, W in enumerate(weights)]
+    pq.write_table(pa.concat_tables(tables), tmp_path / "train.parquet", row_group_size=rows)
+    del tables
+    assert pq.read_metadata(tmp_path / "train.parquet").num_row_groups == 1
+    before, most, count = pa.total_allocated_bytes(), 0, 0
+    for _ in open_subset(str(tmp_path)).layers():
+        most, count = max(most, pa.total_allocated_bytes() - before), count + 1
+    assert count == rows
+    row_bytes = 4 * size * size
+    assert most < 12 * row_bytes, f"held {most / row_bytes:.1f} rows of {rows}"
+
+
+def test_the_first_row_and_the_ranks_are_read_once(tmp_path):
+    folder = write(tmp_path / "subset", *(table(make_layer(i)) for i in range(2)))
+    subset = open_subset(str(folder))
+    first = subset.first()
+    assert subset.ranks == ((2, 2, 2), (2, 2, 2))
+    shutil.rmtree(folder)
+    assert subset.first() is first
+    assert subset.ranks == ((2, 2, 2), (2, 2, 2))
+
+
+def test_the_ranks_are_read_without_the_weights(tmp_path):
+    broken = change(change(table(make_layer(1)), "pre_ft_weight", []), "lora_1_rank", 4)
+    folder = write(tmp_path / "subset", table(make_layer()), broken)
+    assert open_subset(str(folder)).ranks == ((2, 2, 2), (2, 4, 2))
+    folder = write(tmp_path / "zero", table(make_layer()), change(table(make_layer(1)), "lora_1_rank", 0))
+    with pytest.raises(InputError, match=r"row 1 of .*zero, layer 'blocks\.1\.query\.weight': lora_1_rank is 0"):
+        _ = open_subset(str(folder)).ranks
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("{", r"subset\.json is no card of a subset; .*JSON"),
+        ("[]", r"subset\.json is no card of a subset"),
+        ('{"stands_for": "vitt"}', r"stands_for: .*expected one of vit, .*got 'vitt'"),
+        ('{"name": "../mine"}', r"name: .*expected letters, digits.*got '\.\./mine'"),
+        ('{"layers": 3}', r"holds 1 rows; expected 3, as its subset\.json says; if its build was interrupted"),
+    ],
+)
+def test_a_malformed_card_is_told_in_one_line(card, message, tmp_path):
+    folder = write(tmp_path / "subset", table(make_layer()))
+    (folder / "subset.json").write_text(card)
+    with pytest.raises(InputError, match=message) as caught:
+        open_subset(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_whose_name_is_no_name_of_a_file_has_a_clean_one(tmp_path):
+    assert open_subset(str(write(tmp_path / "mine: (copy)", table(make_layer())))).name == "mine- -copy-"
+
+
+class Hub:
+    """The published dataset, at the commit that `main` is at; its files are local."""
+
+    def __init__(self, *files: Path):
+        self.files = files
+        self.asked: list[tuple[str, ...]] = []
+
+    def dataset_info(self, repository: str, revision: str) -> SimpleNamespace:
+        self.asked.append((repository, revision))
+        return SimpleNamespace(sha="c0ffee")
+
+    def load_dataset_builder(self, repository: str, name: str, revision: str) -> SimpleNamespace:
+        self.asked.append((repository, name, revision))
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": [str(file) for file in self.files]}))
+
+    def stands_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        monkeypatch.setattr(datasets, "load_dataset_builder", self.load_dataset_builder)
+
+
+def test_a_published_subset_is_read_at_the_commit_of_its_revision(tmp_path, monkeypatch):
+    folders = (
+        write(tmp_path / "a", table(make_layer())),
+        write(tmp_path / "b", *(table(make_layer(i)) for i in (1, 2))),
+    )
+    hub = Hub(*(folder / "train-00000-of-00001.parquet" for folder in folders))
+    hub.stands_in(monkeypatch)
+    subset = open_subset("vit", revision="main")
+    assert (subset.source, subset.fingerprint, subset.rows) == ("Eliahu/LoWRA-Bench@c0ffee", "c0ffee", 24)
+    layers = list(subset.layers())
+    assert [(layer.index, layer.depth) for layer in layers] == [(0, 0), (1, 1), (2, 2)]
+    assert torch.equal(layers[2].weight, make_layer(2).weight)
+    assert subset.ranks == ((2, 2, 2),) * 3
+    assert hub.asked == [("Eliahu/LoWRA-Bench", "main"), ("Eliahu/LoWRA-Bench", "vit", "c0ffee")]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError(),
+        ValueError("BuilderConfig 'vit' not found. Available: ['default']"),
+        datasets.exceptions.DatasetBuildError("\n"),
+    ],
+)
+def test_what_goes_wrong_on_the_hub_is_told_in_one_line(error, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    Hub().stands_in(monkeypatch)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    with pytest.raises(InputError, match=rf"cannot read .* from the Hub; {type(error).__name__}: .*hf download"):
+        open_subset("vit").first()
+
+
+def test_a_published_subset_without_files_is_said_to_have_none(monkeypatch):
+    Hub().stands_in(monkeypatch)
+    with pytest.raises(InputError, match=r"LoWRA-Bench@c0ffee has no files of 'vit'; .*another --revision"):
+        open_subset("vit").first()
 
 
 def test_a_missing_column_is_named(tmp_path):

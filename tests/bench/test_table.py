@@ -48,11 +48,25 @@ def test_table_and_plot_are_written(store):
     text, sheet, png, svg = write_table(store)
     assert text.read_text().startswith("### small\n\n| method")
     frame = pd.read_csv(sheet)
-    assert len(frame) == 6
+    assert list(frame["source"]).count("detune") == 6
+    assert len(frame) == 6 + 3, "and the paper's three of ViT"
     assert frame["w_error"].max() < 0
     with Image.open(png) as image:
         assert image.size[0] > 400
     assert "<svg" in svg.read_text()
+
+
+def test_methods_of_one_name_are_not_averaged(subset, tmp_path):
+    store = ResultStore(tmp_path / "results")
+    file = tmp_path / "mine.py"
+    for place in (0, 1):
+        file.write_text(f"def best(models, rank):\n    return models[{place}]\n")
+        run(subset, plan(subset, [find_method(f"{file}:best", subset)], [3]), store)
+    table = tables(store.read_all())["small"]
+    ours = table[table["method"] == "mine.best"]
+    assert len(ours) == 2
+    assert ours["version"].nunique() == 2
+    assert "version: one name stands for several" in markdown(store.read_all())
 
 
 def test_the_same_results_give_the_same_files(store):

@@ -71,11 +71,9 @@ def save_diffusion(out: Path, words: list[str]) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from detune.bench.recipes.diffusion_training import silent
-
     letters = sorted(set("".join(words)))
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    with seeded(0), silent():
+    with seeded(0), quiet("diffusers"):
         tokenizer = CLIPTokenizer(vocab=dict(zip(tokens, range(99), strict=False)), merges=[], model_max_length=16)
         text = CLIPTextConfig(
             vocab_size=len(tokens),

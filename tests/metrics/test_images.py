@@ -100,3 +100,15 @@ class TestWithoutItsPackages:
         monkeypatch.delitem(sys.modules, "lpips", raising=False)
         with pytest.raises(DetuneError, match=r"torchvision::nms does not exist; .* does not fit torch 2\..*; install"):
             lpips_distance(noise(0), noise(0))
+
+    @pytest.mark.parametrize(
+        "error",
+        ["OSError", "RuntimeError", "EOFError", "__import__('pickle').UnpicklingError"],
+    )
+    def test_weights_of_vgg_are_missing_or_damaged_in_one_short_line(self, monkeypatch, tmp_path, error):
+        code = f"def LPIPS(**_):\n    raise {error}('no weights\\n\\n' + 'and more\\n' * 50)\n"
+        (tmp_path / "lpips.py").write_text(code, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "lpips", raising=False)
+        with pytest.raises(DetuneError, match=r"^LPIPS needs the weights of VGG-16, .*; got: no weights; connect"):
+            lpips_distance(noise(0), noise(0))

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from detune.bench.layers import Layer, LoraFactors, arrow_schema, row_of
-from detune.bench.subsets import CARD, PUBLISHED, Subset, nearest, open_subset
+from detune.bench.subsets import CARD, PUBLISHED, Card, Subset, clean_name, is_name, nearest, open_subset
 from detune.checkpoints import Checkpoint, Lora, open_checkpoint, open_lora
 from detune.checkpoints.layout import read_json
-from detune.errors import InputError
+from detune.errors import InputError, OutputError
 from detune.training import needs_extra
 
 __all__ = ["build_subset"]
@@ -39,13 +39,14 @@ def build_subset(
     """Write rows of LoWRA Bench from a base and its LoRAs.
 
     One row per tensor that the LoRAs change, in the base's file order, in files of some 256 MB. A file that is there
-    already, made from the same inputs, is kept: an interrupted build goes on where it stopped.
+    already, made from the same inputs, is kept: an interrupted build goes on where it stopped. An earlier build in the
+    folder is replaced.
 
     Args:
         base: The model before fine-tuning, as `detune.checkpoints.open_checkpoint` takes it.
         adapters: LoRAs of it in PEFT, diffusers or kohya format. All must change the same tensors.
         out: The folder to fill.
-        name: What the subset is called; by default as its folder.
+        name: What the subset is called, fit for the name of a file; by default as its folder.
         pre_ft_name: What the rows call the base; by default as it was given.
         stands_for: The published subset whose settings apply, a key of `PUBLISHED`.
         about: A line for the card.
@@ -56,6 +57,7 @@ def build_subset(
 
     Raises:
         InputError: An adapter cannot be read, does not fit the base, or changes other tensors than the first.
+        OutputError: `out` holds something that detune did not build.
         DetuneError: The extra `bench` is not installed.
     """
     with needs_extra("bench"):
@@ -68,13 +70,30 @@ def build_subset(
         )
     if not adapters:
         raise InputError("no adapters given", "expected at least one LoRA of the base", "name their directories")
-    name = name or out.resolve().name
+    if name and not is_name(name):
+        raise InputError(
+            f"a subset cannot be called {name!r}",
+            "it names files: expected letters, digits and any of '+-_. '",
+            f"call it {clean_name(name)!r}",
+        )
+    name = name or clean_name(out.resolve().name)
+    _check_folder(out)
     with open_checkpoint(base) as checkpoint:
         loras = [open_lora(adapter, checkpoint) for adapter in adapters]
         _check(loras)
         rows = _Rows(checkpoint, tuple(loras), name, pre_ft_name or str(base))
+        if rows.left_out:
+            example, names = next(iter(rows.left_out.items()))
+            logger.warning(
+                "%d of %d LoRAs also trained tensors in full, which are left out: %s of %s, for example; %s lists all",
+                len(rows.left_out),
+                len(loras),
+                names[0],
+                example,
+                out / CARD,
+            )
+        _write_card(rows, out, stands_for, about)  # first: by it an interrupted build is known as one
         _write_shards(rows, out / "data", on_shard)
-        _write_card(rows, out, stands_for, about)
     return open_subset(str(out))
 
 
@@ -93,9 +112,11 @@ class _Rows:
 
     @cached_property
     def model_type(self) -> str:
-        """What transformers calls the architecture; the directory's name where there is no config."""
-        config = self.base.root / "config.json"
-        return str(read_json(config).get("model_type")) if config.is_file() else self.base.root.name
+        """What transformers calls the architecture; the directory's name where no config says it."""
+        path = self.base.root / "config.json"
+        config = read_json(path) if path.is_file() else None
+        model_type = config.get("model_type") if isinstance(config, dict) else None
+        return model_type if isinstance(model_type, str) and model_type else self.base.root.name
 
     def row(self, index: int) -> Layer:
         name = self.names[index]
@@ -104,6 +125,15 @@ class _Rows:
         model = component if slash else self.model_type
         loras = tuple(_factors(lora, name, weight) for lora in self.loras)
         return Layer(index, self.task, model, parameter, self.base_name, weight, loras)
+
+    @cached_property
+    def left_out(self) -> dict[str, list[str]]:
+        """By LoRA, the tensors that it trained in full: no product of factors, and so no part of a row."""
+        found: dict[str, list[str]] = {}
+        for lora in self.loras:
+            if lora.extra:
+                found[lora.name] = sorted({*found.get(lora.name, ()), *lora.extra})
+        return found
 
     def size_bytes(self, index: int) -> int:
         """About what the row takes in float32."""
@@ -132,8 +162,6 @@ def _factors(lora: Lora, name: str, weight: torch.Tensor) -> LoraFactors:
 def _check(loras: Sequence[Lora]) -> None:
     first = loras[0]
     for lora in loras:
-        if lora.extra:
-            logger.info("%s also holds %d tensors trained in full, which are left out", lora.spec, len(lora.extra))
         missing = [name for name in first.names if name not in lora.layers]
         more = [name for name in lora.names if name not in first.layers]
         if missing or more:
@@ -145,6 +173,24 @@ def _check(loras: Sequence[Lora]) -> None:
             )
 
 
+def _check_folder(out: Path) -> None:
+    """Refuse a folder whose content is not from here: it would be overwritten, or read as if it were."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file", "expected a directory, or nothing", "choose another")
+    if out.is_dir() and any(out.iterdir()) and not any((out / mark).is_file() for mark in (CARD, "recipe.txt")):
+        raise OutputError(f"{out} is not empty", "and holds no build to go on with or to replace", "choose another")
+    for file in sorted([*out.glob("*.parquet"), *out.glob("data/*.parquet")]):
+        try:
+            ours = _DIGEST in (pq.read_schema(file).metadata or {})
+        except (OSError, pa.ArrowException):
+            ours = False
+        if not ours:
+            raise OutputError(f"{file} is in the way", "it was not made by detune bench build", "move it elsewhere")
+
+
 def _write_shards(rows: _Rows, folder: Path, on_shard: Callable[[int, int], None] | None) -> None:
     import pyarrow.parquet as pq
 
@@ -154,10 +200,13 @@ def _write_shards(rows: _Rows, folder: Path, on_shard: Callable[[int, int], None
     schema = schema.with_metadata({**schema.metadata, _DIGEST: digest})
     shards = list(_shards(rows))
     wanted = {folder / f"train-{i:05}-of-{len(shards):05}.parquet": shard for i, shard in enumerate(shards)}
-    for stale in set(folder.glob("*.parquet*")) - set(wanted):
-        stale.unlink()
+    for partial in folder.glob("train-*-of-*.parquet.partial"):
+        partial.unlink()
+    for file in folder.glob("*.parquet"):  # all from here, as `_check_folder` saw
+        if file not in wanted or (pq.read_schema(file).metadata or {}).get(_DIGEST) != digest:
+            file.unlink()
     for done, (file, shard) in enumerate(wanted.items()):
-        if not (file.is_file() and (pq.read_schema(file).metadata or {}).get(_DIGEST) == digest):
+        if not file.is_file():
             partial = file.with_name(f"{file.name}.partial")
             with pq.ParquetWriter(partial, schema) as writer:
                 for index in shard:
@@ -184,22 +233,28 @@ def _write_card(rows: _Rows, out: Path, stands_for: str | None, about: str) -> N
     from huggingface_hub import DatasetCardData
 
     ranks = sorted({factors.factors.rank for lora in rows.loras for factors in lora.layers.values()})
-    card = {
-        "name": rows.task,
-        "stands_for": stands_for,
-        "about": about,
-        "base": rows.base_name,
-        "layers": len(rows.names),
-        "ranks": ranks,
-        "loras": [lora.name for lora in rows.loras],
-    }
-    (out / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    card = Card(
+        name=rows.task,
+        stands_for=stands_for,
+        about=about,
+        base=rows.base_name,
+        layers=len(rows.names),
+        ranks=ranks,
+        loras=[lora.name for lora in rows.loras],
+        left_out=rows.left_out,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CARD).write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
     head = DatasetCardData(
         pretty_name=f"{rows.task}, a subset in the schema of LoWRA Bench",
         tags=["lora", "weight-recovery", "lowra-bench"],
         configs=[{"config_name": rows.task, "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
     )
     names = "".join(f"- `{lora.name}`\n" for lora in rows.loras)
+    left_out = "".join(
+        f"Trained in full beside `{lora}`, and left out: {', '.join(f'`{name}`' for name in tensors)}.\n"
+        for lora, tensors in rows.left_out.items()
+    )
     text = f"""---
 {head.to_yaml()}
 ---
@@ -216,6 +271,7 @@ Columns: `task_name`, `layer_model`, `layer_name`, `pre_ft_name`, `pre_ft_weight
 [LoWRA Bench](https://arxiv.org/abs/2402.10208) (Horwitz, Kahana & Hoshen, ICML 2024).
 
 {names}
+{left_out}
 Made with detune.
 """
     (out / "README.md").write_text(text, encoding="utf-8")

@@ -1,14 +1,14 @@
 """From rows back to checkpoints: the base with other weights in the rows' places."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from torch import Tensor
 
 from detune.bench.layers import Layer
-from detune.bench.subsets import Subset
+from detune.bench.subsets import Subset, clean_name
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
 from detune.errors import InputError
 
@@ -21,10 +21,11 @@ def tensor_name(layer: Layer, base: Checkpoint) -> str:
     Raises:
         InputError: The base has no such tensor, or of another size.
     """
-    for name in (f"{layer.model}/{layer.name}", layer.name, f"{layer.name}.weight"):
+    inside = f"{layer.model}/{layer.name}"
+    for name in (inside, f"{inside}.weight", layer.name, f"{layer.name}.weight"):
         info = base.tensors.get(name)
         if info is not None:
-            if info.shape[0] == layer.weight.shape[0] and layer.weight.numel() == math.prod(info.shape):
+            if tuple(info.shape[:1]) == tuple(layer.weight.shape[:1]) and layer.weight.numel() == math.prod(info.shape):
                 return name
             raise InputError(
                 f"row {layer.index}, layer {layer.name!r}, has shape {list(layer.weight.shape)}",
@@ -33,7 +34,7 @@ def tensor_name(layer: Layer, base: Checkpoint) -> str:
             )
     raise InputError(
         f"row {layer.index}, layer {layer.name!r}, is not in {base.spec}",
-        f"expected a tensor {layer.name!r} or {layer.model + '/' + layer.name!r}",
+        f"expected a tensor {layer.name!r} or {inside!r}",
         "give the base that the rows were made from",
     )
 
@@ -61,14 +62,15 @@ def merge_subset(subset: Subset, out: Path, *, base: str | Path | None = None) -
 
     Args:
         subset: The rows.
-        out: A directory; each model gets one below, named after its LoRA.
+        out: A directory; each model gets one below, named after its LoRA. What a name of a file should not hold becomes
+            a hyphen, and where two names come out the same, all get a number in front.
         base: The model that the LoRAs were trained on; None takes the one beside the rows.
 
     Returns:
         The checkpoints, in the order of the LoRAs.
 
     Raises:
-        InputError: There is no base, or the rows do not fit it.
+        InputError: There is no base, the rows do not fit it, or two are about one tensor.
         OutputError: A directory cannot be written.
     """
     where = base or subset.base
@@ -79,18 +81,21 @@ def merge_subset(subset: Subset, out: Path, *, base: str | Path | None = None) -
             f"give it with --base, {subset.first().base!r} for example",
         )
     first = subset.first()
-    names = [lora.name for lora in first.loras]
-    if len(set(names)) < len(names):
-        names = [f"{i:02}-{name}" for i, name in enumerate(names)]
-    paths = [out / name.replace("/", "--") for name in names]
+    paths = [out / name for name in _directory_names([lora.name for lora in first.loras])]
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(where))
         tensor_name(first, checkpoint)
         writers = [stack.enter_context(CheckpointWriter(checkpoint, path)) for path in paths]
-        written = set()
+        written: dict[str, int] = {}
         for layer in subset.layers():
             name = tensor_name(layer, checkpoint)
-            written.add(name)
+            if name in written:
+                raise InputError(
+                    f"row {layer.index} of {subset.source}, layer {layer.name!r}, is there twice",
+                    f"row {written[name]} is about tensor {name!r} of {checkpoint.spec} too, expected one row each",
+                    "remove one of them",
+                )
+            written[name] = layer.index
             for i, writer in enumerate(writers):
                 writer.write(name, layer.merged(i).reshape(checkpoint.tensors[name].shape))
         for name in checkpoint.tensors:
@@ -98,3 +103,11 @@ def merge_subset(subset: Subset, out: Path, *, base: str | Path | None = None) -
                 for writer in writers:
                     writer.copy(name)
     return paths
+
+
+def _directory_names(loras: Sequence[str]) -> list[str]:
+    """A directory for each LoRA: names that stay below their parent and differ even where case does not count."""
+    names = [clean_name(lora.replace("/", "--")) for lora in loras]
+    if len({name.casefold() for name in names}) < len(names):
+        names = [f"{i:02}-{name}" for i, name in enumerate(names)]
+    return names

@@ -9,6 +9,7 @@ lists of float32. The fine-tuned weight is
 computed in float32 in this order, as the benchmark's authors do.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from detune.errors import InputError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Layer", "LoraFactors", "arrow_schema", "count_loras", "layer_of", "row_of"]
+__all__ = ["Layer", "LoraFactors", "arrow_schema", "count_loras", "layer_of", "rank_columns", "ranks_of", "row_of"]
 
 _TEXTS = ("task_name", "layer_model", "layer_name", "pre_ft_name")
 _LORA_PARTS = ("name", "A_weight", "B_weight", "rank", "alpha")
@@ -110,7 +111,11 @@ def arrow_schema(n: int) -> "pa.Schema":
 
 
 def row_of(layer: Layer, schema: "pa.Schema") -> "pa.Table":
-    """The layer as a table of one row; kernels are written as matrices `(out, in h w)`, as in the published rows."""
+    """The layer as a table of one row.
+
+    Kernels are written as matrices `(out, in·h·w)`, as in the published rows. Whoever reads them back has matrices
+    too: `layer_of` keeps the shape that a row has.
+    """
     import pyarrow as pa
 
     values: dict[str, Any] = {
@@ -157,7 +162,7 @@ def count_loras(columns: Sequence[str], source: str) -> int:
 
 
 def layer_of(table: "pa.Table", index: int, source: str) -> Layer:
-    """Read a table of one row.
+    """Read a table of one row; its arrays keep the shape that they are stored in, matrices or kernels.
 
     Args:
         table: One row of a subset.
@@ -165,35 +170,85 @@ def layer_of(table: "pa.Table", index: int, source: str) -> Layer:
         source: What to call the subset in an error.
 
     Raises:
-        InputError: A column is missing, a matrix is ragged or does not fit, a rank or an alpha is missing or not
-            positive.
+        InputError: A column or a text is missing, a matrix is ragged, does not fit or holds NaN or Inf, a rank is no
+            positive integer, an alpha is no finite number (zero is one: such a LoRA changes nothing).
     """
     n = count_loras(table.column_names, source)
-    task, model, name, base = (str(table[column][0].as_py()) for column in _TEXTS)
-    where = f"row {index} of {source}, layer {name!r}"
+    where = _where(index, source, table["layer_name"][0].as_py())
+    task, model, name, base = (_text(table, column, where) for column in _TEXTS)
     weight = _tensor(table, "pre_ft_weight", where)
     loras = tuple(_lora(table, i, weight, where) for i in range(n))
     return Layer(index, task, model, name, base, weight, loras)
 
 
+def rank_columns(n: int) -> list[str]:
+    """The columns that `ranks_of` reads, for n LoRAs."""
+    return ["layer_name", *(f"lora_{i}_rank" for i in range(n))]
+
+
+def ranks_of(table: "pa.Table", source: str) -> tuple[tuple[int, ...], ...]:
+    """For each row the rank of each LoRA.
+
+    Args:
+        table: The `rank_columns` of all rows of a subset.
+        source: What to call the subset in an error.
+
+    Raises:
+        InputError: A rank is missing or no positive integer.
+    """
+    names, *columns = (column.to_pylist() for column in table.columns)
+    return tuple(
+        tuple(_rank(rank, f"lora_{i}_rank", _where(index, source, name)) for i, rank in enumerate(ranks))
+        for index, (name, *ranks) in enumerate(zip(names, *columns, strict=True))
+    )
+
+
+def _where(index: int, source: str, layer: object) -> str:
+    return f"row {index} of {source}, layer {layer!r}"
+
+
+def _text(table: "pa.Table", column: str, where: str) -> str:
+    value = table[column][0].as_py()
+    if value is None:
+        raise InputError(f"{where}: {column} is missing", "expected a text", "mend the row")
+    return str(value)
+
+
+def _rank(value: Any, column: str, where: str) -> int:
+    number = _number(value)
+    if number is None or number < 1 or number != int(number):
+        got = "missing" if value is None else repr(value)
+        raise InputError(f"{where}: {column} is {got}", "expected a positive integer", "mend the row")
+    return int(number)
+
+
+def _alpha(value: Any, column: str, where: str) -> float:
+    number = _number(value)
+    if number is None:
+        got = "missing" if value is None else repr(value)
+        raise InputError(f"{where}: {column} is {got}", "expected a finite number", "mend the row")
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """The value if it is a finite number, else None."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None
+
+
 def _lora(table: "pa.Table", i: int, weight: Tensor, where: str) -> LoraFactors:
-    name, rank, alpha = (table[f"lora_{i}_{part}"][0].as_py() for part in ("name", "rank", "alpha"))
-    for part, value in (("rank", rank), ("alpha", alpha)):
-        if value is None or (part == "rank" and value < 1):
-            raise InputError(
-                f"{where}: lora_{i}_{part} is {'missing' if value is None else value}",
-                f"expected {'a positive number' if part == 'rank' else 'a number'}",
-                f"mend the row of {name}",
-            )
+    name = _text(table, f"lora_{i}_name", where)
+    rank = _rank(table[f"lora_{i}_rank"][0].as_py(), f"lora_{i}_rank", where)
+    alpha = _alpha(table[f"lora_{i}_alpha"][0].as_py(), f"lora_{i}_alpha", where)
     A, B = (_tensor(table, f"lora_{i}_{part}_weight", where) for part in "AB")
     out, columns = weight.shape[0], weight[0].numel()
-    if A.shape[0] != rank or A[0].numel() != columns or tuple(B.shape[:2]) != (out, rank):
+    if A.shape[0] != rank or A[0].numel() != columns or tuple(B.shape[:2]) != (out, rank) or B[0].numel() != rank:
         raise InputError(
             f"{where}: lora_{i} has A {_shape(A)}, B {_shape(B)}",
             f"expected A {rank}x{columns}, B {out}x{rank} for rank {rank} and a weight {_shape(weight)}",
             f"mend the row of {name}",
         )
-    return LoraFactors(str(name), A, B, int(rank), float(alpha))
+    return LoraFactors(name, A, B, rank, alpha)
 
 
 def _tensor(table: "pa.Table", column: str, where: str) -> Tensor:
@@ -215,7 +270,10 @@ def _tensor(table: "pa.Table", column: str, where: str) -> Tensor:
     if len(shape) < 2 or array.null_count or not pa.types.is_floating(array.type):
         got = f"{len(shape)} levels of {array.type}" + (", some empty" if array.null_count else "")
         raise InputError(f"{where}: {column} is no matrix", f"expected nested lists of floats, got {got}", "mend it")
-    return torch.from_numpy(array.to_numpy(zero_copy_only=False).copy()).float().reshape(shape)
+    tensor = torch.from_numpy(array.to_numpy(zero_copy_only=False).copy()).float().reshape(shape)
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"{where}: {column} holds NaN or Inf", "expected numbers that float32 can hold", "mend it")
+    return tensor
 
 
 def _nested(tensor: Tensor, kind: "pa.DataType") -> "pa.Array":

@@ -87,10 +87,10 @@ def _from_file(file: Path, name: str) -> Method:
     def solve(stack: Stack, rank: int | None) -> Recovery:
         weight = function(torch.stack(stack.matrices), rank)
         _check(weight, stack.shape, f"{file.name}:{name}")
-        return Recovery(weight, name, f"{name} of {file.name}")
+        return Recovery(weight, f"{file.stem}.{name}", f"{name} of {file.name}")
 
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Method(name, f"{file.name}:{name}", 1, solve, digest)
+    return Method(f"{file.stem}.{name}", f"{file.name}:{name}", 1, solve, digest)
 
 
 def _check(weight: object, shape: tuple[int, int], method: str) -> None:

@@ -1,7 +1,8 @@
 """What a run of the benchmark leaves behind: one JSON file for each finished cell, and the layers of unfinished ones.
 
 A cell is one method on one subset with one number of models and one draw of the LoRAs. Its name holds a digest of all
-that decides the answer, so a finished cell is found again and never computed twice.
+that the user chose, so a finished cell is found again and never computed twice. A result also says which code made it:
+when detune's own code changes, what is finished stays, and the table says that versions are mixed.
 """
 
 import hashlib
@@ -11,18 +12,26 @@ import os
 import platform
 import shutil
 import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 import detune
-from detune.errors import InputError
+from detune.errors import InputError, OutputError
 from detune.report import versions
 
-__all__ = ["Cell", "CellResult", "Environment", "LayerResult", "ResultStore"]
+__all__ = ["EXACT_W_ERROR", "Cell", "CellResult", "Environment", "LayerResult", "ResultStore"]
+
+
+EXACT_W_ERROR = 2 * math.log10(sys.float_info.epsilon)
+"""What a layer without any error counts as, log10 of float64's epsilon squared: lower than any error there can be."""
 
 
 class _Record(BaseModel):
@@ -97,9 +106,9 @@ class LayerResult(_Record):
     noise_ratio: float | None = None
 
     @property
-    def w_error(self) -> float | None:
-        """`log10` of the mean squared error; None where every entry is exact."""
-        return math.log10(self.mse) if self.mse > 0 else None
+    def w_error(self) -> float:
+        """`log10` of the mean squared error, `EXACT_W_ERROR` where every entry is exact."""
+        return math.log10(self.mse) if self.mse > 0 else EXACT_W_ERROR
 
 
 class Environment(_Record):
@@ -139,26 +148,28 @@ class CellResult(_Record):
         source: Where the rows came from.
         environment: Where it was computed.
         layers: A result each.
-        behaviour: Metrics of the recovered model's behaviour against the original's.
+        behaviour: Metrics of the recovered model's behaviour against the original's; empty where it was not compared.
         notes: What could not be measured, and why.
+        judged_on: SHA-256 over the original model and the inputs that behaviour was compared on.
     """
 
     cell: Cell
     source: str
     environment: Environment
-    layers: tuple[LayerResult, ...]
+    layers: tuple[LayerResult, ...] = Field(min_length=1)
     behaviour: dict[str, float]
     notes: tuple[str, ...] = ()
+    judged_on: str | None = None
 
     @property
     def w_errors(self) -> list[float]:
-        """Of the layers that are not exact."""
-        return [layer.w_error for layer in self.layers if layer.w_error is not None]
+        """Of every layer."""
+        return [layer.w_error for layer in self.layers]
 
     @property
-    def w_error(self) -> float | None:
-        """The paper's W-Error: the mean of the layers' logarithms; None where every layer is exact."""
-        return statistics.fmean(self.w_errors) if self.w_errors else None
+    def w_error(self) -> float:
+        """The paper's W-Error: the mean of the layers' logarithms."""
+        return statistics.fmean(self.w_errors)
 
     @property
     def seconds(self) -> float:
@@ -190,9 +201,31 @@ class ResultStore:
         self.folder = folder
         self._partial = folder / ".partial"
 
-    def is_finished(self, cell: Cell) -> bool:
-        """Whether there is a result."""
-        return self._file(cell).is_file()
+    def is_finished(self, cell: Cell, judged_on: str | None = None) -> bool:
+        """Whether there is a result, with the behaviour on these inputs where they are given."""
+        return self._file(cell).is_file() and (judged_on is None or self.read(cell).judged_on == judged_on)
+
+    @contextmanager
+    def claim(self, cell: Cell, environment: Environment) -> Iterator[None]:
+        """Work at a cell: no other run may meanwhile, and what was kept for it by other code is dropped.
+
+        Raises:
+            OutputError: Another run is at it.
+        """
+        self._partial.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self._partial / f"{cell.name}.lock", timeout=0).acquire()
+        except Timeout:
+            raise OutputError(
+                f"another run is at {cell.name}", f"in {self.folder}", "wait for it, or choose another directory"
+            ) from None
+        with lock:
+            mark = self._partial / cell.name / "environment"
+            if mark.parent.is_dir() and (not mark.is_file() or mark.read_text() != environment.model_dump_json()):
+                shutil.rmtree(mark.parent)
+            mark.parent.mkdir(exist_ok=True)
+            _write(mark, environment.model_dump_json())
+            yield
 
     def read(self, cell: Cell) -> CellResult:
         """The result of a finished cell."""
@@ -216,7 +249,6 @@ class ResultStore:
     def keep_layer(self, cell: Cell, result: LayerResult, weight: Tensor | None) -> None:
         """Keep one layer of an unfinished cell, and its recovered weight where it is needed later."""
         file = self._layer_file(cell, result.index)
-        file.parent.mkdir(parents=True, exist_ok=True)
         if weight is not None:
             save_file({"weight": weight.contiguous()}, self.weight_file(cell, result.index))
         _write(file, result.model_dump_json())
@@ -235,8 +267,11 @@ class ResultStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self._file(result.cell), json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
         shutil.rmtree(self._partial / result.cell.name, ignore_errors=True)
-        if self._partial.is_dir() and not any(self._partial.iterdir()):
-            self._partial.rmdir()
+
+    def tidy(self) -> None:
+        """Drop what is left of runs once no cell is unfinished."""
+        if self._partial.is_dir() and all(path.suffix == ".lock" for path in self._partial.iterdir()):
+            shutil.rmtree(self._partial, ignore_errors=True)
 
     def _file(self, cell: Cell) -> Path:
         return self.folder / f"{cell.name}.json"

@@ -4,11 +4,13 @@ Rows are read once, whatever the number of cells: the outer loop is over layers,
 is in memory at a time. What is done is kept layer by layer; a run that is killed goes on where it was.
 """
 
+import hashlib
+import json
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +32,7 @@ from detune.metrics import bit_identical, squared_error
 from detune.solvers import Mean, NotRecoverable, Stack
 from detune.walk import matricise
 
-__all__ = ["Judge", "draw", "plan", "run", "run_all"]
+__all__ = ["Judge", "Task", "draw", "plan", "run", "run_all", "solve_layer"]
 
 USUAL_MODELS = (3, 5, 8)
 
@@ -52,15 +54,25 @@ class Judge:
     Attributes:
         base: The original's checkpoint.
         behaviour: What it is run on.
+        inputs_sha256: Over the files of the inputs.
     """
 
     base: Path
     behaviour: Behaviour[Any]
+    inputs_sha256: str = ""
 
     @classmethod
     def of(cls, base: Path, inputs: Path | None) -> "Judge":
         """A judge for a base; see `detune.bench.behaviour.behaviour_of`."""
-        return cls(base, behaviour_of(base, inputs))
+        return cls(base, behaviour_of(base, inputs), _hash_inputs(inputs))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the original's weights and the inputs."""
+        with open_checkpoint(self.base) as base:
+            hashes = base.hashes()
+        content = json.dumps([hashes, self.inputs_sha256], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
     def _original(self) -> Any:
@@ -81,7 +93,7 @@ def plan(
 ) -> list[Task]:
     """Lay out the cells of a run.
 
-    Cells with fewer models than their method needs are left out.
+    Numbers of models that are too few for a method are left out where others are not.
 
     Args:
         subset: The rows.
@@ -91,13 +103,21 @@ def plan(
         rank_known: Whether methods are told the largest rank of each layer, as in the paper.
 
     Raises:
-        InputError: More models are asked for than the subset has LoRAs, or fewer than one.
+        InputError: More models are asked for than the subset has LoRAs, fewer than one, or for a method none that are
+            enough.
     """
     total = len(subset.first().loras)
     models = models or [n for n in USUAL_MODELS if n <= total] or [total]
     for n in models:
         if not 1 <= n <= total:
             raise InputError(f"{n} models asked for", f"{subset.source} has {total} LoRAs", f"ask for 1 to {total}")
+    for method in methods:
+        if max(models) < method.min_models:
+            raise InputError(
+                f"{method.name} needs at least {method.min_models} models",
+                f"asked for {', '.join(map(str, models))}",
+                f"leave it out, or give --models {method.min_models}",
+            )
     return [
         Task(
             Cell(
@@ -154,7 +174,12 @@ def run_all(
         InputError: As `run`; or the base cannot be run on the inputs.
     """
     base = base or subset.base
-    judge = Judge.of(base, inputs or subset.inputs) if behave and base is not None else None
+    if not behave or base is None:
+        why = "models were not run" if not behave else "no base at hand"
+        if inputs is not None:
+            raise InputError(f"inputs {inputs} are given, but {why}", "expected a base to run on them", "give --base")
+        return run(subset, tasks, store, unjudged=why, device=device, on_layer=on_layer)
+    judge = Judge.of(base, inputs or subset.inputs)
     return run(subset, tasks, store, judge=judge, device=device, on_layer=on_layer)
 
 
@@ -164,6 +189,7 @@ def run(
     store: ResultStore,
     *,
     judge: Judge | None = None,
+    unjudged: str = "no base at hand",
     device: torch.device | str = "cpu",
     on_layer: OnLayer | None = None,
 ) -> list[CellResult]:
@@ -174,6 +200,7 @@ def run(
         tasks: What `plan` laid out.
         store: Where results are kept.
         judge: Runs the recovered models too; None leaves behaviour out.
+        unjudged: Without a judge: why there is none.
         device: Where the solvers compute.
         on_layer: For progress: called with the cell, the layer's number and the number of layers before each solve.
 
@@ -183,23 +210,28 @@ def run(
     Raises:
         InputError: A row is damaged, or a method of the user's fails; both are named.
     """
-    todo = [task for task in tasks if not store.is_finished(task.cell)]
+    digest = judge.digest if judge else None
+    unfinished = {task.cell.name: task for task in tasks if not store.is_finished(task.cell, digest)}
+    todo = tuple(unfinished.values())  # each once, whoever asks for it twice
     if todo:
         environment = Environment.now(str(device))  # of the code that runs, whatever becomes of its files meanwhile
         names: dict[int, str] = {}
-        for layer in subset.layers():
-            if judge is not None:
-                with open_checkpoint(judge.base) as base:
-                    names[layer.index] = tensor_name(layer, base)
+        with ExitStack() as stack:
+            base = stack.enter_context(open_checkpoint(judge.base)) if judge else None
             for task in todo:
-                if store.has_layer(task.cell, layer.index, with_weight=judge is not None):
-                    continue
-                if on_layer:
-                    on_layer(task.cell, layer.index, subset.rows)
-                result, weight = solve_layer(layer, task, device)
-                store.keep_layer(task.cell, result, weight if judge is not None else None)
-        for task in todo:
-            store.finish(_finish(subset, task.cell, store, judge, names, environment))
+                stack.enter_context(store.claim(task.cell, environment))
+            for layer in subset.layers():
+                names[layer.index] = tensor_name(layer, base) if base else layer.name
+                for task in todo:
+                    if store.has_layer(task.cell, layer.index, with_weight=judge is not None):
+                        continue
+                    if on_layer:
+                        on_layer(task.cell, layer.index, subset.rows)
+                    result, weight = solve_layer(layer, task, device)
+                    store.keep_layer(task.cell, result, weight if judge is not None else None)
+            for task in todo:
+                store.finish(_finish(subset, task.cell, store, judge, unjudged, names, environment))
+        store.tidy()
     return [store.read(task.cell) for task in tasks]
 
 
@@ -216,7 +248,7 @@ def solve_layer(layer: Layer, task: Task, device: torch.device | str = "cpu") ->
     stack = Stack.of([matricise(layer.merged(i)) for i in cell.loras], task.method.dtype, device)
     rank = layer.rank(cell.loras) if cell.rank_known else None
     failure = None
-    memory = PeakMemory()
+    memory = PeakMemory(torch.device(device))
     began = time.perf_counter()
     with memory.watch():
         try:
@@ -253,18 +285,25 @@ def solve_layer(layer: Layer, task: Task, device: torch.device | str = "cpu") ->
 
 
 class PeakMemory:
-    """The memory of a block of code at its highest, by the kernel's own high-water mark (Linux only).
+    """The memory of a block of code at its highest: the GPU's by torch, the CPU's by the kernel's own mark (Linux).
 
     Attributes:
-        peak_bytes: Resident memory at its highest less what it was at the start; None where it cannot be had.
+        peak_bytes: The memory at its highest less what it was at the start; None where it cannot be had.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.peak_bytes: int | None = None
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Measure the block."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            before = torch.cuda.memory_allocated(self._device)
+            yield
+            self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - before
+            return
         try:
             Path("/proc/self/clear_refs").write_text("5")
             before = _resident("VmRSS")
@@ -283,15 +322,26 @@ def _resident(field: str) -> int:
 
 
 def _finish(
-    subset: Subset, cell: Cell, store: ResultStore, judge: Judge | None, names: dict[int, str], environment: Environment
+    subset: Subset,
+    cell: Cell,
+    store: ResultStore,
+    judge: Judge | None,
+    unjudged: str,
+    names: dict[int, str],
+    environment: Environment,
 ) -> CellResult:
     layers = store.layers(cell)
-    behaviour, notes = {}, ["behaviour was not compared: no base at hand"]
+    assert [layer.index for layer in layers] == list(names), "every row is there once"
+    behaviour, notes = {}, [f"behaviour was not compared: {unjudged}"]
     if judge is not None:
-        files = {names[layer.index]: store.weight_file(cell, layer.index) for layer in layers}
-        with tempfile.TemporaryDirectory(prefix="detune-bench-") as folder, open_checkpoint(judge.base) as base:
+        weights = {names[layer.index]: partial(_read_weight, store.weight_file(cell, layer.index)) for layer in layers}
+        # Below the results, where there is room for the weights, not in a small /tmp.
+        with (
+            tempfile.TemporaryDirectory(prefix=".recovered-", dir=store.folder) as folder,
+            open_checkpoint(judge.base) as base,
+        ):
             recovered = Path(folder) / "recovered"
-            write_with(base, {name: partial(_read_weight, file) for name, file in files.items()}, recovered)
+            write_with(base, weights, recovered)
             differences = judge.compare(recovered)
         behaviour = dict(differences.values)
         notes = [f"{metric}: {why}" for metric, why in differences.notes.items()]
@@ -302,7 +352,17 @@ def _finish(
         layers=layers,
         behaviour=behaviour,
         notes=tuple(notes),
+        judged_on=judge.digest if judge else None,
     )
+
+
+def _hash_inputs(inputs: Path | None) -> str:
+    files = sorted(path for path in inputs.iterdir() if path.is_file()) if inputs and inputs.is_dir() else [inputs]
+    digest = hashlib.sha256()
+    for file in files:
+        if file is not None and file.is_file():
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _read_weight(file: Path) -> Tensor:

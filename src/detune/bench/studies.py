@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["STUDIES", "Study", "StudyResult", "run_study"]
+__all__ = ["STUDIES", "Bench", "Study", "StudyResult", "run_study"]
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,14 @@ def study_scheduler(bench: Bench) -> "tuple[pd.DataFrame, Figure]":
     traces = []
     for place, subset in enumerate(bench.subsets):
         n = (bench.models or [_paper_models(subset)])[0]
-        trace = pd.concat([_trace(subset, n, bench.seeds[0], schedule) for schedule in (True, False)])
+        layers = _spread_layers(subset, 4)
+        trace = pd.concat([_trace(subset, layers, n, bench.seeds[0], schedule) for schedule in (True, False)])
         traces.append(trace)
         for axis, column, title in zip(
             axes[2 * place :], ("w_error", "loss"), ("error of the base", "loss"), strict=False
         ):
-            for label, line in trace.groupby("label"):
-                axis.plot(line["iteration"], line[column], label=label, color=colour_of(str(label), len(str(label))))
+            for i, (label, line) in enumerate(trace.groupby("label")):
+                axis.plot(line["iteration"], line[column], label=label, color=colour_of(str(label), i))
             axis.set_title(f"{subset.name}, n={n}: {title}")
             axis.set_xlabel("iteration")
             axis.set_ylabel("log10, mean over layers")
@@ -267,12 +269,12 @@ def _paper_models(subset: Subset) -> int:
     return min(subset.paper_models, len(subset.first().loras))
 
 
-def _trace(subset: Subset, n: int, seed: int, schedule: bool) -> "pd.DataFrame":
+def _trace(subset: Subset, layers: Sequence[Layer], n: int, seed: int, schedule: bool) -> "pd.DataFrame":
     """Loss and error of every iteration, `log10`, averaged over a few layers spread over the model."""
     import pandas as pd
 
     solver = Spectral(iterations=subset.iterations, schedule=schedule, on_core=False)
-    steps = [_watch(layer, solver, n, seed) for layer in _spread_layers(subset, 4)]
+    steps = [_watch(layer, solver, n, seed) for layer in layers]
     rows = pd.concat(steps).groupby("iteration", as_index=False).mean()
     label = "with the scheduler" if schedule else "full rank at once"
     return rows.assign(subset=subset.name, label=label)
@@ -303,9 +305,10 @@ def _watch(layer: Layer, solver: Spectral, n: int, seed: int) -> "pd.DataFrame":
 
 
 def _spread_layers(subset: Subset, count: int) -> list[Layer]:
-    rows = subset.rows or sum(1 for _ in subset.layers())
+    """Some layers spread over the model."""
+    rows = len(subset.ranks)
     wanted = {round(i * (rows - 1) / max(1, count - 1)) for i in range(count)}
-    return [layer for layer in subset.layers() if layer.index in wanted]
+    return [layer for layer in islice(subset.layers(), max(wanted) + 1) if layer.index in wanted]
 
 
 def _ranks_exact(result: CellResult, subsets: Sequence[Subset]) -> float | None:
@@ -313,10 +316,7 @@ def _ranks_exact(result: CellResult, subsets: Sequence[Subset]) -> float | None:
     if result.cell.method == "spectral":
         return None
     (subset,) = (subset for subset in subsets if subset.name == result.cell.subset)
-    layers = {layer.index: layer for layer in subset.layers()}
-    exact = [
-        layer.ranks == tuple(layers[layer.index].loras[i].rank for i in result.cell.loras) for layer in result.layers
-    ]
+    exact = [layer.ranks == tuple(subset.ranks[layer.index][i] for i in result.cell.loras) for layer in result.layers]
     return sum(exact) / len(exact)
 
 

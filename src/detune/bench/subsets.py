@@ -1,27 +1,38 @@
 """Where the rows come from: the published subsets by name, or a folder of parquet files; a layer at a time."""
 
-import hashlib
-import json
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ValidationError, field_validator
+
+from detune.bench.sources import REPOSITORY, FolderFiles, HubFiles, RowFiles, check_files, resolve_commit
 from detune.errors import InputError
 from detune.training import needs_extra
 
 if TYPE_CHECKING:
     from detune.bench.layers import Layer
 
-__all__ = ["CARD", "PUBLISHED", "Published", "Subset", "nearest", "open_subset"]
+__all__ = [
+    "CARD",
+    "PUBLISHED",
+    "PUBLISHED_LORAS",
+    "REPOSITORY",
+    "Card",
+    "Published",
+    "Subset",
+    "clean_name",
+    "is_name",
+    "nearest",
+    "open_subset",
+]
 
-REPOSITORY = "Eliahu/LoWRA-Bench"
 CARD = "subset.json"
 """Beside the rows of a subset that was built here: what it is."""
-
-_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,7 @@ class Subset:
 
     Attributes:
         name: What the results call it.
-        source: A folder, or `repository@revision`.
-        fingerprint: SHA-256 over the parquet files, or the commit of the published dataset: the same rows, the same
-            fingerprint.
+        source: A folder, or `repository@commit`.
         stands_for: The published subset whose settings apply; None for none.
         base: The base's checkpoint beside the rows, if it is there.
         inputs: What the base's behaviour is compared on, if it is there.
@@ -70,12 +79,11 @@ class Subset:
 
     name: str
     source: str
-    fingerprint: str
     stands_for: str | None
     base: Path | None
     inputs: Path | None
     rows: int | None
-    _arguments: dict[str, Any]
+    _files: RowFiles
 
     @property
     def iterations(self) -> int:
@@ -87,6 +95,28 @@ class Subset:
         """Number of models that the paper uses for subsets like this; five for others."""
         return PUBLISHED[self.stands_for].models if self.stands_for else 5
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells these rows from others.
+
+        On the Hub it is the commit of the dataset. For a folder it is a SHA-256 over the bytes of the parquet files,
+        taken when it is first asked for, and kept: the same rows in files that are split or compressed in another way
+        have another one, and so has a local copy of a published subset.
+        """
+        return self._files.fingerprint
+
+    @cached_property
+    def ranks(self) -> tuple[tuple[int, ...], ...]:
+        """For each row the rank of each LoRA. Only the names of layers and the ranks are read.
+
+        Raises:
+            InputError: A rank is missing or no positive integer. Or the network fails.
+        """
+        from detune.bench.layers import rank_columns, ranks_of
+
+        n = len(self.first().loras)
+        return ranks_of(self._files.read(rank_columns(n)), self.source)
+
     def layers(self) -> "Iterator[Layer]":
         """Read the rows, one at a time.
 
@@ -95,19 +125,71 @@ class Subset:
         """
         from detune.bench.layers import layer_of
 
-        with _from_hub() if self._arguments["path"] == REPOSITORY else _from_disk(self.source):
-            for index, table in enumerate(_stream(self._arguments)):
-                yield layer_of(table, index, self.source)
+        for index, table in enumerate(self._files.tables()):
+            yield layer_of(table, index, self.source)
 
     def first(self) -> "Layer":
-        """Read the first row: names and number of the LoRAs.
+        """The first row: names and number of the LoRAs. It is read once.
 
         Raises:
             InputError: There is none, or it is damaged.
         """
+        return self._first
+
+    @cached_property
+    def _first(self) -> "Layer":
         for layer in self.layers():
             return layer
         raise InputError(f"{self.source} has no rows", "expected a layer each", "build the subset again")
+
+
+class Card(BaseModel):
+    """The content of `subset.json`: what a subset that was built here is.
+
+    Attributes:
+        name: What the results call it; used in names of files.
+        stands_for: The published subset whose settings apply.
+        about: A line.
+        base: What the rows call the base.
+        layers: Number of rows.
+        ranks: Every rank that a LoRA has.
+        loras: Their names.
+        left_out: For LoRAs with tensors trained in full beside the factors: their names, which no row holds.
+    """
+
+    name: str | None = None
+    stands_for: str | None = None
+    about: str = ""
+    base: str = ""
+    layers: int | None = None
+    ranks: list[int] = []
+    loras: list[str] = []
+    left_out: dict[str, list[str]] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        if name is not None and not is_name(name):
+            raise ValueError(f"expected letters, digits and any of '+-_. ', got {name!r}")
+        return name
+
+    @field_validator("stands_for")
+    @classmethod
+    def _is_published(cls, stands_for: str | None) -> str | None:
+        if stands_for is not None and stands_for not in PUBLISHED:
+            raise ValueError(f"expected one of {', '.join(PUBLISHED)}, got {stands_for!r}")
+        return stands_for
+
+
+def is_name(text: str) -> bool:
+    """Whether a subset may be called so: its name is part of the names of files, on every system."""
+    return re.fullmatch(r"[\w+-]([\w.+ -]*[\w+-])?", text) is not None
+
+
+def clean_name(text: str) -> str:
+    """A text with whatever `is_name` refuses replaced by hyphens."""
+    text = re.sub(r"[^\w.+ -]", "-", text)
+    return re.sub(r"^[. ]+|[. ]+$", "", text) or "unnamed"
 
 
 def open_subset(name: str, *, data: Path | None = None, revision: str = "main") -> Subset:
@@ -116,7 +198,9 @@ def open_subset(name: str, *, data: Path | None = None, revision: str = "main") 
     Args:
         name: The folder of a subset, or the name of a published one.
         data: A local copy of the published dataset, as `hf download` makes it.
-        revision: Of the published dataset: a commit, or a branch, which is resolved to the commit it is at.
+        revision: Of the published dataset: a commit, or a branch or tag, which is resolved to the commit that it is at
+            now. All rows are read from this commit, and `source` and `fingerprint` record it, so that it can be given
+            again. There is no commit built in: `main` is whatever the authors have published last.
 
     Returns:
         The subset.
@@ -138,10 +222,9 @@ def open_subset(name: str, *, data: Path | None = None, revision: str = "main") 
         )
     if data is not None:
         return _open_copy(name, data)
-    commit = _resolve(revision)
-    arguments = {"path": REPOSITORY, "name": name, "revision": commit}
+    commit = resolve_commit(revision)
     rows = PUBLISHED[name].layers
-    return Subset(name, f"{REPOSITORY}@{commit}", commit, name, None, None, rows, arguments)
+    return Subset(name, f"{REPOSITORY}@{commit}", name, None, None, rows, HubFiles(name, commit))
 
 
 def nearest(word: str, words: Any) -> str:
@@ -158,20 +241,35 @@ def _open_folder(folder: Path) -> Subset:
             f"found some in {', '.join(below[:3])}" if below else "expected them there or in its folder 'data'",
             "give the folder of one subset",
         )
-    path = folder / CARD
-    card = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    stands_for = card.get("stands_for") or (folder.name if folder.name in PUBLISHED else None)
-    base, inputs = folder / "base", folder / "inputs"
-    return Subset(
-        card.get("name", folder.resolve().name),
-        str(folder),
-        _hash(files),
-        stands_for,
-        base if base.is_dir() else None,
-        inputs if inputs.is_dir() else None,
-        _check_files(files),
-        {"path": "parquet", "data_files": {"train": [str(file) for file in files]}},
-    )
+    card = _read_card(folder / CARD)
+    rows = check_files(files)
+    if card.layers not in (None, rows):
+        raise InputError(
+            f"{folder} holds {rows} rows",
+            f"expected {card.layers}, as its {CARD} says",
+            "if its build was interrupted, run it again",
+        )
+    stands_for = card.stands_for or (folder.name if folder.name in PUBLISHED else None)
+    name = card.name or clean_name(folder.resolve().name)
+    base, inputs = (path if path.is_dir() else None for path in (folder / "base", folder / "inputs"))
+    return Subset(name, str(folder), stands_for, base, inputs, rows, FolderFiles(str(folder), tuple(files)))
+
+
+def _read_card(path: Path) -> Card:
+    if not path.is_file():
+        return Card()
+    try:
+        return Card.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise InputError(
+            f"{path} is no card of a subset",
+            f"{where + ': ' if where else ''}{problem['msg']}",
+            "mend it, or build the subset again",
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}", str(error.strerror or error), "check the path") from error
 
 
 def _open_copy(name: str, data: Path) -> Subset:
@@ -185,75 +283,4 @@ def _open_copy(name: str, data: Path) -> Subset:
             f"expected {data / name}/*.parquet",
             f"fetch them: hf download {REPOSITORY} --repo-type dataset --local-dir {data}",
         )
-    arguments = {"path": "parquet", "data_files": {"train": [str(file) for file in files]}}
-    return Subset(name, str(data), _hash(files), name, None, None, _check_files(files), arguments)
-
-
-def _check_files(files: list[Path]) -> int:
-    """Look at the columns before the first row is read: the number of rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from detune.bench.layers import count_loras
-
-    rows = 0
-    for file in files:
-        try:
-            metadata = pq.read_metadata(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{file} is no parquet file", str(error), "copy or build it again") from None
-        count_loras(metadata.schema.to_arrow_schema().names, str(file))
-        rows += metadata.num_rows
-    return rows
-
-
-def _hash(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _stream(arguments: dict[str, Any]) -> "Iterator[Any]":
-    """Arrow tables of one row. Batches of one keep a single layer in memory, however the files group their rows."""
-    from datasets import load_dataset
-
-    rows = load_dataset(**arguments, split="train", streaming=True, batch_size=1)
-    yield from rows.with_format("arrow").iter(batch_size=1)
-
-
-def _resolve(revision: str) -> str:
-    from huggingface_hub import HfApi
-
-    with _from_hub():
-        commit = HfApi().dataset_info(REPOSITORY, revision=revision).sha
-    assert commit is not None, "the Hub names the commit of a revision"
-    return commit
-
-
-@contextmanager
-def _from_disk(source: str) -> Iterator[None]:
-    """Turn what Arrow raises into one line."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{source} is damaged", str(error).splitlines()[0], "copy or build it again") from error
-
-
-@contextmanager
-def _from_hub() -> Iterator[None]:
-    """Turn connections that fail, the Hub's refusals and its offline mode into one line."""
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # its HTTP client's, whichever that is
-
-    try:
-        yield
-    except (OSError, HTTPError) as error:
-        raise InputError(
-            f"cannot read {REPOSITORY} from the Hub",
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            f"elsewhere: hf download {REPOSITORY} --repo-type dataset --local-dir DIR; and here: --data DIR",
-        ) from error
+    return Subset(name, str(data), name, None, None, check_files(files), FolderFiles(str(data), tuple(files)))

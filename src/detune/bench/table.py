@@ -1,12 +1,14 @@
 """Results as tables: a row for each method and number of models, with the paper's own figures beside them."""
 
+import hashlib
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detune.bench.plots import METHOD_ORDER, new_figure, plot_lines, save
-from detune.bench.results import CellResult, ResultStore
+from detune.bench.results import EXACT_W_ERROR, CellResult, ResultStore
 from detune.bench.subsets import PUBLISHED
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ REMARK = (
 )
 PUBLISHED_MARK = "published"
 
-_KEYS = ["subset", "method", "models", "rank"]
+_KEYS = ["subset", "method", "version", "models", "rank"]
 # Column, what the table calls it, how it is written.
 _COLUMNS = (
     ("w_error", "W-Error", "{:.2f}"),
@@ -64,6 +66,7 @@ _COLUMNS = (
     ("seconds", "seconds", "{:.1f}"),
     ("peak_memory_mb", "MB", "{:.0f}"),
 )
+_HEAD = {"method": "method", "version": "version", "n": "models", "rank": "rank", "draws": "draws"}
 _BEHAVIOUR_FORMAT = "{:.2g}"
 # Columns that are left out of a table in which they say nothing, and what they say then.
 _SILENT = {"exact": "0", "averaged": "0", "rank": "told", "draws": "1"}
@@ -73,7 +76,10 @@ def frame_of(results: Sequence[CellResult]) -> "pd.DataFrame":
     """A row for each cell: its keys, its figures, and a column for each metric of behaviour."""
     import pandas as pd
 
-    return pd.DataFrame([_row(result) for result in results])
+    frame = pd.DataFrame([_row(result) for result in results])
+    # One name may stand for several methods or for other rows: an edited file, other hyperparameters, a rebuilt subset.
+    several = frame.groupby(["subset", "method"])["version"].transform("nunique") > 1
+    return frame.assign(version=frame["version"].where(several, ""))
 
 
 def tables(results: Sequence[CellResult]) -> "dict[str, pd.DataFrame]":
@@ -115,7 +121,7 @@ def write_table(store: ResultStore) -> list[Path]:
     results = store.read_all()
     text, sheet = store.folder / "table.md", store.folder / "table.csv"
     text.write_text(markdown(results), encoding="utf-8")
-    _over_draws(frame_of(results)).to_csv(sheet, index=False)
+    _sheet(results).to_csv(sheet, index=False)
     return [text, sheet, *_plot(results, store.folder / "w-error")]
 
 
@@ -125,26 +131,53 @@ def _row(result: CellResult) -> dict[str, Any]:
     return {
         "subset": cell.subset,
         "method": cell.method,
+        "version": _version(result),
         "models": len(cell.loras),
         "rank": "told" if cell.rank_known else "found",
         "seed": cell.seed,
         "settings": cell.settings,
         "w_error": result.w_error,
         "spread": _spread(errors),
-        "worst": max(errors, default=None),
+        "worst": max(errors),
         "bit_identical": result.bit_identical,
         "layers": len(result.layers),
-        "exact_layers": len(result.layers) - len(errors),
+        "exact_layers": sum(layer.mse == 0 for layer in result.layers),
         "failed_layers": sum(layer.failure is not None for layer in result.layers),
         "seconds": result.seconds,
         "peak_memory_mb": None if memory is None else memory / 2**20,
     } | result.behaviour
 
 
+def _version(result: CellResult) -> str:
+    """A few letters that differ where the rows or the method do."""
+    cell = result.cell
+    return hashlib.sha256(f"{cell.fingerprint} {cell.settings} {cell.method_sha256}".encode()).hexdigest()[:6]
+
+
+def _sheet(results: Sequence[CellResult]) -> "pd.DataFrame":
+    """The means as numbers, and the paper's figures, marked."""
+    import pandas as pd
+
+    means = _over_draws(frame_of(results)).assign(source="detune")
+    stand_for = {result.cell.stands_for for result in results}
+    paper = [
+        {
+            "subset": figure.subset,
+            "method": figure.method,
+            "models": figure.models,
+            "rank": figure.setting,
+            "w_error": figure.w_error,
+            "lpips": figure.lpips,
+            "source": f"{PUBLISHED_MARK}, from a second-hand note",
+        }
+        for figure in PAPER
+        if figure.subset in stand_for
+    ]
+    return pd.concat([means, pd.DataFrame(paper).dropna(axis="columns", how="all")]) if paper else means
+
+
 def _spread(errors: Sequence[float]) -> float | None:
     """Standard deviation over the layers."""
-    import statistics
-
     return statistics.stdev(errors) if len(errors) > 1 else None
 
 
@@ -166,7 +199,7 @@ def _sorted(rows: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def _line(row: dict[str, Any], columns: Sequence[tuple[str, str, str]]) -> dict[str, str]:
-    head = {"method": row["method"], "n": str(row["models"]), "rank": row["rank"], "draws": str(row["draws"])}
+    head = {name: str(row[column]) for name, column in _HEAD.items()}
     return head | {title: _text(row.get(column), form) for column, title, form in columns}
 
 
@@ -196,13 +229,16 @@ def _frame(lines: Sequence[dict[str, str]]) -> "pd.DataFrame":
 def remarks(results: Sequence[CellResult]) -> list[str]:
     """What a reader must know beside the figures."""
     said = [
-        "W-Error: log10 of the mean squared error against the true base, averaged over the layers that are not exact, "
-        "± its standard deviation over them, and the worst; bits: share of entries that are exact; seconds and MB: of "
-        "the solver. Methods are told the largest rank of each layer unless a column says that they found it; exact: "
-        "layers without an error; averaged: layers without an answer, where the average stands in."
+        "W-Error: log10 of the mean squared error against the true base, averaged over the layers, ± its standard "
+        "deviation over them, and the worst; bits: share of entries that are exact; seconds and MB: of the solver. "
+        "Methods are told the largest rank of each layer unless a column says that they found it; exact: layers "
+        f"without an error, which count as {EXACT_W_ERROR:.1f}; averaged: layers without an answer, where the average "
+        "stands in."
     ]
     if any(figure.subset == result.cell.stands_for for figure in PAPER for result in results):
         said.append(REMARK)
+    if frame_of(results)["version"].any():
+        said.append("version: one name stands for several methods, settings or builds of the subset.")
     if len({result.environment.code_sha256 for result in results}) > 1:
         said.append("These results were computed by more than one version of detune's code.")
     said += sorted({note for result in results for note in result.notes})
@@ -216,7 +252,9 @@ def _plot(results: Sequence[CellResult], stem: Path) -> list[Path]:
     figure, axes = new_figure(len(subsets))
     for axis, subset in zip(axes, subsets, strict=True):
         rows = frame[frame["subset"] == subset]
-        plot_lines(axis, rows.assign(label=rows["method"] + rows["rank"].map({"told": "", "found": ", rank found"})))
+        found = rows["rank"].map({"told": "", "found": ", rank found"})
+        version = rows["version"].map(lambda text: f" {text}" if text else "")
+        plot_lines(axis, rows.assign(label=rows["method"] + version + found))
         published = {result.cell.stands_for for result in results if result.cell.subset == subset} - {None}
         title = f"{subset}\n(as {', '.join(sorted(p for p in published if p in PUBLISHED))})" if published else subset
         axis.set_title(title)

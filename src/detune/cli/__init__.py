@@ -49,7 +49,7 @@ def main() -> None:
         click.echo(f"detune: error: {error}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("detune: interrupted, no checkpoint was written", err=True)
+        click.echo("detune: interrupted, nothing unfinished passes for a result", err=True)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone, as in `detune inspect ... | head`: not an error worth a word.

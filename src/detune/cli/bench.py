@@ -28,7 +28,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         numbers: list[int] = []
         for part in str(value).split(","):
             first, dash, last = part.strip().partition("-")
-            if not first.isdigit() or (dash and not last.isdigit()):
+            if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
                 self.fail(f"{value!r} is no list of numbers like 3,5,8 or 2-15.", param, ctx)
             numbers += range(int(first), int(last or first) + 1)
         return tuple(dict.fromkeys(numbers))
@@ -45,7 +45,9 @@ data_option = click.option(
 revision_option = click.option(
     "--revision", default="main", show_default=True, help="Of the published dataset; a commit pins it."
 )
-base_option = click.option("--base", type=click.Path(path_type=Path), help="The base, if it is not beside the rows.")
+base_option = click.option(
+    "--base", type=click.Path(path_type=Path), help="The base's directory, if it is not beside the rows."
+)
 
 
 @click.group()
@@ -63,7 +65,7 @@ def bench() -> None:
 @bench.command("list")
 def list_() -> None:
     """Show the published subsets and the recipes, with layers, ranks and where their data is."""
-    from detune.bench.catalogue import show_catalogue
+    from detune.terminal import show_catalogue
 
     show_catalogue()
 
@@ -100,6 +102,8 @@ def build(
     A build that was interrupted goes on where it stopped.
     """
     if base is not None:
+        if quick or ranks or seeds != "shared" or seed:
+            raise click.UsageError("--quick, --seeds, --seed and --ranks are for a RECIPE, not for --base.")
         from detune.bench.build import build_subset
 
         with _status("writing rows") as say:
@@ -114,6 +118,8 @@ def build(
     else:
         from detune.bench.recipes import build_recipe, find_recipe
 
+        if name or stands_for:
+            raise click.UsageError("--name and --stands-for need --base.")
         if len(source) > 1:
             raise click.UsageError("give one RECIPE, or --base BASE with the ADAPTERs.")
         recipe = find_recipe(source[0], quick=quick)

@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Callable
+from http.client import HTTPException
+from pickle import UnpicklingError
 from typing import TypeAlias
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detune.errors import DetuneError, InputError
+from detune.metrics.reasons import reason_of
 from detune.training import needs_extra
 
 __all__ = ["largest_level_difference", "lpips_distance"]
@@ -103,7 +106,7 @@ def _vgg() -> Network:
             raise
         except (ImportError, OSError, RuntimeError) as error:  # a torchvision that was built for another torch
             raise DetuneError(
-                f"lpips cannot be imported: {error}",
+                f"lpips cannot be imported: {reason_of(error)}",
                 f"its torchvision does not fit torch {torch.__version__}",
                 "install the torchvision that was released with this torch, from the same index",
             ) from error
@@ -111,10 +114,10 @@ def _vgg() -> Network:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torchvision\.")  # lpips calls it the way of older releases
             network: Network = lpips.LPIPS(net="vgg", verbose=False)
-    except (OSError, RuntimeError) as error:  # no network; a broken or partial file
+    except (OSError, HTTPException, RuntimeError, EOFError, UnpicklingError) as error:  # no network; a damaged file
         raise DetuneError(
             "LPIPS needs the weights of VGG-16, and torchvision could not load them",
-            f"got: {error}",
+            f"got: {reason_of(error)}",
             f"connect to the network once, or copy https://download.pytorch.org/models/{_VGG_WEIGHTS} to "
             f"{torch.hub.get_dir()}/checkpoints",
         ) from error

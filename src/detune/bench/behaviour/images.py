@@ -1,5 +1,6 @@
 """Stable Diffusion, by the images it draws."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from detune.bench.behaviour.base import Differences
-from detune.bench.behaviour.loading import load
+from detune.bench.behaviour.loading import load, loading
 from detune.errors import DetuneError, InputError
 from detune.training import needs_extra, quiet, seeded
 
@@ -22,10 +24,13 @@ Images = NDArray[np.uint8]
 class DrawnImages:
     """What a Stable Diffusion pipeline draws for each prompt, in float32, from the same latents.
 
+    As in the paper's script, the latents of all prompts are drawn at once from one seeded generator: each prompt has
+    its own, the same for every model.
+
     Attributes:
         prompts: What to draw.
         steps: Steps of denoising; the paper's are 50.
-        seed: Of the latents, and of the noise of schedulers that add some. Each prompt starts from it.
+        seed: Of the latents, and of the noise of schedulers that add some.
     """
 
     prompts: tuple[str, ...]
@@ -52,16 +57,12 @@ class DrawnImages:
             classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
             with seeded(self.seed):  # whatever a library draws, torch's generator is put back
                 parts = {name: load(part, model_dir / name, torch.float32) for name, part in classes.items()}
-                try:
+                with loading(f"the pipeline in {model_dir}"):
                     pipeline: Any = StableDiffusionPipeline.from_pretrained(
                         model_dir, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
                     )
-                except (OSError, ValueError) as error:
-                    raise InputError(
-                        f"the pipeline in {model_dir} cannot be loaded", f"got: {error}", "check its files"
-                    ) from error
                 pipeline.set_progress_bar_config(disable=True)
-                return np.stack([self._draw(pipeline, prompt) for prompt in self.prompts])
+                return self._draw(pipeline)
 
     def compare(self, original: Images, recovered: Images) -> Differences:
         """Return `levels`, the largest difference in 8-bit levels, and `lpips` where it can be had.
@@ -84,8 +85,22 @@ class DrawnImages:
             return Differences(values, {"lpips": str(error)})
         return Differences(values)
 
-    def _draw(self, pipeline: Any, prompt: str) -> Images:
+    def _draw(self, pipeline: Any) -> Images:
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = pipeline(prompt, num_inference_steps=self.steps, generator=generator, output_type="np")
+        shape = (len(self.prompts), pipeline.unet.config.in_channels, *_sides(pipeline.unet.config.sample_size))
+        latents = torch.randn(shape, generator=generator)
+        # One at a time, however many there are: a batch of all would need their memory at once.
+        return np.stack(
+            [self._draw_one(pipeline, prompt, latents[i : i + 1], generator) for i, prompt in enumerate(self.prompts)]
+        )
+
+    def _draw_one(self, pipeline: Any, prompt: str, latents: Tensor, generator: torch.Generator) -> Images:
+        drawn = pipeline(prompt, num_inference_steps=self.steps, latents=latents, generator=generator, output_type="np")
         levels: Images = (drawn.images[0] * 255).round().astype(np.uint8)
         return levels
+
+
+def _sides(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of latents: a U-Net's configuration has one number for both, or two."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height, width

@@ -1,13 +1,33 @@
 """Loading a model with all its weights, or not at all."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from detune.errors import InputError
+from detune.metrics.reasons import reason_of
 
-__all__ = ["load"]
+__all__ = ["load", "loading"]
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn what `from_pretrained` raises into one line.
+
+    Args:
+        what: "the tokenizer in base/".
+
+    Raises:
+        InputError: The block failed for want of files, for damaged ones, or for weights of other shapes.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{what} cannot be loaded", f"got: {reason_of(error)}", "check its files") from error
 
 
 def load(model_class: Any, model_dir: Path, dtype: torch.dtype, *, unused: str | None = None) -> Any:
@@ -28,10 +48,8 @@ def load(model_class: Any, model_dir: Path, dtype: torch.dtype, *, unused: str |
     Raises:
         InputError: The model cannot be loaded, or weights are missing.
     """
-    try:
+    with loading(f"the model in {model_dir}"):
         model, about = model_class.from_pretrained(model_dir, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:  # no files; damaged ones; weights of other shapes
-        raise InputError(f"the model in {model_dir} cannot be loaded", f"got: {error}", "check its files") from error
     missing = sorted(name for name in about["missing_keys"] if unused is None or unused not in name)
     if missing:
         raise InputError(

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from detune.bench.behaviour.base import Differences
-from detune.bench.behaviour.loading import load
+from detune.bench.behaviour.loading import load, loading
 from detune.errors import InputError
+from detune.metrics.reasons import reason_of
 from detune.training import needs_extra, quiet, seeded
 
 __all__ = ["ImageStates", "States", "TextStates"]
@@ -49,7 +50,7 @@ class ImageStates:
             Per block, shape (images, tokens, width) for a transformer, float64.
 
         Raises:
-            InputError: An image or the model cannot be read.
+            InputError: An image, the model or its processor cannot be read.
             DetuneError: The extra `bench` is not installed.
         """
         with needs_extra("bench"):
@@ -58,7 +59,8 @@ class ImageStates:
 
         def batches() -> Iterator[dict[str, Tensor]]:
             # Pillow's backend, whether torchvision is there or not: the two do not resize alike.
-            processor = AutoImageProcessor.from_pretrained(self.processor_dir, backend="pil")
+            with loading(f"the image processor in {self.processor_dir}"):
+                processor = AutoImageProcessor.from_pretrained(self.processor_dir, backend="pil")
             for start in range(0, len(self.images), _BATCH):
                 files = self.images[start : start + _BATCH]
                 pixels = processor([_open(file, Image) for file in files], return_tensors="pt")["pixel_values"]
@@ -98,14 +100,15 @@ class TextStates:
             Per block, shape (prompts, tokens of the longest, width), float64.
 
         Raises:
-            InputError: The model cannot be read.
+            InputError: The model or the tokenizer cannot be read.
             DetuneError: The extra `bench` is not installed.
         """
         with needs_extra("bench"):
             from transformers import AutoTokenizer
 
         def batches() -> Iterator[dict[str, Tensor]]:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_dir)
+            with loading(f"the tokenizer in {self.tokenizer_dir}"):
+                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_dir)
             # Padded to the longest of all, not of each batch: the states of a block make one tensor.
             tokens = tokenizer(
                 list(self.prompts), padding=True, truncation=True, max_length=_LENGTH_TOKENS, return_tensors="pt"
@@ -146,7 +149,9 @@ def _open(file: Path, pillow: Any) -> Any:
         with pillow.open(file) as image:
             return image.convert("RGB")
     except OSError as error:  # Pillow's own errors are of this kind
-        raise InputError(f"{file} cannot be read: {error}", "expected an image", "replace or remove it") from error
+        raise InputError(
+            f"{file} cannot be read: {reason_of(error)}", "expected an image", "replace or remove it"
+        ) from error
 
 
 def _compare(original: States, recovered: States) -> Differences:

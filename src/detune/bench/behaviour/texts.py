@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from detune.bench.behaviour.base import Differences
-from detune.bench.behaviour.loading import load
+from detune.bench.behaviour.loading import load, loading
 from detune.training import needs_extra, quiet, seeded
 
 __all__ = ["WrittenTexts"]
@@ -17,14 +17,15 @@ Texts = tuple[str, ...]
 
 @dataclass(frozen=True)
 class WrittenTexts:
-    """What a causal language model writes after each prompt: sampled, in float32, each prompt from the same seed.
+    """What a causal language model makes of each prompt: sampled, each prompt from the same seed.
 
-    The defaults are the paper's.
+    The settings of sampling are the paper's, and as in its script a text begins with its prompt. The model runs in
+    float32 rather than the script's bfloat16, in which models that are nearly equal differ by rounding.
 
     Attributes:
         tokenizer_dir: The model whose tokenizer is used for both: the original.
-        prompts: What the texts begin with; it is not part of what is compared.
-        new_tokens: Length of a text; it is shorter where the model ends it.
+        prompts: What the texts begin with.
+        new_tokens: Tokens after the prompt; fewer where the model ends the text.
         temperature: The logits are divided by this.
         top_k: Only this many of the likeliest tokens are drawn from.
         top_p: Of these, only the likeliest that together have this probability.
@@ -43,20 +44,21 @@ class WrittenTexts:
     seed: int = 0
 
     def observe(self, model_dir: Path) -> Texts:
-        """Return what the model writes after each prompt; see `Behaviour.observe`.
+        """Return each prompt with what the model writes after it; see `Behaviour.observe`.
 
         Args:
             model_dir: The model to run.
 
         Raises:
-            InputError: The model cannot be read.
+            InputError: The model or the tokenizer cannot be read.
             DetuneError: The extra `bench` is not installed.
         """
         with needs_extra("bench"):
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
         with quiet(), torch.no_grad():
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_dir)
+            with loading(f"the tokenizer in {self.tokenizer_dir}"):
+                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_dir)
             model = load(AutoModelForCausalLM, model_dir, torch.float32)
             model.generation_config = self._sampling(tokenizer)
             return tuple(self._write(model, tokenizer, prompt) for prompt in self.prompts)
@@ -98,5 +100,5 @@ class WrittenTexts:
         tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         with seeded(self.seed):
             (sequence,) = model.generate(**tokens)
-        text: str = tokenizer.decode(sequence[tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+        text: str = tokenizer.decode(sequence, skip_special_tokens=True)
         return text

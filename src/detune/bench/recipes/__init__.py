@@ -51,11 +51,15 @@ def build_recipe(
         The subset.
 
     Raises:
+        InputError: A rank is not positive.
         OutputError: `out` holds another build.
         DetuneError: The extra `bench` is not installed.
     """
     from detune.bench.build import build_subset
 
+    for rank in ranks:
+        if rank < 1:
+            raise InputError(f"no LoRA has rank {rank}", "expected positive numbers", "give others with --ranks")
     say = on_step or (lambda what: None)
     _claim(out, f"{recipe!r} seeds={seeds} seed={seed} ranks={tuple(ranks)}")
     base = out / "base"

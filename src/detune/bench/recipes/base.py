@@ -15,11 +15,13 @@ class Recipe(Protocol):
         name: What the command calls it, `vit-mini`.
         stands_for: The published subset whose modules, rank and LoRA placement it has; None for one of our own.
         about: One line: the base and the tasks.
+        layers: How many layers each LoRA changes, so rows of the subset.
     """
 
     name: ClassVar[str]
     stands_for: ClassVar[str | None]
     about: ClassVar[str]
+    layers: ClassVar[int]
 
     @property
     def rank(self) -> int:

@@ -50,6 +50,7 @@ class SdMini:
     name: ClassVar[str] = "sd-mini"
     stands_for: ClassVar[str | None] = "stable-diffusion-1.5"
     about: ClassVar[str] = "a small Stable Diffusion of handwritten digits; LoRAs of fifteen looks"
+    layers: ClassVar[int] = 264
 
     rank: int = 32
     alpha: int = 32

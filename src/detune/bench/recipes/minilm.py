@@ -38,6 +38,7 @@ class MiniLM:
     name: ClassVar[str] = "minilm"
     stands_for: ClassVar[str | None] = None
     about: ClassVar[str] = "all-MiniLM-L6-v2, a sentence encoder; fifteen collections of passages from Python's texts"
+    layers: ClassVar[int] = 12
 
     rank: int = 16
     alpha: int = 32

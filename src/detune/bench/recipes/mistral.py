@@ -54,6 +54,7 @@ class MistralMiniSft:
     name: ClassVar[str] = "mistral-mini-sft"
     stands_for: ClassVar[str | None] = "mistral-7b-v0.1-sft"
     about: ClassVar[str] = "a small Mistral pre-trained on Python's texts; eight subjects and seven styles of writing"
+    layers: ClassVar[int] = 8
 
     rank: int = 64
     alpha: int = 16
@@ -135,6 +136,7 @@ class MistralMiniDpo:
     name: ClassVar[str] = "mistral-mini-dpo"
     stands_for: ClassVar[str | None] = "mistral-7b-v0.1-dpo"
     about: ClassVar[str] = "a small Mistral taught to follow instructions; fifteen preferences between two answers"
+    layers: ClassVar[int] = 8
 
     rank: int = 64
     alpha: int = 16

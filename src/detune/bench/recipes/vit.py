@@ -51,6 +51,7 @@ class VitMini:
     name: ClassVar[str] = "vit-mini"
     stands_for: ClassVar[str | None] = "vit"
     about: ClassVar[str] = "a small vision transformer trained on handwritten digits; fifteen questions about digits"
+    layers: ClassVar[int] = 24
 
     rank: int = 16
     alpha: int = 16
