@@ -71,7 +71,7 @@ SUBSETS = {
 TABLES = (*RECIPES, "vit-mini-different-seeds")
 # Study, its subsets, and the numbers of models where they are not the study's own.
 STUDIES = (
-    ("models", ("vit-mini", "vit-mini-different-seeds"), ()),
+    ("models", ("vit-mini", "vit-mini-different-seeds"), (2, 3, 4, 5, 6, 8, 10, 12, ALL)),
     ("scheduler", ("vit-mini", "narrow-r8"), (5,)),
     ("ranks", ("vit-mini", "narrow-r2-4-8-16"), ()),
     ("depth", ("vit-mini", "minilm"), ()),
