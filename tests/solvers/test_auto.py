@@ -4,7 +4,7 @@ import torch
 from detune import recover_matrix
 from detune.metrics import w_error
 from detune.solvers import Auto, NotLowRank, Spectral, Stack
-from tests.cases import seeded
+from tests.cases import Regime, make_problem, seeded
 
 
 def lora(generator, out, columns, rank, size):
@@ -46,3 +46,24 @@ def test_spectral_names_strangers_too():
     models = torch.randn(3, 80, 80, generator=seeded(0))
     with pytest.raises(NotLowRank, match="differ at full rank"):
         recover_matrix(models, Spectral(iterations=2), rank=4)
+
+
+class TestDirectionsBelowTheNoise:
+    """LoRAs that nearly coincide: their differences have directions that storage noise hides."""
+
+    REGIME = Regime(shape=(96, 80), ranks=(8,) * 5, decay=9.0, scale=0.01, shared_rows=0.999, dtype=torch.float32)
+
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_are_found_where_the_rank_is_told(self, seed):
+        problem = make_problem(self.REGIME, seeded(seed))
+        told, found = (recover_matrix(problem.stack, rank=rank) for rank in (8, None))
+        assert told.ranks == (8,) * 5
+        assert told.noise_ratio < 1.1
+        assert problem.error(told.weight) < 0.7 * problem.error(found.weight)
+
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_that_are_missed_make_the_answer_approximate_and_no_worse_than_the_closed_form(self, seed):
+        problem = make_problem(self.REGIME, seeded(seed))
+        answer, closed = (recover_matrix(problem.stack, method) for method in ("auto", "intersect"))
+        assert answer.noise_ratio > 2, "and `recover` says approximate"
+        assert problem.error(answer.weight) < 1.1 * problem.error(closed.weight)
