@@ -106,7 +106,7 @@ def build(name: str) -> Subset:
     """Train what is not there yet."""
     recipe, seeds, ranks = SUBSETS[name]
     say = partial(print, f"{name}:", flush=True)
-    return build_recipe(recipe, CACHE / name, seeds=seeds, ranks=ranks, on_step=say)
+    return build_recipe(recipe, CACHE / name, seeds=seeds, ranks=ranks, name=name, on_step=say)
 
 
 def tasks_of(subset: Subset) -> list[Task]:

@@ -81,6 +81,10 @@ def test_seeds_and_ranks_go_to_the_adapters_and_into_the_name(tmp_path):
     assert lines[:3] == ["task-0 rank 1 seed 3", "task-1 rank 4 seed 4", "task-2 rank 1 seed 5"]
     assert subset.name == "plain-different-seeds-r1-4"
     assert [lora.rank for lora in subset.first().loras[:3]] == [1, 4, 1]
+    again = build_recipe(
+        Plain(tmp_path / "log"), tmp_path / "out", seeds="different", seed=3, ranks=(1, 4), name="mine"
+    )
+    assert again.name == "mine"
 
 
 def test_a_rank_of_zero_is_refused_before_anything_is_made(tmp_path):

@@ -32,6 +32,7 @@ def build_recipe(
     seeds: Literal["shared", "different"] = "shared",
     seed: int = 0,
     ranks: Sequence[int] = (),
+    name: str | None = None,
     on_step: OnStep | None = None,
 ) -> "Subset":
     """Make the base, train the LoRAs and write the rows.
@@ -45,6 +46,7 @@ def build_recipe(
         seeds: Whether all LoRAs start from one seed, as those of one script do, or each from its own.
         seed: The first seed.
         ranks: Ranks that the LoRAs take in turn; empty for the recipe's own.
+        name: What the subset is called; by default as the recipe, with what departs from it.
         on_step: Called with what is being made.
 
     Returns:
@@ -79,13 +81,13 @@ def build_recipe(
             partial.mkdir()
             recipe.write_inputs(partial)
     say("rows")
-    name = recipe.name + ("-different-seeds" if seeds == "different" else "")
-    name += f"-r{'-'.join(map(str, ranks))}" if ranks else ""
+    usual = recipe.name + ("-different-seeds" if seeds == "different" else "")
+    usual += f"-r{'-'.join(map(str, ranks))}" if ranks else ""
     return build_subset(
         base,
         adapters,
         out,
-        name=name,
+        name=name or usual,
         pre_ft_name=f"{recipe.name}/base",
         stands_for=recipe.stands_for,
         about=recipe.about,
