@@ -178,13 +178,14 @@ def study_ranks(bench: Bench) -> "tuple[pd.DataFrame, Figure]":
     for axis, (subset, rows) in zip(axes, frame.groupby("subset", sort=False), strict=True):
         labels, values, colours = [], [], []
         for (n, method, rank), cell in rows.groupby(["models", "method", "rank"]):
-            labels.append(f"{method}\nn={n}, {rank}")
+            labels.append(f"{method}, n={n}, rank {rank}")
             values.append(cell["w_error"].mean())
             colours.append(colour_of(method))
-        axis.bar(labels, values, color=colours)
+        axis.barh(labels, values, color=colours)
+        axis.invert_yaxis()
         axis.set_title(str(subset))
-        axis.set_ylabel("W-Error (lower is better)")
-        axis.tick_params(axis="x", labelsize="x-small")
+        axis.set_xlabel("W-Error (lower is better)")
+        axis.tick_params(axis="y", labelsize="small")
     return frame, figure
 
 
