@@ -240,12 +240,13 @@ def study_rank_by_models(bench: Bench) -> "tuple[pd.DataFrame, Figure]":
     first = {subset.name: subset.first() for subset in bench.subsets}
     frame["r"] = [first[result.cell.subset].rank(result.cell.loras) for result in results]
     figure, axes = new_figure(2)
-    lowest = frame["w_error"].min()
+    lowest, highest = frame["w_error"].min(), frame["w_error"].max()
     for axis, method in zip(axes, ("spectral", "auto"), strict=True):
         grid = frame[frame["method"] == method].pivot_table(index="r", columns="models", values="w_error")
-        image = axis.imshow(grid, cmap="viridis", vmin=lowest, vmax=frame["w_error"].max(), aspect="auto")
+        image = axis.imshow(grid, cmap="viridis", vmin=lowest, vmax=highest, aspect="auto")
         for (i, j), value in _entries(grid):
-            axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white")
+            bright = value > (lowest + highest) / 2
+            axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color="black" if bright else "white")
         axis.set_xticks(range(len(grid.columns)), [str(n) for n in grid.columns])
         axis.set_yticks(range(len(grid.index)), [str(r) for r in grid.index])
         axis.set_xlabel("models")
