@@ -413,7 +413,9 @@ def test_real_ctrl_c_leaves_nothing(tmp_path, out):
         save_plain(tmp_path / f"model-{i}", {"weight": add(weight, delta(generator, weight, 64))}) for i in range(3)
     ]
     words = ["recover", *models, "--out", out, "--method", "spectral", "--rank", "64"]
-    with subprocess.Popen([*COMMAND, *map(str, words)], stderr=subprocess.PIPE, text=True) as running:
+    # A shell that runs the tests in the background has them ignore SIGINT, and the command would inherit that.
+    command = [*COMMAND[:2], f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {COMMAND[2]}"]
+    with subprocess.Popen([*command, *map(str, words)], stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 60
         while not os.listdir(out.parent):
             assert running.poll() is None, running.stderr.read()
