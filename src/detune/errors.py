@@ -1,6 +1,6 @@
 """The exceptions detune raises for anything a user can cause."""
 
-__all__ = ["DetuneError", "InputError", "OutputError"]
+__all__ = ["DetuneError", "InputError", "OutputError", "reason_of"]
 
 
 class DetuneError(Exception):
@@ -27,3 +27,26 @@ class InputError(DetuneError):
 
 class OutputError(DetuneError):
     """The output directory cannot be written."""
+
+
+def reason_of(error: BaseException) -> str:
+    r"""Return the first line of an error's text, or the first two where the first ends in a colon.
+
+    Errors of torch and of the Hub run over many lines: every weight of another shape, every place that was tried.
+
+    Args:
+        error: Anything raised.
+
+    Returns:
+        One line with single spaces; the error's class where it says nothing.
+
+    Example:
+        >>> reason_of(RuntimeError("no connection\n\nTried: a, b"))
+        'no connection'
+        >>> reason_of(RuntimeError("Error(s) in loading:\n\tsize mismatch for a\n\tsize mismatch for b"))
+        'Error(s) in loading: size mismatch for a'
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from detune.errors import InputError
+from detune.errors import InputError, reason_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,7 +88,7 @@ class FolderFiles:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{self.source} is damaged", _first_line(error), "copy or build it again") from error
+            raise InputError(f"{self.source} is damaged", reason_of(error), "copy or build it again") from error
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def check_files(files: Sequence[Path]) -> int:
         try:
             metadata = pq.read_metadata(file)
         except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{file} is no parquet file", _first_line(error), "copy or build it again") from None
+            raise InputError(f"{file} is no parquet file", reason_of(error), "copy or build it again") from None
         found = count_loras(metadata.schema.to_arrow_schema().names, str(file))
         if loras and found != loras:
             raise InputError(
@@ -239,10 +239,6 @@ def _from_hub() -> Iterator[None]:
     except (OSError, ValueError, HTTPError, DatasetsError) as error:
         raise InputError(
             f"cannot read {REPOSITORY} from the Hub",
-            f"{type(error).__name__}: {_first_line(error)}",
+            f"{type(error).__name__}: {reason_of(error)}",
             f"elsewhere: hf download {REPOSITORY} --repo-type dataset --local-dir DIR; and here: --data DIR",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "it gives no reason")

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from detune.errors import InputError
-from detune.metrics.reasons import reason_of
+from detune.errors import InputError, reason_of
 
 __all__ = ["load", "loading"]
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from detune.bench.behaviour.base import Differences
 from detune.bench.behaviour.loading import load, loading
-from detune.errors import InputError
-from detune.metrics.reasons import reason_of
+from detune.errors import InputError, reason_of
 from detune.training import needs_extra, quiet, seeded
 
 __all__ = ["ImageStates", "States", "TextStates"]

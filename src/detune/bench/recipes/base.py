@@ -1,5 +1,7 @@
 """What a recipe is: a base model made on the spot, and fifteen LoRAs trained on it with the ecosystem's trainers."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol, Self
 
@@ -70,3 +72,8 @@ class Recipe(Protocol):
             out: An existing directory: `prompts.csv` with a column `prompt`, or images `0000.png`, `0001.png`, ...
         """
         ...
+
+
+def write_losses(folder: Path, losses: Sequence[float]) -> None:
+    """Write the loss of each step to `losses.json`."""
+    (folder / "losses.json").write_text(json.dumps(list(losses)) + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """The LoRAs of sd-mini: PEFT's layers in U-Net and text encoder, trained together, saved as diffusers saves them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from detune.bench.recipes.base import write_losses
 from detune.bench.recipes.diffusion_pictures import LOOKS, Digits, captions_of, digits, look_caption
 from detune.bench.recipes.diffusion_training import Denoiser, encode, learn
 from detune.training import needs_extra, quiet, seeded, use_threads
@@ -63,7 +63,7 @@ def train_lora(recipe: "SdMini", base: Path, look: str, out: Path, *, rank: int,
             generator=torch.Generator().manual_seed(seed),
         )
         _save(denoiser, out)
-    (out / "losses.json").write_text(json.dumps(losses) + "\n", encoding="utf-8")
+    write_losses(out, losses)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+from detune.bench.recipes.base import write_losses
 from detune.bench.recipes.instructions import PREFERENCES, SUBJECTS, Example, Pair, examples, pairs, prompts
 from detune.bench.recipes.mistral_base import (
     BASE_SEED,
@@ -23,7 +24,6 @@ from detune.bench.recipes.mistral_base import (
     save_model,
     settings_of,
     workplace,
-    write_losses,
 )
 
 __all__ = ["MistralMiniDpo", "MistralMiniSft"]

@@ -1,6 +1,5 @@
 """A small Mistral that learns English on the spot, and what any training of it has in common."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detune.bench.recipes.base import THREADS
+from detune.bench.recipes.base import THREADS, write_losses
 from detune.bench.recipes.instructions import corpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["BASE_SEED", "Pretraining", "fit", "save_model", "settings_of", "workplace", "write_losses"]
+__all__ = ["BASE_SEED", "Pretraining", "fit", "save_model", "settings_of", "workplace"]
 
 BASE_SEED = 0
 """Of the base's initial weights and the order of its texts: there is one base."""
@@ -151,11 +150,6 @@ def save_model(model: Any, tokenizer: Any, out: Path, losses: Sequence[float]) -
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     write_losses(out, losses)
-
-
-def write_losses(folder: Path, losses: Sequence[float]) -> None:
-    """Write the loss of each step to `losses.json`."""
-    (folder / "losses.json").write_text(json.dumps(list(losses)) + "\n", encoding="utf-8")
 
 
 def _tokenizer(texts: Sequence[str], vocabulary: int, context: int) -> "PreTrainedTokenizerFast":

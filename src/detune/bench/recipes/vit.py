@@ -7,14 +7,13 @@ The head goes to a file of its own, `head.safetensors`, rather than into the ada
 its own classes, so no head is a change of the base's, and what is merged is the LoRA alone.
 """
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from detune.bench.recipes import digits
-from detune.bench.recipes.base import THREADS
+from detune.bench.recipes.base import THREADS, write_losses
 from detune.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ class VitMini:
             )
             model.save_pretrained(out)
             processor.save_pretrained(out)
-        _write_losses(out, losses)
+        write_losses(out, losses)
 
     def train_adapter(self, base: Path, task: str, out: Path, *, rank: int, seed: int) -> None:
         """Train a LoRA and a new head on one task; see `Recipe.train_adapter`.
@@ -174,7 +173,7 @@ class VitMini:
             model.save_pretrained(str(out))
             (out / "README.md").unlink()  # a card without content, with the base's place on this machine
             save_file(vit.classifier.state_dict(), out / "head.safetensors")
-        _write_losses(out, losses)
+        write_losses(out, losses)
 
     def write_inputs(self, out: Path) -> None:
         """Write held-out digits as images; see `Recipe.write_inputs`.
@@ -240,7 +239,3 @@ def _train(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-def _write_losses(folder: Path, losses: list[float]) -> None:
-    (folder / "losses.json").write_text(json.dumps(losses) + "\n", encoding="utf-8")

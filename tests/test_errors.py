@@ -1,6 +1,6 @@
 import pytest
 
-from detune.metrics.reasons import reason_of
+from detune.errors import reason_of
 
 
 @pytest.mark.parametrize(
