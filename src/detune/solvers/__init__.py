@@ -1,7 +1,7 @@
 """Recovery methods: pure functions of a stack of matrices. `SOLVERS` names them."""
 
 from detune.solvers.auto import Auto
-from detune.solvers.base import LowRank, NotLowRank, NotRecoverable, Recovery, Solver
+from detune.solvers.base import Bits, LowRank, NotLowRank, NotRecoverable, Recovery, Solver
 from detune.solvers.intersect import Intersect
 from detune.solvers.mean import Mean
 from detune.solvers.single import Single
@@ -19,6 +19,7 @@ SOLVERS: dict[str, type[Solver]] = {
 __all__ = [
     "SOLVERS",
     "Auto",
+    "Bits",
     "Intersect",
     "LowRank",
     "Mean",

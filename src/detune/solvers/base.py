@@ -15,6 +15,7 @@ Notation, as in the paper (arXiv 2402.10208):
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from detune.errors import DetuneError
@@ -64,6 +65,29 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Bits:
+    """What is known of the bits that the base was stored in.
+
+    Attributes:
+        grid: The dtype whose grid the base's entries lie on: bfloat16, float16 or float32.
+        log10_false_positive: Logarithm of the probability that a base off that grid would have looked as if it were
+            on it; the test's bound, not an estimate.
+        certain: Where the weight is the base's, bit for bit, `(out, in)`, bool.
+        expected_mse: Mean squared error of the weight that the rest is expected to leave, per entry.
+    """
+
+    grid: torch.dtype
+    log10_false_positive: float
+    certain: Tensor
+    expected_mse: float
+
+    @property
+    def share(self) -> float:
+        """The share of entries that are certain."""
+        return float(self.certain.double().mean())
+
+
+@dataclass(frozen=True)
 class Recovery:
     """A solver's answer for one matrix.
 
@@ -77,6 +101,7 @@ class Recovery:
             between the models that the answer does not explain. None where the method has no model of it.
         noise_ratio: The same residual over what storage rounding alone leaves: 1 is the storage floor.
         steps: Iterations used; 0 for a closed form.
+        bits: Where the base was found to lie on a grid: which, and which entries are certain. None where it was not.
     """
 
     weight: Tensor
@@ -87,6 +112,7 @@ class Recovery:
     relative_residual: float | None = None
     noise_ratio: float | None = None
     steps: int = 0
+    bits: Bits | None = None
 
 
 class Solver(Protocol):
