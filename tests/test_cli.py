@@ -179,6 +179,8 @@ def _copy(family: Fine) -> Sequence[object]:
 
 
 def _other_base(family: Fine) -> Sequence[object]:
+    """Two fine-tunes of one base, and one of another."""
+
     def replace(state: State) -> None:
         generator = seeded(5)
         state |= {name: normal(generator, *state[name].shape).float() for name in state if "layer" in name}
@@ -186,7 +188,7 @@ def _other_base(family: Fine) -> Sequence[object]:
     extra = family.models[0].with_name("stranger")
     shutil.copytree(family.models[0], extra)
     edit(extra, replace)
-    return [*family.specs, extra]
+    return [*family.specs[:2], extra]
 
 
 def _all_strangers(family: Fine) -> Sequence[object]:
@@ -277,7 +279,7 @@ BAD = {
         lambda f: [*f.specs, f"{f.models[1]}/../model-1"], ("model-1", "given twice", "the same path")
     ),
     "a copy": Bad(_copy, ("copy", "given twice", "model-0", "once")),
-    "another base": Bad(_other_base, ("stranger", "full rank", "layer.0.weight", "leave it out")),
+    "another base": Bad(_other_base, ("stranger", "full rank", "layer.0.weight", "leave it out", "at least 3")),
     "three bases": Bad(_all_strangers, ("model-0", "model-1", "full rank", "fine-tunes of one base")),
     "high ranks": Bad(_high_ranks, ("square.weight", "too high", "64x64", "add models")),
     "pickled code": Bad(_pickle, ("model-2", "pytorch_model.bin", "never runs code", "convert")),

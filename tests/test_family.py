@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from detune.errors import InputError
-from detune.family import BLOCK_BYTES, LISTED, SAMPLE_BYTES, Family, Strangers
+from detune.family import BLOCK_BYTES, LISTED, SAMPLE_BYTES, Family
 from tests.cases import normal, seeded
 from tests.families import Fine, edit, plain_family, plain_state, same_bits, save_plain
 
@@ -124,56 +124,6 @@ def test_a_fine_tune_that_changed_nothing_else_is_not_a_copy(fine):
     """The base itself among the models is welcome: its deltas are zero."""
     with Family([*fine.models, fine.base]) as family:
         assert family.n == 4
-
-
-# --- strangers ---
-
-SPECS = ("a", "b", "c", "d")
-FULL = {"a": ((0, 1), (0, 2)), "b and c": ((0, 1), (1, 2), (0, 2))}
-
-
-def test_a_model_that_stands_out_is_named_early():
-    strangers = Strangers(SPECS)
-    strangers.watch("w0", (64, 64), FULL["a"])
-    strangers.watch("w1", (64, 64), FULL["a"])
-    with pytest.raises(InputError, match=r"^a differs from the other models at full rank; in 3 of 3 .*first 'w0'"):
-        strangers.watch("w2", (64, 64), FULL["a"])
-
-
-def test_one_new_layer_among_many_is_no_stranger():
-    strangers = Strangers(SPECS)
-    strangers.watch("head", (64, 64), FULL["a"])
-    for i in range(3):
-        strangers.watch(f"w{i}", (64, 64), ())
-    strangers.settle()
-
-
-def test_few_matrices_are_judged_at_the_end():
-    strangers = Strangers(SPECS)
-    strangers.watch("w0", (64, 64), FULL["a"])
-    with pytest.raises(InputError, match=r"^a differs from the other models at full rank; in 1 of 1"):
-        strangers.settle()
-
-
-def test_no_common_base_is_told_apart_from_one_stranger():
-    strangers = Strangers(SPECS)
-    strangers.watch("w0", (64, 64), FULL["b and c"])
-    with pytest.raises(InputError, match=r"^a and b differ at full rank, and others too; .*fewer than three"):
-        strangers.settle()
-
-
-def test_small_matrices_and_vectors_say_nothing():
-    strangers = Strangers(SPECS)
-    for shape in ((64,), (63, 500), (500, 7, 3, 3)):
-        strangers.watch("w", shape, FULL["a"])
-    strangers.settle()
-
-
-def test_two_models_cannot_tell_which_is_strange(tmp_path):
-    strangers = Strangers(SPECS[:2])
-    strangers.watch("w", (64, 64), ((0, 1),))
-    with pytest.raises(InputError, match=r"^a and b differ at full rank"):
-        strangers.settle()
 
 
 def test_random_weights_are_not_used_up(fine):

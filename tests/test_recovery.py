@@ -353,7 +353,7 @@ def test_report_has_a_row_for_each_tensor_and_the_inputs_hashes(fine, tmp_path):
     assert {row["name"] for row in written["tensors"]} == set(plain_state())
     for model, row in zip(fine.models, written["inputs"], strict=True):
         digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
-        assert row == {"spec": str(model), "sha256": {"model.safetensors": digest}}
+        assert row == {"spec": str(model), "sha256": {"model.safetensors": digest}, "left_out": None}
     for row in written["tensors"]:
         assert row.keys() >= {"shape", "dtype", "status", "method", "ranks", "relative_residual", "seconds", "reason"}
         if row["status"] == "recovered":

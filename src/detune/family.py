@@ -1,6 +1,5 @@
 """The models side by side: do they fit together, and which tensors differ between them?"""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import combinations
@@ -17,34 +16,64 @@ from detune.errors import InputError
 BLOCK_BYTES = 4 * 2**20
 SAMPLE_BYTES = 4096
 LISTED = 4
-# A stranger is called out once it stood out in this many matrices, and in most of those seen. Smaller ones than
-# SMALLEST are full after a few ranks and tell nothing.
-STRANGE_MATRICES = 3
-SMALLEST = 64
 
 
-class Family:
-    """Several checkpoints with the same tensors. A context manager.
+class Models:
+    """Checkpoints that may or may not fit together. A context manager.
 
     Args:
-        models: Specs as `open_checkpoint` takes them.
+        specs: Specs as `open_checkpoint` takes them, or checkpoints that are open already and are left open.
         merge_dtype: For `BASE+ADAPTER`, see `open_checkpoint`.
 
     Attributes:
-        models: The opened checkpoints; the first gives the output its layout.
+        models: The opened checkpoints.
+
+    Raises:
+        InputError: A model cannot be read, or is given twice.
+    """
+
+    def __init__(self, specs: Sequence[str | Path | Checkpoint], merge_dtype: torch.dtype | None = None) -> None:
+        with ExitStack() as opened:
+            self.models = tuple(
+                spec
+                if isinstance(spec, Checkpoint)
+                else opened.enter_context(open_checkpoint(spec, merge_dtype=merge_dtype))
+                for spec in specs
+            )
+            self._check()
+            self._opened = opened.pop_all()
+
+    def _check(self) -> None:
+        for first, second in combinations(self.models, 2):
+            _check_distinct(first, second)
+
+    @property
+    def paths(self) -> list[Path]:
+        """What on disk belongs to the models and must not be overwritten."""
+        return [path for model in self.models for path in model.paths]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.close()
+
+
+class Family(Models):
+    """Several checkpoints with the same tensors; the first gives the output its layout.
 
     Raises:
         InputError: A model cannot be read, is given twice, or does not fit the first.
     """
 
-    def __init__(self, models: Sequence[str | Path], merge_dtype: torch.dtype | None = None) -> None:
-        with ExitStack() as opened:
-            self.models = tuple(opened.enter_context(open_checkpoint(spec, merge_dtype=merge_dtype)) for spec in models)
-            for other in self.models[1:]:
-                _check_fit(self.models[0], other)
-            for first, second in combinations(self.models, 2):
-                _check_distinct(first, second)
-            self._opened = opened.pop_all()
+    def _check(self) -> None:
+        for other in self.models[1:]:
+            why = misfit(self.models[0], other)
+            if why is not None:
+                raise why
+        super()._check()
 
     @property
     def n(self) -> int:
@@ -72,65 +101,61 @@ class Family:
         """The tensor of every model, in stored dtype and shape."""
         return tuple(model.read(name) for model in self.models)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._opened.close()
+def damaged(name: str, spec: str) -> InputError:
+    """The error for a tensor with NaN or Inf."""
+    return InputError(
+        f"tensor {name!r} of {spec} holds NaN or Inf",
+        "expected finite weights",
+        "that model is damaged: leave it out or copy it again",
+    )
 
 
-class Strangers:
-    """Watches for a model that differs from the others at full rank.
-
-    One such matrix may be a re-initialised layer; most of them are another base or a full fine-tune.
-
-    Args:
-        specs: The models as the user gave them.
-    """
-
-    def __init__(self, specs: Sequence[str]) -> None:
-        self._specs = specs
-        self._seen = 0
-        self._strange: list[tuple[str, tuple[tuple[int, int], ...]]] = []
-
-    def watch(self, name: str, shape: tuple[int, ...], full_rank_pairs: tuple[tuple[int, int], ...]) -> None:
-        """Note one differing tensor.
-
-        Raises:
-            InputError: It is the last straw.
-        """
-        if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < SMALLEST:
-            return
-        self._seen += 1
-        if full_rank_pairs:
-            self._strange.append((name, full_rank_pairs))
-        if len(self._strange) >= STRANGE_MATRICES:
-            self.settle()
-
-    def settle(self) -> None:
-        """Give the verdict on what was seen.
-
-        Raises:
-            InputError: More than half of the matrices have no low rank.
-        """
-        if 2 * len(self._strange) <= self._seen:
-            return
-        name, pairs = self._strange[0]
-        models = set.intersection(*(set(pair) for _, pairs in self._strange for pair in pairs))
-        where = f"in {len(self._strange)} of {self._seen} matrices that differ, first {name!r}"
-        if len(models) == 1:
-            raise InputError(
-                f"{self._specs[models.pop()]} differs from the other models at full rank",
-                where,
-                "it has another base or was fine-tuned in full: leave it out",
-            )
-        raise InputError(
-            f"{self._specs[pairs[0][0]]} and {self._specs[pairs[0][1]]} differ at full rank, and others too",
-            where,
-            "fewer than three of the models share a base: give fine-tunes of one base, merged from LoRA",
+def misfit(reference: Checkpoint, other: Checkpoint) -> InputError | None:
+    """Why a model does not fit another: same names, same shapes, floats against floats; None where it does."""
+    missing = [name for name in reference.tensors if name not in other.tensors]
+    extra = [name for name in other.tensors if name not in reference.tensors]
+    if missing or extra:
+        parts = [f"lacks {some(missing)}"] * bool(missing) + [f"has in addition {some(extra)}"] * bool(extra)
+        return InputError(
+            f"{other.spec} does not fit {reference.spec}",
+            f"it {' and '.join(parts)}",
+            "give checkpoints of one architecture, merged and saved the same way",
         )
+    for name, info in reference.tensors.items():
+        if info.dtype.is_floating_point != other.tensors[name].dtype.is_floating_point:
+            return InputError(
+                f"tensor {name!r} of {other.spec} is stored as {other.tensors[name].dtype}",
+                f"{reference.spec} has {info.dtype}",
+                "dequantise the model, or leave it out",
+            )
+    differing = [name for name, info in reference.tensors.items() if info.shape != other.tensors[name].shape]
+    return _other_shapes(reference, other, differing) if differing else None
+
+
+def _other_shapes(reference: Checkpoint, other: Checkpoint, differing: Sequence[str]) -> InputError:
+    if all(is_resized_vocabulary(reference, other, name) for name in differing):
+        name = differing[0]
+        return InputError(
+            f"{other.spec} has a resized vocabulary",
+            f"{name!r} has {other.tensors[name].shape[0]} rows, {reference.spec} has "
+            f"{reference.tensors[name].shape[0]}",
+            "resize the embeddings back to the base's vocabulary, or leave the model out",
+        )
+    shapes = [f"{name!r} {list(other.tensors[name].shape)}" for name in differing[:LISTED]]
+    expected = [f"{list(reference.tensors[name].shape)}" for name in differing[:LISTED]]
+    return InputError(
+        f"{other.spec} does not fit {reference.spec}: {len(differing)} of its tensors have other shapes",
+        f"got {', '.join(shapes)}, expected {', '.join(expected)}",
+        "give checkpoints of one architecture",
+    )
+
+
+def is_resized_vocabulary(reference: Checkpoint, other: Checkpoint, name: str) -> bool:
+    """Whether an embedding or a head differs only in its number of rows, one for each token."""
+    ours, theirs = reference.tensors[name].shape, other.tensors[name].shape
+    is_vocabulary = any(part in name for part in ("embed", "wte", "lm_head", "decoder"))
+    return is_vocabulary and len(ours) == len(theirs) and ours[1:] == theirs[1:]
 
 
 def _same_bytes(models: Sequence[Checkpoint], name: str, limit: int | None = None) -> bool:
@@ -149,51 +174,6 @@ def _block(model: Checkpoint, name: str, start: int, length: int) -> Tensor:
     return torch.frombuffer(model.read_bytes(name, start, length), dtype=dtype)
 
 
-def _check_fit(reference: Checkpoint, other: Checkpoint) -> None:
-    """Same names, same shapes, floats against floats."""
-    missing = [name for name in reference.tensors if name not in other.tensors]
-    extra = [name for name in other.tensors if name not in reference.tensors]
-    if missing or extra:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has in addition {_some(extra)}"] * bool(extra)
-        raise InputError(
-            f"{other.spec} does not fit {reference.spec}",
-            f"it {' and '.join(parts)}",
-            "give checkpoints of one architecture, merged and saved the same way",
-        )
-    for name, info in reference.tensors.items():
-        if info.dtype.is_floating_point != other.tensors[name].dtype.is_floating_point:
-            raise InputError(
-                f"tensor {name!r} of {other.spec} is stored as {other.tensors[name].dtype}",
-                f"{reference.spec} has {info.dtype}",
-                "dequantise the model, or leave it out",
-            )
-    differing = [name for name, info in reference.tensors.items() if info.shape != other.tensors[name].shape]
-    if not differing:
-        return
-    resized = [name for name in differing if _is_resized_vocabulary(reference, other, name)]
-    if len(resized) == len(differing):
-        name = resized[0]
-        raise InputError(
-            f"{other.spec} has a resized vocabulary",
-            f"{name!r} has {other.tensors[name].shape[0]} rows, {reference.spec} has "
-            f"{reference.tensors[name].shape[0]}",
-            "resize the embeddings back to the base's vocabulary, or leave the model out",
-        )
-    shapes = [f"{name!r} {list(other.tensors[name].shape)}" for name in differing[:LISTED]]
-    expected = [f"{list(reference.tensors[name].shape)}" for name in differing[:LISTED]]
-    raise InputError(
-        f"{other.spec} does not fit {reference.spec}: {len(differing)} of its tensors have other shapes",
-        f"got {', '.join(shapes)}, expected {', '.join(expected)}",
-        "give checkpoints of one architecture",
-    )
-
-
-def _is_resized_vocabulary(reference: Checkpoint, other: Checkpoint, name: str) -> bool:
-    ours, theirs = reference.tensors[name].shape, other.tensors[name].shape
-    is_vocabulary = any(part in name for part in ("embed", "wte", "lm_head", "decoder"))
-    return is_vocabulary and len(ours) == len(theirs) and ours[1:] == theirs[1:]
-
-
 def _check_distinct(first: Checkpoint, second: Checkpoint) -> None:
     """Refuse a model given twice, by path or by content."""
     same_place = [path.resolve() for path in first.paths] == [path.resolve() for path in second.paths]
@@ -204,7 +184,10 @@ def _check_distinct(first: Checkpoint, second: Checkpoint) -> None:
 
 def _same_content(first: Checkpoint, second: Checkpoint) -> bool:
     """Equal starts of all tensors are a suspicion, cheap to rule out; equal bytes are proof."""
-    if any(first.tensors[name].dtype != second.tensors[name].dtype for name in first.tensors):
+    ours, theirs = (
+        {name: (info.dtype, info.shape) for name, info in model.tensors.items()} for model in (first, second)
+    )
+    if ours != theirs:
         return False
     pair = (first, second)
     return all(_same_bytes(pair, name, SAMPLE_BYTES) for name in first.tensors) and all(
@@ -212,6 +195,7 @@ def _same_content(first: Checkpoint, second: Checkpoint) -> bool:
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     listed = ", ".join(repr(name) for name in names[:LISTED])
     return listed + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from detune.clusters import select
 from detune.errors import InputError
-from detune.family import Family
+from detune.family import Family, Models
 from detune.recovery import solve_tensor
 from detune.report import InputRow, Report, Status
 from detune.solvers import Auto, NotLowRank, Stack
@@ -39,14 +40,18 @@ def inspect(
         A report whose rows have the ranks found, and "recoverable" where `recover` would reach the storage noise.
 
     Raises:
-        InputError: The models cannot be read, do not fit together, or one does not belong.
+        InputError: The models cannot be read, or too few of them fit together and share a base.
     """
     started = time.perf_counter()
     if len(models) < 2:
         raise InputError(f"{len(models)} model given", "inspect compares at least two", "add models")
-    with Family(models, merge_dtype) as family:
+    with Models(models, merge_dtype) as given:
+        selection = select(given.models, min(3, len(models)))
+        family = Family([given.models[i] for i in selection.members])
         rows = walk(family, lambda name: None, lambda name, tensors: _look(tensors, rank, device), on_tensor)
-        inputs = tuple(InputRow(model.spec, model.hashes()) for model in family.models)
+        inputs = tuple(
+            InputRow(model.spec, model.hashes(), selection.reason(i)) for i, model in enumerate(given.models)
+        )
     command = {"name": "inspect", "argv": sys.argv, "rank": rank or "auto", "device": str(device or "cpu")}
     return Report(command, inputs, tuple(rows), time.perf_counter() - started)
 
@@ -65,6 +70,6 @@ def _look(tensors: tuple[Tensor, ...], rank: int | None, device: torch.device | 
     difference = find_differences(stack, rank).of(0, 1)
     if difference.full_rank:
         why = NotLowRank((difference.pair,), stack.shape)
-        return Answer(Status.NOT_RECOVERABLE, "none", str(why), full_rank_pairs=why.pairs)
+        return Answer(Status.NOT_RECOVERABLE, "none", str(why))
     reason = f"the difference has rank {difference.rank}; a third model is needed to split it"
     return Answer(Status.NOT_RECOVERABLE, "none", reason)

@@ -4,18 +4,21 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from detune.checkpoints import CheckpointWriter
+from detune.checkpoints import Checkpoint, CheckpointWriter
+from detune.clusters import Selection, select
 from detune.errors import InputError
-from detune.family import Family
+from detune.family import Family, Models
 from detune.report import InputRow, Report, Status, TensorRow
-from detune.solvers import SOLVERS, Mean, NotLowRank, NotRecoverable, Recovery, Single, Solver, Stack
+from detune.solvers import SOLVERS, Mean, NotRecoverable, Recovery, Single, Solver, Stack
 from detune.solvers.auto import FLOOR_RATIO, unchanged
+from detune.solvers.relations import SMALLEST, split
 from detune.walk import Answer, OnTensor, matricise, walk
 
 
@@ -82,6 +85,9 @@ def recover(
     output has the layout of the first model: its files, names, dtypes, metadata, config and tokenizer, and
     `detune.json` beside them. It appears in one step when it is whole.
 
+    Models that do not share a source with most are left out, and the report says so; the first of the others gives the
+    layout. `mean` and `single` take the models as they are.
+
     Args:
         models: Directories, files, Hub ids or `BASE+ADAPTER`; see `detune.checkpoints.open_checkpoint`.
         out: The directory to make.
@@ -96,7 +102,7 @@ def recover(
         The report, as written to `detune.json`.
 
     Raises:
-        InputError: The models cannot be read, do not fit together, or one does not belong.
+        InputError: The models cannot be read, or too few of them fit together and share a base.
         OutputError: `out` cannot be written.
 
     Example:
@@ -108,16 +114,12 @@ def recover(
     solver = make_solver(method)
     _check_count(solver, len(models))
     _check_rank(rank)
-    with (
-        Family(models, merge_dtype) as family,
-        CheckpointWriter(
-            family.models[0],
-            out,
-            overwrite=overwrite,
-            inputs=[path for m in family.models for path in m.paths],
-        ) as writer,
-        ThreadPoolExecutor(1, thread_name_prefix="detune-hash") as background,
-    ):
+    with ExitStack() as opened:
+        given = opened.enter_context(Models(models, merge_dtype))
+        selection = _select(given.models, solver)
+        family = opened.enter_context(Family([given.models[i] for i in selection.members]))
+        writer = opened.enter_context(CheckpointWriter(family.models[0], out, overwrite=overwrite, inputs=given.paths))
+        background = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="detune-hash"))
 
         def keep(name: str) -> None:
             writer.copy(name)
@@ -127,12 +129,15 @@ def recover(
             writer.write(name, weight.reshape(tensors[0].shape))
             return answer
 
-        hashes = [background.submit(model.hashes) for model in family.models]
+        hashes = [background.submit(model.hashes) for model in given.models]
         try:
             rows = walk(family, keep, solve, on_tensor)
             if not isinstance(solver, Mean | Single):
                 _refuse_if_hopeless(rows)
-            inputs = [InputRow(m.spec, h.result()) for m, h in zip(family.models, hashes, strict=True)]
+            inputs = [
+                InputRow(model.spec, hashed.result(), selection.reason(i))
+                for i, (model, hashed) in enumerate(zip(given.models, hashes, strict=True))
+            ]
         except BaseException:
             background.shutdown(wait=False, cancel_futures=True)
             raise
@@ -162,6 +167,13 @@ def make_solver(method: str | Solver) -> Solver:
     return SOLVERS[method]()
 
 
+def _select(models: Sequence[Checkpoint], solver: Solver) -> Selection:
+    """The models that share a base; an average is of all that it is asked for."""
+    if len(models) < 2 or isinstance(solver, Mean | Single):
+        return Selection(tuple(range(len(models))))
+    return select(models, solver.min_models)
+
+
 def _refuse_if_hopeless(rows: Sequence[TensorRow]) -> None:
     """Nothing is written where nothing could be had."""
     # Integers that differ are no matrices, and stand as the first model has them.
@@ -185,12 +197,32 @@ def solve_tensor(
         return _answer(solver.solve(stack), Status.AVERAGED)
     if min(stack.shape) == 1:
         return _solve_vector(stack)
+    answer, weight = _solve_matrix(stack, solver, rank)
+    if answer.status is not Status.RECOVERED and stack.n > solver.min_models and min(stack.shape) >= SMALLEST:
+        groups = split(stack.matrices)
+        if len(groups) > 1 and len(groups[0]) >= solver.min_models and len(groups[0]) > len(groups[1]):
+            return _solve_group(stack, groups[0], solver, rank)
+    return answer, weight
+
+
+def _solve_group(stack: Stack, group: tuple[int, ...], solver: Solver, rank: int | None) -> tuple[Answer, Tensor]:
+    """A matrix that some models have anew, a head for instance: the others tell what it was."""
+    kept = Stack(tuple(stack.matrices[i] for i in group), stack.dtype, stack.device)
+    answer, weight = _solve_matrix(kept, solver, rank)
+    others = [i for i in range(stack.n) if i not in group]
+    reason = f"{answer.reason}; without model{'s' * (len(others) > 1)} {', '.join(map(str, others))}, full rank here"
+    found = dict(zip(group, answer.ranks, strict=True)) if answer.ranks else {}
+    ranks = tuple(found.get(i, min(stack.shape)) for i in range(stack.n)) if found else ()
+    return replace(answer, reason=reason, ranks=ranks), weight
+
+
+def _solve_matrix(stack: Stack, solver: Solver, rank: int | None) -> tuple[Answer, Tensor]:
+    """The solver's answer, and whether it explains the data."""
     try:
         recovery = solver.solve(stack, rank)
     except NotRecoverable as why:
-        pairs = why.pairs if isinstance(why, NotLowRank) else ()
         answer, weight = _answer(Mean().solve(stack), Status.NOT_RECOVERABLE)
-        return replace(answer, reason=str(why), full_rank_pairs=pairs), weight
+        return replace(answer, reason=str(why)), weight
     if recovery.noise_ratio is not None and recovery.noise_ratio <= FLOOR_RATIO:
         return _answer(recovery, Status.RECOVERED)
     answer, weight = _answer(recovery, Status.APPROXIMATE)

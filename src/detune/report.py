@@ -39,7 +39,8 @@ class TensorRow:
         status: What became of it.
         method: The solver that gave it, or "copy".
         reason: One sentence.
-        ranks: The rank found for each model; empty where none was looked for.
+        ranks: The rank found for each model that was used; the full rank for one that was left out of this tensor;
+            empty where none was looked for.
         relative_residual: Share of the spread between the models that the answer does not explain.
         noise_ratio: The residual in units of the storage noise: 1 is the floor.
         seconds: Time taken.
@@ -64,10 +65,12 @@ class InputRow:
     Attributes:
         spec: As the user gave it.
         sha256: Of each weight file, by relative path.
+        left_out: Why it was not used; None where it was.
     """
 
     spec: str
     sha256: dict[str, str]
+    left_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Report:
 
     Attributes:
         command: What ran, with its options.
-        inputs: The models.
+        inputs: The models given.
         tensors: A row each, in file order.
         seconds: Wall time of the run.
         versions: Of detune, Python and torch.

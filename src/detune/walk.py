@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from detune.errors import InputError
-from detune.family import Family, Strangers
+from detune.family import Family, damaged
 from detune.report import Status, TensorRow
 from detune.solvers import NonFinite
 
@@ -24,7 +23,6 @@ class Answer:
 
     Attributes:
         status: As in the report; so are `method` to `noise_ratio`.
-        full_rank_pairs: Pairs of models whose difference has no low rank.
     """
 
     status: Status
@@ -33,7 +31,6 @@ class Answer:
     ranks: tuple[int, ...] = ()
     relative_residual: float | None = None
     noise_ratio: float | None = None
-    full_rank_pairs: tuple[tuple[int, int], ...] = ()
 
     def row(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], seconds: float) -> TensorRow:
         """The report's row."""
@@ -69,10 +66,9 @@ def walk(
         A row for each tensor.
 
     Raises:
-        InputError: A model holds NaN or Inf, or does not belong.
+        InputError: A model holds NaN or Inf.
     """
     rows = []
-    strangers = Strangers([model.spec for model in family.models])
     for name in family.names:
         if on_tensor:
             on_tensor(name, None)
@@ -84,18 +80,12 @@ def walk(
             try:
                 answer = on_changed(name, family.stack(name))
             except NonFinite as error:
-                raise InputError(
-                    f"tensor {name!r} of {family.models[error.model].spec} holds NaN or Inf",
-                    "expected finite weights",
-                    "that model is damaged: leave it out or copy it again",
-                ) from None
-            strangers.watch(name, family.shape(name), answer.full_rank_pairs)
+                raise damaged(name, family.models[error.model].spec) from None
         row = answer.row(name, family.shape(name), family.dtypes(name), time.perf_counter() - began)
         rows.append(row)
         logger.debug("%s: %s, %s", name, row.status, row.reason)
         if on_tensor:
             on_tensor(name, row)
-    strangers.settle()
     return rows
 
 
