@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from detune.comparison import Comparison, compare
     from detune.errors import DetuneError, InputError, OutputError
     from detune.inspection import inspect
+    from detune.kinship import Kinship, check_family
     from detune.recovery import recover, recover_matrix
     from detune.report import Report, TensorRow
     from detune.solvers import LowRank, NotRecoverable, Recovery
@@ -22,12 +23,14 @@ _HOMES = {
     "Comparison": "comparison",
     "DetuneError": "errors",
     "InputError": "errors",
+    "Kinship": "kinship",
     "LowRank": "solvers",
     "NotRecoverable": "solvers",
     "OutputError": "errors",
     "Recovery": "solvers",
     "Report": "report",
     "TensorRow": "report",
+    "check_family": "kinship",
     "compare": "comparison",
     "inspect": "inspection",
     "recover": "recovery",
@@ -38,12 +41,14 @@ __all__ = [
     "Comparison",
     "DetuneError",
     "InputError",
+    "Kinship",
     "LowRank",
     "NotRecoverable",
     "OutputError",
     "Recovery",
     "Report",
     "TensorRow",
+    "check_family",
     "compare",
     "inspect",
     "recover",

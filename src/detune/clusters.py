@@ -52,6 +52,14 @@ class Clusters:
         """The matrices in which a model is not in one group with most of the others."""
         return [name for name, groups in self.splits.items() if not _is_among(model, others, groups)]
 
+    def placed(self, places: Sequence[int]) -> "Clusters":
+        """The same with other numbers for the models: `places[i]` for i."""
+
+        def move(groups: Groups) -> Groups:
+            return tuple(tuple(places[i] for i in group) for group in groups)
+
+        return Clusters(move(self.clusters), {name: move(groups) for name, groups in self.splits.items()})
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -101,17 +109,11 @@ def select(models: Sequence[Checkpoint], need: int) -> Selection:
     for why in misfits.values():
         if why is not None and len(fitting) < need:
             raise why
-    found = find_clusters([models[i] for i in fitting])
-    clusters = tuple(tuple(fitting[i] for i in cluster) for cluster in found.clusters)
-    _require(models, clusters, found.splits, need)
-    members = clusters[0]
+    found = find_clusters([models[i] for i in fitting]).placed(fitting)
+    _require(models, found, need)
     left_out = [LeftOut(i, str(why)) for i, why in misfits.items()]
-    for place, i in enumerate(fitting):
-        if i not in members:
-            foreign = found.foreign(place, found.clusters[0])
-            why_not = stranger_reason(models, i, members[0], foreign)
-            left_out.append(LeftOut(i, f"{where(foreign, len(found.splits))}; {why_not}"))
-    return Selection(members, tuple(sorted(left_out, key=lambda row: row.model)))
+    left_out += [LeftOut(i, why_left_out(models, found, i)) for cluster in found.clusters[1:] for i in cluster]
+    return Selection(found.clusters[0], tuple(sorted(left_out, key=lambda row: row.model)))
 
 
 def best_reference(models: Sequence[Checkpoint]) -> tuple[int, tuple[int, ...]]:
@@ -133,7 +135,7 @@ def find_clusters(models: Sequence[Checkpoint], names: Sequence[str] | None = No
     Raises:
         InputError: A model holds NaN or Inf.
     """
-    telling = [name for name in (names or models[0].tensors) if tells(models[0], name)]
+    telling = [name for name in (models[0].tensors if names is None else names) if tells(models[0], name)]
     step = max(1, len(telling) // LOOKED_AT)
     splits = {name: split_tensor(models, name) for name in telling[::step][:LOOKED_AT]}
     if not _unanimous(splits, len(models)):
@@ -167,26 +169,27 @@ def why_foreign(models: Sequence[Checkpoint], model: int, member: int, name: str
     return resemble(stranger, reference)
 
 
-def stranger_reason(models: Sequence[Checkpoint], model: int, member: int, foreign: Sequence[str]) -> str:
-    """In a sentence, why a model does not belong, by what most of some matrices say."""
+def why_left_out(models: Sequence[Checkpoint], found: Clusters, model: int) -> str:
+    """In a sentence, why a model is not in the largest cluster, by what most of some matrices say."""
+    member = found.clusters[0][0]
+    # Where the members of a loose cluster disagree among each other, the first of them stands for it.
+    foreign = found.foreign(model, found.clusters[0]) or found.foreign(model, [member])
     step = max(1, len(foreign) // ASKED_WHY)
-    found = [why_foreign(models, model, member, name) for name in foreign[::step][:ASKED_WHY]]
-    cause = Counter(resemblance.cause for resemblance in found).most_common(1)[0][0]
-    of_cause = [resemblance for resemblance in found if resemblance.cause is cause]
-    middle = sorted(of_cause, key=lambda r: r.relative_difference)[len(of_cause) // 2]
+    seen = [why_foreign(models, model, member, name) for name in foreign[::step][:ASKED_WHY]]
+    cause = Counter(resemblance.cause for resemblance in seen).most_common(1)[0][0]
+    of_cause = sorted((r for r in seen if r.cause is cause), key=lambda r: r.relative_difference)
+    middle = of_cause[len(of_cause) // 2]
     return (
+        f"differs from the others at full rank in {len(foreign)} of {len(found.splits)} matrices, "
+        f"first {foreign[0]!r}; "
         f"{STRANGER[cause]}: its weights differ by {middle.relative_difference:.2g} of their size, "
         f"cosine {middle.cosine:.2f}"
     )
 
 
-def where(foreign: Sequence[str], looked_at: int) -> str:
-    """Where a model differs."""
-    return f"differs from the others at full rank in {len(foreign)} of {looked_at} matrices, first {foreign[0]!r}"
-
-
-def _require(models: Sequence[Checkpoint], clusters: Groups, splits: dict[str, Groups], need: int) -> None:
+def _require(models: Sequence[Checkpoint], found: Clusters, need: int) -> None:
     """Refuse where no cluster is large enough, or two are equally large."""
+    clusters, splits = found.clusters, found.splits
     largest = [cluster for cluster in clusters if len(cluster) == len(clusters[0])]
     if len(largest) == 1 and len(largest[0]) >= need:
         return

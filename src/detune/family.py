@@ -95,11 +95,17 @@ class Family(Models):
 
     def is_shared(self, name: str) -> bool:
         """Whether all models hold the same bytes, read block by block up to the first difference."""
-        return self.n > 1 and len(set(self.dtypes(name))) == 1 and _same_bytes(self.models, name)
+        return is_shared(self.models, name)
 
     def stack(self, name: str) -> tuple[Tensor, ...]:
         """The tensor of every model, in stored dtype and shape."""
         return tuple(model.read(name) for model in self.models)
+
+
+def is_shared(models: Sequence[Checkpoint], name: str) -> bool:
+    """Whether models, two at least, hold the same bytes of a tensor that has one shape in all of them."""
+    dtypes = {model.tensors[name].dtype for model in models}
+    return len(models) > 1 and len(dtypes) == 1 and _same_bytes(models, name)
 
 
 def damaged(name: str, spec: str) -> InputError:

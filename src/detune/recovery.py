@@ -210,7 +210,8 @@ def _solve_group(stack: Stack, group: tuple[int, ...], solver: Solver, rank: int
     kept = Stack(tuple(stack.matrices[i] for i in group), stack.dtype, stack.device)
     answer, weight = _solve_matrix(kept, solver, rank)
     others = [i for i in range(stack.n) if i not in group]
-    reason = f"{answer.reason}; without model{'s' * (len(others) > 1)} {', '.join(map(str, others))}, full rank here"
+    listed = f"model{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
+    reason = f"{answer.reason}; without {listed} of the {stack.n} used: full rank here"
     found = dict(zip(group, answer.ranks, strict=True)) if answer.ranks else {}
     ranks = tuple(found.get(i, min(stack.shape)) for i in range(stack.n)) if found else ()
     return replace(answer, reason=reason, ranks=ranks), weight

@@ -13,7 +13,9 @@ from detune.report import Report, Status, TensorRow
 
 if TYPE_CHECKING:
     from detune.bench.results import CellResult
+    from detune.changes import ChangedTensor
     from detune.comparison import Comparison
+    from detune.kinship import Kinship
 
 
 class _Named(Protocol):
@@ -56,6 +58,9 @@ def show_report(report: Report, out: Path | None = None) -> None:
         )
     if changed:
         console.print(table)
+    for model in report.inputs:
+        if model.left_out is not None:
+            console.print(f"left out {model.spec}: {model.left_out}", highlight=False, soft_wrap=True)
     for status, count in report.counts.items():
         plain = "not recoverable" if out is None and status is Status.NOT_RECOVERABLE else MEANING[status]
         console.print(f"{count} tensor{'s' * (count != 1)} {plain}", highlight=False)
@@ -65,6 +70,29 @@ def show_report(report: Report, out: Path | None = None) -> None:
     if out is not None:
         took = f"wrote {out} in {report.seconds:.1f} s"
         console.print(f"{took}; the whole report is {out / 'detune.json'}", soft_wrap=True)
+
+
+def show_kinship(kinship: "Kinship") -> None:
+    """Print a line for each model, one for each kind of tensor that differs, and the verdict."""
+    console = Console(markup=False, highlight=False)
+    for model in kinship.models:
+        source = "-" if model.cluster is None else chr(ord("A") + model.cluster)
+        console.print(f"{source}  {'' if model.belongs else 'NOT '}{model.spec}: {model.reason}", soft_wrap=True)
+        for (pattern, cause), tensors in _by_kind(model.foreign, lambda tensor: tensor.cause).items():
+            console.print(f"     {pattern}{f' ×{len(tensors)}' * (len(tensors) > 1)}: {cause}", soft_wrap=True)
+    table = Table("tensor", "shape", "ranks", "recoverable", box=None, pad_edge=False)
+    for (pattern, _), rows in _by_kind(kinship.tensors, lambda row: (row.shape, row.enough)).items():
+        table.add_row(
+            f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
+            "×".join(map(str, rows[0].shape)),
+            _member_ranks(rows),
+            "yes" if rows[0].enough else f"no: {rows[0].reason}",
+        )
+    if kinship.tensors:
+        console.print(table)
+    if kinship.shared:
+        console.print(f"{kinship.shared} tensor{'s' * (kinship.shared != 1)} identical in all of the family")
+    console.print(kinship.verdict, soft_wrap=True)
 
 
 def show_comparison(comparison: "Comparison") -> None:
@@ -166,6 +194,16 @@ def _ranks(rows: list[TensorRow]) -> str:
     by_model = zip(*(row.ranks for row in rows if row.ranks), strict=False)
     spans = [f"{min(r)}" if min(r) == max(r) else f"{min(r)}-{max(r)}" for r in by_model]
     return spans[0] if spans and len(set(spans)) == 1 else ", ".join(spans)
+
+
+def _member_ranks(rows: "Sequence[ChangedTensor]") -> str:
+    """The ranks of each member over tensors of a kind; a dash where its tensor is not the family's."""
+    spans = []
+    for ranks in zip(*(row.ranks for row in rows if row.ranks), strict=False):
+        known = [rank for rank in ranks if rank is not None]
+        low, high = min(known, default=None), max(known, default=None)
+        spans.append("-" if low is None else f"{low}" if low == high else f"{low}-{high}")
+    return ", ".join(spans)
 
 
 def _largest(values: Iterable[float | None]) -> str:

@@ -12,7 +12,7 @@ import click
 import detune
 from detune.cli.bench import bench
 from detune.cli.options import METHODS
-from detune.cli.recovery import compare, demo, inspect, recover
+from detune.cli.recovery import compare, demo, family, inspect, recover
 from detune.errors import DetuneError
 
 __all__ = ["METHODS", "cli", "main"]
@@ -34,7 +34,7 @@ def cli(verbose: int) -> None:
         os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
 
-for command in (recover, inspect, compare, demo, bench):
+for command in (recover, inspect, family, compare, demo, bench):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""The main job: `recover`, `inspect`, `compare`, and the demonstration."""
+"""The main job: `recover`, `inspect`, `family`, `compare`, and the demonstration."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +79,25 @@ def inspect(models: tuple[str, ...], rank: int | None, device: str, merge_dtype:
             on_tensor=on_tensor,
         )
     click.echo(report.to_json(), nl=False) if as_json else show_report(report)
+
+
+@click.command()
+@models_argument
+@device_option
+@merge_option
+@json_option
+def family(models: tuple[str, ...], device: str, merge_dtype: str, as_json: bool) -> None:
+    """Show which models share a source, which do not and why, and whether that is enough. Writes nothing."""
+    from detune.terminal import show_kinship
+
+    with _progress(quiet=as_json) as on_tensor:
+        kinship = detune.check_family(
+            models,
+            device=device_of(device),
+            merge_dtype=merge_dtype_of(merge_dtype),
+            on_tensor=lambda name: on_tensor(name, None),
+        )
+    click.echo(kinship.to_json(), nl=False) if as_json else show_kinship(kinship)
 
 
 @click.command()

@@ -94,7 +94,7 @@ def find_spaces(differences: Differences, rank: int | None = None, seed: int = 0
     """
     stack = differences.stack
     out, columns = stack.shape
-    ranks = _check(differences, rank)
+    ranks = check_conditions(differences, rank)
     rows = intersect(differences, ranks) if _widest_triple(ranks) <= columns else None
     if rows is not None and (rows.separation >= GOOD_SEPARATION or _widest_triple(ranks) > out):
         return rows
@@ -134,8 +134,14 @@ def _widest_triple(ranks: tuple[int, ...]) -> int:
     return max(ranks[i - 1] + ranks[i] + ranks[(i + 1) % n] for i in range(n))
 
 
-def _check(differences: Differences, rank: int | None) -> tuple[int, ...]:
-    """The ranks to work with, if the conditions hold."""
+def check_conditions(differences: Differences, rank: int | None = None) -> tuple[int, ...]:
+    """The ranks to work with, if the conditions of `Intersect` hold.
+
+    Raises:
+        NotRecoverable: Fewer than three models.
+        NotLowRank: A difference has full rank.
+        Unsplittable: The ranks are too high for the matrix.
+    """
     stack = differences.stack
     out, columns = stack.shape
     if stack.n < 3:
