@@ -176,7 +176,10 @@ def why_left_out(models: Sequence[Checkpoint], found: Clusters, model: int) -> s
     foreign = found.foreign(model, found.clusters[0]) or found.foreign(model, [member])
     step = max(1, len(foreign) // ASKED_WHY)
     seen = [why_foreign(models, model, member, name) for name in foreign[::step][:ASKED_WHY]]
-    cause = Counter(resemblance.cause for resemblance in seen).most_common(1)[0][0]
+    causes = Counter(resemblance.cause for resemblance in seen)
+    # A permutation is never found by chance, and easily missed: one that is found decides.
+    moved = [cause for cause, _ in causes.most_common() if cause not in (Cause.FULL, Cause.UNRELATED)]
+    cause = moved[0] if moved else causes.most_common(1)[0][0]
     of_cause = sorted((r for r in seen if r.cause is cause), key=lambda r: r.relative_difference)
     middle = of_cause[len(of_cause) // 2]
     return (

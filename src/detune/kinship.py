@@ -210,8 +210,10 @@ def _verdict(known: _Sorted, tensors: Sequence[ChangedTensor]) -> tuple[bool, st
         return False, f"{size} of {n} models share a source: recovery needs {ENOUGH}"
     matrices = [row for row in tensors if len(row.shape) > 1]
     lost = [row.name for row in matrices if not row.enough]
-    vectors = sum(not row.enough for row in tensors) - len(lost)
-    also = f"; {vectors} vector{'s' * (vectors > 1)} can only be averaged" if vectors else ""
+    others = sum(not row.enough for row in tensors) - len(lost)
+    also = f"; {others} that {'is no matrix' if others == 1 else 'are no matrices'} can be averaged or copied" * (
+        others > 0
+    )
     source = f"{size} of {n} models share a source"
     if lost:
         good = len(matrices) - len(lost)

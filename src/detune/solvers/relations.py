@@ -13,7 +13,7 @@ every direction. What decides is the whole spectrum of the difference, on some o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -58,15 +58,17 @@ class Relation:
 
     Attributes:
         kind: The verdict.
-        rank: Of the part that stands over the storage noise.
+        rank: Of the part that stands over the storage noise, roughly.
         left: Mean square of the rest, in units of the storage noise's variance.
         crowd: Share of the singular values within a factor of 3 above the noise.
+        coarse: Judged by the noise of a coarser dtype than one is stored in, which its values would fit in.
     """
 
     kind: Kind
     rank: int = 0
     left: float = 0.0
     crowd: float = 0.0
+    coarse: bool = False
 
 
 def relate(first: Tensor, second: Tensor, seed: int = 0) -> Relation:
@@ -106,15 +108,16 @@ def split(matrices: Sequence[Tensor], seed: int = 0) -> tuple[tuple[int, ...], .
         NonFinite: One holds NaN or Inf where it was looked at.
     """
     for i, matrix in enumerate(matrices):
-        if not bool(torch.isfinite(sample(matrix, FIRST_SAMPLE, seed)).all()):
+        if not bool(torch.isfinite(sample(matrix, FIRST_SAMPLE, seed).double()).all()):
             raise NonFinite(i)
     groups: list[list[int]] = []
     # Versions with little storage noise first: a coarse one could hide what sets two fine ones apart.
-    for i in sorted(range(len(matrices)), key=lambda i: torch.finfo(matrices[i].dtype).eps):
+    eps = [torch.finfo(rounded_to(sample(matrix, FIRST_SAMPLE, seed))).eps for matrix in matrices]
+    for i in sorted(range(len(matrices)), key=lambda i: eps[i]):
         related = [(relate(matrices[group[0]], matrices[i], seed), group) for group in groups]
-        low = [(relation.left, group) for relation, group in related if relation.kind is not Kind.FULL_RANK]
+        low = [pair for pair in related if pair[0].kind is not Kind.FULL_RANK]
         if low:
-            min(low, key=lambda pair: pair[0])[1].append(i)
+            min(low, key=lambda pair: (pair[0].coarse, pair[0].left))[1].append(i)
         else:
             groups.append([i])
     return tuple(sorted((tuple(sorted(group)) for group in groups), key=lambda group: (-len(group), group)))
@@ -138,22 +141,26 @@ def _relate(samples: Sequence[Tensor]) -> Relation:
     difference = second - first
     if not bool(difference.any()):
         return Relation(Kind.SAME)
-    dtypes = [_rounded_to(matrix) for matrix in samples]
-    # Coarse values in a finer dtype: rounded on the way, or a base of that dtype that was left as it was.
-    finer = [matrix.dtype if dtypes[1 - i].itemsize > 2 else dtypes[i] for i, matrix in enumerate(samples)]
-    relation = _spectrum(difference, [matrix.to(dtype) for matrix, dtype in zip(samples, finer, strict=True)])
-    if relation.kind is Kind.FULL_RANK and finer != dtypes:
-        coarse = _spectrum(difference, [matrix.to(dtype) for matrix, dtype in zip(samples, dtypes, strict=True)])
-        if coarse.kind is not Kind.FULL_RANK and coarse.left > 1 / 2:
-            return coarse
+    stored = [matrix.dtype for matrix in samples]
+    rounded = [rounded_to(matrix) for matrix in samples]
+    # Both on a coarse grid: that was the rounding. One alone may be a base of that dtype that was left as it was.
+    relation = _spectrum(difference, samples, rounded if all(dtype.itemsize <= 2 for dtype in rounded) else stored)
+    if relation.kind is Kind.FULL_RANK and rounded != stored:
+        relation = _spectrum(difference, samples, rounded)
+        return replace(relation, coarse=True)
     return relation
 
 
-def _spectrum(difference: Tensor, rounded: Sequence[Tensor]) -> Relation:
+def _spectrum(difference: Tensor, samples: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Relation:
     """The verdict from the singular values of the difference, scaled to noise of variance 1."""
-    rounding = max(PRODUCT_ROUNDING.get(matrix.dtype, 0.5) * torch.finfo(matrix.dtype).eps for matrix in rounded)
-    variance = sum((storage_variance(matrix) for matrix in rounded), torch.zeros_like(difference))
-    variance += rounding**2 * difference.square().mean()
+    variance = torch.zeros_like(difference)
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    for matrix, dtype in zip(samples, dtypes, strict=True):
+        # Of two dtypes the coarser may have been rounded twice: the base was converted to it, and then the merge.
+        times = 2 if dtypes[0] != dtypes[1] and torch.finfo(dtype).eps == coarsest else 1
+        variance += times * storage_variance(matrix.to(dtype))
+    product = max(PRODUCT_ROUNDING.get(dtype, 0.5) * torch.finfo(dtype).eps for dtype in dtypes)
+    variance += product**2 * difference.square().mean()
     rows, columns = variance.mean(dim=1, keepdim=True), variance.mean(dim=0, keepdim=True) / variance.mean()
     scale = (rows * columns).sqrt()
     noise = (variance / scale.square()).mean().sqrt()
@@ -176,9 +183,9 @@ def _judge(values: Tensor, p: int, q: int) -> Relation:
     return Relation(Kind.LOW_RANK if rank else Kind.SAME, rank, left, crowd)
 
 
-def _rounded_to(matrix: Tensor) -> torch.dtype:
-    """The coarsest dtype that holds these values exactly."""
+def rounded_to(matrix: Tensor) -> torch.dtype:
+    """The coarsest of bfloat16, float16 and its own dtype that holds these values exactly."""
     for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(matrix.to(dtype).to(matrix.dtype), matrix):
+        if matrix.dtype.itemsize > 1 and torch.equal(matrix.to(dtype).to(matrix.dtype), matrix):
             return dtype
     return matrix.dtype
