@@ -20,6 +20,7 @@ COMMANDS = {
     "random_matrices": [],
     "closed_form": ["--iterations", "60"],
     "checkpoint": [],
+    "family": [],
 }
 INTRODUCTION = """# Benchmarks
 

@@ -25,7 +25,7 @@ LOOKED_AT = 12
 ASKED_WHY = 5
 # A base's matrix, told of a model that is not of the family.
 STRANGER = {
-    Cause.FULL: "it was fine-tuned in full, or by adapters of too high a rank",
+    Cause.FULL: "it or its base was fine-tuned in full, or by adapters of too high a rank",
     Cause.UNRELATED: "it has another base",
     Cause.ROWS: "it has the same base with its neurons or heads in another order",
     Cause.COLUMNS: "it has the same base with its neurons or heads in another order",
