@@ -1,0 +1,147 @@
+"""What the models' rounding intervals say of one entry of the base, and of that entry of every `M_i`.
+
+Model i holds `low_i < W + M_i < high_i`. With `M_i ~ N(m_i, v_i)` from the rest of its matrix, and W on a grid, the
+probability of a grid point g is
+
+    p(g) = product_i P(low_i - g < M_i < high_i - g),
+
+and the posterior of `M_i` the mixture of its truncated normals. Where the grid is finer than the intervals, W is as
+good as continuous, and one Newton iteration for its mode takes the sum's place.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detune.solvers.grid import nearest, spacing
+from detune.solvers.truncated import truncated_normal
+
+# How many standard deviations of M_i the search for grid points allows beyond the interval's ends.
+SLACK = 4.0
+# Grid points looked at on each side of the middle: as many as the intervals leave, or the entry is continuous.
+REACHES = (0, 1, 4)
+NEWTON_STEPS = 3
+
+
+class Posterior(NamedTuple):
+    """Of `entries` entries of W and of the n `M_i`, all float64.
+
+    Attributes:
+        weight: The most likely value of W, `(entries,)`.
+        doubt: The probability that it is not that one; 1 where W is continuous.
+        variance: Expected squared error of the weight.
+        delta: Mean of each `M_i`, `(n, entries)`.
+        delta_variance: Its variance.
+    """
+
+    weight: Tensor
+    doubt: Tensor
+    variance: Tensor
+    delta: Tensor
+    delta_variance: Tensor
+
+
+def posterior(
+    low: Tensor, high: Tensor, m: Tensor, v: Tensor, grid: torch.dtype | None, least_reach: int = 0
+) -> Posterior:
+    """The posterior of each entry by itself.
+
+    Args:
+        low: Lower ends of the models' intervals, `(n, entries)`, float64.
+        high: Upper ends.
+        m: What the rest of its matrix says of each `M_i`.
+        v: The variance of that.
+        grid: The dtype that W lies on; None is no grid.
+        least_reach: Grid points to look at on each side where one alone is feasible: 0 takes it as it is, and `doubt`
+            is 0 there.
+    """
+    ends = _feasible(low, high, m, v)
+    middle = ends.mean(dim=0)
+    reach = torch.full_like(middle, REACHES[-1] + 1)
+    step = torch.ones_like(middle)
+    if grid is not None:
+        # The finest step between the ends: next to zero there is no end of grid points.
+        smallest = torch.where(ends[0] * ends[1] < 0, 0.0, ends.abs().amin(dim=0))
+        step = spacing(smallest, grid)
+        middle = nearest(middle, grid)
+        reach = torch.ceil(((ends - middle).abs().amax(dim=0) - step) / step).clamp(min=least_reach)
+    parts = Posterior(*(torch.empty_like(t) for t in (middle, middle, middle, m, m)))
+    below = -1.0
+    for most in (*REACHES, None):
+        chosen = reach > below if most is None else (reach > below) & (reach <= most)
+        below = below if most is None else float(most)
+        where = chosen.nonzero().squeeze(1)
+        if not len(where):
+            continue
+        arguments = (low[:, where], high[:, where], m[:, where], v[:, where])
+        if most is None or grid is None:
+            found = _continuous(*arguments, grid)
+        else:
+            points = middle[where] + step[where] * torch.arange(-most, most + 1, device=low.device)[:, None]
+            found = _discrete(*arguments, nearest(points, grid))
+        for whole, part in zip(parts, found, strict=True):
+            whole[..., where] = part
+    return parts
+
+
+def _feasible(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    """The ends between which W must lie, `(2, entries)`; where the models contradict each other, around their mean."""
+    slack = SLACK * v.sqrt()
+    ends = torch.stack([(low - m - slack).amax(dim=0), (high - m + slack).amin(dim=0)])
+    mean, variance = _gaussian(low, high, m, v)
+    spread = SLACK * variance.sqrt()
+    return torch.where(ends[0] < ends[1], ends, torch.stack([mean - spread, mean + spread]))
+
+
+def _gaussian(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of W with the intervals taken as normal noise of their variance."""
+    precision = 1 / (v + (high - low).square() / 12)
+    total = precision.sum(dim=0)
+    return (precision * ((low + high) / 2 - m)).sum(dim=0) / total, 1 / total
+
+
+def _discrete(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tensor) -> Posterior:
+    """W is one of `points`, `(candidates, entries)`."""
+    std = v.sqrt()
+    moments = truncated_normal(low - points[:, None], high - points[:, None], m, std)
+    log_p = moments.log_probability.sum(dim=1)
+    # Where the step halves at a power of two, two candidates round to one point.
+    log_p[1:].masked_fill_(points[1:] == points[:-1], -torch.inf)
+    p = torch.softmax(log_p, dim=0)
+    best = p.argmax(dim=0, keepdim=True)
+    weight = points.gather(0, best)[0]
+    others = p.scatter(0, best, 0.0)
+    delta = (p[:, None] * moments.mean).sum(dim=0)
+    delta_variance = (p[:, None] * (moments.variance + (moments.mean - delta).square())).sum(dim=0)
+    return Posterior(
+        weight, others.sum(dim=0), (others * (points - weight).square()).sum(dim=0), delta, delta_variance
+    )
+
+
+def _continuous(low: Tensor, high: Tensor, m: Tensor, v: Tensor, grid: torch.dtype | None) -> Posterior:
+    """W is any number: Newton's iteration for its mode, each `M_i` seen through what the other models say of it."""
+    std = v.sqrt()
+    w, _ = _gaussian(low, high, m, v)
+    for _ in range(NEWTON_STEPS):
+        information, target = _site(low - m, high - m, w, std)
+        total = information.sum(dim=0).clamp(min=1e-300)
+        w = (information * target).sum(dim=0) / total
+    others = (total - information).clamp(min=1e-300)
+    without = (total * w - information * target) / others
+    # y = W + M_i is in its interval; what that changes of y is shared between W and M_i by their variances.
+    spread = v + 1 / others
+    moments = truncated_normal(low, high, m + without, spread.sqrt())
+    gain = v / spread
+    delta = m + gain * (moments.mean - m - without)
+    variance = 1 / total
+    if grid is not None:
+        w = nearest(w, grid)
+    return Posterior(w, torch.ones_like(w), variance, delta, v - gain * v * (1 - moments.variance / spread))
+
+
+def _site(low: Tensor, high: Tensor, w: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """The likelihood of w as a normal: its precision, and its mean."""
+    moments = truncated_normal(low, high, w, std)
+    shrunk = (1 - moments.variance / std.square()).clamp(min=1e-9)
+    return shrunk / std.square(), w + (moments.mean - w) / shrunk
