@@ -4,18 +4,30 @@ This layer knows files only. Nothing here computes with weights, except for the 
 """
 
 from detune.checkpoints.adapters import MergedCheckpoint
+from detune.checkpoints.atomic import check_new, new_directory, new_file
 from detune.checkpoints.lora import Lora, LoraLayer, open_lora
+from detune.checkpoints.modules import Kind, Place, find_places
+from detune.checkpoints.peft_writer import PeftLayer, PeftWriter, peft_layer
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile, open_checkpoint
 from detune.checkpoints.writer import CheckpointWriter
 
 __all__ = [
     "Checkpoint",
     "CheckpointWriter",
+    "Kind",
     "Lora",
     "LoraLayer",
     "MergedCheckpoint",
+    "PeftLayer",
+    "PeftWriter",
+    "Place",
     "TensorInfo",
     "WeightFile",
+    "check_new",
+    "find_places",
+    "new_directory",
+    "new_file",
     "open_checkpoint",
     "open_lora",
+    "peft_layer",
 ]

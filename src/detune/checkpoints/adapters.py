@@ -18,10 +18,10 @@ from types import MappingProxyType
 import torch
 
 from detune.checkpoints.blocks import copy_block, file_hash
-from detune.checkpoints.lora import FLOATS, Lora, PlacedFactors
+from detune.checkpoints.lora import FLOATS, Lora
 from detune.checkpoints.source import Checkpoint
 
-__all__ = ["MergedCheckpoint"]
+__all__ = ["MergedCheckpoint", "merge"]
 
 
 class MergedCheckpoint(Checkpoint):
@@ -84,11 +84,15 @@ class MergedCheckpoint(Checkpoint):
         dtype = self.tensors[name].dtype
         weight = self._base.read(name) if factors.base_layer is None else adapter.read(factors.base_layer)
         weight = weight.to(self._base.tensors[name].dtype).to(dtype)
-        compute_dtype = torch.float64 if dtype is torch.float64 else torch.float32
-        A, B = (adapter.read(key).to(compute_dtype) for key in (factors.A, factors.B))
-        delta = _delta(A, B, placed)
-        weight += delta.to(dtype) if factors.is_embedding else delta
-        return weight
+        A, B = (adapter.read(key) for key in (factors.A, factors.B))
+        return merge(
+            weight,
+            A,
+            B,
+            scaling=factors.scaling,
+            transposed=placed.transposed,
+            is_embedding=factors.is_embedding,
+        )
 
     def read_bytes(
         self, name: str, start: int = 0, length: int | None = None, out: memoryview | None = None
@@ -127,12 +131,39 @@ class MergedCheckpoint(Checkpoint):
         return self._base.side_files()
 
 
-def _delta(A: torch.Tensor, B: torch.Tensor, placed: PlacedFactors) -> torch.Tensor:
+def merge(
+    weight: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    scaling: float = 1.0,
+    transposed: bool = False,
+    is_embedding: bool = False,
+) -> torch.Tensor:
+    """Merge one layer as PEFT does, to the last bit.
+
+    Args:
+        weight: The base's, in the dtype to merge in. It is changed in place.
+        A: `(r, in)`, or `(r, in, *kernel)`.
+        B: `(out, r)`, or `(out, r, 1, ...)`.
+        scaling: What `B @ A` is multiplied by.
+        transposed: Whether the weight is `(in, out)`.
+        is_embedding: Whether the layer is an embedding, where PEFT rounds the product before it adds it.
+
+    Returns:
+        `weight`.
+    """
+    compute_dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    delta = _delta(A.to(compute_dtype), B.to(compute_dtype), scaling, transposed)
+    weight += delta.to(weight.dtype) if is_embedding else delta
+    return weight
+
+
+def _delta(A: torch.Tensor, B: torch.Tensor, scaling: float, transposed: bool) -> torch.Tensor:
     # Each product is written exactly as PEFT writes it: another order of operations gives other bits.
-    scaling = placed.factors.scaling
     if A.ndim == 2:
         product = B @ A
-        return (product.T if placed.transposed else product) * scaling
+        return (product.T if transposed else product) * scaling
     if A.shape[2:] == (1, 1):
         product = B.squeeze(3).squeeze(2) @ A.squeeze(3).squeeze(2)
         return product.unsqueeze(2).unsqueeze(3) * scaling
