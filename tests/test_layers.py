@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "detune"
 
 # From low to high. Packages and modules of one row do not know each other, but for those of PIPELINE.
-PIPELINE = {"changes", "clusters", "comparison", "family", "inspection", "kinship", "recovery", "report", "walk"}
+PIPELINE = {"changes", "clusters", "comparison", "extraction", "family", "inspection", "kinship", "recovery", "report", "walk"}
 LAYERS = (
     {"errors"},
     {"training"},

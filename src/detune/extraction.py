@@ -1,0 +1,359 @@
+"""Each model's LoRA, as a PEFT adapter of a base that is known."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from detune.checkpoints import Checkpoint, PeftWriter, Place, find_places, new_directory, open_checkpoint, peft_layer
+from detune.clusters import STRANGER, find_clusters, why_foreign
+from detune.errors import InputError
+from detune.family import Family, damaged
+from detune.metrics import bit_identical, ulps
+from detune.report import versions
+from detune.solvers import LowRank, NonFinite, NotLowRank
+from detune.solvers.adapter import fit_adapter
+from detune.walk import OnTensor, matricise
+
+
+class Kept(StrEnum):
+    """Where a tensor that a model changed went."""
+
+    LORA = "LoRA"
+    """Into a pair of factors."""
+    WHOLE = "whole"
+    """Into the adapter as it is: a bias, a norm, a head."""
+    NOISE = "not kept"
+    """Nowhere: it differs from the base's by storage noise alone."""
+    LEFT_OUT = "left out"
+    """Nowhere: PEFT has no place for it."""
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One tensor of one model, where it differs from the base's.
+
+    Attributes:
+        model: The name of its adapter.
+        name: The tensor's qualified name.
+        shape: Its shape.
+        kept: Where the difference went.
+        rank: Of the LoRA; 0 where there is none.
+        identical: Share of the entries that base and adapter, merged by PEFT, give back bit for bit.
+        largest_ulps: The largest deviation of the others, in units in the last place of the model's entry.
+            It is large in entries near zero, whose units are small.
+        largest_deviation: The largest as a number.
+        reason: Why it was not kept as a LoRA; empty where it was.
+    """
+
+    model: str
+    name: str
+    shape: tuple[int, ...]
+    kept: Kept
+    rank: int
+    identical: float
+    largest_ulps: int
+    largest_deviation: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What `extract` did.
+
+    Attributes:
+        base: What the adapters are loaded onto.
+        models: The models as given, by the name of their adapter.
+        rows: Each tensor of each model that differs from the base's, in file order.
+        entries: Of one model, over all of its tensors.
+        seconds: Wall time.
+    """
+
+    base: str
+    models: dict[str, str]
+    rows: tuple[AdapterRow, ...]
+    entries: int
+    seconds: float
+
+    @property
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """For each adapter: its ranks, and how closely the merge gives the model back."""
+        return {model: self._summary([row for row in self.rows if row.model == model]) for model in self.models}
+
+    def _summary(self, rows: Sequence[AdapterRow]) -> dict[str, Any]:
+        sizes = [math.prod(row.shape) for row in rows]
+        deviating = sum((1 - row.identical) * size for row, size in zip(rows, sizes, strict=True))
+        return {
+            "changed": len(rows),
+            **{str(kept): sum(row.kept is kept for row in rows) for kept in Kept},
+            "ranks": sorted({row.rank for row in rows if row.rank}),
+            "identical_of_changed": 1 - deviating / sum(sizes) if rows else 1.0,
+            "identical": 1 - deviating / self.entries if self.entries else 1.0,
+            "largest_ulps": max((row.largest_ulps for row in rows), default=0),
+            "largest_deviation": max((row.largest_deviation for row in rows), default=0.0),
+        }
+
+    def to_json(self) -> str:
+        """All of it, as it is written to `detune.json`."""
+        content = {"versions": versions()} | asdict(self) | {"summary": self.summary}
+        return json.dumps(content, indent=1) + "\n"
+
+
+def extract(
+    models: Sequence[str | Path],
+    out: str | Path,
+    *,
+    base: str | Path,
+    rank: int | None = None,
+    device: torch.device | str | None = None,
+    on_tensor: OnTensor | None = None,
+) -> Extraction:
+    """Write the LoRA of each model as a PEFT adapter of the base, `out/MODEL`.
+
+    Base and adapter merged by PEFT (`merge_and_unload`) give the model back as closely as float32 factors of the
+    adapter's rank can; the result says how closely. What changed at no low rank is kept whole in the adapter, where
+    PEFT has a place for it. One tensor's stack is in memory at a time.
+
+    Args:
+        models: Merged checkpoints, as `detune.checkpoints.open_checkpoint` takes them.
+        out: The directory to make.
+        base: What they were fine-tuned from, or what `recover` made of them.
+        rank: The most that an adapter's rank can be; None finds the rank of each.
+        device: Where to compute; None is the CPU.
+        on_tensor: For progress: called with the name of each tensor when it is begun.
+
+    Returns:
+        A row for each tensor that a model changed, also written to `out/detune.json`.
+
+    Raises:
+        InputError: A model cannot be read, does not fit the base, or was not fine-tuned from it by LoRA.
+        OutputError: `out` exists, or cannot be written.
+
+    Example:
+        >>> extraction = extract(["ft-a", "ft-b"], "adapters", base="recovered")  # doctest: +SKIP
+        >>> PeftModel.from_pretrained(model, "adapters/ft-a")  # doctest: +SKIP
+    """
+    with open_checkpoint(base) as opened, Family([opened, *models]) as family:
+        fine_tunes = family.models[1:]
+        require_base(opened, fine_tunes)
+        with extracting(fine_tunes, out, base=_reference(base), rank=rank, device=device) as extractor:
+            for name in family.names:
+                if on_tensor:
+                    on_tensor(name, None)
+                if not family.is_shared(name):
+                    stored, *tensors = family.stack(name)
+                    extractor.take(name, stored, tensors)
+            extraction = extractor.finish()
+            if not any(row.kept is Kept.LORA for row in extraction.rows):
+                raise InputError(
+                    f"no model has a LoRA of {opened.spec}",
+                    f"none of {len(extraction.rows)} changed tensors differs at low rank",
+                    "give the base they were fine-tuned from",
+                )
+    return extraction
+
+
+def require_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    """Refuse a base from which a model differs at full rank.
+
+    Raises:
+        InputError: It is not the base of a model.
+    """
+    for model in models:
+        pair = (base, model)
+        found = find_clusters(pair)
+        if len(found.clusters) == 1:
+            continue
+        foreign = found.foreign(1, (0,))
+        resemblance = why_foreign(pair, 1, 0, foreign[len(foreign) // 2])
+        raise InputError(
+            f"{base.spec} is not the base of {model.spec}",
+            f"they differ at full rank in {len(foreign)} of {len(found.splits)} matrices, first {foreign[0]!r}",
+            f"{STRANGER[resemblance.cause]} (cosine {resemblance.cosine:.2f}): give the base that it was fine-tuned "
+            "from by LoRA",
+        )
+
+
+@contextmanager
+def extracting(
+    models: Sequence[Checkpoint],
+    out: str | Path,
+    *,
+    base: str,
+    rank: int | None = None,
+    device: torch.device | str | None = None,
+) -> Iterator["Extractor"]:
+    """Make `out` with an adapter for each model, when the block ends normally.
+
+    Args:
+        models: The fine-tuned models; the first tells what the tensors are.
+        out: The directory to make.
+        base: What the adapters will be loaded onto.
+        rank: The most that an adapter's rank can be.
+        device: Where to compute.
+
+    Yields:
+        What takes the tensors.
+
+    Raises:
+        OutputError: `out` exists, or cannot be written.
+    """
+    with new_directory(out) as partial:
+        yield Extractor(models, partial, base, rank, device)
+
+
+class Extractor:
+    """Takes a family tensor by tensor and writes an adapter for each model. Made by `extracting`."""
+
+    def __init__(
+        self,
+        models: Sequence[Checkpoint],
+        directory: Path,
+        base: str,
+        rank: int | None,
+        device: torch.device | str | None,
+    ) -> None:
+        self._models = tuple(models)
+        self._names = adapter_names([model.spec for model in models])
+        self._directory = directory
+        self._base = base
+        self._rank = rank
+        self._device = device
+        self._places: dict[str, Mapping[str, Place]] = {}
+        self._writers: dict[tuple[int, str], PeftWriter] = {}
+        self._rows: list[AdapterRow] = []
+        # What is kept whole, as it would stand if PEFT cannot take it after all.
+        self._as_base: dict[tuple[str, str], AdapterRow] = {}
+        self._started = time.perf_counter()
+
+    def take(self, name: str, base: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Add one tensor to every adapter whose model changed it.
+
+        Args:
+            name: Its qualified name.
+            base: The base's, as stored.
+            tensors: Each model's, as stored, in the same shape.
+
+        Raises:
+            InputError: One holds NaN or Inf.
+        """
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype != base.dtype or bit_identical(base, tensor) < 1:
+                self._rows.append(self._keep(i, name, base, tensor))
+
+    def finish(self) -> Extraction:
+        """Complete the adapters, and report."""
+        lost: set[tuple[str, str]] = set()
+        for (i, _), writer in self._writers.items():
+            lost |= {(self._names[i], name) for name in writer.finish(self._models[i].read)}
+        # Of a lost module the tensors that did not change have no row.
+        rows = tuple(self._lose(row) if (row.model, row.name) in lost else row for row in self._rows)
+        models = dict(zip(self._names, (model.spec for model in self._models), strict=True))
+        entries = sum(math.prod(info.shape) for info in self._models[0].tensors.values())
+        extraction = Extraction(self._base, models, rows, entries, time.perf_counter() - self._started)
+        (self._directory / "detune.json").write_text(extraction.to_json())
+        return extraction
+
+    def _keep(self, i: int, name: str, base: Tensor, tensor: Tensor) -> AdapterRow:
+        writer = self._writer(i, name)
+        kind = writer.takes_low_rank(name)
+        M_i = self._fit(i, name, base, tensor) if kind and tensor.is_floating_point() else None
+        as_base = AdapterRow(
+            self._names[i],
+            name,
+            tuple(base.shape),
+            Kept.LEFT_OUT,
+            0,
+            *_deviation(base, tensor),
+            "PEFT has no place for it",
+        )
+        if kind is None or M_i is None:
+            if not writer.keep(name):
+                return as_base
+            self._as_base[as_base.model, name] = as_base
+            reason = "full rank" if kind else "no matrix"
+            return replace(
+                as_base, kept=Kept.WHOLE, identical=1.0, largest_ulps=0, largest_deviation=0.0, reason=reason
+            )
+        if M_i.rank == 0:
+            return replace(as_base, kept=Kept.NOISE, reason="storage noise alone")
+        layer = peft_layer(kind, M_i.left, M_i.right, as_base.shape)
+        writer.add_layer(name, layer)
+        # What PEFT will make of it, from the very factors that were written.
+        merged = _deviation(layer.merged(base), tensor)
+        return AdapterRow(self._names[i], name, as_base.shape, Kept.LORA, layer.rank, *merged)
+
+    def _lose(self, row: AdapterRow) -> AdapterRow:
+        reason = "PEFT would mistake its module for one with a LoRA, or has no LoRA to load it with"
+        return replace(self._as_base[row.model, row.name], reason=reason)
+
+    def _fit(self, i: int, name: str, base: Tensor, tensor: Tensor) -> LowRank | None:
+        """The change at low rank; None where factors would be no smaller than the tensor."""
+        W, W_i = matricise(base), matricise(tensor)
+        if min(W.shape) == 1:
+            return None
+        try:
+            M_i = fit_adapter(W, W_i, self._rank, self._device)
+        except NotLowRank:
+            return None
+        except NonFinite as error:
+            raise damaged(name, (self._base, self._models[i].spec)[error.model]) from None
+        return M_i if M_i.rank * sum(W.shape) < W.numel() else None
+
+    def _writer(self, i: int, name: str) -> PeftWriter:
+        component = name[: name.rfind("/") + 1]
+        if component not in self._places:
+            # All models have the layout of the first.
+            self._places[component] = find_places(self._models[0], component)
+        if (i, component) not in self._writers:
+            directory = self._directory / self._names[i] / component
+            base = f"{self._base}/{component}".rstrip("/")
+            self._writers[i, component] = PeftWriter(directory, self._places[component], base)
+        return self._writers[i, component]
+
+
+def adapter_names(specs: Sequence[str]) -> tuple[str, ...]:
+    """A directory name for each model: the last part of its path or Hub id, with a number where two are the same.
+
+    Example:
+        >>> adapter_names(["runs/a/final", "runs/b/final", "org/model@main", "one.safetensors"])
+        ('final-1', 'final-2', 'model', 'one')
+    """
+    names = [Path(spec.partition("@")[0]).resolve().name.removesuffix(".safetensors") for spec in specs]
+    given: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{k}" for k in count(1))
+        free = next(candidate for candidate in numbered if candidate not in given and candidate not in names)
+        given.append(free if names.count(name) > 1 else name)
+    return tuple(given)
+
+
+def _reference(base: str | Path) -> str:
+    path = Path(base).expanduser()
+    return str(path.resolve()) if path.exists() else str(base).partition("@")[0]
+
+
+class _Deviation(NamedTuple):
+    """The part of an `AdapterRow` that says how far a merge is from the model."""
+
+    identical: float
+    largest_ulps: int
+    largest_deviation: float
+
+
+def _deviation(merged: Tensor, tensor: Tensor) -> _Deviation:
+    same = bit_identical(merged, tensor)
+    if same == 1 or not (merged.is_floating_point() and tensor.is_floating_point()):
+        return _Deviation(same, 0, 0.0)
+    merged = merged.to(tensor.dtype)
+    largest = (merged.double() - tensor.double()).abs().max()
+    return _Deviation(same, int(ulps(merged, tensor).max()), float(largest))
