@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detune.comparison import Comparison, compare
     from detune.errors import DetuneError, InputError, OutputError
+    from detune.extraction import Extraction, extract
     from detune.inspection import inspect
     from detune.kinship import Kinship, check_family
     from detune.recovery import recover, recover_matrix
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Comparison": "comparison",
     "DetuneError": "errors",
+    "Extraction": "extraction",
     "InputError": "errors",
     "Kinship": "kinship",
     "LowRank": "solvers",
@@ -32,6 +34,7 @@ _HOMES = {
     "TensorRow": "report",
     "check_family": "kinship",
     "compare": "comparison",
+    "extract": "extraction",
     "inspect": "inspection",
     "recover": "recovery",
     "recover_matrix": "recovery",
@@ -40,6 +43,7 @@ _HOMES = {
 __all__ = [
     "Comparison",
     "DetuneError",
+    "Extraction",
     "InputError",
     "Kinship",
     "LowRank",
@@ -50,6 +54,7 @@ __all__ = [
     "TensorRow",
     "check_family",
     "compare",
+    "extract",
     "inspect",
     "recover",
     "recover_matrix",

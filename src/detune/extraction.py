@@ -16,8 +16,8 @@ from torch import Tensor
 
 from detune.checkpoints import Checkpoint, PeftWriter, Place, find_places, new_directory, open_checkpoint, peft_layer
 from detune.clusters import STRANGER, find_clusters, why_foreign
-from detune.errors import InputError
-from detune.family import Family, damaged
+from detune.errors import InputError, OutputError
+from detune.family import Family, damaged, is_shared, misfit
 from detune.metrics import bit_identical, ulps
 from detune.report import versions
 from detune.solvers import LowRank, NonFinite, NotLowRank
@@ -142,16 +142,14 @@ def extract(
         >>> extraction = extract(["ft-a", "ft-b"], "adapters", base="recovered")  # doctest: +SKIP
         >>> PeftModel.from_pretrained(model, "adapters/ft-a")  # doctest: +SKIP
     """
-    with open_checkpoint(base) as opened, Family([opened, *models]) as family:
-        fine_tunes = family.models[1:]
-        require_base(opened, fine_tunes)
-        with extracting(fine_tunes, out, base=_reference(base), rank=rank, device=device) as extractor:
+    with open_checkpoint(base) as opened, Family(models) as family:
+        require_base(opened, family.models)
+        with extracting(family.models, out, base=_reference(base), rank=rank, device=device) as extractor:
             for name in family.names:
                 if on_tensor:
                     on_tensor(name, None)
-                if not family.is_shared(name):
-                    stored, *tensors = family.stack(name)
-                    extractor.take(name, stored, tensors)
+                if not is_shared((opened, *family.models), name):
+                    extractor.take(name, opened.read(name), family.stack(name))
             extraction = extractor.finish()
             if not any(row.kept is Kept.LORA for row in extraction.rows):
                 raise InputError(
@@ -163,14 +161,19 @@ def extract(
 
 
 def require_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    """Refuse a base from which a model differs at full rank.
+    """Refuse a base that lacks a tensor of the models, or from which one of them differs at full rank.
+
+    It may have more: buffers that later versions of a library no longer save, a head that was dropped.
 
     Raises:
         InputError: It is not the base of a model.
     """
     for model in models:
         pair = (base, model)
-        found = find_clusters(pair)
+        why = misfit(model, base)
+        if why is not None and not all(fits(base, model, name) for name in model.tensors):
+            raise why
+        found = find_clusters(pair, tuple(model.tensors))
         if len(found.clusters) == 1:
             continue
         foreign = found.foreign(1, (0,))
@@ -181,6 +184,16 @@ def require_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
             f"{STRANGER[resemblance.cause]} (cosine {resemblance.cosine:.2f}): give the base that it was fine-tuned "
             "from by LoRA",
         )
+
+
+def fits(base: Checkpoint, model: Checkpoint, name: str) -> bool:
+    """Whether the base has a model's tensor in its shape, floats for floats."""
+    info, expected = base.tensors.get(name), model.tensors[name]
+    return (
+        info is not None
+        and info.shape == expected.shape
+        and info.dtype.is_floating_point == expected.dtype.is_floating_point
+    )
 
 
 @contextmanager
@@ -205,8 +218,10 @@ def extracting(
         What takes the tensors.
 
     Raises:
-        OutputError: `out` exists, or cannot be written.
+        OutputError: `out` exists, lies inside the base, or cannot be written.
     """
+    if Path(out).expanduser().resolve().is_relative_to(base):
+        raise OutputError(f"{out} lies inside the base", f"got {base}", "write the adapters beside it")
     with new_directory(out) as partial:
         yield Extractor(models, partial, base, rank, device)
 

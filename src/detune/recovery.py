@@ -4,16 +4,17 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from detune.checkpoints import Checkpoint, CheckpointWriter
+from detune.checkpoints import Checkpoint, CheckpointWriter, round_to
 from detune.clusters import Selection, select
 from detune.errors import InputError
+from detune.extraction import extracting
 from detune.family import Family, Models
 from detune.report import InputRow, Report, Status, TensorRow
 from detune.solvers import SOLVERS, Mean, NotRecoverable, Recovery, Single, Solver, Stack
@@ -77,6 +78,7 @@ def recover(
     device: torch.device | str | None = None,
     overwrite: bool = False,
     merge_dtype: torch.dtype | None = None,
+    adapters: str | Path | None = None,
     on_tensor: OnTensor | None = None,
 ) -> Report:
     """Recover the base checkpoint of several merged LoRA fine-tunes.
@@ -96,6 +98,7 @@ def recover(
         device: Where to compute; None is the CPU.
         overwrite: Whether an existing checkpoint in `out` may be replaced.
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
+        adapters: A directory to make with each model's LoRA as a PEFT adapter of the base, as `extract` does.
         on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
 
     Returns:
@@ -118,6 +121,12 @@ def recover(
         given = opened.enter_context(Models(models, merge_dtype))
         selection = _select(given.models, solver)
         family = opened.enter_context(Family([given.models[i] for i in selection.members]))
+        # Entered first and so finished last: there are no adapters without their base.
+        extractor = opened.enter_context(
+            extracting(family.models, adapters, base=str(Path(out).resolve()), rank=rank, device=device)
+            if adapters
+            else nullcontext()
+        )
         writer = opened.enter_context(CheckpointWriter(family.models[0], out, overwrite=overwrite, inputs=given.paths))
         background = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="detune-hash"))
 
@@ -127,6 +136,9 @@ def recover(
         def solve(name: str, tensors: tuple[Tensor, ...]) -> Answer:
             answer, weight = solve_tensor(tensors, solver, rank, device)
             writer.write(name, weight.reshape(tensors[0].shape))
+            if extractor is not None:
+                # What counts is the base as it was stored.
+                extractor.take(name, round_to(weight.reshape(tensors[0].shape).cpu(), tensors[0].dtype), tensors)
             return answer
 
         hashes = [background.submit(model.hashes) for model in given.models]
@@ -149,7 +161,8 @@ def recover(
             "device": str(device or "cpu"),
             "merge_dtype": str(merge_dtype) if merge_dtype else None,
         }
-        report = Report(command, tuple(inputs), tuple(rows), time.perf_counter() - started)
+        summary = extractor.finish().summary if extractor is not None else None
+        report = Report(command, tuple(inputs), tuple(rows), time.perf_counter() - started, adapters=summary)
         writer.add_file("detune.json", report.to_json().encode())
     return report
 

@@ -83,6 +83,7 @@ class Report:
         tensors: A row each, in file order.
         seconds: Wall time of the run.
         versions: Of detune, Python and torch.
+        adapters: Where adapters were written too: for each, its ranks and how closely its merge gives the model back.
     """
 
     command: dict[str, Any]
@@ -90,6 +91,7 @@ class Report:
     tensors: tuple[TensorRow, ...]
     seconds: float
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    adapters: dict[str, dict[str, Any]] | None = None
 
     @property
     def counts(self) -> dict[Status, int]:
@@ -119,6 +121,8 @@ class Report:
             "inputs": [asdict(row) for row in self.inputs],
             "tensors": [asdict(row) for row in self.tensors],
         }
+        if self.adapters is not None:
+            content["adapters"] = self.adapters
         return json.dumps(content, indent=1) + "\n"
 
 

@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from detune.bench.results import CellResult
     from detune.changes import ChangedTensor
     from detune.comparison import Comparison
+    from detune.extraction import Extraction
     from detune.kinship import Kinship
 
 
@@ -129,6 +130,45 @@ def show_comparison(comparison: "Comparison") -> None:
         )
 
 
+def show_extraction(extraction: "Extraction", out: Path) -> None:
+    """Print a line for each kind of tensor and where it went, and how closely each adapter gives its model back."""
+    from detune.extraction import Kept
+
+    console = Console(markup=False, highlight=False)
+    table = Table("tensor", "shape", "kept", "ranks", "identical bits", "largest ulp", box=None, pad_edge=False)
+    for (pattern, _), rows in _by_kind(extraction.rows, lambda row: (row.kept, row.shape)).items():
+        table.add_row(
+            pattern,
+            "×".join(map(str, rows[0].shape)),
+            rows[0].kept,
+            _span(row.rank for row in rows if row.rank),
+            f"{100 * sum(row.identical for row in rows) / len(rows):.2f} %",
+            f"{max(row.largest_ulps for row in rows)}",
+        )
+    console.print(table)
+    for row in extraction.rows:
+        if row.kept is Kept.LEFT_OUT:
+            console.print(f"  left out of {row.model}: {row.name}: {row.reason}", soft_wrap=True)
+    show_adapters(extraction.summary, out)
+
+
+def show_adapters(summary: "dict[str, dict[str, Any]]", out: Path) -> None:
+    """Print a line for each adapter: what is in it, and what PEFT's merge of it gives back."""
+    console = Console(markup=False, highlight=False)
+    for name, figures in summary.items():
+        whole = f", {figures['whole']} tensors whole" * bool(figures["whole"])
+        lost = f", {figures['left out']} LEFT OUT" * bool(figures["left out"])
+        shares = (f"{100 * figures[key]:.2f} %" for key in ("identical_of_changed", "identical"))
+        console.print(
+            f"{name}: {figures['LoRA']} LoRA layers of rank {_span(figures['ranks'])}{whole}{lost}; "
+            f"merged by PEFT, {' of the changed entries and '.join(shares)} of all have the model's bits, "
+            f"largest deviation {figures['largest_deviation']:.1e} ({figures['largest_ulps']} ulp)",
+            soft_wrap=True,
+        )
+    loading = f"PeftModel.from_pretrained(base, {str(out / next(iter(summary)))!r})"
+    console.print(f"wrote {out}; load with {loading}", soft_wrap=True)
+
+
 def show_tables(results: "Sequence[CellResult]") -> None:
     """Print the table of each subset of the benchmark, and what to know beside it."""
     from detune.bench.table import remarks, tables
@@ -204,6 +244,11 @@ def _member_ranks(rows: "Sequence[ChangedTensor]") -> str:
         low, high = min(known, default=None), max(known, default=None)
         spans.append("-" if low is None else f"{low}" if low == high else f"{low}-{high}")
     return ", ".join(spans)
+
+
+def _span(numbers: Iterable[int]) -> str:
+    known = sorted(set(numbers))
+    return "" if not known else f"{known[0]}" if len(known) == 1 else f"{known[0]}-{known[-1]}"
 
 
 def _largest(values: Iterable[float | None]) -> str:

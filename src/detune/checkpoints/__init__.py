@@ -5,6 +5,7 @@ This layer knows files only. Nothing here computes with weights, except for the 
 
 from detune.checkpoints.adapters import MergedCheckpoint
 from detune.checkpoints.atomic import check_new, new_directory, new_file
+from detune.checkpoints.blocks import round_to
 from detune.checkpoints.lora import Lora, LoraLayer, open_lora
 from detune.checkpoints.modules import Kind, Place, find_places
 from detune.checkpoints.peft_writer import PeftLayer, PeftWriter, peft_layer
@@ -30,4 +31,5 @@ __all__ = [
     "open_checkpoint",
     "open_lora",
     "peft_layer",
+    "round_to",
 ]

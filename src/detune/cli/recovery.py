@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @rank_option
 @device_option
 @merge_option
+@click.option("--adapters", type=click.Path(path_type=Path), help="A directory to make with each model's LoRA.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a checkpoint, with all that is in it.")
 @json_option
 def recover(
@@ -40,13 +41,14 @@ def recover(
     rank: int | None,
     device: str,
     merge_dtype: str,
+    adapters: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Write the base model of at least three merged LoRA fine-tunes to OUT."""
-    from detune.terminal import show_report
+    from detune.terminal import show_adapters, show_report
 
-    with _progress(quiet=as_json) as on_tensor:
+    with progress(quiet=as_json) as on_tensor:
         report = detune.recover(
             models,
             out,
@@ -55,9 +57,12 @@ def recover(
             device=device_of(device),
             overwrite=overwrite,
             merge_dtype=merge_dtype_of(merge_dtype),
+            adapters=adapters,
             on_tensor=on_tensor,
         )
     click.echo(report.to_json(), nl=False) if as_json else show_report(report, out)
+    if report.adapters is not None and adapters is not None and not as_json:
+        show_adapters(report.adapters, adapters)
 
 
 @click.command()
@@ -70,7 +75,7 @@ def inspect(models: tuple[str, ...], rank: int | None, device: str, merge_dtype:
     """Show what changed between models, at which rank, and what can be recovered. Writes nothing."""
     from detune.terminal import show_report
 
-    with _progress(quiet=as_json) as on_tensor:
+    with progress(quiet=as_json) as on_tensor:
         report = detune.inspect(
             models,
             rank=rank,
@@ -90,7 +95,7 @@ def family(models: tuple[str, ...], device: str, merge_dtype: str, as_json: bool
     """Show which models share a source, which do not and why, and whether that is enough. Writes nothing."""
     from detune.terminal import show_kinship
 
-    with _progress(quiet=as_json) as on_tensor:
+    with progress(quiet=as_json) as on_tensor:
         kinship = detune.check_family(
             models,
             device=device_of(device),
@@ -124,7 +129,7 @@ def demo(out: Path | None, steps: int | None, seed: int) -> None:
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator["Callable[[str, TensorRow | None], None]"]:
+def progress(quiet: bool) -> Iterator["Callable[[str, TensorRow | None], None]"]:
     """A bar with the current tensor, on stderr; gone when done."""
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
