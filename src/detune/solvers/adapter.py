@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank, NotLowRank
-from detune.solvers.differences import find_differences
+from detune.solvers.differences import Difference, find_differences
 from detune.solvers.grid import interval
 from detune.solvers.linalg import orthonormal, thin_svd
+from detune.solvers.relations import PRODUCT_ROUNDING
 from detune.solvers.stack import Stack
 
 # A singular value counts from this multiple of the noise's estimated norm. Less than where models are split from each
@@ -48,18 +49,24 @@ def fit_adapter(W: Tensor, W_i: Tensor, rank: int | None = None, device: torch.d
     difference = find_differences(stack, signal=SIGNAL).of(0, 1)
     if difference.full_rank:
         raise NotLowRank((difference.pair,), stack.shape)
+    if not difference.rank:
+        return LowRank(stack.zeros(stack.shape[0], 0), stack.zeros(stack.shape[1], 0))
     base = W.to(stack.device, torch.float64)
     low, high = (bound.sub_(base).to(stack.dtype) for bound in interval(W_i.to(stack.device)))
-    start = _least_squares(low + (high - low) / 2, difference.basis.to(stack.dtype), rank)
-    return _balanced(_into_intervals(start, low, high) if start.rank else start)
+    start = _least_squares(low + (high - low) / 2, difference, W_i.dtype, rank)
+    return _balanced(_into_intervals(start, low, high))
 
 
-def _least_squares(D: Tensor, basis: Tensor, rank: int | None) -> LowRank:
+def _least_squares(D: Tensor, difference: Difference, dtype: torch.dtype, rank: int | None) -> LowRank:
     """The best approximation of D near a row space: two power steps from it, then the SVD of what is left."""
-    left = orthonormal(D @ basis)
+    left = orthonormal(D @ difference.basis.to(D.dtype))
     left = orthonormal(D @ orthonormal(D.mT @ left))
     V, S, Z = thin_svd(D.mT @ left)
-    r = len(S) if rank is None else min(rank, len(S))
+    # A merge in this dtype has rounded `M_i` as well, a product of factors, before it was added.
+    rounding = PRODUCT_ROUNDING.get(dtype, 0.5) * torch.finfo(dtype).eps * float(S.norm())
+    edge = (D.shape[0] ** 0.5 + D.shape[1] ** 0.5) / D.numel() ** 0.5
+    r = int(S.gt(max(difference.noise_norm, SIGNAL * rounding * edge)).sum())
+    r = r if rank is None else min(rank, r)
     return LowRank((left.double() @ Z[:, :r] * S[:r]).to(D.dtype), V[:, :r].to(D.dtype))
 
 
@@ -92,8 +99,6 @@ def _into_intervals(start: LowRank, low: Tensor, high: Tensor) -> LowRank:
 
 def _balanced(M: LowRank) -> LowRank:
     """The same matrix as `(U sqrt(S)) (V sqrt(S))^T`."""
-    if not M.rank:
-        return M
     Q_left, R_left = torch.linalg.qr(M.left.double())
     Q_right, R_right = torch.linalg.qr(M.right.double())
     U, S, Vh = torch.linalg.svd(R_left @ R_right.mT)
