@@ -1,101 +1,187 @@
-"""The original bits: a rank-limited fit that takes every rounded entry as an interval, and the base as grid points."""
+"""The original bits of a base that was stored in bf16, fp16 or float32.
 
+A stored entry says that `W + M_i` lies between two midpoints of its dtype's grid, and W itself is a point of the
+grid it was stored on. Least squares takes the first for noise and does not know the second. Here the rank-limited
+fit alternates with the posterior of every entry (`detune.solvers.posterior`), until both agree. On a known grid two
+models, or one, can be enough: where a delta is a fraction of the base's step, a float32 merge shows it modulo the step.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from detune.solvers.base import LowRank
-from detune.solvers.grid import interval
-from detune.solvers.posterior import Posterior, posterior
+from detune.solvers.base import Bits, LowRank, NotRecoverable, Recovery
+from detune.solvers.evidence import HeldOut, calibrated, log10_false_positive, misfit
+from detune.solvers.grid import nearest, spacing
+from detune.solvers.linalg import thin_svd
+from detune.solvers.posterior import SLACK
+from detune.solvers.score import delta_scale, known_spaces, score_start, within
 from detune.solvers.stack import Stack
+from detune.solvers.sweep import Estimate, View, sweep, views
 
-# Entries of all models that are worked on at a time.
-BLOCK_ENTRIES = 1 << 19
+HALVES = (torch.bfloat16, torch.float16)
+# A sweep that raises the evidence of an entry by less than this, in nats, is the last.
+LEAST_GAIN = 0.003
+# With all entries in, the fit is better than the calibrated one by so little that a few sweeps settle it.
+LAST_SWEEPS = 2
+# An entry is certain if the probability of another grid point is below DOUBT with all variances SAFETY times as large.
+DOUBT = 1e-9
+SAFETY = 4.0
+# More misfits than this share of the entries held out: the fit has not found the M_i.
+MOST_MISFITS = 1e-3
+# Deltas below so many steps of the models' grid do not show in least squares, which takes rounding for noise.
+FINE = 1.5
+
+
+class NoGrid(NotRecoverable):
+    """No grid was found that the base lies on."""
+
+
+class Fit(NamedTuple):
+    """What the sweeps gave on one grid.
+
+    Attributes:
+        estimates: One for each model.
+        grid: The dtype tried.
+        evidence: Mean log-likelihood of an entry that was held out.
+        log10_false_positive: Of the test for the grid.
+        misfit: Share of the entries held out that no grid point explains.
+        sweeps: How many were made.
+    """
+
+    estimates: tuple[Estimate, ...]
+    grid: torch.dtype
+    evidence: float
+    log10_false_positive: float
+    misfit: float
+    sweeps: int
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """`M_i` with how well its entries are known: `variance[a, b] = q_a |R_b|^2 + |L_b|^2 q_b` in normalised factors.
+class Lattice:
+    """How to look for the base's bits.
 
     Attributes:
-        left: L, `(out, r)`, float64.
-        right: R, `(in, r)`, float64; `M_i = L R^T`.
-        of_left: `(2, out)`: the mean variance of a row's coordinates, and the row's own profile.
-        of_right: `(2, in)`: the same for columns.
+        grids: Dtypes that the base may have been stored in; those finer than the models' are not tried.
+        sweeps: Most sweeps of the fit.
+        most_false_positive: Largest probability, by its bound, that a base off the grid passes the test for it.
+        seed: Of the entries that are held out.
     """
 
-    left: Tensor
-    right: Tensor
-    of_left: Tensor
-    of_right: Tensor
+    grids: tuple[torch.dtype, ...] = (*HALVES, torch.float32)
+    sweeps: int = 20
+    most_false_positive: float = 1e-9
+    seed: int = 0
 
-    @classmethod
-    def of(cls, M_i: LowRank, variance: float) -> "Estimate":
-        """A start whose entries all have one variance."""
-        left, right = M_i.left.double(), M_i.right.double()
-        halves = [torch.stack([torch.full_like(t[:, 0], variance / 2), torch.ones_like(t[:, 0])]) for t in (left, right)]
-        return cls(left, right, *halves)
+    def refine(self, stack: Stack, start: Recovery | None = None, rank: int | None = None) -> Recovery:
+        """Find the grid, and the base on it.
 
-    @property
-    def transposed(self) -> "Estimate":
-        return Estimate(self.right, self.left, self.of_right, self.of_left)
+        Args:
+            stack: The models; one is enough where its grid is finer than the base's.
+            start: A recovery of them that knows no grid; None where there is none.
+            rank: The most that any `M_i` can have; None finds it.
 
-    def entries(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Mean and variance of some rows."""
-        mean = self.left[rows] @ self.right.mT
-        q_a, profile_a = self.of_left[:, rows]
-        q_b, profile_b = self.of_right
-        return mean, torch.outer(q_a, profile_b) + torch.outer(profile_a, q_b)
+        Raises:
+            NoGrid: No grid passes the test.
+        """
+        held = HeldOut.of(stack, self.seed)
+        tried = [
+            self._fit(stack, start, rank, grid, held)
+            for grid in self.grids
+            if all(torch.finfo(W_i.dtype).eps <= torch.finfo(grid).eps for W_i in stack.matrices)
+        ]
+        found = [fit for fit in tried if fit.log10_false_positive <= math.log10(self.most_false_positive)]
+        if not found:
+            raise NoGrid(_why_not(stack, tried))
+        # A bf16 base lies on the float32 grid too: the coarsest says most.
+        return self._finish(stack, start, max(found, key=lambda fit: torch.finfo(fit.grid).eps))
+
+    def _fit(self, stack: Stack, start: Recovery | None, rank: int | None, grid: torch.dtype, held: HeldOut) -> Fit:
+        """Sweep on one grid, the entries held out left alone."""
+        spaces = None
+        estimates, coarse = _from_recovery(stack, start), _is_coarse(stack, grid)
+        if estimates is None or coarse:
+            spaces = known_spaces(stack, rank) if stack.n == 2 and not coarse else None
+            estimates = score_start(stack, grid, delta_scale(stack, grid), rank, spaces, held.used)
+        estimates, evidence = calibrated(held, estimates, grid)
+        false_positive = log10_false_positive(held, estimates, grid)
+        if not coarse and stack.n > 2 and false_positive > math.log10(self.most_false_positive):
+            # The M_i are known as well as they will be: a grid would have shown.
+            return Fit(estimates, grid, evidence, false_positive, misfit(held, estimates, grid), 0)
+        for sweeps in range(1, self.sweeps + 1):
+            swept = sweep(stack, estimates, grid, held.used)
+            swept, gained = calibrated(held, within(swept, spaces), grid)
+            gain, estimates, evidence = gained - evidence, swept, gained
+            if abs(gain) < LEAST_GAIN:
+                break
+        false_positive = log10_false_positive(held, estimates, grid)
+        return Fit(estimates, grid, evidence, false_positive, misfit(held, estimates, grid), sweeps)
+
+    def _finish(self, stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
+        """The answer, from a fit to all entries."""
+        estimates = fit.estimates
+        for _ in range(min(fit.sweeps, LAST_SWEEPS)):
+            estimates = sweep(stack, estimates, fit.grid)
+        weight = torch.empty(stack.shape, dtype=torch.float64, device=stack.device)
+        certain = torch.empty(stack.shape, dtype=torch.bool, device=stack.device)
+        expected = residual = spread = rounding = 0.0
+        for view in views(stack, [replace(e, scale=SAFETY * e.scale) for e in estimates]):
+            found = view.posterior(fit.grid, least_reach=1)
+            weight[view.rows] = found.weight
+            certain[view.rows] = found.doubt < DOUBT
+            expected += float(found.variance.sum())
+            stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
+            residual += float((stored - found.weight - view.m).square().sum())
+            spread += float((stored - stored.mean(dim=0)).square().sum())
+            rounding += float((view.high - view.low).square().sum()) / 12
+        if fit.misfit > MOST_MISFITS:
+            certain.zero_()
+        deltas = tuple(e.low_rank for e in estimates)
+        name = str(fit.grid).removeprefix("torch.")
+        bits = Bits(fit.grid, fit.log10_false_positive, certain, expected / weight.numel())
+        before = f"{start.reason}; then " if start is not None else ""
+        return Recovery(
+            weight.to(stack.dtype),
+            f"{start.method}+lattice" if start is not None else "lattice",
+            f"{before}on the {name} grid (chance of error below 1e{math.ceil(fit.log10_false_positive)}), "
+            f"{fit.sweeps} sweeps, {bits.share:.2%} of the entries certain",
+            deltas,
+            tuple(M_i.rank for M_i in deltas),
+            (residual / spread) ** 0.5 if spread > 0 else 0.0,
+            (residual / rounding) ** 0.5,
+            fit.sweeps,
+            bits,
+        )
 
 
-def look(
-    matrices: Sequence[Tensor], estimates: Sequence[Estimate], rows: slice, grid: torch.dtype | None, least_reach: int = 0
-):
-    """The posterior of some rows."""
-    intervals = [interval(W_i[rows]) for W_i in matrices]
-    low = torch.stack([i.low for i in intervals])
-    high = torch.stack([i.high for i in intervals])
-    moments = [estimate.entries(rows) for estimate in estimates]
-    m = torch.stack([mean for mean, _ in moments])
-    v = torch.stack([variance for _, variance in moments])
-    shape = low.shape
-    found = posterior(*(t.reshape(shape[0], -1) for t in (low, high, m, v)), grid, least_reach)
-    return Posterior(*(t.reshape(*t.shape[:-1], *shape[1:]) for t in found)), m, v
+def _from_recovery(stack: Stack, start: Recovery | None) -> tuple[Estimate, ...] | None:
+    """Estimates from a least-squares fit, whose entries have about the variance `noise^2 r (d + k) / d k`."""
+    if start is None or not start.deltas or not all(M_i.rank for M_i in start.deltas):
+        return None
+    out, columns = stack.shape
+    crowd = stack.n / max(1, stack.n - 1)
+    return tuple(
+        Estimate.of(M_i, crowd * float(noise) ** 2 * M_i.rank * (out + columns) / (out * columns))
+        for M_i, noise in zip(start.deltas, stack.noise, strict=True)
+    )
 
 
-def half_sweep(matrices, estimates, grid, mask=None):
-    """New left factors for given right ones."""
-    d, k = matrices[0].shape
-    n = len(matrices)
-    normalised = []
-    for e in estimates:
-        Q, T = torch.linalg.qr(e.right)
-        Q = Q * k**0.5
-        normalised.append(replace(e, left=e.left @ (T.mT / k**0.5), right=Q, of_right=torch.stack([e.of_right[0], Q.square().sum(1)]) if False else e.of_right))
-    lefts = [torch.empty_like(e.left) for e in normalised]
-    q = [torch.empty(d, dtype=torch.float64) for _ in normalised]
-    height = max(1, BLOCK_ENTRIES // (n * k))
-    outer = [(e.right[:, :, None] * e.right[:, None, :]).reshape(k, -1) for e in normalised]
-    for start in range(0, d, height):
-        rows = slice(start, min(d, start + height))
-        found, m, v = look(matrices, estimates, rows, grid)
-        for i, e in enumerate(normalised):
-            r = e.right.shape[1]
-            shrunk = (1 - found.delta_variance[i] / v[i]).clamp(min=1e-9)
-            information = shrunk / v[i]
-            target = m[i] + (found.delta[i] - m[i]) / shrunk
-            if mask is not None:
-                information = information * mask[rows]
-            gram = (information @ outer[i]).reshape(-1, r, r)
-            ridge = 1e-10 * gram.diagonal(dim1=1, dim2=2).mean(1)
-            gram = gram + ridge[:, None, None] * torch.eye(r, dtype=torch.float64)
-            C = torch.linalg.cholesky(gram)
-            lefts[i][rows] = torch.cholesky_solve(((information * target) @ e.right)[..., None], C)[..., 0]
-            q[i][rows] = torch.cholesky_inverse(C).diagonal(dim1=1, dim2=2).mean(1)
-    out = []
-    for e, L, q_i in zip(normalised, lefts, q):
-        # profile of columns for the rows' uncertainty: |R_b|^2
-        out.append(Estimate(L, e.right, torch.stack([q_i, e.of_left[1]]), torch.stack([e.of_right[0], e.right.square().sum(1)])))
-    return out
+def _is_coarse(stack: Stack, grid: torch.dtype) -> bool:
+    """Whether the models are stored so coarsely that their deltas are rounded away in most entries."""
+    if stack.n < 2:
+        return False
+    step = max(float(spacing(W_i[::16], W_i.dtype).median()) for W_i in stack.matrices)
+    return delta_scale(stack, grid) < FINE * step
+
+
+def _why_not(stack: Stack, tried: Sequence[Fit]) -> str:
+    names = ", ".join(str(fit.grid).removeprefix("torch.") for fit in tried) or "none as coarse as the models'"
+    return (
+        f"no grid of the base shows in {stack.n} model{'s' * (stack.n != 1)} (tried: {names}); "
+        "either the base was stored more finely than that, or the deltas are too large against its steps; "
+        "three models need no grid"
+    )

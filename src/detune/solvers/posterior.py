@@ -56,7 +56,7 @@ def posterior(
         least_reach: Grid points to look at on each side where one alone is feasible: 0 takes it as it is, and `doubt`
             is 0 there.
     """
-    ends = _feasible(low, high, m, v)
+    ends = feasible(low, high, m, v)
     middle = ends.mean(dim=0)
     reach = torch.full_like(middle, REACHES[-1] + 1)
     step = torch.ones_like(middle)
@@ -85,7 +85,19 @@ def posterior(
     return parts
 
 
-def _feasible(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> Tensor:
+def log_evidence(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tensor) -> Tensor:
+    """Logarithm of the probability of the intervals, `(entries,)`, up to a constant.
+
+    Args:
+        low: As for `posterior`; so are `high`, `m` and `v`.
+        points: Grid points that W may be, equally likely, `(candidates, entries)`.
+    """
+    std = v.sqrt()
+    moments = truncated_normal(low - points[:, None], high - points[:, None], m, std)
+    return torch.logsumexp(moments.log_probability.sum(dim=1), dim=0)
+
+
+def feasible(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> Tensor:
     """The ends between which W must lie, `(2, entries)`; where the models contradict each other, around their mean."""
     slack = SLACK * v.sqrt()
     ends = torch.stack([(low - m - slack).amax(dim=0), (high - m + slack).amin(dim=0)])
@@ -134,7 +146,8 @@ def _continuous(low: Tensor, high: Tensor, m: Tensor, v: Tensor, grid: torch.dty
     moments = truncated_normal(low, high, m + without, spread.sqrt())
     gain = v / spread
     delta = m + gain * (moments.mean - m - without)
-    variance = 1 / total
+    ends = feasible(low, high, m, v)
+    variance = torch.minimum(1 / total, (ends[1] - ends[0]).square() / 12)
     if grid is not None:
         w = nearest(w, grid)
     return Posterior(w, torch.ones_like(w), variance, delta, v - gain * v * (1 - moments.variance / spread))

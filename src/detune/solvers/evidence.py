@@ -1,0 +1,129 @@
+"""Does the base lie on a grid, and how well are the `M_i` known? Entries that the fit has not seen decide."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from detune.solvers.grid import interval, nearest, spacing
+from detune.solvers.posterior import feasible, log_evidence
+from detune.solvers.stack import Stack
+from detune.solvers.sweep import Estimate
+
+SHARE = 1 / 8
+MOST = 1 << 16
+# A grid point hits if it is within so many standard deviations of where it must be.
+HIT = 2.0
+# Entries whose chance of a hit by accident is larger than this say little, and are left out.
+INFORMATIVE = 0.5
+# Tries for the scale of the variances, relative to the one so far.
+SCALES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
+REACH = 4
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Some entries of the stack, chosen at random and kept from the fit.
+
+    Attributes:
+        rows: `(entries,)`.
+        columns: `(entries,)`.
+        low: Lower ends of the models' intervals there, `(n, entries)`, float64.
+        high: Upper ends.
+        dtypes: The models' dtypes.
+        used: The others, `(out, in)`, bool.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    low: Tensor
+    high: Tensor
+    dtypes: tuple[torch.dtype, ...]
+    used: Tensor
+
+    @classmethod
+    def of(cls, stack: Stack, seed: int) -> "HeldOut":
+        """Draw them."""
+        out, width = stack.shape
+        generator = torch.Generator().manual_seed(seed)
+        count = min(MOST, max(1, int(SHARE * out * width)))
+        chosen = torch.randint(out * width, (count,), generator=generator).unique()
+        rows, columns = (chosen // width).to(stack.device), (chosen % width).to(stack.device)
+        intervals = [interval(W_i.to(stack.device)[rows, columns]) for W_i in stack.matrices]
+        used = torch.ones(out, width, dtype=torch.bool, device=stack.device)
+        used[rows, columns] = False
+        return cls(
+            rows,
+            columns,
+            torch.stack([i.low for i in intervals]),
+            torch.stack([i.high for i in intervals]),
+            tuple(W_i.dtype for W_i in stack.matrices),
+            used,
+        )
+
+    def entries(self, estimates: Sequence[Estimate]) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every `M_i` there, `(n, entries)`."""
+        found = [estimate.at(self.rows, self.columns) for estimate in estimates]
+        return torch.stack([m for m, _ in found]), torch.stack([v for _, v in found])
+
+
+def calibrated(held: HeldOut, estimates: Sequence[Estimate], grid: torch.dtype) -> tuple[tuple[Estimate, ...], float]:
+    """The estimates with their variances scaled so that the entries held out are most likely.
+
+    Returns:
+        The estimates, and the mean logarithm of that likelihood.
+    """
+    m, v = held.entries(estimates)
+    g = nearest(_centre(held, m, v), grid)
+    step = spacing(g, grid)
+    keep = step * REACH > (held.high - held.low).amin(dim=0)
+    points = nearest(g + step * torch.arange(-REACH, REACH + 1, device=g.device)[:, None], grid)[:, keep]
+    low, high = held.low[:, keep], held.high[:, keep]
+    scores = [float(log_evidence(low, high, m[:, keep], v[:, keep] * scale, points).sum()) for scale in SCALES]
+    best = max(range(len(SCALES)), key=lambda i: scores[i])
+    return tuple(replace(e, scale=e.scale * SCALES[best]) for e in estimates), scores[best] / max(1, int(keep.sum()))
+
+
+def log10_false_positive(held: HeldOut, estimates: Sequence[Estimate], grid: torch.dtype) -> float:
+    """A bound for the probability of as many hits, had the base been off the grid.
+
+    For a base off the grid the place of W between two grid points is uniform. The models' rounding cuts that range at
+    the points `ends of W_i's interval - M_i` into arcs, one of which holds a grid point: W is in that one with a chance
+    q, its length in steps. Entries with a small q are counted; Chernoff's bound `exp(-N KL(hits / N || mean q))` is
+    the tail's (Hoeffding 1963, Theorem 1).
+    """
+    m, v = held.entries(estimates)
+    g = nearest(_centre(held, m, v), grid)
+    slack = HIT * v.sqrt()
+    hit = ((held.low - m - slack).amax(dim=0) <= g) & (g <= (held.high - m + slack).amin(dim=0))
+    ends = [interval((g + m_i).to(dtype)) for m_i, dtype in zip(m, held.dtypes, strict=True)]
+    low = torch.stack([end.low for end in ends]) - m - slack
+    high = torch.stack([end.high for end in ends]) - m + slack
+    q = (high.amin(dim=0) - low.amax(dim=0)) / spacing(g, grid)
+    counted = q < INFORMATIVE
+    N = int(counted.sum())
+    if not N:
+        return 0.0
+    rate, chance = float(hit[counted].double().mean()), max(float(q[counted].mean()), 1e-12)
+    return -N * _divergence(rate, chance) / math.log(10) if rate > chance else 0.0
+
+
+def misfit(held: HeldOut, estimates: Sequence[Estimate], grid: torch.dtype) -> float:
+    """The share of the entries held out where the models leave no grid point for W, four deviations allowed."""
+    m, v = held.entries(estimates)
+    low, high = feasible(held.low, held.high, m, v)
+    g = nearest((low + high) / 2, grid)
+    return float(((g < low) | (g > high)).double().mean())
+
+
+def _centre(held: HeldOut, m: Tensor, v: Tensor) -> Tensor:
+    precision = 1 / (v + (held.high - held.low).square() / 12)
+    return (precision * ((held.low + held.high) / 2 - m)).sum(dim=0) / precision.sum(dim=0)
+
+
+def _divergence(p: float, q: float) -> float:
+    """Of two coins, in nats."""
+    heads = p * math.log(p / q)
+    return heads + (1 - p) * math.log((1 - p) / (1 - q)) if p < 1 else heads

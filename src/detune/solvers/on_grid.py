@@ -1,0 +1,35 @@
+"""The base's bits, or nothing: from one model on."""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from detune.solvers.auto import Auto
+from detune.solvers.base import Recovery
+from detune.solvers.lattice import Lattice
+from detune.solvers.stack import Stack
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """Recovery of a base that was stored in bf16, fp16 or float32, taken at that.
+
+    With three models or more it starts from `Auto`'s answer; with two or one, from the entries' distance to the grid.
+
+    Attributes:
+        lattice: Its options.
+    """
+
+    min_models: ClassVar[int] = 1
+
+    lattice: Lattice = field(default_factory=Lattice)
+
+    def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
+        """Recover the bits; see `Solver.solve`.
+
+        Raises:
+            NoGrid: The base lies on no grid that shows.
+        """
+        if stack.n < 3:
+            return self.lattice.refine(stack, None, rank)
+        start = replace(Auto(), lattice=None).solve(stack, rank)
+        return start if start.method == "unchanged" else self.lattice.refine(stack, start, rank)

@@ -1,0 +1,154 @@
+"""Where the interval fit starts when least squares has nothing: from the score, entry by entry.
+
+With `M_i ~ N(0, tau^2)` every entry's posterior mean is a nonlinear measurement of `M_i[a, b]`: for one float32 merge it
+is the merge's distance from the grid, shrunk where the step is short. Divided by the variance it is the score of the
+likelihood at zero, whose leading singular vectors are those of `M_i` (spectral initialisation: Lu & Li 2017, arXiv
+1702.06435, for the general nonlinear channel).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detune.solvers.base import LowRank, NotRecoverable
+from detune.solvers.differences import find_differences
+from detune.solvers.grid import interval, nearest, spacing
+from detune.solvers.sweep import Estimate, views
+from detune.solvers.stack import Stack
+
+# Entries with the finest steps show the size of the deltas.
+FINEST = 0.03
+# Neighbouring singular values of noise differ by less than this factor; the last wider gap ends the signal.
+GAP = 1.1
+# Matrices up to here have all their singular values taken.
+SMALL = 1024
+POWER_PASSES = 4
+
+
+class Spaces(NamedTuple):
+    """Orthonormal bases that hold the factors of every `M_i`: `(out, .)` and `(in, .)`, float64."""
+
+    left: Tensor
+    right: Tensor
+
+
+def known_spaces(stack: Stack, rank: int | None) -> Spaces | None:
+    """Column and row space of `W_1 - W_2 = M_1 - M_2`, which hold those of both; None if it has no low rank."""
+    rows, columns = (find_differences(s, rank, fold=False).of(0, 1) for s in (stack, stack.transposed))
+    if rows.full_rank or columns.full_rank or not rows.rank or not columns.rank:
+        return None
+    return Spaces(columns.basis, rows.basis)
+
+
+def within(estimates: Sequence[Estimate], spaces: Spaces | None) -> tuple[Estimate, ...]:
+    """The estimates with their factors projected onto spaces that hold the true ones."""
+    if spaces is None:
+        return tuple(estimates)
+    left, right = spaces
+    return tuple(
+        Estimate(left @ (left.mT @ e.left), right @ (right.mT @ e.right), e.rows, e.columns, e.scale)
+        for e in estimates
+    )
+
+
+def delta_scale(stack: Stack, grid: torch.dtype) -> float:
+    """Root mean square of the deltas, without knowing them.
+
+    Two models or more: what differs between neighbours, less its rounding, in the entries with the finest steps. One:
+    the scatter of its entries about the grid, where a normal delta of size tau leaves `E cos(2 pi W_1 / step) =
+    exp(-2 pi^2 tau^2 / step^2)`; solved for tau by bisection.
+    """
+    if stack.n == 1:
+        return _scatter(stack.matrices[0].to(stack.device), grid)
+    total, count = 0.0, 0
+    for i in range(stack.n):
+        pair = [stack.matrices[j % stack.n].to(stack.device) for j in (i, i + 1)]
+        ends = [interval(W_i) for W_i in pair]
+        rounding = sum((high - low).square() / 12 for low, high in ends)
+        fine = rounding <= rounding.flatten()[:: max(1, rounding.numel() // 10**5)].quantile(FINEST)
+        total += float(((pair[0].double() - pair[1].double())[fine].square() - rounding[fine]).sum())
+        count += 2 * int(fine.sum())
+    least = torch.finfo(torch.float64).tiny
+    return math.sqrt(max(total, least) / max(1, count))
+
+
+def _scatter(W_1: Tensor, grid: torch.dtype) -> float:
+    step = spacing(W_1, grid)
+    cosine = float(torch.cos(2 * math.pi * (W_1.double() - nearest(W_1, grid)) / step).mean())
+    low, high = 1e-6 * float(step.median()), 1e3 * float(step.median())
+    while high > 1.001 * low:
+        tau = math.sqrt(low * high)
+        if float(torch.exp(-2 * (math.pi * tau / step).square()).mean()) > cosine:
+            low = tau
+        else:
+            high = tau
+    return high
+
+
+def score_start(
+    stack: Stack,
+    grid: torch.dtype,
+    tau: float,
+    rank: int | None = None,
+    spaces: Spaces | None = None,
+    used: Tensor | None = None,
+) -> tuple[Estimate, ...]:
+    """Estimates from the leading singular vectors of each model's score.
+
+    Args:
+        stack: The models.
+        grid: The dtype that W lies on.
+        tau: Root mean square of the deltas.
+        rank: Of every estimate; None ends each at the last gap in its singular values.
+        spaces: What is known of the factors.
+        used: Which entries to use, `(out, in)`, bool; None is all.
+    """
+    out, columns = stack.shape
+    nothing = LowRank(torch.zeros(out, 1, device=stack.device), torch.zeros(columns, 1, device=stack.device))
+    prior = [Estimate.of(nothing, tau**2) for _ in range(stack.n)]
+    scores = torch.empty(stack.n, out, columns, dtype=torch.float32, device=stack.device)
+    information = torch.zeros(stack.n, dtype=torch.float64, device=stack.device)
+    for view in views(stack, prior):
+        found = view.posterior(grid)
+        score = found.delta / view.v * tau
+        scores[:, view.rows] = score.float() if used is None else (score * used[view.rows]).float()
+        information += (1 - found.delta_variance / view.v).sum(dim=(1, 2))
+    # In units of tau: what the score's entries say on average, between nothing and all.
+    information /= out * columns
+    return tuple(_leading(score, float(info), tau, rank, spaces) for score, info in zip(scores, information, strict=True))
+
+
+def _leading(score: Tensor, information: float, tau: float, rank: int | None, spaces: Spaces | None) -> Estimate:
+    out, columns = score.shape
+    if spaces is not None:
+        core = spaces.left.mT @ score.double() @ spaces.right
+        U, S, Vh = torch.linalg.svd(core)
+        U, V = spaces.left @ U, spaces.right @ Vh.mT
+    else:
+        U, S, V = _svd(score)
+    r = min(len(S), rank) if rank is not None else _before_last_gap(S)
+    share = max(information, 1e-6)
+    left = U[:, :r].double() * (S[:r].double() * tau / share)
+    variance = tau**2 * min(1.0, r * (out + columns) / (share * out * columns))
+    return Estimate.of(LowRank(left, V[:, :r].double()), variance)
+
+
+def _svd(score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if min(score.shape) <= SMALL:
+        U, S, Vh = torch.linalg.svd(score, full_matrices=False)
+        return U, S, Vh.mT
+    with torch.random.fork_rng(devices=[score.device] if score.is_cuda else []):
+        torch.manual_seed(0)
+        U, S, V = torch.svd_lowrank(score, q=SMALL // 4, niter=POWER_PASSES)
+    return U, S, V
+
+
+def _before_last_gap(S: Tensor) -> int:
+    ratios = S[: len(S) // 2] / S[1 : len(S) // 2 + 1]
+    wide = (ratios > GAP).nonzero()
+    if not len(wide):
+        raise NotRecoverable("no low-rank delta stands out of the rounding", "the deltas are too small or too large")
+    return int(wide[-1]) + 1
