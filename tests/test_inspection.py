@@ -17,7 +17,7 @@ def fine(tmp_path) -> Fine:
 
 def test_finds_what_changed_and_at_which_rank(fine):
     report = detune.inspect(fine.models)
-    assert report.counts == {Status.SHARED: 3, Status.RECOVERABLE: 4}
+    assert report.counts == {Status.SHARED: 3, Status.FLOOR: 4}
     for row in report.tensors:
         assert row.ranks == ((2, 2, 2) if "layer" in row.name else ())
         assert row.seconds >= 0
@@ -43,7 +43,7 @@ def test_finds_mixed_ranks(tmp_path):
 
 def test_two_models_show_the_rank_of_their_difference(fine):
     report = detune.inspect(fine.models[:2])
-    assert report.counts == {Status.SHARED: 3, Status.NOT_RECOVERABLE: 4}
+    assert report.counts == {Status.SHARED: 3, Status.NOT_DETERMINED: 4}
     row = next(row for row in report.tensors if "layer" in row.name)
     assert row.reason.startswith("the difference has rank 4; a third model is needed")
     assert row.ranks == ()
@@ -54,10 +54,10 @@ def test_says_what_cannot_be_recovered_and_goes_on(fine):
     weight = normal(seeded(9), 80, 64).float()
     edit(fine.models[0], lambda state: state.update({"layer.2.weight": weight}))
     report = detune.inspect(fine.models)
-    row = next(row for row in report.tensors if row.status is Status.NOT_RECOVERABLE)
+    row = next(row for row in report.tensors if row.status is Status.NOT_DETERMINED)
     assert row.name == "layer.2.weight"
     assert "full rank" in row.reason
-    assert report.counts[Status.RECOVERABLE] == 3
+    assert report.counts[Status.FLOOR] == 3
 
 
 def test_vectors_can_only_be_averaged_and_integers_not_at_all(fine):
@@ -67,7 +67,7 @@ def test_vectors_can_only_be_averaged_and_integers_not_at_all(fine):
         )
     rows = {row.name: row for row in detune.inspect(fine.models).tensors}
     assert rows["norm.weight"].status is Status.AVERAGED
-    assert rows["steps"].status is Status.NOT_RECOVERABLE
+    assert rows["steps"].status is Status.NOT_DETERMINED
 
 
 @pytest.mark.parametrize("name", ["layer.1.weight", "norm.weight"])

@@ -71,7 +71,7 @@ def fine(tmp_path: Path) -> Fine:
 def test_bert(tmp_path):
     fine = fine_tune(bert(), ["query", "value"], tmp_path)
     report = detune.recover(fine.models, tmp_path / "out")
-    assert report.counts == {Status.SHARED: len(report.tensors) - 4, Status.RECOVERED: 4}
+    assert report.counts == {Status.SHARED: len(report.tensors) - 4, Status.FLOOR: 4}
     recovered, base = AutoModel.from_pretrained(tmp_path / "out"), AutoModel.from_pretrained(fine.base)
     torch.testing.assert_close(recovered(TOKENS).last_hidden_state, base(TOKENS).last_hidden_state, rtol=0, atol=1e-5)
     tuned = AutoModel.from_pretrained(fine.models[0])
@@ -97,7 +97,7 @@ def test_llama_in_shards(tmp_path, dtype, tied):
     fine = fine_tune(llama(dtype, tied=tied), ["q_proj", "embed_tokens", "lm_head"], tmp_path, 5, max_shard_size="50KB")
     assert len(list(fine.base.glob("*.safetensors"))) > 2
     report = detune.recover(fine.models, tmp_path / "out")
-    assert report.counts[Status.RECOVERED] == (3 if tied else 4)
+    assert report.counts[Status.FLOOR] == (3 if tied else 4)
     assert {path.name for path in fine.base.iterdir()} | {"detune.json"} == set(tree(tmp_path / "out"))
     index = "model.safetensors.index.json"
     assert tree(tmp_path / "out")[index] == tree(fine.models[0])[index]
@@ -148,7 +148,7 @@ def test_models_that_peft_merged(adapters, tmp_path):
     report = detune.recover(merged, tmp_path / "out")
     changed = [row for row in report.tensors if row.status is not Status.SHARED]
     assert len(changed) == 4
-    assert {row.status for row in changed} == {Status.RECOVERED}
+    assert {row.status for row in changed} == {Status.FLOOR}
     assert {row.ranks for row in changed} == {(4, 4, 4)}
     assert detune.compare(tmp_path / "out", adapters.base).summary["worst_w_error"] < -14
 
@@ -225,7 +225,7 @@ def test_stable_diffusion(stable_diffusion, tmp_path):
 
     report = detune.recover([tmp_path / f"model-{i}" for i in range(3)], tmp_path / "out")
     changed = {row.name: row for row in report.tensors if row.status is not Status.SHARED}
-    assert {row.status for row in changed.values()} == {Status.RECOVERED}
+    assert {row.status for row in changed.values()} == {Status.FLOOR}
     assert any("conv1" in name and len(row.shape) == 4 for name, row in changed.items())
     assert {name.partition("/")[0] for name in changed} == {"unet", "text_encoder"}
 
@@ -256,7 +256,7 @@ def test_kernels(fine, tmp_path, shape):
     kernel = normal(generator, *shape).float()
     changed_alone(fine, "conv.weight", [add(kernel, delta(generator, kernel, 3)) for _ in fine.models])
     row = rows_of(detune.recover(fine.models, tmp_path / "out"))["conv.weight"]
-    assert (row.status, row.ranks, row.shape) == (Status.RECOVERED, (3, 3, 3), shape)
+    assert (row.status, row.ranks, row.shape) == (Status.FLOOR, (3, 3, 3), shape)
     torch.testing.assert_close(stored(tmp_path / "out")["conv.weight"], kernel, rtol=0, atol=1e-6)
 
 
@@ -276,7 +276,7 @@ def test_what_most_models_left_alone_is_theirs_bit_for_bit(fine, tmp_path, name)
     other = base + 1 if base.ndim == 1 else add(base, delta(seeded(8), base, 2))
     changed_alone(fine, name, [base, other, base.clone()])
     row = rows_of(detune.recover(fine.models, tmp_path / "out"))[name]
-    assert row.status is Status.RECOVERED
+    assert row.status is Status.EXACT
     assert row.method == "unchanged"
     assert "models 0 and 2 agree" in row.reason
     assert same_bits(stored(tmp_path / "out")[name], base)
@@ -292,7 +292,7 @@ def test_half_precision_stays_bit_for_bit_where_most_models_left_it_alone(fine, 
 def test_integers_that_differ_stand_in(fine, tmp_path):
     changed_alone(fine, "steps", [torch.tensor(i) for i in (5, 6, 7)])
     row = rows_of(detune.recover(fine.models, tmp_path / "out"))["steps"]
-    assert row.status is Status.NOT_RECOVERABLE
+    assert row.status is Status.NOT_DETERMINED
     assert "not floating point" in row.reason
     assert stored(tmp_path / "out")["steps"] == 5
 
@@ -304,7 +304,7 @@ def test_mixed_dtypes_are_legal_and_reported(fine, tmp_path):
     rows = rows_of(detune.recover(fine.models, tmp_path / "out"))
     row = rows["layer.0.weight"]
     assert row.dtype == "float32, bfloat16"
-    assert row.status is Status.RECOVERED
+    assert row.status is Status.FLOOR
     got = stored(tmp_path / "out")["layer.0.weight"]
     assert got.dtype is torch.float32
     torch.testing.assert_close(got, plain_state()["layer.0.weight"], rtol=0, atol=0.02)
@@ -317,7 +317,7 @@ def test_half_precision_saved_as_float32(tmp_path, dtype):
     states = [{"w": add(base, delta(generator, base, 2)).float()} for _ in range(4)]
     models = [save_plain(tmp_path / str(i), state) for i, state in enumerate(states)]
     (row,) = detune.recover(models, tmp_path / "out").tensors
-    assert (row.status, row.ranks) == (Status.RECOVERED, (2, 2, 2, 2))
+    assert (row.status, row.ranks) == (Status.FLOOR, (2, 2, 2, 2))
 
 
 def test_double_precision_comes_back_to_its_floor(tmp_path):
@@ -333,11 +333,11 @@ def test_a_layer_without_low_rank_is_averaged_among_others_that_have_one(fine, t
     new = normal(seeded(9), 80, 64).float()
     edit(fine.models[0], lambda state: state.update({"layer.2.weight": new}))
     rows = rows_of(detune.recover(fine.models, tmp_path / "out"))
-    assert rows["layer.2.weight"].status is Status.NOT_RECOVERABLE
+    assert rows["layer.2.weight"].status is Status.NOT_DETERMINED
     assert "full rank" in rows["layer.2.weight"].reason
     mean = sum(stored(model)["layer.2.weight"] for model in fine.models) / 3
     torch.testing.assert_close(stored(tmp_path / "out")["layer.2.weight"], mean)
-    assert rows["layer.1.weight"].status is Status.RECOVERED
+    assert rows["layer.1.weight"].status is Status.FLOOR
 
 
 # --- the report ---
@@ -356,12 +356,14 @@ def test_report_has_a_row_for_each_tensor_and_the_inputs_hashes(fine, tmp_path):
         assert row == {"spec": str(model), "sha256": {"model.safetensors": digest}, "left_out": None}
     for row in written["tensors"]:
         assert row.keys() >= {"shape", "dtype", "status", "method", "ranks", "relative_residual", "seconds", "reason"}
-        if row["status"] == "recovered":
+        if row["status"] == "to the storage floor":
             assert row["method"] == "intersect+polish"
             assert row["ranks"] == [2, 2, 2]
             assert 0 < row["relative_residual"] < 1e-5
             assert 0.5 < row["noise_ratio"] < 1.5
-    assert written["summary"]["recovered"] == 4
+            assert row["undetermined"] == 0
+            assert -20 < row["predicted_w_error"] < -14
+    assert written["summary"]["to the storage floor"] == 4
     assert written["summary"]["shared"] == 3
     assert written["summary"]["ranks"] == [[2], [2], [2]]
 
@@ -384,7 +386,7 @@ def test_same_input_gives_the_same_bytes(fine, tmp_path):
 @pytest.mark.parametrize("method", ["single", "mean", "spectral", "intersect", "auto"])
 def test_every_method_writes_a_checkpoint(fine, tmp_path, method):
     report = detune.recover(fine.models, tmp_path / "out", method)
-    expected = {Status.AVERAGED} if method in ("single", "mean") else {Status.RECOVERED, Status.APPROXIMATE}
+    expected = {Status.AVERAGED} if method in ("single", "mean") else {Status.FLOOR, Status.APPROXIMATE}
     assert {row.status for row in report.tensors if "layer" in row.name} <= expected
     assert stored(tmp_path / "out").keys() == plain_state().keys()
 

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ def inspect(
         on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
 
     Returns:
-        A report whose rows have the ranks found, and "recoverable" where `recover` would reach the storage noise.
+        A report whose rows have the ranks found, and the verdict on what `recover` would write.
 
     Raises:
         InputError: The models cannot be read, or too few of them fit together and share a base.
@@ -60,9 +59,9 @@ def _look(tensors: tuple[Tensor, ...], rank: int | None, device: torch.device | 
     if len(tensors) > 2:
         # What `recover` would do, to the end: a rank alone does not show whether the answer fits.
         answer, _ = solve_tensor(tensors, Auto(), rank, device)
-        return replace(answer, status=Status.RECOVERABLE) if answer.status is Status.RECOVERED else answer
+        return answer
     if not all(tensor.is_floating_point() for tensor in tensors):
-        return Answer(Status.NOT_RECOVERABLE, "none", "not floating point")
+        return Answer(Status.NOT_DETERMINED, "none", "not floating point")
     stack = Stack.of([matricise(tensor) for tensor in tensors], device=device)
     if min(stack.shape) == 1:
         stack.require_finite(torch.stack([W_i.double().sum() for W_i in stack.matrices]))
@@ -70,6 +69,6 @@ def _look(tensors: tuple[Tensor, ...], rank: int | None, device: torch.device | 
     difference = find_differences(stack, rank).of(0, 1)
     if difference.full_rank:
         why = NotLowRank((difference.pair,), stack.shape)
-        return Answer(Status.NOT_RECOVERABLE, "none", str(why))
+        return Answer(Status.NOT_DETERMINED, "none", str(why))
     reason = f"the difference has rank {difference.rank}; a third model is needed to split it"
-    return Answer(Status.NOT_RECOVERABLE, "none", reason)
+    return Answer(Status.NOT_DETERMINED, "none", reason)

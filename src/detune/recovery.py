@@ -16,9 +16,10 @@ from detune.clusters import Selection, select
 from detune.errors import InputError
 from detune.extraction import extracting
 from detune.family import Family, Models
-from detune.report import InputRow, Report, Status, TensorRow
+from detune.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
 from detune.solvers import SOLVERS, Mean, NotRecoverable, Recovery, Single, Solver, Stack
-from detune.solvers.auto import FLOOR_RATIO, unchanged
+from detune.solvers.auto import unchanged
+from detune.solvers.certificate import certify
 from detune.solvers.relations import SMALLEST, split
 from detune.walk import Answer, OnTensor, matricise, walk
 
@@ -111,7 +112,7 @@ def recover(
     Example:
         >>> report = recover(["ft-a", "ft-b", "ft-c"], out="base")  # doctest: +SKIP
         >>> report.counts  # doctest: +SKIP
-        {<Status.SHARED: 'shared'>: 91, <Status.RECOVERED: 'recovered'>: 12}
+        {<Status.SHARED: 'shared'>: 91, <Status.FLOOR: 'to the storage floor'>: 12}
     """
     started = time.perf_counter()
     solver = make_solver(method)
@@ -190,8 +191,8 @@ def _select(models: Sequence[Checkpoint], solver: Solver) -> Selection:
 def _refuse_if_hopeless(rows: Sequence[TensorRow]) -> None:
     """Nothing is written where nothing could be had."""
     # Integers that differ are no matrices, and stand as the first model has them.
-    hopeless = [row for row in rows if row.status is Status.NOT_RECOVERABLE and row.method != "single"]
-    if hopeless and not any(row.status in (Status.RECOVERED, Status.APPROXIMATE) for row in rows):
+    hopeless = [row for row in rows if row.status is Status.NOT_DETERMINED and row.method == "mean"]
+    if hopeless and all(row.method in NOT_SOLVED for row in rows):
         raise InputError(
             f"none of {len(hopeless)} changed matrices can be recovered",
             f"{hopeless[0].name!r}: {hopeless[0].reason}",
@@ -204,14 +205,15 @@ def solve_tensor(
     """The answer for one tensor that differs between the models, and its values in any shape."""
     if not all(tensor.is_floating_point() for tensor in tensors):
         reason = "not floating point, so there is no average; the first model's stand in"
-        return Answer(Status.NOT_RECOVERABLE, "single", reason), tensors[0]
+        return Answer(Status.NOT_DETERMINED, "single", reason), tensors[0]
     stack = Stack.of([matricise(tensor) for tensor in tensors], device=device)
     if isinstance(solver, Mean | Single):
         return _answer(solver.solve(stack), Status.AVERAGED)
     if min(stack.shape) == 1:
         return _solve_vector(stack)
     answer, weight = _solve_matrix(stack, solver, rank)
-    if answer.status is not Status.RECOVERED and stack.n > solver.min_models and min(stack.shape) >= SMALLEST:
+    doubtful = answer.status not in (Status.EXACT, Status.FLOOR)
+    if doubtful and stack.n > solver.min_models and min(stack.shape) >= SMALLEST:
         groups = split(stack.matrices)
         if len(groups) > 1 and len(groups[0]) >= solver.min_models and len(groups[0]) > len(groups[1]):
             return _solve_group(stack, groups[0], solver, rank)
@@ -235,22 +237,23 @@ def _solve_matrix(stack: Stack, solver: Solver, rank: int | None) -> tuple[Answe
     try:
         recovery = solver.solve(stack, rank)
     except NotRecoverable as why:
-        answer, weight = _answer(Mean().solve(stack), Status.NOT_RECOVERABLE)
+        answer, weight = _answer(Mean().solve(stack), Status.NOT_DETERMINED)
         return replace(answer, reason=str(why)), weight
-    if recovery.noise_ratio is not None and recovery.noise_ratio <= FLOOR_RATIO:
-        return _answer(recovery, Status.RECOVERED)
-    answer, weight = _answer(recovery, Status.APPROXIMATE)
-    left = (
-        f"{recovery.noise_ratio:.2g} times the storage noise is left: adapters of these ranks do not explain the data"
-    )
-    return replace(answer, reason=f"{recovery.reason}; {left}"), weight
+    return _certified(stack, recovery)
+
+
+def _certified(stack: Stack, recovery: Recovery) -> tuple[Answer, Tensor]:
+    """The answer with its verdict, for the dtype that it will be stored in."""
+    certificate = certify(stack, recovery, stored=stack.matrices[0].dtype)
+    answer, weight = _answer(recovery, Status(certificate.verdict))
+    return replace(answer, reason=f"{recovery.reason}; {certificate.reason}", certificate=certificate), weight
 
 
 def _solve_vector(stack: Stack) -> tuple[Answer, Tensor]:
     """A vector has no low rank: only models that did not change it give it away."""
     untouched = unchanged(stack) if stack.n >= 3 else None
     if untouched is not None:
-        return _answer(untouched, Status.RECOVERED)
+        return _certified(stack, untouched)
     answer, weight = _answer(Mean().solve(stack), Status.AVERAGED)
     return replace(answer, reason=f"a vector cannot be low-rank: the average of {stack.n} models"), weight
 
@@ -263,6 +266,7 @@ def _answer(recovery: Recovery, status: Status) -> tuple[Answer, Tensor]:
         recovery.ranks,
         recovery.relative_residual,
         recovery.noise_ratio,
+        bits=recovery.bits,
     )
     return answer, recovery.weight
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,20 +13,24 @@ from detune import __version__
 
 
 class Status(StrEnum):
-    """What became of a tensor."""
+    """What became of a tensor: the certificate's verdict, where there was something to solve."""
 
     SHARED = "shared"
     """Identical in all models: copied byte for byte."""
-    RECOVERED = "recovered"
-    """The low-rank model explains the data down to the storage noise."""
-    RECOVERABLE = "recoverable"
-    """Would be recovered: `inspect` writes nothing."""
+    EXACT = "exact"
+    """The base's own bits."""
+    FLOOR = "to the storage floor"
+    """As close as the rounding of the models lets any method come; `predicted_w_error` says how close."""
     APPROXIMATE = "approximate"
-    """Best effort: what is left is more than storage noise."""
+    """Best effort: it may be further from the base than predicted."""
     AVERAGED = "averaged"
     """The mean of the models: the method asked for, or a vector, which has no low rank to use."""
-    NOT_RECOVERABLE = "not recoverable"
-    """The data do not hold the answer; the mean of the models stands in."""
+    NOT_DETERMINED = "not determined"
+    """The data do not hold the answer, or part of it; where no method applies the mean of the models stands in."""
+
+
+NOT_SOLVED = ("copy", "mean", "single", "none")
+"""Methods that leave the deltas in."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,13 @@ class TensorRow:
             empty where none was looked for.
         relative_residual: Share of the spread between the models that the answer does not explain.
         noise_ratio: The residual in units of the storage noise: 1 is the floor.
+        undetermined: Dimension of the changes of the tensor that the data cannot see; 0 is unique.
+        predicted_w_error: `log10` of the mean squared error to expect, from storage noise and conditioning; None where
+            there is none or no telling.
+        agreement: The same figure from recoveries without some of the models.
+        grid: The dtype that the base was found to have been stored in.
+        log10_false_positive: Logarithm of the probability that a base off that grid had passed for one on it.
+        certain: Share of the entries whose bits are certain.
         seconds: Time taken.
     """
 
@@ -55,6 +67,12 @@ class TensorRow:
     ranks: tuple[int, ...] = ()
     relative_residual: float | None = None
     noise_ratio: float | None = None
+    undetermined: int | None = None
+    predicted_w_error: float | None = None
+    agreement: float | None = None
+    grid: str | None = None
+    log10_false_positive: float | None = None
+    certain: float | None = None
     seconds: float = 0.0
 
 
@@ -102,12 +120,15 @@ class Report:
     @property
     def summary(self) -> dict[str, Any]:
         """Counts, and the worst of what was recovered."""
-        solved = [row for row in self.tensors if row.status in (Status.RECOVERED, Status.APPROXIMATE)]
+        solved = [row for row in self.tensors if row.method not in NOT_SOLVED]
+        predicted = [row.predicted_w_error for row in solved if row.predicted_w_error is not None]
         return {
             "tensors": len(self.tensors),
             **{str(status): count for status, count in self.counts.items()},
             "largest_noise_ratio": max((row.noise_ratio or 0.0 for row in solved), default=None),
             "largest_relative_residual": max((row.relative_residual or 0.0 for row in solved), default=None),
+            "mean_predicted_w_error": statistics.fmean(predicted) if predicted else None,
+            "worst_predicted_w_error": max(predicted, default=None),
             "ranks": _ranks_by_model([row for row in solved if row.ranks]),
             "seconds": self.seconds,
         }

@@ -29,11 +29,11 @@ Row = TypeVar("Row", bound=_Named)
 # What is left of a status when it is put in words.
 MEANING = {
     Status.SHARED: "identical in all models, copied",
-    Status.RECOVERED: "recovered to the storage noise",
-    Status.RECOVERABLE: "can be recovered",
-    Status.APPROXIMATE: "approximate: more is left than storage noise",
+    Status.EXACT: "exact: the base's bits",
+    Status.FLOOR: "to the storage floor",
+    Status.APPROXIMATE: "approximate: may be further from the base than predicted",
     Status.AVERAGED: "averaged",
-    Status.NOT_RECOVERABLE: "not recoverable: the average stands in",
+    Status.NOT_DETERMINED: "not determined by these models",
 }
 
 
@@ -46,12 +46,14 @@ def show_report(report: Report, out: Path | None = None) -> None:
     """
     console = Console(markup=False)
     changed = [row for row in report.tensors if row.status is not Status.SHARED]
-    table = Table("tensor", "shape", "status", "method", "ranks", "residual", "× noise", box=None, pad_edge=False)
+    columns = ("tensor", "shape", "verdict", "W-Error", "method", "ranks", "residual", "× noise")
+    table = Table(*columns, box=None, pad_edge=False)
     for (pattern, _), rows in _by_kind(changed, lambda row: row.status).items():
         table.add_row(
             f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
             "×".join(map(str, rows[0].shape)),
             rows[0].status,
+            _worst_prediction(rows),
             rows[0].method,
             _ranks(rows),
             _largest(row.relative_residual for row in rows),
@@ -63,10 +65,9 @@ def show_report(report: Report, out: Path | None = None) -> None:
         if model.left_out is not None:
             console.print(f"left out {model.spec}: {model.left_out}", highlight=False, soft_wrap=True)
     for status, count in report.counts.items():
-        plain = "not recoverable" if out is None and status is Status.NOT_RECOVERABLE else MEANING[status]
-        console.print(f"{count} tensor{'s' * (count != 1)} {plain}", highlight=False)
+        console.print(f"{count} tensor{'s' * (count != 1)} {MEANING[status]}", highlight=False)
     for row in changed:
-        if row.status in (Status.NOT_RECOVERABLE, Status.APPROXIMATE):
+        if row.status in (Status.NOT_DETERMINED, Status.APPROXIMATE):
             console.print(f"  {row.name}: {row.reason}", highlight=False, soft_wrap=True)
     if out is not None:
         took = f"wrote {out} in {report.seconds:.1f} s"
@@ -249,6 +250,12 @@ def _member_ranks(rows: "Sequence[ChangedTensor]") -> str:
 def _span(numbers: Iterable[int]) -> str:
     known = sorted(set(numbers))
     return "" if not known else f"{known[0]}" if len(known) == 1 else f"{known[0]}-{known[-1]}"
+
+
+def _worst_prediction(rows: Sequence[TensorRow]) -> str:
+    """The predicted W-Error, the worst of a kind; an exact tensor has none."""
+    known = [row.predicted_w_error for row in rows if row.predicted_w_error is not None]
+    return f"{max(known):.2f}" if known else "none" if rows[0].status is Status.EXACT else ""
 
 
 def _largest(values: Iterable[float | None]) -> str:

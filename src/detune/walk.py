@@ -10,7 +10,8 @@ from torch import Tensor
 
 from detune.family import Family, damaged
 from detune.report import Status, TensorRow
-from detune.solvers import NonFinite
+from detune.solvers import Bits, NonFinite
+from detune.solvers.certificate import Certificate
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ class Answer:
 
     Attributes:
         status: As in the report; so are `method` to `noise_ratio`.
+        certificate: The solver's answer judged by the data, where there was something to solve.
+        bits: What is known of the base's bits.
     """
 
     status: Status
@@ -31,9 +34,12 @@ class Answer:
     ranks: tuple[int, ...] = ()
     relative_residual: float | None = None
     noise_ratio: float | None = None
+    certificate: Certificate | None = None
+    bits: Bits | None = None
 
     def row(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], seconds: float) -> TensorRow:
         """The report's row."""
+        certificate, bits = self.certificate, self.bits
         return TensorRow(
             name,
             shape,
@@ -44,6 +50,12 @@ class Answer:
             self.ranks,
             self.relative_residual,
             self.noise_ratio,
+            certificate.undetermined if certificate else None,
+            certificate.predicted_w_error if certificate else None,
+            certificate.agreement if certificate else None,
+            str(bits.grid).removeprefix("torch.") if bits else None,
+            bits.log10_false_positive if bits else None,
+            bits.share if bits else None,
             seconds,
         )
 

@@ -1,15 +1,30 @@
-"""What the data determine, and how well: the Cramér-Rao bound of the recovery problem.
+"""What the data determine, and how well: the null space and the inverse of the recovery problem's operator.
 
-With storage noise of variance `sigma^2` the maximum-likelihood W has the covariance `sigma^2 A^-1`, where A is the
-operator `Delta -> sum_i P_i Delta R_i` of `detune.solvers.polish`. Its trace falls apart as A does.
+Linearised at `M_i = U_i C_i V_i^T`, least squares leaves W with the error
+
+    E = A^-1 sum_i P_i N_i R_i,    A: Delta -> sum_i P_i Delta R_i,    P_i = I - U_i U_i^T,  R_i = I - V_i V_i^T,
+
+for storage noise `N_i` (`detune.solvers.polish`). With independent entries of variance `sigma_i^2` its energy is
+`sum_i sigma_i^2 tr(A^-1 (P_i x R_i) A^-1)`; where all are equal that is `sigma^2 tr(A^-1)`, the Cramér-Rao bound. All
+traces fall apart as A does: outside both joint spans, on either side, and a core.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from detune.solvers.polish import Core
+
+# Eigenvalues of sums of projectors below this are zeros of the arithmetic.
+ZERO = 1e-11
+# A core of this many unknowns is decomposed; a larger one is probed.
+DENSE = 700
+PROBES = 8
+# Conjugate gradients for the probes stop at this share of the right-hand side.
+PRECISION = 1e-4
 
 
 def cramer_rao_mse(U: Sequence[Tensor], V: Sequence[Tensor], variance: float, probes: int = 16, seed: int = 0) -> float:
@@ -39,3 +54,89 @@ def cramer_rao_mse(U: Sequence[Tensor], V: Sequence[Tensor], variance: float, pr
         + inner
     )
     return variance * trace / (d * k)
+
+
+@dataclass(frozen=True)
+class ErrorTraces:
+    """How the noise of each model enters W and the residual.
+
+    Attributes:
+        weight: `tr(A^-1 (P_i x R_i) A^-1)` for each model, `(n,)`: times its variance, its share of `|E|^2`.
+        residual: `tr(P_i x R_i) - tr(A^-1 (P_i x R_i))`, `(n,)`: times its variance, its share of the misfit.
+        directions: `tr(A^-1)^2 / tr(A^-2)`: about how many directions share the error. Where they are few, its energy
+            scatters by `sqrt(2 / directions)`.
+        null: Dimension of the core's null space; an estimate where the core is large.
+    """
+
+    weight: Tensor
+    residual: Tensor
+    directions: float
+    null: int
+
+
+class _CoreTraces(NamedTuple):
+    """`tr(A^-1 A_i A^-1)` and `tr(A^-1 A_i)` for each model, `tr(A^-2)`, and the null space's dimension."""
+
+    weight: Tensor
+    image: Tensor
+    squares: float
+    null: int
+
+
+def error_traces(core: Core, seed: int = 0) -> ErrorTraces:
+    """The traces that turn variances into expected errors, on the complement of A's null space.
+
+    Args:
+        core: The operator, float64.
+        seed: Of the probes.
+    """
+    n = len(core.a)
+    (d, s_U), (k, s_V) = core.Q.shape, core.P.shape
+    weight, image, squares, null = _dense_traces(core) if s_U * s_V <= DENSE else _probed_traces(core, seed)
+    outside = float((d - s_U) * (k - s_V)) / n
+    weight, image, squares = weight + outside / n, image + outside, squares + outside / n
+    ranks = torch.tensor([a_i.shape[1] for a_i in core.a], dtype=torch.float64, device=core.Q.device)
+    for inverse, coordinates, times in ((core.inverse_G_U, core.a, k - s_V), (core.inverse_G_V, core.b, d - s_U)):
+        squared = inverse @ inverse
+        weight = weight + times * torch.stack([squared.trace() - (c_i * (squared @ c_i)).sum() for c_i in coordinates])
+        image = image + times * torch.stack([inverse.trace() - (c_i * (inverse @ c_i)).sum() for c_i in coordinates])
+        squares += times * float(squared.trace())
+    free = (d - ranks) * (k - ranks) - image
+    return ErrorTraces(weight, free.clamp(min=0), float(weight.sum()) ** 2 / squares, null)
+
+
+def _dense_traces(core: Core) -> _CoreTraces:
+    s_U, s_V = core.Q.shape[1], core.P.shape[1]
+    values, vectors = torch.linalg.eigh(dense_core(core))
+    kept = values > ZERO * len(core.a)
+    X, values = vectors.mT[kept].reshape(-1, s_U, s_V), values[kept]
+    shares = torch.stack([core.project(i, X).square().sum(dim=(1, 2)) for i in range(len(core.a))])
+    squares = float(values.pow(-2).sum())
+    return _CoreTraces((shares / values.square()).sum(1), (shares / values).sum(1), squares, int((~kept).sum()))
+
+
+def _probed_traces(core: Core, seed: int) -> _CoreTraces:
+    """With random signs z (Hutchinson 1990): `E z^T B z = tr(B)`.
+
+    What conjugate gradients cannot solve of z is its part in the null space, whose expected square is the dimension.
+    """
+    n, shape = len(core.a), (core.Q.shape[1], core.P.shape[1])
+    weight, image = core.Q.new_zeros(n), core.Q.new_zeros(n)
+    squares = left = 0.0
+    generator = torch.Generator(device=core.Q.device).manual_seed(seed)
+    for _ in range(PROBES):
+        probe = torch.randint(0, 2, shape, generator=generator, device=core.Q.device).to(core.Q.dtype) * 2 - 1
+        solved = core.solve(probe, PRECISION * probe.numel() ** 0.5)
+        left += float((probe - core.apply(solved)).square().sum()) / PROBES
+        squares += float(solved.square().sum()) / PROBES
+        moved = [core.project(i, solved) for i in range(n)]
+        weight += torch.stack([moved_i.square().sum() for moved_i in moved]) / PROBES
+        image += torch.stack([(moved_i * probe).sum() for moved_i in moved]) / PROBES
+    return _CoreTraces(weight, image, squares, round(left))
+
+
+def dense_core(core: Core) -> Tensor:
+    """A on the core as a matrix on row-major vectors, `(s_U s_V, s_U s_V)`."""
+    eye_U, eye_V = (torch.eye(B.shape[1], dtype=B.dtype, device=B.device) for B in (core.Q, core.P))
+    terms = [torch.kron(eye_U - a_i @ a_i.mT, eye_V - b_i @ b_i.mT) for a_i, b_i in zip(core.a, core.b, strict=True)]
+    return torch.stack(terms).sum(dim=0)

@@ -219,6 +219,12 @@ class Core:
             total -= ((X - a_i @ aX) @ b_i) @ b_i.mT
         return total
 
+    def project(self, model: int, X: Tensor) -> Tensor:
+        """`P_i X R_i` on the core, `(..., s_U, s_V)`."""
+        a_i, b_i = self.a[model], self.b[model]
+        X = X - a_i @ (a_i.mT @ X)
+        return X - (X @ b_i) @ b_i.mT
+
     def solve(self, rhs: Tensor, precision: float = 0.0, max_steps: int = 500) -> Tensor:
         """`A^-1 rhs` on the core by preconditioned conjugate gradients.
 

@@ -1,0 +1,90 @@
+"""What an answer leaves of the data, and how far it is from the best answer near it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detune.solvers.base import Recovery
+from detune.solvers.polish import Core
+from detune.solvers.stack import Stack
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Measured in one pass over the models.
+
+    Attributes:
+        energy: `sum_i |W_i - W_star - M_i|^2`, less what the step to the nearest maximum-likelihood answer takes off.
+        distance: `|Delta|^2`, Delta the step of W to that answer.
+    """
+
+    energy: float
+    distance: float
+
+    @classmethod
+    def of(cls, stack: Stack, recovery: Recovery, core: Core, U: Sequence[Tensor], V: Sequence[Tensor]) -> "Misfit":
+        """Measure it.
+
+        The step is `Delta = A^-1 sum_i P_i e_i R_i` for residuals `e_i = W_i - W_star - M_i`: Gauss-Newton's, which is
+        zero at a stationary point, wherever the answer came from.
+
+        Args:
+            stack: The models.
+            recovery: The answer, with a delta for each model.
+            core: The operator A at its spaces, float64.
+            U: Column spaces of the deltas, orthonormal `(out, r_i)`, float64.
+            V: Row spaces, `(in, r_i)`.
+        """
+        sums = _Sums(stack, recovery, core, U, V)
+        Q, P, n = core.Q, core.P, stack.n
+        left, right, middle = sums.total_left, sums.total_right, Q.mT @ sums.total_right
+        outside = sums.total_energy - float(left.square().sum()) - float(right.square().sum())
+        outside += float(middle.square().sum())
+        for E_i, F_i, U_i, a_i, b_i in zip(sums.E, sums.F, U, core.a, core.b, strict=True):
+            left = left - a_i @ E_i
+            right = right - F_i @ b_i.mT
+            middle = middle - a_i @ (E_i @ P) - (Q.mT @ F_i) @ b_i.mT + a_i @ (U_i.mT @ F_i) @ b_i.mT
+        left, right = left - (left @ P) @ P.mT, right - Q @ (Q.mT @ right)
+        steps = (core.inverse_G_U @ left, right @ core.inverse_G_V, core.solve(middle, 1e-6 * float(middle.norm())))
+        gained = sum(float((part * step).sum()) for part, step in zip((left, right, middle), steps, strict=True))
+        distance = sum(float(step.square().sum()) for step in steps)
+        outside = max(0.0, outside)
+        return cls(max(0.0, sums.energy - gained - outside / n), distance + outside / n**2)
+
+
+class _Sums:
+    """Sums over the rows, block by block.
+
+    Attributes:
+        energy: `sum_i |e_i|^2`.
+        total_energy: `|sum_i e_i|^2`.
+        total_left: `Q^T sum_i e_i`.
+        total_right: `sum_i e_i P`.
+        E: `U_i^T e_i`.
+        F: `e_i V_i`.
+    """
+
+    def __init__(self, stack: Stack, recovery: Recovery, core: Core, U: Sequence[Tensor], V: Sequence[Tensor]) -> None:
+        Q, P = core.Q, core.P
+        self.energy = self.total_energy = 0.0
+        self.total_left, self.total_right = Q.new_zeros(Q.shape[1], P.shape[0]), Q.new_zeros(Q.shape[0], P.shape[1])
+        self.E = [Q.new_zeros(U_i.shape[1], P.shape[0]) for U_i in U]
+        self.F = [Q.new_zeros(Q.shape[0], V_i.shape[1]) for V_i in V]
+        U, V = ([basis.to(stack.dtype) for basis in bases] for bases in (U, V))
+        Q, P = Q.to(stack.dtype), P.to(stack.dtype)
+        for start in range(0, stack.shape[0], stack.block_height):
+            rows = slice(start, start + stack.block_height)
+            weight = recovery.weight[rows].to(stack.device, stack.dtype)
+            total = torch.zeros_like(weight)
+            for i, (W_i, M_i) in enumerate(zip(stack.matrices, recovery.deltas, strict=True)):
+                e_i = W_i[rows].to(stack.device, stack.dtype) - weight
+                e_i -= M_i.left[rows].to(e_i) @ M_i.right.to(e_i).mT
+                self.energy += float(torch.linalg.vector_norm(e_i)) ** 2
+                total += e_i
+                self.E[i] += U[i][rows].mT @ e_i
+                self.F[i][rows] = (e_i @ V[i]).double()
+            self.total_energy += float(torch.linalg.vector_norm(total)) ** 2
+            self.total_left += Q[rows].mT @ total
+            self.total_right[rows] = (total @ P).double()
