@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from detune.extraction import Extraction, extract
     from detune.inspection import inspect
     from detune.kinship import Kinship, check_family
+    from detune.packing import PackReport, UnpackReport, pack, unpack
     from detune.recovery import recover, recover_matrix
     from detune.report import Report, TensorRow
     from detune.solvers import LowRank, NotRecoverable, Recovery
@@ -29,15 +30,19 @@ _HOMES = {
     "LowRank": "solvers",
     "NotRecoverable": "solvers",
     "OutputError": "errors",
+    "PackReport": "packing",
     "Recovery": "solvers",
     "Report": "report",
     "TensorRow": "report",
+    "UnpackReport": "packing",
     "check_family": "kinship",
     "compare": "comparison",
     "extract": "extraction",
     "inspect": "inspection",
+    "pack": "packing",
     "recover": "recovery",
     "recover_matrix": "recovery",
+    "unpack": "packing",
 }
 
 __all__ = [
@@ -49,15 +54,19 @@ __all__ = [
     "LowRank",
     "NotRecoverable",
     "OutputError",
+    "PackReport",
     "Recovery",
     "Report",
     "TensorRow",
+    "UnpackReport",
     "check_family",
     "compare",
     "extract",
     "inspect",
+    "pack",
     "recover",
     "recover_matrix",
+    "unpack",
 ]
 
 

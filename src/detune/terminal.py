@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from detune.comparison import Comparison
     from detune.extraction import Extraction
     from detune.kinship import Kinship
+    from detune.packing import PackReport, UnpackReport
 
 
 class _Named(Protocol):
@@ -168,6 +169,35 @@ def show_adapters(summary: "dict[str, dict[str, Any]]", out: Path) -> None:
         )
     loading = f"PeftModel.from_pretrained(base, {str(out / next(iter(summary)))!r})"
     console.print(f"wrote {out}; load with {loading}", soft_wrap=True)
+
+
+def show_pack(report: "PackReport") -> None:
+    """Print what a pack saves, and where its bytes are."""
+    console = Console(markup=False, highlight=False)
+    table = Table("part", "MB", "of the input", box=None, pad_edge=False)
+    for part, size in sorted(report.parts_bytes.items(), key=lambda item: -item[1]):
+        table.add_row(part, f"{size / 1e6:.2f}", f"{100 * size / report.input_bytes:.2f} %")
+    console.print(table)
+    console.print(
+        f"{len(report.models)} models in {report.files} files, {report.input_bytes / 1e6:.1f} MB: "
+        f"packed {100 * report.ratio:.1f} %, zstd alone {100 * report.zstd_ratio:.1f} %",
+        soft_wrap=True,
+    )
+    console.print(
+        f"wrote {report.path} in {report.seconds:.1f} s; unpacked in memory, every file has its hash. "
+        "The models are where they were",
+        soft_wrap=True,
+    )
+
+
+def show_unpack(report: "UnpackReport", out: Path) -> None:
+    """Print what was restored."""
+    console = Console(markup=False, highlight=False)
+    console.print(
+        f"restored {len(report.models)} models, {report.files} files, {report.size_bytes / 1e6:.1f} MB, below {out} in "
+        f"{report.seconds:.1f} s: every file has the hash that it was packed with",
+        soft_wrap=True,
+    )
 
 
 def show_tables(results: "Sequence[CellResult]") -> None:

@@ -10,7 +10,7 @@ import sys
 import click
 
 import detune
-from detune.cli.adapters import extract
+from detune.cli.adapters import extract, pack, unpack
 from detune.cli.bench import bench
 from detune.cli.options import METHODS
 from detune.cli.recovery import compare, demo, family, inspect, recover
@@ -35,7 +35,7 @@ def cli(verbose: int) -> None:
         os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
 
-for command in (recover, inspect, family, compare, extract, demo, bench):
+for command in (recover, inspect, family, compare, extract, pack, unpack, demo, bench):
     cli.add_command(command)
 
 

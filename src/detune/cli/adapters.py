@@ -23,3 +23,35 @@ def extract(models: tuple[str, ...], base: str, out: Path, rank: int | None, dev
     with progress(quiet=as_json) as on_tensor:
         extraction = detune.extract(models, out, base=base, rank=rank, device=device_of(device), on_tensor=on_tensor)
     click.echo(extraction.to_json(), nl=False) if as_json else show_extraction(extraction, out)
+
+
+@click.command()
+@models_argument
+@click.option("--base", help="What they were fine-tuned from, or its recovery; by default it is recovered.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to make.")
+@rank_option
+@device_option
+@json_option
+def pack(models: tuple[str, ...], base: str | None, out: Path, rank: int | None, device: str, as_json: bool) -> None:
+    """Pack merged models into one base, their adapters and what rounding left over, without losing a bit.
+
+    The pack is unpacked in memory and every hash checked before it appears. The models stay as they are.
+    """
+    from detune.terminal import show_pack
+
+    with progress(quiet=as_json) as on_tensor:
+        report = detune.pack(models, out, base=base, rank=rank, device=device_of(device), on_tensor=on_tensor)
+    click.echo(report.to_json(), nl=False) if as_json else show_pack(report)
+
+
+@click.command()
+@click.argument("pack", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to make.")
+@json_option
+def unpack(pack: Path, out: Path, as_json: bool) -> None:
+    """Restore the models of PACK, every file byte for byte, each in a directory of its own below OUT."""
+    from detune.terminal import show_unpack
+
+    with progress(quiet=as_json) as on_tensor:
+        report = detune.unpack(pack, out, on_file=lambda name: on_tensor(name, None))
+    click.echo(report.to_json(), nl=False) if as_json else show_unpack(report, out)

@@ -1,0 +1,157 @@
+"""The file of a pack: a zip archive whose members are zstd frames, and one of JSON that tells what they are."""
+
+import io
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from detune.errors import InputError
+from detune.packing.layout import Compressor
+from detune.training import needs_extra
+
+LEVEL = 1
+"""Of zstd: its fastest. The bytes of weights repeat nothing that a longer search would find."""
+
+USUAL_LEVEL = 3
+"""What zstd does unless told otherwise: what a pack is compared with."""
+
+MANIFEST = "manifest.json"
+
+_DAMAGED = "copy the pack again, or pack the models anew"
+
+
+class ArchiveWriter:
+    """Writes the members one after the other. A context manager.
+
+    Args:
+        path: The file to write.
+
+    Raises:
+        DetuneError: The extra `pack` is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with needs_extra("pack"):
+            import zstandard
+        self._compressor = zstandard.ZstdCompressor(level=LEVEL)
+        self._usual = zstandard.ZstdCompressor(level=USUAL_LEVEL)
+        self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+        self.sizes: dict[str, int] = defaultdict(int)
+
+    def add(self, member: str, data: bytes) -> int:
+        """Compress one member.
+
+        Args:
+            member: Its name; what stands before its first slash is a kind, over which `sizes` are summed up.
+            data: Its content.
+
+        Returns:
+            Its compressed size in bytes.
+        """
+        frame = self.compressed(data)
+        self.add_frame(member, frame)
+        return len(frame)
+
+    def compressed(self, data: bytes) -> bytes:
+        """A frame that `add_frame` takes."""
+        frame: bytes = self._compressor.compress(data)
+        return frame
+
+    def add_frame(self, member: str, frame: bytes) -> None:
+        """Add a member that is compressed already."""
+        self._zip.writestr(zipfile.ZipInfo(member), frame)
+        self.sizes[member.partition("/")[0]] += len(frame)
+
+    def compressor(self) -> Compressor:
+        """What zstd alone does to a file, block by block."""
+        return self._usual.compressobj()
+
+    def add_stream(self, member: str, stream: IO[bytes]) -> None:
+        """Compress one member block by block."""
+        with self._zip.open(zipfile.ZipInfo(member), "w", force_zip64=True) as target:
+            _, written = self._compressor.copy_stream(stream, target)
+        self.sizes[member.partition("/")[0]] += written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._zip.close()
+
+
+class ArchiveReader:
+    """Reads the members of a pack. A context manager.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: It is no pack, or is damaged.
+        DetuneError: The extra `pack` is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with needs_extra("pack"):
+            import zstandard
+        self.path = path
+        self._zstandard: Any = zstandard
+        self._decompressor = zstandard.ZstdDecompressor()
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise InputError(f"{path} is no pack, or is truncated", str(error), _DAMAGED) from error
+        except OSError as error:
+            raise InputError(f"cannot read {path}", str(error.strerror or error), "check the path") from error
+
+    def read(self, member: str, what: str) -> bytes:
+        """One member.
+
+        Args:
+            member: Its name.
+            what: What it is to the user, for messages: a tensor, a file.
+
+        Raises:
+            InputError: It is missing or damaged.
+        """
+        with self.open(member, what) as stream:
+            return stream.read()
+
+    @contextmanager
+    def open(self, member: str, what: str) -> Iterator[IO[bytes]]:
+        """One member, to be read in blocks; see `read`."""
+        with self.checked(what), self._zip.open(member) as frame, self._decompressor.stream_reader(frame) as stream:
+            yield io.BufferedReader(stream)
+
+    @contextmanager
+    def checked(self, what: str) -> Iterator[None]:
+        """Name the pack and `what` where its content cannot be made sense of."""
+        try:
+            yield
+        except (
+            zipfile.BadZipFile,
+            self._zstandard.ZstdError,
+            LookupError,
+            ValueError,
+            TypeError,
+            EOFError,
+            RuntimeError,
+        ) as error:
+            raise InputError(
+                f"{self.path} is damaged in {what}", str(error) or type(error).__name__, _DAMAGED
+            ) from error
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}", str(error.strerror or error), "check the file") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._zip.close()

@@ -1,0 +1,160 @@
+"""From a pack back to the files, byte by byte."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from detune.checkpoints import new_directory
+from detune.checkpoints.blocks import memory_of
+from detune.errors import InputError
+from detune.packing.archive import MANIFEST, ArchiveReader
+from detune.packing.codec import decode_factors, decode_residual, decode_tensor
+from detune.packing.layout import blocks
+from detune.packing.manifest import Coding, Manifest, PackedFile, PackedModel
+from detune.packing.prediction import predict
+from detune.walk import matricise
+
+OnFile = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class UnpackReport:
+    """What `unpack` did.
+
+    Attributes:
+        models: The directory of each model, by its name.
+        files: Number of files restored; each has the hash it was packed with.
+        size_bytes: Their size.
+        seconds: Wall time.
+    """
+
+    models: dict[str, str]
+    files: int
+    size_bytes: int
+    seconds: float
+
+    def to_json(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def unpack(pack: str | Path, out: str | Path, *, on_file: OnFile | None = None) -> UnpackReport:
+    """Restore the checkpoints of a pack, every file byte for byte, each in a directory of its own below `out`.
+
+    Every file is checked against the hash that it was packed with before `out` appears.
+
+    Args:
+        pack: The file.
+        out: The directory to make.
+        on_file: For progress: called with the name of each file when it is begun.
+
+    Returns:
+        What was restored.
+
+    Raises:
+        InputError: It is no pack, or is damaged.
+        OutputError: `out` exists, or cannot be written.
+        DetuneError: The extra `pack` is not installed.
+
+    Example:
+        >>> unpack("fine-tunes.detune", "fine-tunes").models  # doctest: +SKIP
+        {'ft-a': 'fine-tunes/ft-a', 'ft-b': 'fine-tunes/ft-b'}
+    """
+    started = time.perf_counter()
+    with ArchiveReader(Path(pack).expanduser()) as archive, new_directory(out) as partial:
+        contents = Contents(archive)
+        for model in contents.manifest.models:
+            for file in model.files:
+                if on_file:
+                    on_file(f"{model.name}/{file.path}")
+                path = partial / model.name / file.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("xb") as stream:
+                    for block in contents.checked(model, file):
+                        stream.write(block)
+    files = [file for model in contents.manifest.models for file in model.files]
+    models = {model.name: str(Path(out) / model.name) for model in contents.manifest.models}
+    return UnpackReport(models, len(files), sum(file.size_bytes for file in files), time.perf_counter() - started)
+
+
+class Contents:
+    """The models of an opened pack.
+
+    Args:
+        archive: The pack.
+
+    Attributes:
+        manifest: What is in it.
+
+    Raises:
+        InputError: The manifest is damaged, or of another format.
+    """
+
+    def __init__(self, archive: ArchiveReader) -> None:
+        self._archive = archive
+        with archive.checked("its manifest"):
+            self.manifest = Manifest.from_json(archive.read(MANIFEST, "its manifest"))
+
+    def checked(self, model: PackedModel, file: PackedFile) -> Iterator[bytes | memoryview]:
+        """The bytes of a file, block by block.
+
+        Args:
+            model: A model of the manifest.
+            file: A file of it.
+
+        Yields:
+            Its blocks.
+
+        Raises:
+            InputError: The pack is damaged: after the last block, where the hash is not that of the file.
+        """
+        digest = hashlib.sha256()
+        for block in self._restored(model, file):
+            digest.update(block)
+            yield block
+        if digest.hexdigest() != file.sha256:
+            raise InputError(
+                f"{file.path!r} of {model.name} does not come back from {self._archive.path}",
+                f"its SHA-256 is {digest.hexdigest()}, expected {file.sha256}",
+                "copy the pack again, or pack the models anew",
+            )
+
+    def _restored(self, model: PackedModel, file: PackedFile) -> Iterator[bytes | memoryview]:
+        what = f"file {file.path!r} of {model.name}"
+        if not file.spans:
+            with self._archive.open(file.member, what) as stream:
+                yield from blocks(stream)
+            return
+        between = self._archive.read(file.member, what)
+        position = used = 0
+        for span in file.spans:
+            gap = span.offset - position
+            yield between[used : used + gap]
+            tensor = memory_of(self._tensor(model, span.tensor))
+            yield tensor
+            used, position = used + gap, span.offset + len(tensor)
+        yield between[used:]
+
+    def _tensor(self, model: PackedModel, name: str) -> Tensor:
+        what = f"tensor {name!r} of {model.name}"
+        with self._archive.checked(what):
+            packed = model.tensors[name]
+            info = self.manifest.base[packed.index]
+            place = f"{self.manifest.models.index(model)}/{packed.index}"
+            if packed.coding is Coding.PLAIN:
+                return decode_tensor(self._archive.read(f"plain/{place}", what), info.shape, packed.dtype)
+            base = decode_tensor(self._archive.read(f"base/{packed.index}", what), info.shape, info.dtype)
+            if packed.coding is Coding.SAME:
+                return base
+            factors = None
+            if packed.rank:
+                rows, columns = matricise(base).shape
+                data = self._archive.read(f"factors/{place}", what)
+                factors = decode_factors(data, packed.rank, (rows, columns), packed.exponent)
+            residual = self._archive.read(f"residual/{place}", what)
+            return decode_residual(residual, predict(base, factors, packed.dtype)).contiguous()
