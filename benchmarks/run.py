@@ -21,6 +21,7 @@ COMMANDS = {
     "closed_form": ["--iterations", "60"],
     "checkpoint": [],
     "family": [],
+    "ranks": [],
 }
 INTRODUCTION = """# Benchmarks
 

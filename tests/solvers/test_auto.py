@@ -53,17 +53,19 @@ class TestDirectionsBelowTheNoise:
 
     REGIME = Regime(shape=(96, 80), ranks=(8,) * 5, decay=9.0, scale=0.01, shared_rows=0.999, dtype=torch.float32)
 
+    @pytest.mark.parametrize("rank", [8, None])
     @pytest.mark.parametrize("seed", [0, 1])
-    def test_are_found_where_the_rank_is_told(self, seed):
+    def test_are_found(self, seed, rank):
         problem = make_problem(self.REGIME, seeded(seed))
-        told, found = (recover_matrix(problem.stack, rank=rank) for rank in (8, None))
-        assert told.ranks == (8,) * 5
-        assert told.noise_ratio < 1.1
-        assert problem.error(told.weight) < 0.7 * problem.error(found.weight)
+        answer = recover_matrix(problem.stack, rank=rank)
+        assert answer.ranks == (8,) * 5
+        assert answer.noise_ratio < 1.1
+        closed = recover_matrix(problem.stack, "intersect")
+        assert problem.error(answer.weight) < 0.9 * problem.error(closed.weight)
 
     @pytest.mark.parametrize("seed", [0, 1])
-    def test_that_are_missed_make_the_answer_approximate_and_no_worse_than_the_closed_form(self, seed):
+    def test_that_are_missed_make_the_answer_no_worse_than_the_closed_form(self, seed, monkeypatch):
+        monkeypatch.setattr("detune.solvers.selection.SMALL_ENTRIES", 0)
         problem = make_problem(self.REGIME, seeded(seed))
         answer, closed = (recover_matrix(problem.stack, method) for method in ("auto", "intersect"))
-        assert answer.noise_ratio > 2, "and `recover` says approximate"
         assert problem.error(answer.weight) < 1.1 * problem.error(closed.weight)

@@ -12,11 +12,16 @@ from detune.solvers.differences import SIGNAL, find_differences
 from detune.solvers.fit import w_step, w_step_given_rows
 from detune.solvers.intersect import Unsplittable, find_spaces, untranspose
 from detune.solvers.polish import Polish
+from detune.solvers.selection import select_ranks
 from detune.solvers.spectral import Spectral
 from detune.solvers.stack import Stack
 
 # A residual of more than this many times the storage noise is not storage noise.
 FLOOR_RATIO = 2.0
+# Where the rank is told, singular values of differences are looked for down to this share of the storage noise.
+BELOW_NOISE = 0.5
+# Unless the residual is storage noise already.
+AT_FLOOR = 1.1
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,12 @@ class Auto:
         # Folding rows loses a direction where very few rows differ: look again at all of them. Differences of LoRAs
         # that nearly coincide can have directions below the noise: where the rank is known, look for them there. And
         # noise may be more than storage's, if the merge was rounded on its way: look again above that.
-        below = (SIGNAL / 4,) if rank is not None else ()
-        for signal in (SIGNAL, *below, 2 * SIGNAL, 4 * SIGNAL):
-            if not best.method.startswith("intersect") or (best.noise_ratio or 0.0) <= FLOOR_RATIO:
+        below = (BELOW_NOISE,) if rank is not None else ()
+        for signal in (SIGNAL, *below, 2 * SIGNAL, 4 * SIGNAL, 8 * SIGNAL):
+            if not best.method.startswith("intersect"):
                 break
+            if (best.noise_ratio or 0.0) <= (AT_FLOOR if signal == BELOW_NOISE else FLOOR_RATIO):
+                continue
             try:
                 again = self._solve(stack, rank, fold=False, signal=signal)
             except NotRecoverable:
@@ -64,6 +71,7 @@ class Auto:
             _check_solvable(stack, differences.ranks)
             recovery = self.spectral.solve(stack, rank or max(differences.ranks))
             return replace(recovery, reason=f"{why}; so {recovery.reason}")
+        spaces = select_ranks(spaces, rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
         step, steps = w_step(spaces.stack, polished.deltas), polished.steps
         method = "intersect+polish"

@@ -27,9 +27,9 @@ FOLDED_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 1024, tor
 FOLDED_RANK = 0.5
 # Adapters add up to less than this in practice; a difference of more is one of full rank.
 MOST_RANK = 1024
-# A singular value counts as signal from this multiple of the noise's estimated spectral norm. One of twice the noise
-# that is left out costs next to nothing; one of the noise that is taken in spoils the split.
-SIGNAL = 2.0
+# A singular value counts as signal from this multiple of the noise's estimated spectral norm. The estimate is a bound,
+# a fifth above what noise reaches where all entries are of a kind; noise alone does not come near.
+SIGNAL = 1.15
 
 
 @dataclass(frozen=True)

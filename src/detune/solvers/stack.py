@@ -198,6 +198,15 @@ class Stack:
         """Root mean square of each model's storage rounding error, `(n,)`, float64."""
         return torch.stack([variance.mean().sqrt() for variance in self._variances])
 
+    @cached_property
+    def rounded_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtype that each model was rounded to, judged by some rows."""
+        return tuple(sample.dtype for sample in _as_rounded([_sample(W_i) for W_i in self.matrices]))
+
+    def variance(self, model: int) -> Tensor:
+        """Storage variance of every entry of a model, `(out, in)`, float64: a pass over all matrices."""
+        return storage_variance(_as_rounded(self.matrices)[model])
+
     def noise_norm(self, model: int, rows: int) -> Tensor:
         """Estimated spectral norm of a model's rounding error after folding onto `rows`, a float64 scalar.
 

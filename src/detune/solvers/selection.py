@@ -1,0 +1,458 @@
+"""Which rank each model has, decided by all models together.
+
+A difference of two models hides what the two have nearly in common: with row spaces that overlap by a cosine c its
+smallest singular value is down to `sqrt(1 - c)` of the adapters' own, below the noise of two models. All models
+together leave more of it: what the other models would have to absorb in its place. So the ranks that the differences
+give are only where to start. Wanted are the ranks that minimise the penalised misfit
+
+    J(r) = min_{W, rank M_i = r_i} sum_i |W_i - W - M_i|^2  +  tau^2 sum_i r_i ,      tau = CLEAR * floor,
+
+where the floor is the largest singular value of one model's storage noise: a direction is worth its place when it
+explains more than noise can. For one matrix this is hard thresholding of its singular values at tau (Bunea, She &
+Wegkamp 2011, arXiv 1004.2995, Section 2; Gavish & Donoho 2014, arXiv 1305.5870, for the lowest such tau).
+
+Two tests propose what to try, both from the fit for given row spaces, where `Pi` projects onto what is left when
+every row of W and every `F_i` of `M_i = F_i V_i^T` is free, and `A_i` is its i-th diagonal block:
+
+- add: `R_i A_i^{-1/2}`, R_i the residual of model i, is white noise when nothing is missing. A singular value is by
+  how much a new direction of model i lowers the root of the misfit (Rao's score test).
+- drop: `F_i (N^{-1}_ii)^{-1/2}`, N the normal matrix: its smallest singular value is by how much the misfit's root
+  rises without that direction (Wald's test).
+
+Several models can claim one missing direction almost equally well, and the greedy choice is then sometimes wrong. So
+at the end all directions that are not far above tau are taken out at once and put back one at a time, the best by
+the misfit itself first.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from detune.solvers.descent import Fit, descend
+from detune.solvers.differences import find_differences
+from detune.solvers.fit import normal_inverse
+from detune.solvers.intersect import Spaces, intersect
+from detune.solvers.linalg import joint_basis, orthonormal
+from detune.solvers.stack import SMALL_ENTRIES, Stack
+
+# Noise alone reaches 1, and a little more where the fit bends to it.
+CLEAR = 1.1
+# Directions up to this many floors are taken out and put back at the end; a little more in each round.
+DOUBTFUL = 1.9
+MORE_DOUBTFUL = 0.25
+ROUNDS = 4
+# From this round on, twice.
+DEEPER = 2
+# A direction that two models show, up to this cos^2 on both sides, is one direction.
+SAME = 0.3
+# Claims of at least this share of the strongest are granted together.
+STRONG = 0.5
+# Where a search from the differences as they are ends in doubt, they are cut at these multiples of the noise too.
+OTHER_SIGNALS = (1.5, 2.5)
+# So far from tau, one model's direction may still be another's; only so many are tried.
+EXCHANGED = 2.6
+# With more models than this, what belongs to whom is seldom in doubt: only what is close to tau is.
+FEW_MODELS = 4
+MOST_EXCHANGED = 4
+# The tests are linear and the fit is not: at the end, claims from here on are tried too.
+NEARLY = 0.8
+# A smaller gain, in floors squared, is no gain: the fits are not exact.
+WORTHWHILE = 0.01
+# Noise of this many times what storage explains is not noise: the fit is wrong, and no test built on it says anything.
+BAD_FIT = 4.0
+# Nor does it where strong directions are missing. One frozen A for all models is such a case: ranks that are wrong fit
+# it perfectly, and a search would find them.
+BAD_START = 10.0
+# Models whose noise differs by more than this are not weighed as they should be.
+UNEQUAL_NOISE = 2.0
+# Whitening amplifies no more than this.
+LEAST_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A direction that a model's residual shows over the noise.
+
+    Attributes:
+        strength: By how many floors it lowers the root of the misfit.
+        model: The model.
+        u: Unit left vector, `(out,)`.
+        v: Unit right vector, `(in,)`.
+    """
+
+    strength: float
+    model: int
+    u: Tensor
+    v: Tensor
+
+    def same_as(self, other: "Claim") -> bool:
+        """Whether it may be the other model's direction showing through."""
+        return self.model != other.model and (
+            float(self.u @ other.u) ** 2 > SAME or float(self.v @ other.v) ** 2 > SAME
+        )
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """The direction of a model that explains least.
+
+    Attributes:
+        strength: By how many floors the root of the misfit rises without it.
+        model: The model.
+        without: The model's row space without it, `(in, r_i - 1)`.
+    """
+
+    strength: float
+    model: int
+    without: Tensor
+
+
+def select_ranks(spaces: Spaces, rank: int | None = None) -> Spaces:
+    """Spaces with the ranks of least penalised misfit.
+
+    Left as they are where the stack is large (more than a million entries a matrix: it is held in float64), where
+    rounding is no coarser than the computation (float64), where the models' noise differs by more than a factor of
+    two, and where the fit is far from the noise: the tests would not hold.
+
+    Args:
+        spaces: Where to start.
+        rank: The most that any `M_i` can have.
+    """
+    stack = spaces.stack
+    if stack.shape[0] * stack.shape[1] > SMALL_ENTRIES or not any(V_i.shape[1] for V_i in spaces.bases):
+        return spaces
+    if any(W_i.dtype == torch.float64 for W_i in stack.matrices):
+        return spaces
+    if float(stack.noise.min()) * UNEQUAL_NOISE < float(stack.noise.max()):
+        return spaces
+    search = _Search.of(stack, spaces.bases, rank or min(stack.shape))
+    if search is None:
+        return spaces
+    best = search.best()
+    return spaces if best.ranks == search.start.ranks else replace(spaces, bases=best.V)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A local search over ranks.
+
+    Attributes:
+        stack: The models.
+        centred: `W_i - mean`, `(n, out, in)`, float64.
+        noise: Root mean square of the storage noise.
+        floor: Largest singular value of one model's noise, were it independent of what is stored.
+        floors: Largest singular value of each model's noise.
+        most: The most that any `M_i` can have.
+        start: The fit to start from.
+    """
+
+    stack: Stack
+    centred: Tensor
+    noise: float
+    floor: float
+    floors: tuple[float, ...]
+    most: int
+    start: Fit
+
+    @classmethod
+    def of(cls, stack: Stack, V: Sequence[Tensor], most: int) -> "_Search | None":
+        """Measure the noise and fit the start; None where that fit is not down to the noise."""
+        matrices = torch.stack([W_i.to(stack.device, torch.float64) for W_i in stack.matrices])
+        centred = matrices - matrices[0]
+        centred -= centred.mean(dim=0)
+        noise = float(stack.noise.square().mean().sqrt())
+        spectrum = noise_spectrum(stack)
+        floor = float(spectrum[0])
+        start = descend(centred, V, noise, _enough(floor))
+        # Rounding on the way to the merge is in the residual too; outliers do not move the median.
+        middles = [float(torch.linalg.svdvals(Z).median()) for Z in _whitened_residuals(start)]
+        excess = max(1.0, median(middles) / float(spectrum.median()))
+        degrees = (stack.n - 1) * stack.shape[0] * stack.shape[1]
+        if excess > BAD_FIT or start.misfit > (BAD_START * excess * noise) ** 2 * degrees:
+            return None
+        return cls(stack, centred, noise, floor * excess, (floor * excess,) * stack.n, most, start)
+
+    def best(self) -> Fit:
+        """The best ranks found."""
+        search, fit = self, self.start
+        for _ in range(2):
+            search = replace(self, floors=self._rounding(fit))
+            fit = search._grow(self.start)
+        return search._cleared(search._best(search._cleared(fit)))
+
+    def _cleared(self, fit: Fit) -> Fit:
+        """Without what does not stand over its own model's noise, although it lowers the misfit."""
+        while below := self._doubtful(fit, 1.0):
+            fit = self._fit(_without(fit, below[:1]))
+        return fit
+
+    def _rounding(self, fit: Fit) -> tuple[float, ...]:
+        """Each model's floor for such deltas, the base on the grid of the dtype.
+
+        A delta below half a step of the grid is lost, or comes back as a pattern of its own largest entries: noise
+        that depends on it, has low rank and stands over what rounding leaves elsewhere.
+        """
+        first = self.stack.matrices[0].to(self.stack.device, torch.float64)
+        mean = torch.stack([W_i.to(first) - first for W_i in self.stack.matrices]).mean(dim=0)
+        W_star = first + mean - torch.stack([M_i.dense() for M_i in fit.deltas]).mean(dim=0)
+        floors = []
+        for M_i, dtype in zip(fit.deltas, self.stack.rounded_dtypes, strict=True):
+            exact = W_star.to(dtype).double() + M_i.dense()
+            error = exact.to(dtype).double() - exact
+            floors.append(max(self.floor, float(torch.linalg.matrix_norm(error, 2))))
+        return tuple(floors)
+
+    def _best(self, fit: Fit) -> Fit:
+        """The best ranks from a fit."""
+        unsure = EXCHANGED if self.stack.n <= FEW_MODELS else DOUBTFUL
+        if not self._doubtful(fit, unsure):
+            return fit
+        fit = min([fit, *map(self._grow, self._other_starts())], key=self._penalised)
+        for round_ in range(ROUNDS):
+            doubtful = self._doubtful(fit, DOUBTFUL + MORE_DOUBTFUL * round_)
+            if not doubtful:
+                break
+            fewer = self._fit(_without(fit, doubtful))
+            if round_ >= DEEPER:
+                fewer = self._fit(_without(fewer, self._doubtful(fewer, DOUBTFUL)))
+            again = self._grow(fewer, careful=True)
+            if self._penalised(again) < self._penalised(fit):
+                fit = again
+            elif round_ >= DEEPER:
+                break
+        while (better := self._exchanged(fit, unsure)) is not None:
+            fit = self._grow(better)
+        return fit
+
+    def _other_starts(self) -> Iterator[Fit]:
+        """What the differences give when they are cut elsewhere: the search may end elsewhere."""
+        for signal in OTHER_SIGNALS:
+            differences = find_differences(self.stack, signal=signal, fold=False)
+            ranks = tuple(min(r, self.most) for r in differences.ranks)
+            if any(ranks) and self._allowed(ranks):
+                yield self._fit(intersect(differences, ranks).bases)
+
+    def _allowed(self, ranks: Sequence[int]) -> bool:
+        """The conditions of the closed form, for any three models."""
+        largest = sorted(ranks)[-3:]
+        shape = self.stack.shape
+        return largest[-1] <= self.most and sum(largest) <= max(shape) and sum(largest[-2:]) <= min(shape)
+
+    def _grow(self, fit: Fit, careful: bool = False) -> Fit:
+        """Add and drop directions as long as that lowers the penalised misfit.
+
+        Careful takes the best of all that is proposed, not the first that is better.
+        """
+        while True:
+            better = None
+            for V in self._moves(fit, careful):
+                moved = self._fit_allowed(V)
+                if moved and self._penalised(moved) < self._penalised(better or fit) - WORTHWHILE:
+                    better = moved
+                    if not careful:
+                        break
+            if better is None:
+                return fit
+            fit = better
+
+    def _moves(self, fit: Fit, careful: bool) -> Iterator[list[Tensor]]:
+        """Row spaces to try next, the most promising first."""
+        claims = self._claims(fit)
+        granted: list[Claim] = []
+        for claim in claims:
+            if claim.strength >= STRONG * claims[0].strength and not any(map(claim.same_as, granted)):
+                granted.append(claim)
+        if len(granted) > 1 and not careful:
+            yield _with(fit, granted)
+        for claim in _strongest_by_model(claims)[:3]:
+            yield _with(fit, [claim])
+        for doubt in self._doubts(fit)[:2]:
+            if doubt.strength < DOUBTFUL:
+                yield _without(fit, [doubt])
+
+    def _exchanged(self, fit: Fit, unsure: float) -> Fit | None:
+        """A better fit with a weak claim granted or a doubtful direction given to another model; None without one."""
+        for claim in _strongest_by_model(self._claims(fit, NEARLY))[:3]:
+            moved = self._fit_allowed(_with(fit, [claim]))
+            if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
+                return moved
+        for doubt in self._doubtful(fit, unsure)[:MOST_EXCHANGED]:
+            fewer = self._fit(_without(fit, [doubt]))
+            claims = [claim for claim in self._claims(fewer, NEARLY) if claim.model != doubt.model]
+            for claim in _strongest_by_model(claims)[:3]:
+                moved = self._fit_allowed(_with(fewer, [claim]))
+                if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
+                    return moved
+        return None
+
+    def _fit(self, V: Sequence[Tensor]) -> Fit:
+        return descend(self.centred, V, self.noise, _enough(self.floor))
+
+    def _fit_allowed(self, V: Sequence[Tensor]) -> Fit | None:
+        return self._fit(V) if self._allowed([V_i.shape[1] for V_i in V]) else None
+
+    def _penalised(self, fit: Fit) -> float:
+        """J in units of the floor's square."""
+        return fit.misfit / self.floor**2 + CLEAR**2 * sum(fit.ranks)
+
+    def _claims(self, fit: Fit, least: float = CLEAR) -> list[Claim]:
+        """What the residuals show above so many floors, the strongest first."""
+        claims = []
+        right = _Whitener.of(fit.V)
+        for i, Z in enumerate(_whitened_residuals(fit)):
+            if Z.shape[0] > Z.shape[1]:
+                # The smaller Gram matrix.
+                values, vectors = torch.linalg.eigh(Z.mT @ Z)
+                vectors = Z @ vectors / values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
+            else:
+                values, vectors = torch.linalg.eigh(Z @ Z.mT)
+            for value, u in zip(values.flip(0), vectors.mT.flip(0), strict=True):
+                strength = float(value.clamp(min=0).sqrt()) / self.floors[i]
+                if strength <= least:
+                    break
+                v = right.whiten(u[None] @ Z, i)[0]
+                claims.append(Claim(strength, i, u, v / v.norm()))
+        return sorted(claims, key=lambda claim: -claim.strength)
+
+    def _doubtful(self, fit: Fit, below: float) -> list[Doubt]:
+        """The weakest directions of fewer floors than that."""
+        return [doubt for doubt in self._doubts(fit) if doubt.strength < below]
+
+    def _doubts(self, fit: Fit) -> list[Doubt]:
+        """Every model's weakest direction, the most doubtful first."""
+        spaces = list(zip(fit.deltas, fit.U, fit.V, strict=True))
+        by_row = weakest_directions(fit.V, [M_i.left @ (M_i.right.mT @ V_i) for M_i, _, V_i in spaces])
+        by_column = weakest_directions(fit.U, [M_i.right @ (M_i.left.mT @ U_i) for M_i, U_i, _ in spaces])
+        doubts = []
+        for i in by_row:
+            row, column = by_row[i], by_column[i]
+            if row.rise <= column.rise:
+                without = row.others
+            else:
+                M_i = fit.deltas[i]
+                without = orthonormal(M_i.right @ (M_i.left.mT @ column.others)) if M_i.rank > 1 else row.others
+            doubts.append(Doubt(min(row.rise, column.rise) / self.floors[i], i, without))
+        return sorted(doubts, key=lambda doubt: doubt.strength)
+
+
+@dataclass(frozen=True)
+class Weakest:
+    """The direction of one space that explains least.
+
+    Attributes:
+        rise: By how much the root of the misfit rises without it.
+        others: Basis of the rest of the space.
+    """
+
+    rise: float
+    others: Tensor
+
+
+def weakest_directions(V: Sequence[Tensor], F: Sequence[Tensor]) -> dict[int, Weakest]:
+    """Wald's test for every model that has a direction, from the fit `M_i = F_i V_i^T` for given spaces V."""
+    ranks = [V_i.shape[1] for V_i in V]
+    inverse = torch.split(normal_inverse(V), ranks)
+    found = {}
+    for i, (F_i, V_i, rows) in enumerate(zip(F, V, inverse, strict=True)):
+        if not ranks[i]:
+            continue
+        values, X = torch.linalg.eigh(torch.split(rows, ranks, dim=1)[i])
+        root = (X * values.clamp(min=1e-12).rsqrt()) @ X.mT
+        _, S, Yh = torch.linalg.svd(F_i @ root, full_matrices=False)
+        rest = torch.linalg.qr((root @ Yh[-1])[:, None], mode="complete")[0][:, 1:]
+        found[i] = Weakest(float(S[-1]), V_i @ rest)
+    return found
+
+
+def noise_spectrum(stack: Stack, seed: int = 0) -> Tensor:
+    """Singular values of one model's storage noise, descending, float64: of a draw with every entry's own variance.
+
+    Bounds from variances alone (`Stack.noise_norm`) lie up to a third above it, too much to tell one direction from
+    none.
+
+    Args:
+        stack: The models; the noise is that of the first, brought to the mean variance of all.
+        seed: Of the draw.
+    """
+    deviation = stack.variance(0).sqrt().to(stack.device)
+    generator = stack.generator(seed)
+    uniform = torch.rand(deviation.shape, generator=generator, dtype=torch.float64, device=stack.device) - 0.5
+    scale = float(stack.noise.square().mean().sqrt() / stack.noise[0])
+    spectrum: Tensor = torch.linalg.svdvals(uniform * deviation * (12**0.5 * scale))
+    return spectrum
+
+
+@dataclass(frozen=True)
+class _Whitener:
+    """What `A_i^{-1/2}` is made of, for all models.
+
+    With G the i-th block row of the centred block-diagonal V, `A_i = (1 - 1/n) I - G N^{-1} G^T`.
+
+    Attributes:
+        P: Orthonormal basis of all spaces.
+        coordinates: `P^T V_i`.
+        inverse: `N^{-1}`.
+    """
+
+    P: Tensor
+    coordinates: tuple[Tensor, ...]
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, V: Sequence[Tensor]) -> "_Whitener":
+        """For orthonormal spaces V."""
+        P = joint_basis(V)
+        return cls(P, tuple(P.mT @ V_i for V_i in V), normal_inverse(V))
+
+    def whiten(self, R: Tensor, model: int) -> Tensor:
+        """`R A_i^{-1/2}`."""
+        n = len(self.coordinates)
+        G = torch.cat([(j == model) * c_j - c_j / n for j, c_j in enumerate(self.coordinates)], dim=1)
+        outside = 1 - 1 / n
+        core = outside * torch.eye(len(G), dtype=G.dtype, device=G.device) - G @ self.inverse @ G.mT
+        values, X = torch.linalg.eigh(core)
+        roots = torch.where(values > LEAST_SHARE, values.clamp(min=LEAST_SHARE).rsqrt(), 0.0)
+        onto = self.P @ X
+        inside = R @ onto
+        whitened: Tensor = (R - inside @ onto.mT) * outside**-0.5 + (inside * roots) @ onto.mT
+        return whitened
+
+
+def _whitened_residuals(fit: Fit) -> list[Tensor]:
+    """Every `R_i` whitened on both sides: white where nothing is missing, but for the directions that the fit took."""
+    n = len(fit.V)
+    right, left = _Whitener.of(fit.V), _Whitener.of(fit.U)
+    return [left.whiten(right.whiten(fit.residual[i], i).mT, i).mT * (1 - 1 / n) ** 0.5 for i in range(n)]
+
+
+def _with(fit: Fit, claims: Sequence[Claim]) -> list[Tensor]:
+    """The row spaces with the claimed directions."""
+    V = list(fit.V)
+    for claim in claims:
+        new = claim.v - V[claim.model] @ (V[claim.model].mT @ claim.v)
+        V[claim.model] = torch.cat([V[claim.model], (new / new.norm())[:, None]], dim=1)
+    return V
+
+
+def _without(fit: Fit, doubts: Sequence[Doubt]) -> list[Tensor]:
+    """The row spaces without the doubtful directions."""
+    V = list(fit.V)
+    for doubt in doubts:
+        V[doubt.model] = doubt.without
+    return V
+
+
+def _strongest_by_model(claims: Sequence[Claim]) -> list[Claim]:
+    """Each model's first claim, in the order given."""
+    first: dict[int, Claim] = {}
+    for claim in claims:
+        first.setdefault(claim.model, claim)
+    return list(first.values())
+
+
+def _enough(floor: float) -> float:
+    """A misfit that changes by less than this says nothing about a direction."""
+    return 3e-3 * floor**2
