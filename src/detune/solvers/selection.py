@@ -51,7 +51,7 @@ SAME = 0.3
 # Claims of at least this share of the strongest are granted together.
 STRONG = 0.5
 # Where a search from the differences as they are ends in doubt, they are cut at these multiples of the noise too.
-OTHER_SIGNALS = (1.5, 2.5)
+OTHER_SIGNALS = (1.0, 1.5, 2.0, 2.5, 3.5)
 # So far from tau, one model's direction may still be another's; only so many are tried.
 EXCHANGED = 2.6
 # With more models than this, what belongs to whom is seldom in doubt: only what is close to tau is.
