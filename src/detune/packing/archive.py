@@ -139,6 +139,7 @@ class ArchiveReader:
             LookupError,
             ValueError,
             TypeError,
+            ArithmeticError,
             EOFError,
             RuntimeError,
         ) as error:

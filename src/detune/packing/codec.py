@@ -109,4 +109,5 @@ def _to_planes(memory: Bytes, itemsize: int) -> bytes:
 
 
 def _from_planes(data: bytes, itemsize: int) -> Bytes:
-    return np.ascontiguousarray(np.frombuffer(data, dtype=np.uint8).reshape(itemsize, -1).T).reshape(-1)
+    # A copy in any case: torch takes no memory that it may not write to.
+    return np.frombuffer(data, dtype=np.uint8).reshape(itemsize, -1).T.copy().reshape(-1)
