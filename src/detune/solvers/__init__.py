@@ -4,6 +4,7 @@ from detune.solvers.auto import Auto
 from detune.solvers.base import Bits, LowRank, NotLowRank, NotRecoverable, Recovery, Solver
 from detune.solvers.intersect import Intersect
 from detune.solvers.mean import Mean
+from detune.solvers.on_grid import OnGrid
 from detune.solvers.single import Single
 from detune.solvers.spectral import Spectral
 from detune.solvers.stack import NonFinite, Stack
@@ -11,6 +12,7 @@ from detune.solvers.stack import NonFinite, Stack
 SOLVERS: dict[str, type[Solver]] = {
     "auto": Auto,
     "intersect": Intersect,
+    "lattice": OnGrid,
     "spectral": Spectral,
     "mean": Mean,
     "single": Single,
@@ -26,6 +28,7 @@ __all__ = [
     "NonFinite",
     "NotLowRank",
     "NotRecoverable",
+    "OnGrid",
     "Recovery",
     "Single",
     "Solver",

@@ -11,6 +11,7 @@ from detune.solvers.base import NotRecoverable, Recovery
 from detune.solvers.differences import SIGNAL, find_differences
 from detune.solvers.fit import w_step, w_step_given_rows
 from detune.solvers.intersect import Unsplittable, find_spaces, untranspose
+from detune.solvers.lattice import HALVES, Lattice, NoGrid
 from detune.solvers.polish import Polish
 from detune.solvers.selection import select_ranks
 from detune.solvers.spectral import Spectral
@@ -26,9 +27,11 @@ AT_FLOOR = 1.1
 
 @dataclass(frozen=True)
 class Auto:
-    """Intersection and polish where they apply, Spectral DeTuning where they do not.
+    """Intersection and polish where they apply, Spectral DeTuning where they do not; then the bits, if a grid shows.
 
     Attributes:
+        lattice: How the base's bits are looked for; None does not. A few sweeps, on the grids of half precision: the
+            method `lattice` looks longer.
         polish: Options of the polish.
         spectral: Options of the fallback.
         seed: Seed of the sketch.
@@ -36,12 +39,22 @@ class Auto:
 
     min_models: ClassVar[int] = 3
 
+    lattice: Lattice | None = field(default_factory=lambda: Lattice(grids=HALVES, sweeps=4))
     polish: Polish = field(default_factory=Polish)
     spectral: Spectral = field(default_factory=Spectral)
     seed: int = 0
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Choose and solve; see `Solver.solve`. The reason says which and why."""
+        found = self._without_grid(stack, rank)
+        if self.lattice is None or not found.deltas:
+            return found
+        try:
+            return self.lattice.refine(stack, found, rank)
+        except NoGrid:
+            return found
+
+    def _without_grid(self, stack: Stack, rank: int | None) -> Recovery:
         best = self._solve(stack, rank, fold=True)
         # Folding rows loses a direction where very few rows differ: look again at all of them. Differences of LoRAs
         # that nearly coincide can have directions below the noise: where the rank is known, look for them there. And

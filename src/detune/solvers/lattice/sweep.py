@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank
-from detune.solvers.grid import interval
-from detune.solvers.posterior import Posterior, posterior
+from detune.solvers.lattice.grid import interval
+from detune.solvers.lattice.posterior import Posterior, posterior
 from detune.solvers.stack import Stack
 
 # Entries of all models that are worked on at a time.
@@ -67,7 +67,6 @@ class Estimate:
         variance = torch.outer(self.rows[0, rows], self.columns[1]) + torch.outer(self.rows[1, rows], self.columns[0])
         return mean, self.scale * variance
 
-
     def at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of single entries, `(entries,)` each."""
         mean = (self.left[rows] * self.right[columns]).sum(dim=1)
@@ -107,7 +106,7 @@ class View:
         )
 
     def posterior(self, grid: torch.dtype | None, least_reach: int = 0) -> Posterior:
-        """See `detune.solvers.posterior.posterior`; its fields are `(rows, in)` and `(n, rows, in)`."""
+        """See `detune.solvers.lattice.posterior.posterior`; its fields are `(rows, in)` and `(n, rows, in)`."""
         flat = (t.flatten(start_dim=1) for t in (self.low, self.high, self.m, self.v))
         found = posterior(*flat, grid, least_reach)
         return Posterior(*(t.unflatten(-1, self.low.shape[1:]) for t in found))
@@ -133,9 +132,7 @@ def sweep(
         used: Which entries to use, `(out, in)`, bool; None is all.
     """
     estimates = half_sweep(stack, estimates, grid, used)
-    turned = half_sweep(
-        stack.transposed, [e.transposed for e in estimates], grid, None if used is None else used.mT
-    )
+    turned = half_sweep(stack.transposed, [e.transposed for e in estimates], grid, None if used is None else used.mT)
     return tuple(e.transposed for e in turned)
 
 

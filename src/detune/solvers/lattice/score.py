@@ -1,9 +1,9 @@
 """Where the interval fit starts when least squares has nothing: from the score, entry by entry.
 
-With `M_i ~ N(0, tau^2)` every entry's posterior mean is a nonlinear measurement of `M_i[a, b]`: for one float32 merge it
-is the merge's distance from the grid, shrunk where the step is short. Divided by the variance it is the score of the
-likelihood at zero, whose leading singular vectors are those of `M_i` (spectral initialisation: Lu & Li 2017, arXiv
-1702.06435, for the general nonlinear channel).
+With `M_i ~ N(0, tau^2)` every entry's posterior mean is a nonlinear measurement of `M_i[a, b]`: for one float32 merge
+it is the merge's distance from the grid, shrunk where the step is short. Divided by the variance it is the score of
+the likelihood at zero, whose leading singular vectors are those of `M_i` (spectral initialisation of a nonlinear
+channel: Lu & Li 2017, arXiv 1702.06435).
 """
 
 import math
@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detune.solvers.base import LowRank, NotRecoverable
+from detune.solvers.base import LowRank
 from detune.solvers.differences import find_differences
-from detune.solvers.grid import interval, nearest, spacing
-from detune.solvers.sweep import Estimate, views
+from detune.solvers.lattice.grid import interval, nearest, spacing
+from detune.solvers.lattice.sweep import Estimate, views
 from detune.solvers.stack import Stack
 
 # Entries with the finest steps show the size of the deltas.
@@ -49,8 +49,7 @@ def within(estimates: Sequence[Estimate], spaces: Spaces | None) -> tuple[Estima
         return tuple(estimates)
     left, right = spaces
     return tuple(
-        Estimate(left @ (left.mT @ e.left), right @ (right.mT @ e.right), e.rows, e.columns, e.scale)
-        for e in estimates
+        Estimate(left @ (left.mT @ e.left), right @ (right.mT @ e.right), e.rows, e.columns, e.scale) for e in estimates
     )
 
 
@@ -67,7 +66,7 @@ def delta_scale(stack: Stack, grid: torch.dtype) -> float:
     for i in range(stack.n):
         pair = [stack.matrices[j % stack.n].to(stack.device) for j in (i, i + 1)]
         ends = [interval(W_i) for W_i in pair]
-        rounding = sum((high - low).square() / 12 for low, high in ends)
+        rounding = torch.stack([(high - low).square() / 12 for low, high in ends]).sum(dim=0)
         fine = rounding <= rounding.flatten()[:: max(1, rounding.numel() // 10**5)].quantile(FINEST)
         total += float(((pair[0].double() - pair[1].double())[fine].square() - rounding[fine]).sum())
         count += 2 * int(fine.sum())
@@ -95,8 +94,8 @@ def score_start(
     rank: int | None = None,
     spaces: Spaces | None = None,
     used: Tensor | None = None,
-) -> tuple[Estimate, ...]:
-    """Estimates from the leading singular vectors of each model's score.
+) -> tuple[Estimate, ...] | None:
+    """Estimates from the leading singular vectors of each model's score; None where nothing leads.
 
     Args:
         stack: The models.
@@ -118,10 +117,12 @@ def score_start(
         information += (1 - found.delta_variance / view.v).sum(dim=(1, 2))
     # In units of tau: what the score's entries say on average, between nothing and all.
     information /= out * columns
-    return tuple(_leading(score, float(info), tau, rank, spaces) for score, info in zip(scores, information, strict=True))
+    return tuple(
+        _leading(score, float(info), tau, rank, spaces) for score, info in zip(scores, information, strict=True)
+    )
 
 
-def _leading(score: Tensor, information: float, tau: float, rank: int | None, spaces: Spaces | None) -> Estimate:
+def _leading(score: Tensor, information: float, tau: float, rank: int | None, spaces: Spaces | None) -> Estimate | None:
     out, columns = score.shape
     if spaces is not None:
         core = spaces.left.mT @ score.double() @ spaces.right
@@ -129,7 +130,11 @@ def _leading(score: Tensor, information: float, tau: float, rank: int | None, sp
         U, V = spaces.left @ U, spaces.right @ Vh.mT
     else:
         U, S, V = _svd(score)
-    r = min(len(S), rank) if rank is not None else _before_last_gap(S)
+    # The spaces of a difference are as wide as two adapters together.
+    found = -(-len(S) // 2) if spaces is not None else _before_last_gap(S)
+    r = found if rank is None else min(len(S), rank)
+    if not r:
+        return None
     share = max(information, 1e-6)
     left = U[:, :r].double() * (S[:r].double() * tau / share)
     variance = tau**2 * min(1.0, r * (out + columns) / (share * out * columns))
@@ -147,8 +152,5 @@ def _svd(score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _before_last_gap(S: Tensor) -> int:
-    ratios = S[: len(S) // 2] / S[1 : len(S) // 2 + 1]
-    wide = (ratios > GAP).nonzero()
-    if not len(wide):
-        raise NotRecoverable("no low-rank delta stands out of the rounding", "the deltas are too small or too large")
-    return int(wide[-1]) + 1
+    wide = (S[: len(S) // 2] > GAP * S[1 : len(S) // 2 + 1]).nonzero()
+    return int(wide[-1]) + 1 if len(wide) else 0

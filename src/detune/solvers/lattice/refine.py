@@ -2,8 +2,8 @@
 
 A stored entry says that `W + M_i` lies between two midpoints of its dtype's grid, and W itself is a point of the
 grid it was stored on. Least squares takes the first for noise and does not know the second. Here the rank-limited
-fit alternates with the posterior of every entry (`detune.solvers.posterior`), until both agree. On a known grid two
-models, or one, can be enough: where a delta is a fraction of the base's step, a float32 merge shows it modulo the step.
+fit alternates with the posterior of every entry (`detune.solvers.lattice.posterior`), until both agree. On a known
+grid two models, or one, can be enough: a float32 merge shows the delta modulo the base's step.
 """
 
 import math
@@ -12,16 +12,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from detune.solvers.base import Bits, LowRank, NotRecoverable, Recovery
-from detune.solvers.evidence import HeldOut, calibrated, log10_false_positive, misfit
-from detune.solvers.grid import nearest, spacing
-from detune.solvers.linalg import thin_svd
-from detune.solvers.posterior import SLACK
-from detune.solvers.score import delta_scale, known_spaces, score_start, within
+from detune.solvers.base import Bits, NotRecoverable, Recovery
+from detune.solvers.lattice.evidence import HeldOut, calibrated, log10_false_positive, misfit
+from detune.solvers.lattice.grid import lies_on, spacing
+from detune.solvers.lattice.score import delta_scale, known_spaces, score_start, within
+from detune.solvers.lattice.sweep import Estimate, sweep, views
 from detune.solvers.stack import Stack
-from detune.solvers.sweep import Estimate, View, sweep, views
 
 HALVES = (torch.bfloat16, torch.float16)
 # A sweep that raises the evidence of an entry by less than this, in nats, is the last.
@@ -88,36 +85,41 @@ class Lattice:
         Raises:
             NoGrid: No grid passes the test.
         """
+        stack = _as_rounded(stack)
         held = HeldOut.of(stack, self.seed)
-        tried = [
-            self._fit(stack, start, rank, grid, held)
-            for grid in self.grids
-            if all(torch.finfo(W_i.dtype).eps <= torch.finfo(grid).eps for W_i in stack.matrices)
-        ]
-        found = [fit for fit in tried if fit.log10_false_positive <= math.log10(self.most_false_positive)]
-        if not found:
-            raise NoGrid(_why_not(stack, tried))
         # A bf16 base lies on the float32 grid too: the coarsest says most.
-        return self._finish(stack, start, max(found, key=lambda fit: torch.finfo(fit.grid).eps))
+        for grid in sorted(self.grids, key=lambda grid: torch.finfo(grid).eps, reverse=True):
+            if any(torch.finfo(W_i.dtype).eps > torch.finfo(grid).eps for W_i in stack.matrices):
+                continue
+            if stack.n < 3 and any(lies_on(W_i, grid) for W_i in stack.matrices if W_i.dtype != grid):
+                return _untouched(stack, grid)
+            fit = self._fit(stack, start, rank, grid, held)
+            if fit is not None and fit.log10_false_positive <= math.log10(self.most_false_positive):
+                return self._finish(stack, start, fit)
+        raise NoGrid(_why_not(stack, self.grids))
 
-    def _fit(self, stack: Stack, start: Recovery | None, rank: int | None, grid: torch.dtype, held: HeldOut) -> Fit:
-        """Sweep on one grid, the entries held out left alone."""
+    def _fit(
+        self, stack: Stack, start: Recovery | None, rank: int | None, grid: torch.dtype, held: HeldOut
+    ) -> Fit | None:
+        """Sweep on one grid, the entries held out left alone. None where no delta shows on it."""
         spaces = None
         estimates, coarse = _from_recovery(stack, start), _is_coarse(stack, grid)
         if estimates is None or coarse:
             spaces = known_spaces(stack, rank) if stack.n == 2 and not coarse else None
-            estimates = score_start(stack, grid, delta_scale(stack, grid), rank, spaces, held.used)
+            scored = score_start(stack, grid, delta_scale(stack, grid), rank, spaces, held.used)
+            if scored is None:
+                return None
+            estimates = scored
         estimates, evidence = calibrated(held, estimates, grid)
         false_positive = log10_false_positive(held, estimates, grid)
         if not coarse and stack.n > 2 and false_positive > math.log10(self.most_false_positive):
             # The M_i are known as well as they will be: a grid would have shown.
             return Fit(estimates, grid, evidence, false_positive, misfit(held, estimates, grid), 0)
-        for sweeps in range(1, self.sweeps + 1):
-            swept = sweep(stack, estimates, grid, held.used)
-            swept, gained = calibrated(held, within(swept, spaces), grid)
-            gain, estimates, evidence = gained - evidence, swept, gained
-            if abs(gain) < LEAST_GAIN:
-                break
+        sweeps, gain = 0, math.inf
+        while sweeps < self.sweeps and abs(gain) >= LEAST_GAIN:
+            swept = within(sweep(stack, estimates, grid, held.used), spaces)
+            estimates, gained = calibrated(held, swept, grid)
+            sweeps, gain, evidence = sweeps + 1, gained - evidence, gained
         false_positive = log10_false_positive(held, estimates, grid)
         return Fit(estimates, grid, evidence, false_positive, misfit(held, estimates, grid), sweeps)
 
@@ -178,10 +180,34 @@ def _is_coarse(stack: Stack, grid: torch.dtype) -> bool:
     return delta_scale(stack, grid) < FINE * step
 
 
-def _why_not(stack: Stack, tried: Sequence[Fit]) -> str:
-    names = ", ".join(str(fit.grid).removeprefix("torch.") for fit in tried) or "none as coarse as the models'"
+def _as_rounded(stack: Stack) -> Stack:
+    """The stack in the dtypes that its models were rounded to: float32 files may hold what was bf16 or fp16 before."""
+    rounded = tuple(
+        W_i.to(dtype) if W_i.dtype != dtype and lies_on(W_i, dtype) else W_i
+        for W_i, dtype in zip(stack.matrices, stack.rounded_dtypes, strict=True)
+    )
+    # One model alone may have left a half-precision base as it was.
+    return replace(stack, matrices=rounded) if stack.n > 1 else stack
+
+
+def _untouched(stack: Stack, grid: torch.dtype) -> Recovery:
+    """A finely stored model whose every entry lies on the coarser grid left the matrix as the base has it."""
+    model = next(i for i, W_i in enumerate(stack.matrices) if W_i.dtype != grid and lies_on(W_i, grid))
+    W_i = stack.matrices[model]
+    name = str(grid).removeprefix("torch.")
+    return Recovery(
+        W_i.to(stack.device, stack.dtype, copy=True),
+        "unchanged",
+        f"model {model} has every entry on the {name} grid: taken to have left it as the base has it",
+        relative_residual=0.0,
+        noise_ratio=0.0,
+    )
+
+
+def _why_not(stack: Stack, grids: Sequence[torch.dtype]) -> str:
+    names = ", ".join(str(grid).removeprefix("torch.") for grid in grids)
     return (
         f"no grid of the base shows in {stack.n} model{'s' * (stack.n != 1)} (tried: {names}); "
-        "either the base was stored more finely than that, or the deltas are too large against its steps; "
-        "three models need no grid"
+        "the base was stored more finely than that, or the deltas are too large against its steps, or the models as "
+        "coarse as the base; " + ("use --method auto" if stack.n > 2 else "add models: three need no grid")
     )

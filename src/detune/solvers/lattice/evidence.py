@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from detune.solvers.grid import interval, nearest, spacing
-from detune.solvers.posterior import feasible, log_evidence
+from detune.solvers.lattice.grid import interval, nearest, spacing
+from detune.solvers.lattice.posterior import feasible, log_evidence
+from detune.solvers.lattice.sweep import Estimate
 from detune.solvers.stack import Stack
-from detune.solvers.sweep import Estimate
 
 SHARE = 1 / 8
 MOST = 1 << 16

@@ -14,14 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detune.solvers.grid import nearest, spacing
-from detune.solvers.truncated import truncated_normal
+from detune.solvers.lattice.grid import nearest, spacing
+from detune.solvers.lattice.truncated import Moments, truncated_normal
 
 # How many standard deviations of M_i the search for grid points allows beyond the interval's ends.
 SLACK = 4.0
 # Grid points looked at on each side of the middle: as many as the intervals leave, or the entry is continuous.
 REACHES = (0, 1, 4)
-NEWTON_STEPS = 3
+# Numbers that stand for a continuous W.
+NODES = 9
 
 
 class Posterior(NamedTuple):
@@ -67,19 +68,19 @@ def posterior(
         middle = nearest(middle, grid)
         reach = torch.ceil(((ends - middle).abs().amax(dim=0) - step) / step).clamp(min=least_reach)
     parts = Posterior(*(torch.empty_like(t) for t in (middle, middle, middle, m, m)))
-    below = -1.0
+    below = -1
     for most in (*REACHES, None):
-        chosen = reach > below if most is None else (reach > below) & (reach <= most)
-        below = below if most is None else float(most)
+        chosen = (reach > below) if most is None else (reach > below) & (reach <= most)
+        below = below if most is None else most
         where = chosen.nonzero().squeeze(1)
         if not len(where):
             continue
-        arguments = (low[:, where], high[:, where], m[:, where], v[:, where])
+        arguments = low[:, where], high[:, where], m[:, where], v[:, where]
         if most is None or grid is None:
-            found = _continuous(*arguments, grid)
+            found = _between(*arguments, ends[:, where], grid)
         else:
-            points = middle[where] + step[where] * torch.arange(-most, most + 1, device=low.device)[:, None]
-            found = _discrete(*arguments, nearest(points, grid))
+            offsets = torch.arange(-most, most + 1, device=low.device)[:, None]
+            found = _given_points(*arguments, nearest(middle[where] + step[where] * offsets, grid))
         for whole, part in zip(parts, found, strict=True):
             whole[..., where] = part
     return parts
@@ -89,7 +90,10 @@ def log_evidence(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tensor
     """Logarithm of the probability of the intervals, `(entries,)`, up to a constant.
 
     Args:
-        low: As for `posterior`; so are `high`, `m` and `v`.
+        low: `(n, entries)`, as for `posterior`.
+        high: As there.
+        m: As there.
+        v: As there.
         points: Grid points that W may be, equally likely, `(candidates, entries)`.
     """
     std = v.sqrt()
@@ -113,10 +117,9 @@ def _gaussian(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, 
     return (precision * ((low + high) / 2 - m)).sum(dim=0) / total, 1 / total
 
 
-def _discrete(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tensor) -> Posterior:
-    """W is one of `points`, `(candidates, entries)`."""
-    std = v.sqrt()
-    moments = truncated_normal(low - points[:, None], high - points[:, None], m, std)
+def _given_points(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tensor) -> Posterior:
+    """W is one of `points`, `(candidates, entries)`, ascending."""
+    moments = truncated_normal(low - points[:, None], high - points[:, None], m, v.sqrt())
     log_p = moments.log_probability.sum(dim=1)
     # Where the step halves at a power of two, two candidates round to one point.
     log_p[1:].masked_fill_(points[1:] == points[:-1], -torch.inf)
@@ -124,37 +127,24 @@ def _discrete(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tensor) -
     best = p.argmax(dim=0, keepdim=True)
     weight = points.gather(0, best)[0]
     others = p.scatter(0, best, 0.0)
-    delta = (p[:, None] * moments.mean).sum(dim=0)
-    delta_variance = (p[:, None] * (moments.variance + (moments.mean - delta).square())).sum(dim=0)
-    return Posterior(
-        weight, others.sum(dim=0), (others * (points - weight).square()).sum(dim=0), delta, delta_variance
-    )
+    variance = (others * (points - weight).square()).sum(dim=0)
+    return Posterior(weight, others.sum(dim=0), variance, *_mixture(p, moments))
 
 
-def _continuous(low: Tensor, high: Tensor, m: Tensor, v: Tensor, grid: torch.dtype | None) -> Posterior:
-    """W is any number: Newton's iteration for its mode, each `M_i` seen through what the other models say of it."""
-    std = v.sqrt()
-    w, _ = _gaussian(low, high, m, v)
-    for _ in range(NEWTON_STEPS):
-        information, target = _site(low - m, high - m, w, std)
-        total = information.sum(dim=0).clamp(min=1e-300)
-        w = (information * target).sum(dim=0) / total
-    others = (total - information).clamp(min=1e-300)
-    without = (total * w - information * target) / others
-    # y = W + M_i is in its interval; what that changes of y is shared between W and M_i by their variances.
-    spread = v + 1 / others
-    moments = truncated_normal(low, high, m + without, spread.sqrt())
-    gain = v / spread
-    delta = m + gain * (moments.mean - m - without)
-    ends = feasible(low, high, m, v)
-    variance = torch.minimum(1 / total, (ends[1] - ends[0]).square() / 12)
-    if grid is not None:
-        w = nearest(w, grid)
-    return Posterior(w, torch.ones_like(w), variance, delta, v - gain * v * (1 - moments.variance / spread))
+def _between(low: Tensor, high: Tensor, m: Tensor, v: Tensor, ends: Tensor, grid: torch.dtype | None) -> Posterior:
+    """W is any number between the ends: the same sum, over evenly spaced numbers."""
+    width = (ends[1] - ends[0]) / NODES
+    places = torch.arange(NODES, dtype=low.dtype, device=low.device)[:, None] + 0.5
+    points = ends[0] + width * places
+    moments = truncated_normal(low - points[:, None], high - points[:, None], m, v.sqrt())
+    p = torch.softmax(moments.log_probability.sum(dim=1), dim=0)
+    mean = (p * points).sum(dim=0)
+    variance = (p * (points - mean).square()).sum(dim=0) + width.square() / 12
+    weight = mean if grid is None else nearest(mean, grid)
+    return Posterior(weight, torch.ones_like(weight), variance, *_mixture(p, moments))
 
 
-def _site(low: Tensor, high: Tensor, w: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """The likelihood of w as a normal: its precision, and its mean."""
-    moments = truncated_normal(low, high, w, std)
-    shrunk = (1 - moments.variance / std.square()).clamp(min=1e-9)
-    return shrunk / std.square(), w + (moments.mean - w) / shrunk
+def _mixture(p: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the `M_i`, `(n, entries)`, where each value of W has the probability p."""
+    mean = (p[:, None] * moments.mean).sum(dim=0)
+    return mean, (p[:, None] * (moments.variance + (moments.mean - mean).square())).sum(dim=0)
