@@ -16,14 +16,27 @@ from detune.solvers.identifiability import ErrorTraces, error_traces
 from detune.solvers.linalg import thin_svd
 from detune.solvers.misfit import Misfit
 from detune.solvers.polish import Core
-from detune.solvers.stack import Stack, storage_variance
+from detune.solvers.rounding import rounded_mse
+from detune.solvers.stack import Stack
+from detune.solvers.unseen import unseen_directions
 
 # A misfit of more than this many times the storage noise's (root mean square) is not storage noise.
 MOST_LEFT = 2.0
+# Factors are computed to this many units of float64's precision.
+COMPUTED = 32.0
 # Singular values below this share of a delta's largest are rounding.
 ROUNDING = 1e-13
 # The noise that rounding must leave is known as well as if so many entries had been seen.
 PRIOR = 30.0
+# A direction shows from this multiple of the noise's largest singular value.
+NOTICED = 2.0
+# A spectrum whose weakest singular value found is so far above what shows has no more to come.
+GAP = 3.0
+# Shares of the predicted error that may come from what cannot be predicted.
+MOST_HIDDEN = 0.5
+MOST_DISTANT = 0.25
+# With fewer directions the error scatters by more than a factor of two (two standard deviations of its logarithm).
+FEW = 16.0
 
 
 class Verdict(StrEnum):
@@ -94,23 +107,128 @@ def _of_bits(recovery: Recovery) -> Certificate:
 
 def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype) -> Certificate:
     """From the operator at the recovered spaces, the misfit and the storage noise."""
-    spaces = [_Space.of(M_i) for M_i in recovery.deltas]
-    U, V = [space.U for space in spaces], [space.V for space in spaces]
-    core = Core.of(U, V)
-    traces = error_traces(core)
-    misfit = Misfit.of(stack, recovery, core, U, V)
-    variances = stack.noise.square().to(core.Q.device)
-    excess = _excess(misfit, traces, variances)
-    noise = excess * float((variances * traces.weight).sum())
-    rounded = float(storage_variance(recovery.weight.to(stored)).mean())
-    mse = (noise + misfit.distance) / recovery.weight.numel() + rounded
-    if traces.null:
-        reason = f"the data cannot see a space of changes of the weight of dimension {traces.null}"
-        return Certificate(Verdict.NOT_DETERMINED, reason, traces.null)
-    if excess > MOST_LEFT**2:
-        reason = f"{excess**0.5:.2g} times the storage noise is left: adapters of these ranks do not explain the data"
-        return Certificate(Verdict.APPROXIMATE, reason, 0, _log10(mse))
-    return Certificate(Verdict.FLOOR, "storage noise is all that is left", 0, _log10(mse))
+    evidence = _Evidence.of(stack, recovery)
+    null = evidence.traces.null
+    if null:
+        reason = f"the data cannot see changes of the weight in a space of dimension {null}"
+        return Certificate(Verdict.NOT_DETERMINED, reason, null)
+    mse = rounded_mse(recovery, stored, evidence.mse, evidence.averaged)
+    doubt = evidence.doubt(mse)
+    if doubt is not None:
+        return Certificate(Verdict.APPROXIMATE, doubt, 0, _log10(mse))
+    reason = (
+        f"the only answer in which no part is common to all adapters; storage noise, {evidence.amplified:.2g} times "
+        "that of an average, is all that is left"
+    )
+    return Certificate(Verdict.FLOOR, reason, 0, _log10(mse))
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What the data say of an answer with deltas.
+
+    Attributes:
+        spaces: Of the deltas.
+        core: The operator at them.
+        traces: How noise enters the answer.
+        misfit: What it leaves, and how far it is from the best.
+        variances: Of the models' storage noise, `(n,)`.
+        excess: Variance found in the misfit over the storage noise's. Directions below the noise are in it.
+        unexplained: The same over what storage and computation leave, a ratio of root mean squares.
+        entries: Of the matrix.
+    """
+
+    spaces: tuple["_Space", ...]
+    core: Core
+    traces: ErrorTraces
+    misfit: Misfit
+    variances: Tensor
+    excess: float
+    unexplained: float
+    entries: int
+
+    @classmethod
+    def of(cls, stack: Stack, recovery: Recovery) -> "_Evidence":
+        """Gather it."""
+        spaces = tuple(_Space.of(M_i) for M_i in recovery.deltas)
+        U, V = [space.U for space in spaces], [space.V for space in spaces]
+        core = Core.of(U, V)
+        traces = error_traces(core)
+        misfit = Misfit.of(stack, recovery, core, U, V)
+        variances = stack.noise.square().to(core.Q.device)
+        entries = recovery.weight.numel()
+        energy = sum(float(space.S.square().sum()) for space in spaces) / (stack.n * entries)
+        computed = COMPUTED * torch.finfo(torch.float64).eps * energy**0.5
+        return cls(
+            spaces,
+            core,
+            traces,
+            misfit,
+            variances,
+            _excess(misfit, traces, variances),
+            _excess(misfit, traces, variances + computed**2) ** 0.5,
+            entries,
+        )
+
+    @property
+    def averaged(self) -> float:
+        """Mean squared error of the mean of n rounding errors: the least that there can be."""
+        return self.excess * float(self.variances.sum()) / len(self.variances) ** 2
+
+    @property
+    def noise(self) -> float:
+        """Mean squared error that the noise leaves at the maximum-likelihood answer."""
+        return self.excess * float((self.variances * self.traces.weight).sum()) / self.entries
+
+    @property
+    def distance(self) -> float:
+        """Mean square of the step to that answer."""
+        return self.misfit.distance / self.entries
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error to expect of the weight."""
+        return self.noise + self.distance
+
+    @property
+    def amplified(self) -> float:
+        """Root of the error over the least that there can be."""
+        return (self.noise / self.averaged) ** 0.5 if self.averaged else 1.0
+
+    def doubt(self, mse: float) -> str | None:
+        """Why the prediction, of the weight as it will be stored, may be too good; None where there is no reason."""
+        if self.unexplained > MOST_LEFT:
+            left = f"{self.unexplained:.2g} times the storage noise is left"
+            return f"{left}: adapters of these ranks do not explain the data"
+        hidden = self.hidden
+        if hidden > MOST_HIDDEN * mse:
+            return (
+                "directions as strong as the weakest found would not show where the adapters' spaces are close to each "
+                f"other: W-Error up to {math.log10(mse + hidden):.2f} if there are any"
+            )
+        if self.distance > MOST_DISTANT * self.noise:
+            return "the solver stopped short of the most likely answer"
+        if self.traces.directions < FEW:
+            few = round(self.traces.directions)
+            return f"the error lies in some {few} directions: its size is known to a factor only"
+        return None
+
+    @property
+    def hidden(self) -> float:
+        """Mean squared error from directions below the noise that could have escaped, if the adapters have such.
+
+        Spectra go on as they were: one that ends well above what shows has ended.
+        """
+        noise = (self.excess * float(self.variances.mean())) ** 0.5
+        norm = NOTICED * noise * (self.core.Q.shape[0] ** 0.5 + self.core.P.shape[0] ** 0.5)
+        by_side = [0.0, 0.0]
+        for unseen in unseen_directions(self.core, norm):
+            S = self.spaces[unseen.model].S
+            if len(S) and len(unseen.strengths):
+                possible = unseen.strengths[unseen.strengths * GAP > S[-1]]
+                reach = possible.clamp(max=float(S[-1])) * unseen.moves[: len(possible)]
+                by_side[unseen.columns] += float(reach.square().sum()) / self.entries
+        return max(by_side)
 
 
 @dataclass(frozen=True)
@@ -137,10 +255,10 @@ class _Space:
 
 
 def _excess(misfit: Misfit, traces: ErrorTraces, variances: Tensor) -> float:
-    """By how much the noise's variance is larger than the rounding's: directions below the noise are in it."""
+    """The variance found in the misfit over the one expected."""
+    prior = PRIOR * float(variances.mean())
     expected = float((variances * traces.residual).sum())
-    typical = float(variances.mean())
-    return (misfit.energy + PRIOR * typical) / (expected + PRIOR * typical) if typical else 1.0
+    return (misfit.energy + prior) / (expected + prior) if prior else 1.0
 
 
 def _log10(value: float) -> float | None:

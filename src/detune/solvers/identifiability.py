@@ -23,6 +23,8 @@ ZERO = 1e-11
 # A core of this many unknowns is decomposed; a larger one is probed.
 DENSE = 700
 PROBES = 8
+# Where the probes show a null space in a core of so many unknowns, its dimension is counted.
+COUNTED = 4096
 # Conjugate gradients for the probes stop at this share of the right-hand side.
 PRECISION = 1e-4
 
@@ -65,7 +67,7 @@ class ErrorTraces:
         residual: `tr(P_i x R_i) - tr(A^-1 (P_i x R_i))`, `(n,)`: times its variance, its share of the misfit.
         directions: `tr(A^-1)^2 / tr(A^-2)`: about how many directions share the error. Where they are few, its energy
             scatters by `sqrt(2 / directions)`.
-        null: Dimension of the core's null space; an estimate where the core is large.
+        null: Dimension of A's null space; an estimate where the core is large and has a part in it.
     """
 
     weight: Tensor
@@ -93,6 +95,7 @@ def error_traces(core: Core, seed: int = 0) -> ErrorTraces:
     n = len(core.a)
     (d, s_U), (k, s_V) = core.Q.shape, core.P.shape
     weight, image, squares, null = _dense_traces(core) if s_U * s_V <= DENSE else _probed_traces(core, seed)
+    null += (k - s_V) * _nullity(core.a) + (d - s_U) * _nullity(core.b)
     outside = float((d - s_U) * (k - s_V)) / n
     weight, image, squares = weight + outside / n, image + outside, squares + outside / n
     ranks = torch.tensor([a_i.shape[1] for a_i in core.a], dtype=torch.float64, device=core.Q.device)
@@ -132,7 +135,16 @@ def _probed_traces(core: Core, seed: int) -> _CoreTraces:
         moved = [core.project(i, solved) for i in range(n)]
         weight += torch.stack([moved_i.square().sum() for moved_i in moved]) / PROBES
         image += torch.stack([(moved_i * probe).sum() for moved_i in moved]) / PROBES
-    return _CoreTraces(weight, image, squares, round(left))
+    null = round(left)
+    if null and shape[0] * shape[1] <= COUNTED:
+        null = int(torch.linalg.eigvalsh(dense_core(core)).le(ZERO * n).sum())
+    return _CoreTraces(weight, image, squares, null)
+
+
+def _nullity(coordinates: Sequence[Tensor]) -> int:
+    """Directions that all spaces have in common."""
+    joint = torch.cat(list(coordinates), dim=1)
+    return int(torch.linalg.svdvals(joint).square().gt(len(coordinates) - ZERO).sum()) if joint.numel() else 0
 
 
 def dense_core(core: Core) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from detune.solvers.base import Recovery
 from detune.solvers.polish import Core
-from detune.solvers.stack import Stack
+from detune.solvers.stack import Stack, storage_variance
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Misfit:
 
     Attributes:
         energy: `sum_i |W_i - W_star - M_i|^2`, less what the step to the nearest maximum-likelihood answer takes off.
-        distance: `|Delta|^2`, Delta the step of W to that answer.
+        distance: `|Delta|^2`, Delta the step of W to that answer, less what rounding W to its dtype has in it.
     """
 
     energy: float
@@ -51,7 +51,9 @@ class Misfit:
         gained = sum(float((part * step).sum()) for part, step in zip((left, right, middle), steps, strict=True))
         distance = sum(float(step.square().sum()) for step in steps)
         outside = max(0.0, outside)
-        return cls(max(0.0, sums.energy - gained - outside / n), distance + outside / n**2)
+        rounding = float(storage_variance(recovery.weight).mean()) * recovery.weight.numel()
+        distance = max(0.0, distance + outside / n**2 - rounding)
+        return cls(max(0.0, sums.energy - gained - outside / n), distance)
 
 
 class _Sums:

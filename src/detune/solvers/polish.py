@@ -27,6 +27,9 @@ from detune.solvers.fit import project_left, project_right, solve_given_rows
 from detune.solvers.linalg import joint_basis, orthonormal
 from detune.solvers.stack import Stack
 
+# Conjugate gradients on singular equations are stopped at so many times the least residual.
+DIVERGED = 1e3
+
 
 class Polished(NamedTuple):
     """What polishing gave.
@@ -232,6 +235,9 @@ class Core:
             rhs: `(s_U, s_V)`.
             precision: Frobenius norm of the residual to stop at; the dtype's own precision if that is larger.
             max_steps: Most steps.
+
+        Returns:
+            The iterate with the smallest residual: a part of the right-hand side in A's null space is left over.
         """
         n = len(self.a)
         X = torch.zeros_like(rhs)
@@ -240,8 +246,13 @@ class Core:
         direction = z
         rho = (residual * z).sum()
         target = max(precision, 0.1 * torch.finfo(rhs.dtype).eps * float(rhs.norm()))
+        best, least = X.clone(), float(rhs.norm())
         for _ in range(max_steps):
-            if float(residual.norm()) <= target:
+            norm = float(residual.norm())
+            if norm < least:
+                best, least = X.clone(), norm
+            # With a null space, rounding makes the iteration diverge in the end.
+            if norm <= target or not norm <= DIVERGED * least:
                 break
             image = self.apply(direction)
             alpha = rho / (direction * image).sum()
@@ -250,7 +261,7 @@ class Core:
             z = n * self.inverse_G_U @ residual @ self.inverse_G_V
             previous, rho = rho, (residual * z).sum()
             direction = z + (rho / previous) * direction
-        return X
+        return X if float(residual.norm()) < least else best
 
 
 def _inverse_gram(coordinates: Sequence[Tensor]) -> Tensor:
