@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -29,11 +30,13 @@ from detune.errors import InputError, OutputError
 from detune.extraction import Kept, adapter_names
 from detune.metrics import bit_identical
 from tests.cases import normal, seeded
-from tests.families import Fine, edit, fine_tune, plain_family, shard, stored, tree
+from tests.families import Fine, edit, fine_tune, perturb, plain_family, shard, stored, tree
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 80}
 # PEFT and transformers warn of each other's changes.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft", "ignore:Support for")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning:peft", "ignore::UserWarning:diffusers"
+)
 
 
 def bert(dtype: torch.dtype = torch.float32) -> BertModel:
@@ -154,6 +157,27 @@ def test_kernels_and_modules_that_transformers_renames(tmp_path):
         if row.model == "model-0":
             again = stored(tmp_path / "again")[row.name]
             assert bit_identical(again, stored(fine.models[0])[row.name]) == row.identical > 0.7
+
+
+def test_each_component_of_a_pipeline_has_its_own(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(32,), norm_num_groups=4, down_block_types=("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",), layers_per_block=1,
+    )  # fmt: skip
+    fine = Fine(tmp_path / "base", (tmp_path / "model-0",))
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(fine.base)
+    perturb(unet, ["to_q", "conv1"], seeded(4), 2)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(fine.models[0])
+    extraction = detune.extract(fine.models, tmp_path / "out", base=fine.base)
+    assert {(row.kept, row.rank) for row in extraction.rows} == {(Kept.LORA, 2)}
+    adapter = tmp_path / "out" / "model-0" / "unet"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"].endswith("base/unet")
+    base = UNet2DModel.from_pretrained(fine.base / "unet")
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
+    for row in extraction.rows:
+        truth = stored(fine.models[0])[row.name]
+        assert bit_identical(merged[row.name.removeprefix("unet/")], truth) == row.identical > 0.7
 
 
 def test_ranks_that_differ_by_layer_and_model(tmp_path):
