@@ -329,8 +329,11 @@ def test_a_failure_leaves_neither_adapters_nor_base(fine, tmp_path, monkeypatch)
     assert set(tmp_path.iterdir()) == before
 
 
-def test_names_of_adapters():
+def test_names_of_adapters(tmp_path):
     assert adapter_names(["a/m", "b/m", "m-1"]) == ("m-2", "m-3", "m-1")
+    path = tmp_path / "me@home" / "model"
+    path.mkdir(parents=True)
+    assert adapter_names([str(path), "org/name@v2"]) == ("model", "name")
 
 
 # --- the command ---

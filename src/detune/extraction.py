@@ -295,10 +295,10 @@ class Extractor:
             if not writer.keep(name):
                 return as_base
             self._as_base[as_base.model, name] = as_base
-            reason = "full rank" if kind else "no matrix"
-            return replace(
-                as_base, kept=Kept.WHOLE, identical=1.0, largest_ulps=0, largest_deviation=0.0, reason=reason
-            )
+            reason = "no low rank" if kind else "no matrix"
+            # PEFT loads it into the base's module, in the base's dtype.
+            loaded = _deviation(tensor.to(base.dtype), tensor)
+            return AdapterRow(self._names[i], name, as_base.shape, Kept.WHOLE, 0, *loaded, reason)
         if M_i.rank == 0:
             return replace(as_base, kept=Kept.NOISE, reason="storage noise alone")
         layer = peft_layer(kind, M_i.left, M_i.right, as_base.shape)
@@ -343,7 +343,8 @@ def adapter_names(specs: Sequence[str]) -> tuple[str, ...]:
         >>> adapter_names(["runs/a/final", "runs/b/final", "org/model@main", "one.safetensors"])
         ('final-1', 'final-2', 'model', 'one')
     """
-    names = [Path(spec.partition("@")[0]).resolve().name.removesuffix(".safetensors") for spec in specs]
+    paths = [Path(spec if Path(spec).exists() else spec.partition("@")[0]) for spec in specs]
+    names = [path.resolve().name.removesuffix(".safetensors") for path in paths]
     given: list[str] = []
     for name in names:
         numbered = (f"{name}-{k}" for k in count(1))

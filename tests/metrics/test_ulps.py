@@ -43,5 +43,11 @@ def test_distances_across_zero_and_powers_of_two(dtype):
     assert ulps(got, expected).tolist() == [1, 2, 3, round(1 / eps)]
 
 
+def test_more_steps_than_can_be_counted():
+    far = torch.tensor([1e300, -1e300, 1.0], dtype=torch.float64)
+    assert ulps(far, -far).tolist()[:2] == [2**63 - 1] * 2
+    assert ulps(far, far + torch.tensor([0, 0, 2.0**-52])).tolist() == [0, 0, 1]
+
+
 def test_values_are_compared_in_the_expected_dtype():
     assert ulps(torch.tensor([1.001]), torch.tensor([1.0], dtype=torch.bfloat16)).tolist() == [0]

@@ -30,14 +30,17 @@ def ulps(got: Tensor, expected: Tensor) -> Tensor:
     """How many steps of the dtype lie between two values, entry by entry.
 
     Args:
-        got: Any shape and float dtype of at most 4 bytes; compared in that of `expected`.
+        got: Any shape, a float dtype; compared in that of `expected`.
         expected: The same shape.
 
     Returns:
-        The same shape, int64, not negative.
+        The same shape, int64, not negative. Between float64 of opposite signs there can be more than it holds; then
+        it is the most that it holds.
     """
-    ours, theirs = ordered_bits(got.to(expected.dtype)), ordered_bits(expected)
-    return (ours.long() - theirs.long()).abs()
+    ours, theirs = (ordered_bits(values.to(expected.dtype)).long() for values in (got, expected))
+    distance = ours - theirs
+    overflowed = ((ours ^ theirs) & (ours ^ distance)) < 0
+    return torch.where(overflowed, torch.iinfo(torch.int64).max, distance.abs())
 
 
 def _flip(bits: Tensor) -> Tensor:
