@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import NotRecoverable, Recovery
-from detune.solvers.differences import SIGNAL, find_differences
+from detune.solvers.differences import SIGNAL, Difference, find_differences
 from detune.solvers.fit import w_step, w_step_given_rows
 from detune.solvers.intersect import Unsplittable, find_spaces, untranspose
 from detune.solvers.lattice import HALVES, Lattice, NoGrid
@@ -23,6 +23,8 @@ FLOOR_RATIO = 2.0
 BELOW_NOISE = 0.5
 # Unless the residual is storage noise already.
 AT_FLOOR = 1.1
+# Ranks whose weakest singular value stands so many times over the noise are not searched for others.
+CLEAR = 8.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Auto:
 
     min_models: ClassVar[int] = 3
 
-    lattice: Lattice | None = field(default_factory=lambda: Lattice(grids=HALVES, sweeps=4))
+    lattice: Lattice | None = field(default_factory=lambda: Lattice(grids=HALVES, sweeps=2))
     polish: Polish = field(default_factory=Polish)
     spectral: Spectral = field(default_factory=Spectral)
     seed: int = 0
@@ -84,7 +86,8 @@ class Auto:
             _check_solvable(stack, differences.ranks)
             recovery = self.spectral.solve(stack, rank or max(differences.ranks))
             return replace(recovery, reason=f"{why}; so {recovery.reason}")
-        spaces = select_ranks(spaces, rank)
+        if any(_in_doubt(difference) for difference in differences.by_pair.values()):
+            spaces = select_ranks(spaces, rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
         step, steps = w_step(spaces.stack, polished.deltas), polished.steps
         method = "intersect+polish"
@@ -106,6 +109,12 @@ class Auto:
             step.noise_ratio,
             steps,
         )
+
+
+def _in_doubt(difference: Difference) -> bool:
+    """Whether the rank of a difference ends near the noise, where more may lie hidden."""
+    S = difference.singular_values
+    return bool(len(S)) and float(S[-1]) < CLEAR * difference.noise_norm
 
 
 def unchanged(stack: Stack) -> Recovery | None:

@@ -18,6 +18,8 @@ MOST = 1 << 16
 HIT = 2.0
 # Entries whose chance of a hit by accident is larger than this say little, and are left out.
 INFORMATIVE = 0.5
+# So large a share of the misses by chance may be hits because the M_i are not quite what they are taken for.
+MARGIN = 0.2
 # Tries for the scale of the variances, relative to the one so far.
 SCALES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 REACH = 4
@@ -91,8 +93,8 @@ def log10_false_positive(held: HeldOut, estimates: Sequence[Estimate], grid: tor
 
     For a base off the grid the place of W between two grid points is uniform. The models' rounding cuts that range at
     the points `ends of W_i's interval - M_i` into arcs, one of which holds a grid point: W is in that one with a chance
-    q, its length in steps. Entries with a small q are counted; Chernoff's bound `exp(-N KL(hits / N || mean q))` is
-    the tail's (Hoeffding 1963, Theorem 1).
+    q, its length in steps. Entries with a small q are counted, and a fifth of the rest granted as hits too, for errors
+    of the M_i; Chernoff's bound `exp(-N KL(hits / N || chance))` is the tail's (Hoeffding 1963, Theorem 1).
     """
     m, v = held.entries(estimates)
     g = nearest(_centre(held, m, v), grid)
@@ -106,7 +108,8 @@ def log10_false_positive(held: HeldOut, estimates: Sequence[Estimate], grid: tor
     N = int(counted.sum())
     if not N:
         return 0.0
-    rate, chance = float(hit[counted].double().mean()), max(float(q[counted].mean()), 1e-12)
+    rate, chance = float(hit[counted].double().mean()), float(q[counted].mean())
+    chance += MARGIN * (1 - chance)
     return -N * _divergence(rate, chance) / math.log(10) if rate > chance else 0.0
 
 

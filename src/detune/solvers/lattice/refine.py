@@ -23,8 +23,6 @@ from detune.solvers.stack import Stack
 HALVES = (torch.bfloat16, torch.float16)
 # A sweep that raises the evidence of an entry by less than this, in nats, is the last.
 LEAST_GAIN = 0.003
-# With all entries in, the fit is better than the calibrated one by so little that a few sweeps settle it.
-LAST_SWEEPS = 2
 # An entry is certain if the probability of another grid point is below DOUBT with all variances SAFETY times as large.
 DOUBT = 1e-9
 SAFETY = 4.0
@@ -125,9 +123,8 @@ class Lattice:
 
     def _finish(self, stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
         """The answer, from a fit to all entries."""
-        estimates = fit.estimates
-        for _ in range(min(fit.sweeps, LAST_SWEEPS)):
-            estimates = sweep(stack, estimates, fit.grid)
+        # With all entries in, the fit is better than the calibrated one by so little that a sweep settles it.
+        estimates = sweep(stack, fit.estimates, fit.grid) if fit.sweeps else fit.estimates
         weight = torch.empty(stack.shape, dtype=torch.float64, device=stack.device)
         certain = torch.empty(stack.shape, dtype=torch.bool, device=stack.device)
         expected = residual = spread = rounding = 0.0

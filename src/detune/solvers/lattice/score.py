@@ -117,9 +117,13 @@ def score_start(
         information += (1 - found.delta_variance / view.v).sum(dim=(1, 2))
     # In units of tau: what the score's entries say on average, between nothing and all.
     information /= out * columns
-    return tuple(
-        _leading(score, float(info), tau, rank, spaces) for score, info in zip(scores, information, strict=True)
-    )
+    estimates = []
+    for score, share in zip(scores, information, strict=True):
+        leading = _leading(score, float(share), tau, rank, spaces)
+        if leading is None:
+            return None
+        estimates.append(leading)
+    return tuple(estimates)
 
 
 def _leading(score: Tensor, information: float, tau: float, rank: int | None, spaces: Spaces | None) -> Estimate | None:

@@ -6,7 +6,7 @@ least-squares problem for each row of L given R. That is generalised approximate
 1010.5141) with the low-rank factors as its linear part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,11 +45,11 @@ class Estimate:
     def of(cls, M_i: LowRank, variance: float) -> "Estimate":
         """A start whose entries all have one variance."""
         left, right = M_i.left.double(), M_i.right.double()
-        lines = [
+        rows, columns = (
             torch.stack([torch.full_like(factor[:, 0], variance / 2), torch.ones_like(factor[:, 0])])
             for factor in (left, right)
-        ]
-        return cls(left, right, *lines)
+        )
+        return cls(left, right, rows, columns)
 
     @property
     def transposed(self) -> "Estimate":
@@ -107,12 +107,12 @@ class View:
 
     def posterior(self, grid: torch.dtype | None, least_reach: int = 0) -> Posterior:
         """See `detune.solvers.lattice.posterior.posterior`; its fields are `(rows, in)` and `(n, rows, in)`."""
-        flat = (t.flatten(start_dim=1) for t in (self.low, self.high, self.m, self.v))
-        found = posterior(*flat, grid, least_reach)
+        low, high, m, v = (t.flatten(start_dim=1) for t in (self.low, self.high, self.m, self.v))
+        found = posterior(low, high, m, v, grid, least_reach)
         return Posterior(*(t.unflatten(-1, self.low.shape[1:]) for t in found))
 
 
-def views(stack: Stack, estimates: Sequence[Estimate]):
+def views(stack: Stack, estimates: Sequence[Estimate]) -> Iterator[View]:
     """The whole stack, some rows at a time."""
     out, columns = stack.shape
     height = max(1, BLOCK_ENTRIES // (stack.n * columns))
