@@ -5,6 +5,7 @@ must be assumed is said in `Certificate.reason`, and in the section on the certi
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -15,6 +16,7 @@ from detune.solvers.base import LowRank, Recovery
 from detune.solvers.identifiability import ErrorTraces, error_traces
 from detune.solvers.linalg import thin_svd
 from detune.solvers.misfit import Misfit
+from detune.solvers.nullspace import undetermined
 from detune.solvers.polish import Core
 from detune.solvers.rounding import rounded_mse
 from detune.solvers.stack import Stack
@@ -107,11 +109,13 @@ def _of_bits(recovery: Recovery) -> Certificate:
 
 def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype) -> Certificate:
     """From the operator at the recovered spaces, the misfit and the storage noise."""
-    evidence = _Evidence.of(stack, recovery)
-    null = evidence.traces.null
+    spaces = tuple(_Space.of(M_i) for M_i in recovery.deltas)
+    core = Core.of([space.U for space in spaces], [space.V for space in spaces])
+    null = undetermined(core, *_blurs(stack, spaces))
     if null:
         reason = f"the data cannot see changes of the weight in a space of dimension {null}"
         return Certificate(Verdict.NOT_DETERMINED, reason, null)
+    evidence = _Evidence.of(stack, recovery, core, spaces)
     mse = rounded_mse(recovery, stored, evidence.mse, evidence.averaged)
     doubt = evidence.doubt(mse)
     if doubt is not None:
@@ -134,7 +138,7 @@ class _Evidence:
         misfit: What it leaves, and how far it is from the best.
         variances: Of the models' storage noise, `(n,)`.
         excess: Variance found in the misfit over the storage noise's. Directions below the noise are in it.
-        unexplained: The same over what storage and computation leave, a ratio of root mean squares.
+        computed: Variance of the rounding errors of the computation.
         entries: Of the matrix.
     """
 
@@ -144,21 +148,18 @@ class _Evidence:
     misfit: Misfit
     variances: Tensor
     excess: float
-    unexplained: float
+    computed: float
     entries: int
 
     @classmethod
-    def of(cls, stack: Stack, recovery: Recovery) -> "_Evidence":
+    def of(cls, stack: Stack, recovery: Recovery, core: Core, spaces: tuple["_Space", ...]) -> "_Evidence":
         """Gather it."""
-        spaces = tuple(_Space.of(M_i) for M_i in recovery.deltas)
-        U, V = [space.U for space in spaces], [space.V for space in spaces]
-        core = Core.of(U, V)
         traces = error_traces(core)
-        misfit = Misfit.of(stack, recovery, core, U, V)
+        misfit = Misfit.of(stack, recovery, core, [space.U for space in spaces], [space.V for space in spaces])
         variances = stack.noise.square().to(core.Q.device)
         entries = recovery.weight.numel()
         energy = sum(float(space.S.square().sum()) for space in spaces) / (stack.n * entries)
-        computed = COMPUTED * torch.finfo(torch.float64).eps * energy**0.5
+        computed = (COMPUTED * torch.finfo(torch.float64).eps) ** 2 * energy
         return cls(
             spaces,
             core,
@@ -166,7 +167,7 @@ class _Evidence:
             misfit,
             variances,
             _excess(misfit, traces, variances),
-            _excess(misfit, traces, variances + computed**2) ** 0.5,
+            computed,
             entries,
         )
 
@@ -197,8 +198,9 @@ class _Evidence:
 
     def doubt(self, mse: float) -> str | None:
         """Why the prediction, of the weight as it will be stored, may be too good; None where there is no reason."""
-        if self.unexplained > MOST_LEFT:
-            left = f"{self.unexplained:.2g} times the storage noise is left"
+        ratio = _excess(self.misfit, self.traces, self.variances + self.computed) ** 0.5
+        if ratio > MOST_LEFT:
+            left = f"{ratio:.2g} times the storage noise is left"
             return f"{left}: adapters of these ranks do not explain the data"
         hidden = self.hidden
         if hidden > MOST_HIDDEN * mse:
@@ -206,8 +208,10 @@ class _Evidence:
                 "directions as strong as the weakest found would not show where the adapters' spaces are close to each "
                 f"other: W-Error up to {math.log10(mse + hidden):.2f} if there are any"
             )
-        if self.distance > MOST_DISTANT * self.noise:
+        if self.distance > MOST_DISTANT * (self.noise + self.computed * float(self.traces.weight.sum()) / self.entries):
             return "the solver stopped short of the most likely answer"
+        if not self.traces.solved:
+            return "the equations are too ill-conditioned to tell how the noise enters"
         if self.traces.directions < FEW:
             few = round(self.traces.directions)
             return f"the error lies in some {few} directions: its size is known to a factor only"
@@ -252,6 +256,17 @@ class _Space:
         U, S, V = torch.linalg.svd((S_A[:, None] * B.mT) @ M_i.right.double().mT, full_matrices=False)
         kept = S.gt(ROUNDING * S[:1])
         return cls(A @ U[:, kept], S[kept], V.mT[:, kept])
+
+
+def _blurs(stack: Stack, spaces: Sequence[_Space]) -> tuple[list[Tensor], list[Tensor]]:
+    """The expected squared error of every basis vector, of columns and of rows: `sigma_i^2 size / s^2`.
+
+    To first order noise N turns a singular vector v by `N^T u / s` outside its space.
+    """
+    variances = stack.noise.square().to(stack.device)
+    inverse = [variance / space.S.square() for variance, space in zip(variances, spaces, strict=True)]
+    out, columns = stack.shape
+    return [out * each for each in inverse], [columns * each for each in inverse]
 
 
 def _excess(misfit: Misfit, traces: ErrorTraces, variances: Tensor) -> float:

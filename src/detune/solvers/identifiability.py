@@ -1,4 +1,4 @@
-"""What the data determine, and how well: the null space and the inverse of the recovery problem's operator.
+"""How well the data determine W: traces of the inverse of the recovery problem's operator.
 
 Linearised at `M_i = U_i C_i V_i^T`, least squares leaves W with the error
 
@@ -16,15 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detune.solvers.nullspace import ZERO, dense_core
 from detune.solvers.polish import Core
 
-# Eigenvalues of sums of projectors below this are zeros of the arithmetic.
-ZERO = 1e-11
 # A core of this many unknowns is decomposed; a larger one is probed.
 DENSE = 700
 PROBES = 8
-# Where the probes show a null space in a core of so many unknowns, its dimension is counted.
-COUNTED = 4096
 # Conjugate gradients for the probes stop at this share of the right-hand side.
 PRECISION = 1e-4
 
@@ -67,26 +64,26 @@ class ErrorTraces:
         residual: `tr(P_i x R_i) - tr(A^-1 (P_i x R_i))`, `(n,)`: times its variance, its share of the misfit.
         directions: `tr(A^-1)^2 / tr(A^-2)`: about how many directions share the error. Where they are few, its energy
             scatters by `sqrt(2 / directions)`.
-        null: Dimension of A's null space; an estimate where the core is large and has a part in it.
+        solved: Whether the equations could be solved; if not, the traces are too small.
     """
 
     weight: Tensor
     residual: Tensor
     directions: float
-    null: int
+    solved: bool
 
 
 class _CoreTraces(NamedTuple):
-    """`tr(A^-1 A_i A^-1)` and `tr(A^-1 A_i)` for each model, `tr(A^-2)`, and the null space's dimension."""
+    """`tr(A^-1 A_i A^-1)` and `tr(A^-1 A_i)` for each model, `tr(A^-2)`, and whether they are to be trusted."""
 
     weight: Tensor
     image: Tensor
     squares: float
-    null: int
+    solved: bool = True
 
 
 def error_traces(core: Core, seed: int = 0) -> ErrorTraces:
-    """The traces that turn variances into expected errors, on the complement of A's null space.
+    """The traces that turn variances into expected errors; A has no null space.
 
     Args:
         core: The operator, float64.
@@ -94,8 +91,7 @@ def error_traces(core: Core, seed: int = 0) -> ErrorTraces:
     """
     n = len(core.a)
     (d, s_U), (k, s_V) = core.Q.shape, core.P.shape
-    weight, image, squares, null = _dense_traces(core) if s_U * s_V <= DENSE else _probed_traces(core, seed)
-    null += (k - s_V) * _nullity(core.a) + (d - s_U) * _nullity(core.b)
+    weight, image, squares, solved = _dense_traces(core) if s_U * s_V <= DENSE else _probed_traces(core, seed)
     outside = float((d - s_U) * (k - s_V)) / n
     weight, image, squares = weight + outside / n, image + outside, squares + outside / n
     ranks = torch.tensor([a_i.shape[1] for a_i in core.a], dtype=torch.float64, device=core.Q.device)
@@ -105,7 +101,7 @@ def error_traces(core: Core, seed: int = 0) -> ErrorTraces:
         image = image + times * torch.stack([inverse.trace() - (c_i * (inverse @ c_i)).sum() for c_i in coordinates])
         squares += times * float(squared.trace())
     free = (d - ranks) * (k - ranks) - image
-    return ErrorTraces(weight, free.clamp(min=0), float(weight.sum()) ** 2 / squares, null)
+    return ErrorTraces(weight, free.clamp(min=0), float(weight.sum()) ** 2 / squares, solved)
 
 
 def _dense_traces(core: Core) -> _CoreTraces:
@@ -114,15 +110,11 @@ def _dense_traces(core: Core) -> _CoreTraces:
     kept = values > ZERO * len(core.a)
     X, values = vectors.mT[kept].reshape(-1, s_U, s_V), values[kept]
     shares = torch.stack([core.project(i, X).square().sum(dim=(1, 2)) for i in range(len(core.a))])
-    squares = float(values.pow(-2).sum())
-    return _CoreTraces((shares / values.square()).sum(1), (shares / values).sum(1), squares, int((~kept).sum()))
+    return _CoreTraces((shares / values.square()).sum(1), (shares / values).sum(1), float(values.pow(-2).sum()))
 
 
 def _probed_traces(core: Core, seed: int) -> _CoreTraces:
-    """With random signs z (Hutchinson 1990): `E z^T B z = tr(B)`.
-
-    What conjugate gradients cannot solve of z is its part in the null space, whose expected square is the dimension.
-    """
+    """With random signs z (Hutchinson 1990): `E z^T B z = tr(B)`."""
     n, shape = len(core.a), (core.Q.shape[1], core.P.shape[1])
     weight, image = core.Q.new_zeros(n), core.Q.new_zeros(n)
     squares = left = 0.0
@@ -130,25 +122,9 @@ def _probed_traces(core: Core, seed: int) -> _CoreTraces:
     for _ in range(PROBES):
         probe = torch.randint(0, 2, shape, generator=generator, device=core.Q.device).to(core.Q.dtype) * 2 - 1
         solved = core.solve(probe, PRECISION * probe.numel() ** 0.5)
-        left += float((probe - core.apply(solved)).square().sum()) / PROBES
+        left = max(left, float((probe - core.apply(solved)).square().mean()))
         squares += float(solved.square().sum()) / PROBES
         moved = [core.project(i, solved) for i in range(n)]
         weight += torch.stack([moved_i.square().sum() for moved_i in moved]) / PROBES
         image += torch.stack([(moved_i * probe).sum() for moved_i in moved]) / PROBES
-    null = round(left)
-    if null and shape[0] * shape[1] <= COUNTED:
-        null = int(torch.linalg.eigvalsh(dense_core(core)).le(ZERO * n).sum())
-    return _CoreTraces(weight, image, squares, null)
-
-
-def _nullity(coordinates: Sequence[Tensor]) -> int:
-    """Directions that all spaces have in common."""
-    joint = torch.cat(list(coordinates), dim=1)
-    return int(torch.linalg.svdvals(joint).square().gt(len(coordinates) - ZERO).sum()) if joint.numel() else 0
-
-
-def dense_core(core: Core) -> Tensor:
-    """A on the core as a matrix on row-major vectors, `(s_U s_V, s_U s_V)`."""
-    eye_U, eye_V = (torch.eye(B.shape[1], dtype=B.dtype, device=B.device) for B in (core.Q, core.P))
-    terms = [torch.kron(eye_U - a_i @ a_i.mT, eye_V - b_i @ b_i.mT) for a_i, b_i in zip(core.a, core.b, strict=True)]
-    return torch.stack(terms).sum(dim=0)
+    return _CoreTraces(weight, image, squares, left <= (10 * PRECISION) ** 2)

@@ -29,21 +29,26 @@ def rounded_mse(recovery: Recovery, stored: torch.dtype, mse: float, averaged: f
         seed: Of the sampled entries and of the draws.
     """
     generator = torch.Generator(device=recovery.weight.device).manual_seed(seed)
-    rows, columns = (
-        torch.randint(size, (SAMPLED,), generator=generator, device=recovery.weight.device)
-        for size in recovery.weight.shape
-    )
+    rows, columns = _entries(recovery.weight, generator)
     weight = recovery.weight[rows, columns]
     ulp = spacing(weight, stored)
     if not _on_grid(recovery, rows, columns, stored):
         return mse + float(ulp.square().mean()) / 12
     n = len(recovery.deltas)
-    uniform = torch.rand((DRAWS, n, SAMPLED), generator=generator, dtype=ulp.dtype, device=ulp.device).sub_(0.5)
+    uniform = torch.rand((DRAWS, n, len(weight)), generator=generator, dtype=ulp.dtype, device=ulp.device).sub_(0.5)
     # As much as `averaged`, spread over the entries as rounding errors are.
     local = uniform.mean(dim=1) * ulp * (averaged * 12 * n / float(ulp.square().mean())) ** 0.5
     normal = torch.randn(local.shape, generator=generator, dtype=ulp.dtype, device=ulp.device)
     error = local + normal * max(0.0, mse - averaged) ** 0.5
     return float((torch.round(error / ulp) * ulp).square().mean())
+
+
+def _entries(weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows and columns of different entries: all of a small matrix, some of a large one."""
+    step = max(1, weight.numel() // SAMPLED)
+    starts = torch.arange(0, weight.numel() - step + 1, step, device=weight.device)
+    places = starts + torch.randint(step, starts.shape, generator=generator, device=weight.device)
+    return places // weight.shape[1], places % weight.shape[1]
 
 
 def _on_grid(recovery: Recovery, rows: Tensor, columns: Tensor, stored: torch.dtype) -> bool:
