@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from detune.checkpoints import Checkpoint, CheckpointWriter, round_to
+from detune.checkpoints import Checkpoint, CheckpointWriter, MaskWriter, round_to
 from detune.clusters import Selection, select
 from detune.errors import InputError
 from detune.extraction import extracting
 from detune.family import Family, Models
 from detune.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
-from detune.solvers import SOLVERS, Mean, NotRecoverable, Recovery, Single, Solver, Stack
+from detune.solvers import SOLVERS, Mean, NotRecoverable, OnGrid, Recovery, Single, Solver, Stack
 from detune.solvers.auto import unchanged
 from detune.solvers.certificate import certify
 from detune.solvers.relations import SMALLEST, split
@@ -80,6 +80,8 @@ def recover(
     overwrite: bool = False,
     merge_dtype: torch.dtype | None = None,
     adapters: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    mask: str | Path | None = None,
     on_tensor: OnTensor | None = None,
 ) -> Report:
     """Recover the base checkpoint of several merged LoRA fine-tunes.
@@ -100,6 +102,9 @@ def recover(
         overwrite: Whether an existing checkpoint in `out` may be replaced.
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
         adapters: A directory to make with each model's LoRA as a PEFT adapter of the base, as `extract` does.
+        dtype: Store every float tensor in this dtype instead of the first model's: bfloat16 for a bf16 base that
+            float32 merges gave away.
+        mask: A file to make, as `numpy.load` reads it: for each tensor on a grid, where its bits are certain, bool.
         on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
 
     Returns:
@@ -128,25 +133,32 @@ def recover(
             if adapters
             else nullcontext()
         )
-        writer = opened.enter_context(CheckpointWriter(family.models[0], out, overwrite=overwrite, inputs=given.paths))
+        masks = opened.enter_context(MaskWriter(mask)) if mask else None
+        writer = opened.enter_context(
+            CheckpointWriter(family.models[0], out, overwrite=overwrite, inputs=given.paths, dtype=dtype)
+        )
         background = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="detune-hash"))
 
         def keep(name: str) -> None:
             writer.copy(name)
 
         def solve(name: str, tensors: tuple[Tensor, ...]) -> Answer:
-            answer, weight = solve_tensor(tensors, solver, rank, device)
+            answer, weight = solve_tensor(tensors, solver, rank, device, dtype)
             writer.write(name, weight.reshape(tensors[0].shape))
+            if masks is not None and answer.bits is not None:
+                masks.write(name, answer.bits.certain.reshape(tensors[0].shape))
             if extractor is not None:
                 # What counts is the base as it was stored.
-                extractor.take(name, round_to(weight.reshape(tensors[0].shape).cpu(), tensors[0].dtype), tensors)
+                extractor.take(
+                    name, round_to(weight.reshape(tensors[0].shape).cpu(), dtype or tensors[0].dtype), tensors
+                )
             return answer
 
         hashes = [background.submit(model.hashes) for model in given.models]
         try:
             rows = walk(family, keep, solve, on_tensor)
             if not isinstance(solver, Mean | Single):
-                _refuse_if_hopeless(rows)
+                _refuse_if_hopeless(rows, family.n)
             inputs = [
                 InputRow(model.spec, hashed.result(), selection.reason(i))
                 for i, (model, hashed) in enumerate(zip(given.models, hashes, strict=True))
@@ -188,8 +200,12 @@ def _select(models: Sequence[Checkpoint], solver: Solver) -> Selection:
     return select(models, solver.min_models)
 
 
-def _refuse_if_hopeless(rows: Sequence[TensorRow]) -> None:
+def _refuse_if_hopeless(rows: Sequence[TensorRow], n: int) -> None:
     """Nothing is written where nothing could be had."""
+    if n < 3 and not any(row.grid for row in rows):
+        # One checkpoint whose every entry lies on a grid may be the base, or was rounded when it was merged.
+        reason = next((row.reason for row in rows if row.status is Status.NOT_DETERMINED), "every entry lies on it")
+        raise InputError(f"{n} model{'s' * (n != 1)} show{'s' * (n == 1)} no delta against a grid of the base", reason)
     # Integers that differ are no matrices, and stand as the first model has them.
     hopeless = [row for row in rows if row.status is Status.NOT_DETERMINED and row.method == "mean"]
     if hopeless and all(row.method in NOT_SOLVED for row in rows):
@@ -200,9 +216,22 @@ def _refuse_if_hopeless(rows: Sequence[TensorRow]) -> None:
 
 
 def solve_tensor(
-    tensors: tuple[Tensor, ...], solver: Solver, rank: int | None, device: torch.device | str | None
+    tensors: tuple[Tensor, ...],
+    solver: Solver,
+    rank: int | None,
+    device: torch.device | str | None,
+    stored: torch.dtype | None = None,
 ) -> tuple[Answer, Tensor]:
-    """The answer for one tensor that differs between the models, and its values in any shape."""
+    """The answer for one tensor that differs between the models, and its values in any shape.
+
+    Args:
+        tensors: Of every model.
+        solver: The method.
+        rank: The most that any adapter's can be; None finds it.
+        device: Where to compute.
+        stored: The dtype that the answer will be rounded to; None is the first model's.
+    """
+    stored = stored or tensors[0].dtype
     if not all(tensor.is_floating_point() for tensor in tensors):
         reason = "not floating point, so there is no average; the first model's stand in"
         return Answer(Status.NOT_DETERMINED, "single", reason), tensors[0]
@@ -210,20 +239,22 @@ def solve_tensor(
     if isinstance(solver, Mean | Single):
         return _answer(solver.solve(stack), Status.AVERAGED)
     if min(stack.shape) == 1:
-        return _solve_vector(stack)
-    answer, weight = _solve_matrix(stack, solver, rank)
+        return _solve_vector(stack, solver, stored)
+    answer, weight = _solve_matrix(stack, solver, rank, stored)
     doubtful = answer.status not in (Status.EXACT, Status.FLOOR)
     if doubtful and stack.n > solver.min_models and min(stack.shape) >= SMALLEST:
         groups = split(stack.matrices)
         if len(groups) > 1 and len(groups[0]) >= solver.min_models and len(groups[0]) > len(groups[1]):
-            return _solve_group(stack, groups[0], solver, rank)
+            return _solve_group(stack, groups[0], solver, rank, stored)
     return answer, weight
 
 
-def _solve_group(stack: Stack, group: tuple[int, ...], solver: Solver, rank: int | None) -> tuple[Answer, Tensor]:
+def _solve_group(
+    stack: Stack, group: tuple[int, ...], solver: Solver, rank: int | None, stored: torch.dtype
+) -> tuple[Answer, Tensor]:
     """A matrix that some models have anew, a head for instance: the others tell what it was."""
     kept = Stack(tuple(stack.matrices[i] for i in group), stack.dtype, stack.device)
-    answer, weight = _solve_matrix(kept, solver, rank)
+    answer, weight = _solve_matrix(kept, solver, rank, stored)
     others = [i for i in range(stack.n) if i not in group]
     listed = f"model{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
     reason = f"{answer.reason}; without {listed} of the {stack.n} used: full rank here"
@@ -232,28 +263,31 @@ def _solve_group(stack: Stack, group: tuple[int, ...], solver: Solver, rank: int
     return replace(answer, reason=reason, ranks=ranks), weight
 
 
-def _solve_matrix(stack: Stack, solver: Solver, rank: int | None) -> tuple[Answer, Tensor]:
+def _solve_matrix(stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype) -> tuple[Answer, Tensor]:
     """The solver's answer, and whether it explains the data."""
     try:
         recovery = solver.solve(stack, rank)
     except NotRecoverable as why:
         answer, weight = _answer(Mean().solve(stack), Status.NOT_DETERMINED)
         return replace(answer, reason=str(why)), weight
-    return _certified(stack, recovery)
+    return _certified(stack, recovery, stored)
 
 
-def _certified(stack: Stack, recovery: Recovery) -> tuple[Answer, Tensor]:
+def _certified(stack: Stack, recovery: Recovery, stored: torch.dtype) -> tuple[Answer, Tensor]:
     """The answer with its verdict, for the dtype that it will be stored in."""
-    certificate = certify(stack, recovery, stored=stack.matrices[0].dtype)
+    certificate = certify(stack, recovery, stored)
     answer, weight = _answer(recovery, Status(certificate.verdict))
     return replace(answer, reason=f"{recovery.reason}; {certificate.reason}", certificate=certificate), weight
 
 
-def _solve_vector(stack: Stack) -> tuple[Answer, Tensor]:
+def _solve_vector(stack: Stack, solver: Solver, stored: torch.dtype) -> tuple[Answer, Tensor]:
     """A vector has no low rank: only models that did not change it give it away."""
-    untouched = unchanged(stack) if stack.n >= 3 else None
+    if stack.n >= 3:
+        untouched = unchanged(stack)
+    else:
+        untouched = solver.lattice.untouched(stack) if isinstance(solver, OnGrid) else None
     if untouched is not None:
-        return _certified(stack, untouched)
+        return _certified(stack, untouched, stored)
     answer, weight = _answer(Mean().solve(stack), Status.AVERAGED)
     return replace(answer, reason=f"a vector cannot be low-rank: the average of {stack.n} models"), weight
 

@@ -7,6 +7,7 @@ from detune.checkpoints.adapters import MergedCheckpoint
 from detune.checkpoints.atomic import check_new, new_directory, new_file
 from detune.checkpoints.blocks import round_to
 from detune.checkpoints.lora import Lora, LoraLayer, open_lora
+from detune.checkpoints.masks import MaskWriter
 from detune.checkpoints.modules import Kind, Place, find_places
 from detune.checkpoints.peft_writer import PeftLayer, PeftWriter, peft_layer
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile, open_checkpoint
@@ -18,6 +19,7 @@ __all__ = [
     "Kind",
     "Lora",
     "LoraLayer",
+    "MaskWriter",
     "MergedCheckpoint",
     "PeftLayer",
     "PeftWriter",

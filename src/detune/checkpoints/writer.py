@@ -8,13 +8,14 @@ it. So even a killed process leaves nothing that could be mistaken for a model.
 import errno
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
@@ -24,8 +25,8 @@ import torch
 from detune.checkpoints.blocks import memory_of, new_block, round_to
 from detune.checkpoints.headers import PICKLE_SUFFIXES, Entry, encode_safetensors_header, safetensors_name
 from detune.checkpoints.layout import read_json
-from detune.checkpoints.source import Checkpoint, WeightFile
-from detune.errors import OutputError
+from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
+from detune.errors import InputError, OutputError
 
 __all__ = ["CheckpointWriter"]
 
@@ -56,6 +57,7 @@ class CheckpointWriter:
         out: The directory to make.
         overwrite: Whether an existing checkpoint in `out` may be replaced.
         inputs: Files and directories that must survive, besides those of `like`.
+        dtype: Store every float tensor in this dtype instead of `like`'s.
 
     Example:
         >>> with CheckpointWriter(like, Path("recovered")) as writer:  # doctest: +SKIP
@@ -64,9 +66,16 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, like: Checkpoint, out: Path | str, *, overwrite: bool = False, inputs: Sequence[Path] = ()
+        self,
+        like: Checkpoint,
+        out: Path | str,
+        *,
+        overwrite: bool = False,
+        inputs: Sequence[Path] = (),
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._like = like
+        self._infos = {name: _stored(info, dtype) for name, info in like.tensors.items()}
         # A link to a directory stays a link: what it points to is replaced.
         self._out = Path(out).expanduser().resolve()
         self._overwrite = overwrite
@@ -99,7 +108,7 @@ class CheckpointWriter:
             OutputError: The disk refuses, or the tensor has been written before.
             ValueError: The tensor has another shape, or a kind of dtype that cannot be stored there.
         """
-        info = self._like.tensors[name]
+        info = self._infos[name]
         if tuple(tensor.shape) != info.shape:
             raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {info.shape}")
         if tensor.dtype != info.dtype and not (tensor.is_floating_point() and info.dtype.is_floating_point):
@@ -114,17 +123,28 @@ class CheckpointWriter:
                 _write_at(descriptor, memory_of(block), place.offset + start * info.dtype.itemsize)
 
     def copy(self, name: str) -> None:
-        """Copy one tensor of `like` byte for byte, in blocks.
+        """Copy one tensor of `like` byte for byte, in blocks, or in the dtype asked for if that holds it exactly.
 
         Args:
             name: A key of `like.tensors`.
 
         Raises:
-            InputError: The tensor can no longer be read.
+            InputError: The tensor can no longer be read, or would be rounded.
             OutputError: The disk refuses, or the tensor has been written before.
         """
+        info = self._infos[name]
+        if info != self._like.tensors[name]:
+            values = self._like.read(name)
+            if not torch.equal(values.to(info.dtype).to(values.dtype), values):
+                raise InputError(
+                    f"tensor {name!r} would be rounded",
+                    f"it is {values.dtype} and not representable in {info.dtype}",
+                    "leave out --dtype",
+                )
+            self.write(name, values)
+            return
         self._claim(name)
-        info, place = self._like.tensors[name], self._places[name]
+        place = self._places[name]
         buffer = new_block(min(_BLOCK_BYTES, info.nbytes))
         with self._report_disk(place.file), _opened(self._partial / place.file) as descriptor:
             for start in range(0, info.nbytes, _BLOCK_BYTES):
@@ -186,14 +206,15 @@ class CheckpointWriter:
     def _plan(self, file: WeightFile) -> None:
         output = safetensors_name(file.file)
         prefix = file.file[: file.file.rfind("/") + 1]
-        infos = [self._like.tensors[name] for name in file.names]
+        infos = [self._infos[name] for name in file.names]
         metadata = dict(file.metadata)
-        if file.header is None:
+        as_it_was = file.header is not None and infos == [self._like.tensors[name] for name in file.names]
+        if not as_it_was:
             # Largest elements first keeps every tensor aligned, as the safetensors library does.
             infos.sort(key=lambda info: -info.dtype.itemsize)
             metadata = metadata or {"format": "pt"}
         entries = [Entry(info.name.removeprefix(prefix), info.dtype, info.shape, 0) for info in infos]
-        header = file.header or encode_safetensors_header(entries, metadata)
+        header = file.header if as_it_was and file.header else encode_safetensors_header(entries, metadata)
         if output in self._headers:
             raise OutputError(
                 f"two weight files of {self._like.spec} clash",
@@ -274,13 +295,15 @@ class CheckpointWriter:
 
     def _index(self, file: str) -> bytes:
         path = self._like.root / file
-        unchanged = all(weight_file.header is not None for weight_file in self._like.weight_files)
+        unchanged = self._infos == dict(self._like.tensors) and all(
+            weight_file.header is not None for weight_file in self._like.weight_files
+        )
         if unchanged and safetensors_name(file) == file:
             return path.read_bytes()
         content = read_json(path)
         prefix = file[: file.rfind("/") + 1]
         names = list(content["weight_map"])
-        total_bytes = sum(self._like.tensors[prefix + name].nbytes for name in names)
+        total_bytes = sum(self._infos[prefix + name].nbytes for name in names)
         content["metadata"] = {**(content.get("metadata") or {}), "total_size": total_bytes}
         content["weight_map"] = {name: self._places[prefix + name].file.removeprefix(prefix) for name in names}
         return (json.dumps(content, indent=2) + "\n").encode()
@@ -321,6 +344,13 @@ class CheckpointWriter:
                 f"the checkpoint needs {self._size_bytes} bytes and {available} are available now",
                 "free some space or choose another disk",
             ) from error
+
+
+def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    """A tensor as it will be stored."""
+    if dtype is None or not info.dtype.is_floating_point or info.dtype == dtype:
+        return info
+    return replace(info, dtype=dtype, nbytes=math.prod(info.shape) * dtype.itemsize)
 
 
 @contextmanager

@@ -19,6 +19,14 @@ merge_option = click.option(
     help="For BASE+ADAPTER: merge in the base's dtype, as PEFT does, or in float32.",
 )
 
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["model", "bfloat16", "float16", "float32"]),
+    default="model",
+    show_default=True,
+    help="Store OUT as the first model is, or in the base's own dtype.",
+)
+
 
 class Rank(click.ParamType[int | None]):
     """A positive number, or "auto"."""
@@ -68,3 +76,10 @@ def merge_dtype_of(name: str) -> Any:
     import torch
 
     return torch.float32 if name == "float32" else None
+
+
+def dtype_of(name: str) -> Any:
+    """The dtype to store; None is the model's."""
+    import torch
+
+    return None if name == "model" else getattr(torch, name)

@@ -13,6 +13,8 @@ from detune.cli.options import (
     METHODS,
     device_of,
     device_option,
+    dtype_of,
+    dtype_option,
     json_option,
     merge_dtype_of,
     merge_option,
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 @device_option
 @merge_option
 @click.option("--adapters", type=click.Path(path_type=Path), help="A directory to make with each model's LoRA.")
+@dtype_option
+@click.option("--mask", type=click.Path(path_type=Path), help="A .npz file to make: where each tensor is certain.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a checkpoint, with all that is in it.")
 @json_option
 def recover(
@@ -42,10 +46,12 @@ def recover(
     device: str,
     merge_dtype: str,
     adapters: Path | None,
+    dtype: str,
+    mask: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write the base model of at least three merged LoRA fine-tunes to OUT."""
+    """Write the base model of merged LoRA fine-tunes to OUT: of three or more, or fewer with --method lattice."""
     from detune.terminal import show_adapters, show_report
 
     with progress(quiet=as_json) as on_tensor:
@@ -58,6 +64,8 @@ def recover(
             overwrite=overwrite,
             merge_dtype=merge_dtype_of(merge_dtype),
             adapters=adapters,
+            dtype=dtype_of(dtype),
+            mask=mask,
             on_tensor=on_tensor,
         )
     click.echo(report.to_json(), nl=False) if as_json else show_report(report, out)

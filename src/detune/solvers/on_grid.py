@@ -1,11 +1,11 @@
-"""The base's bits, or nothing: from one model on."""
+"""The base's bits, looked for as long as it takes: from one model on."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from detune.solvers.auto import Auto
 from detune.solvers.base import Recovery
-from detune.solvers.lattice import Lattice
+from detune.solvers.lattice import Lattice, NoGrid
 from detune.solvers.stack import Stack
 
 
@@ -27,9 +27,14 @@ class OnGrid:
         """Recover the bits; see `Solver.solve`.
 
         Raises:
-            NoGrid: The base lies on no grid that shows.
+            NoGrid: One or two models, and the base lies on no grid that shows. With more, `Auto`'s answer stands.
         """
         if stack.n < 3:
             return self.lattice.refine(stack, None, rank)
         start = replace(Auto(), lattice=None).solve(stack, rank)
-        return start if start.method == "unchanged" else self.lattice.refine(stack, start, rank)
+        if start.method == "unchanged":
+            return start
+        try:
+            return self.lattice.refine(stack, start, rank)
+        except NoGrid as why:
+            return replace(start, reason=f"{start.reason}; {why}")

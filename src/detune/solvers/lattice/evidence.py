@@ -13,13 +13,13 @@ from detune.solvers.lattice.sweep import Estimate
 from detune.solvers.stack import Stack
 
 SHARE = 1 / 8
-MOST = 1 << 16
+MOST = 1 << 15
 # A grid point hits if it is within so many standard deviations of where it must be.
 HIT = 2.0
 # Entries whose chance of a hit by accident is larger than this say little, and are left out.
 INFORMATIVE = 0.5
-# So large a share of the misses by chance may be hits because the M_i are not quite what they are taken for.
-MARGIN = 0.2
+# So large a share of the misses by chance is granted as hits, because the M_i are not quite what they are taken for.
+MARGIN = 0.5
 # Tries for the scale of the variances, relative to the one so far.
 SCALES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 REACH = 4
@@ -93,7 +93,7 @@ def log10_false_positive(held: HeldOut, estimates: Sequence[Estimate], grid: tor
 
     For a base off the grid the place of W between two grid points is uniform. The models' rounding cuts that range at
     the points `ends of W_i's interval - M_i` into arcs, one of which holds a grid point: W is in that one with a chance
-    q, its length in steps. Entries with a small q are counted, and a fifth of the rest granted as hits too, for errors
+    q, its length in steps. Entries with a small q are counted, and half of the rest granted as hits too, for errors
     of the M_i; Chernoff's bound `exp(-N KL(hits / N || chance))` is the tail's (Hoeffding 1963, Theorem 1).
     """
     m, v = held.entries(estimates)

@@ -26,6 +26,8 @@ LEAST_GAIN = 0.003
 # An entry is certain if the probability of another grid point is below DOUBT with all variances SAFETY times as large.
 DOUBT = 1e-9
 SAFETY = 4.0
+# A start from the score is farther from the answer than one from least squares.
+MORE_SWEEPS = 8
 # More misfits than this share of the entries held out: the fit has not found the M_i.
 MOST_MISFITS = 1e-3
 # Deltas below so many steps of the models' grid do not show in least squares, which takes rounding for noise.
@@ -33,7 +35,7 @@ FINE = 1.5
 
 
 class NoGrid(NotRecoverable):
-    """No grid was found that the base lies on."""
+    """No grid was found that the base lies on, or no fit on it."""
 
 
 class Fit(NamedTuple):
@@ -81,20 +83,45 @@ class Lattice:
             rank: The most that any `M_i` can have; None finds it.
 
         Raises:
-            NoGrid: No grid passes the test.
+            NoGrid: No grid passes the test, or the fit on it does not explain what was held out.
         """
+        untouched = self.untouched(stack) if stack.n < 3 else None
+        if untouched is not None:
+            return untouched
         stack = _as_rounded(stack)
         held = HeldOut.of(stack, self.seed)
-        # A bf16 base lies on the float32 grid too: the coarsest says most.
-        for grid in sorted(self.grids, key=lambda grid: torch.finfo(grid).eps, reverse=True):
+        for grid in self._coarsest_first:
             if any(torch.finfo(W_i.dtype).eps > torch.finfo(grid).eps for W_i in stack.matrices):
                 continue
-            if stack.n < 3 and any(lies_on(W_i, grid) for W_i in stack.matrices if W_i.dtype != grid):
-                return _untouched(stack, grid)
             fit = self._fit(stack, start, rank, grid, held)
             if fit is not None and fit.log10_false_positive <= math.log10(self.most_false_positive):
+                if fit.misfit > MOST_MISFITS:
+                    raise NoGrid(_unsettled(fit))
                 return self._finish(stack, start, fit)
         raise NoGrid(_why_not(stack, self.grids))
+
+    def untouched(self, stack: Stack) -> Recovery | None:
+        """The matrix, or vector, of a finely stored model whose every entry lies on a coarser grid.
+
+        It is taken to have left it as the base has it. None where all models are so: they were rounded.
+        """
+        for grid in self._coarsest_first:
+            on_it = [W_i.dtype != grid and lies_on(W_i, grid) for W_i in stack.matrices]
+            if any(on_it) and (stack.n == 1 or not all(on_it)):
+                model, name = on_it.index(True), str(grid).removeprefix("torch.")
+                return Recovery(
+                    stack.matrices[model].to(stack.device, stack.dtype, copy=True),
+                    "unchanged",
+                    f"model {model} has every entry on the {name} grid: taken to have left it as the base has it",
+                    relative_residual=0.0,
+                    noise_ratio=0.0,
+                )
+        return None
+
+    @property
+    def _coarsest_first(self) -> list[torch.dtype]:
+        """A bf16 base lies on the float32 grid too: the coarsest says most."""
+        return sorted(self.grids, key=lambda grid: torch.finfo(grid).eps, reverse=True)
 
     def _fit(
         self, stack: Stack, start: Recovery | None, rank: int | None, grid: torch.dtype, held: HeldOut
@@ -113,8 +140,9 @@ class Lattice:
         if not coarse and stack.n > 2 and false_positive > math.log10(self.most_false_positive):
             # The M_i are known as well as they will be: a grid would have shown.
             return Fit(estimates, grid, evidence, false_positive, misfit(held, estimates, grid), 0)
+        most = self.sweeps + (MORE_SWEEPS if coarse else 0)
         sweeps, gain = 0, math.inf
-        while sweeps < self.sweeps and abs(gain) >= LEAST_GAIN:
+        while sweeps < most and abs(gain) >= LEAST_GAIN:
             swept = within(sweep(stack, estimates, grid, held.used), spaces)
             estimates, gained = calibrated(held, swept, grid)
             sweeps, gain, evidence = sweeps + 1, gained - evidence, gained
@@ -128,17 +156,16 @@ class Lattice:
         weight = torch.empty(stack.shape, dtype=torch.float64, device=stack.device)
         certain = torch.empty(stack.shape, dtype=torch.bool, device=stack.device)
         expected = residual = spread = rounding = 0.0
-        for view in views(stack, [replace(e, scale=SAFETY * e.scale) for e in estimates]):
+        for view in views(stack, estimates):
             found = view.posterior(fit.grid, least_reach=1)
+            careful = replace(view, v=SAFETY * view.v).posterior(fit.grid, least_reach=1)
             weight[view.rows] = found.weight
-            certain[view.rows] = found.doubt < DOUBT
+            certain[view.rows] = (careful.doubt < DOUBT) & (careful.weight == found.weight)
             expected += float(found.variance.sum())
             stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
             residual += float((stored - found.weight - view.m).square().sum())
             spread += float((stored - stored.mean(dim=0)).square().sum())
             rounding += float((view.high - view.low).square().sum()) / 12
-        if fit.misfit > MOST_MISFITS:
-            certain.zero_()
         deltas = tuple(e.low_rank for e in estimates)
         name = str(fit.grid).removeprefix("torch.")
         bits = Bits(fit.grid, fit.log10_false_positive, certain, expected / weight.numel())
@@ -187,17 +214,12 @@ def _as_rounded(stack: Stack) -> Stack:
     return replace(stack, matrices=rounded) if stack.n > 1 else stack
 
 
-def _untouched(stack: Stack, grid: torch.dtype) -> Recovery:
-    """A finely stored model whose every entry lies on the coarser grid left the matrix as the base has it."""
-    model = next(i for i, W_i in enumerate(stack.matrices) if W_i.dtype != grid and lies_on(W_i, grid))
-    W_i = stack.matrices[model]
-    name = str(grid).removeprefix("torch.")
-    return Recovery(
-        W_i.to(stack.device, stack.dtype, copy=True),
-        "unchanged",
-        f"model {model} has every entry on the {name} grid: taken to have left it as the base has it",
-        relative_residual=0.0,
-        noise_ratio=0.0,
+def _unsettled(fit: Fit) -> str:
+    name = str(fit.grid).removeprefix("torch.")
+    return (
+        f"the base lies on the {name} grid (chance of error below 1e{math.ceil(fit.log10_false_positive)}), but "
+        f"{fit.misfit:.2%} of the entries held out fit no point of it after {fit.sweeps} sweeps; "
+        "the deltas are too large against its steps for so few models; add models"
     )
 
 

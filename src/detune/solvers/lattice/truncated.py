@@ -31,13 +31,14 @@ def truncated_normal(low: Tensor, high: Tensor, mean: Tensor, std: Tensor) -> Mo
 
     In units of the standard deviation and mirrored so that the interval's middle is negative, `Z = Phi(b) - Phi(a)`,
     the mean is `(phi(a) - phi(b)) / Z` and the variance `1 + (a phi(a) - b phi(b)) / Z - mean^2` (Johnson, Kotz &
-    Balakrishnan 1994, Section 13.10.1). A point has the density's value, and far out the near end has all the mass.
+    Balakrishnan 1994, Section 13.10.1). A point has the density's value. Far out the density falls from the near end as
+    `exp(-|b| t)` does, and the moments are those of an exponential variable cut off at the interval's width.
     """
     a, b = (low - mean) / std, (high - mean) / std
     mirrored = a + b > 0
     a, b = torch.where(mirrored, -b, a), torch.where(mirrored, -a, b)
     density_a, density_b = _density(a), _density(b)
-    Z = (torch.special.ndtr(b) - torch.special.ndtr(a)).clamp(min=1e-300)
+    Z = (_below(b) - _below(a)).clamp(min=1e-300)
     shift = (density_a - density_b) / Z
     variance = 1 + (a * density_a - b * density_b) / Z - shift.square()
     log_Z = Z.log()
@@ -48,11 +49,13 @@ def truncated_normal(low: Tensor, high: Tensor, mean: Tensor, std: Tensor) -> Mo
     variance = torch.where(thin, width.square() / 12, variance)
     log_Z = torch.where(thin, width.log() - middle.square() / 2 - 0.5 * math.log(2 * math.pi), log_Z)
 
-    # Mills' ratio: the mass lies within 1 / |b| of the near end.
     far = ~thin & (b < -FAR)
-    shift = torch.where(far, b + 1 / b, shift)
-    variance = torch.where(far, 1 / b.square(), variance)
-    log_Z = torch.where(far, -b.square() / 2 - (-b).clamp(min=1).log() - 0.5 * math.log(2 * math.pi), log_Z)
+    rate = (-b).clamp(min=1)
+    kept = -torch.expm1(-rate * width)
+    cut = width / kept
+    shift = torch.where(far, b - 1 / rate + cut * (1 - kept), shift)
+    variance = torch.where(far, 1 / rate.square() - cut.square() * (1 - kept), variance)
+    log_Z = torch.where(far, (kept / rate).log() - b.square() / 2 - 0.5 * math.log(2 * math.pi), log_Z)
 
     shift = torch.where(mirrored, -shift, shift)
     return Moments(log_Z, mean + std * shift, std.square() * variance.clamp(min=0))
@@ -60,3 +63,8 @@ def truncated_normal(low: Tensor, high: Tensor, mean: Tensor, std: Tensor) -> Mo
 
 def _density(x: Tensor) -> Tensor:
     return torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
+
+
+def _below(x: Tensor) -> Tensor:
+    """Phi(x); torch.special.ndtr has no digits left in the lower tail."""
+    return torch.erfc(x / -math.sqrt(2)) / 2
