@@ -27,6 +27,7 @@ import detune
 from detune.errors import InputError
 from detune.report import Status
 from detune.solvers import NotRecoverable, Spectral
+from detune.solvers.certificate import Verdict
 from tests.cases import normal, seeded
 from tests.families import (
     Fine,
@@ -471,3 +472,17 @@ def test_recover_matrix_says_when_the_data_do_not_hold_the_answer():
         NotRecoverable, match=r"ranks \(28, 28, 28\) are too high for 3 models of a 64x64 matrix; .*; add"
     ):
         detune.recover_matrix(models)
+
+
+def test_parts_of_the_models_are_recovered_from_only_where_it_is_asked_for(tmp_path):
+    fine = plain_family(tmp_path / "models", n=4)
+    rows = [row for row in detune.recover(fine.models, tmp_path / "plain").tensors if "layer" in row.name]
+    assert {row.agreement for row in rows} == {None}
+    rows = [row for row in detune.recover(fine.models, tmp_path / "checked", check=True).tensors if "layer" in row.name]
+    for row in rows:
+        assert row.status is Status.FLOOR
+        assert row.agreement == pytest.approx(row.predicted_w_error, abs=0.5)
+
+
+def test_every_verdict_is_a_status():
+    assert {str(verdict) for verdict in Verdict} <= {str(status) for status in Status}

@@ -18,6 +18,7 @@ from detune.extraction import extracting
 from detune.family import Family, Models
 from detune.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
 from detune.solvers import SOLVERS, Mean, NotRecoverable, OnGrid, Recovery, Single, Solver, Stack
+from detune.solvers.agreement import Solve
 from detune.solvers.auto import unchanged
 from detune.solvers.certificate import certify
 from detune.solvers.relations import SMALLEST, split
@@ -82,6 +83,7 @@ def recover(
     adapters: str | Path | None = None,
     dtype: torch.dtype | None = None,
     mask: str | Path | None = None,
+    check: bool = False,
     on_tensor: OnTensor | None = None,
 ) -> Report:
     """Recover the base checkpoint of several merged LoRA fine-tunes.
@@ -105,6 +107,8 @@ def recover(
         dtype: Store every float tensor in this dtype instead of the first model's: bfloat16 for a bf16 base that
             float32 merges gave away.
         mask: A file to make, as `numpy.load` reads it: for each tensor on a grid, where its bits are certain, bool.
+        check: Whether to recover from parts of more than three models too, and see whether they agree: with four or
+            five models that many recoveries more, from six on two of half as many models.
         on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
 
     Returns:
@@ -143,7 +147,7 @@ def recover(
             writer.copy(name)
 
         def solve(name: str, tensors: tuple[Tensor, ...]) -> Answer:
-            answer, weight = solve_tensor(tensors, solver, rank, device, dtype)
+            answer, weight = solve_tensor(tensors, solver, rank, device, dtype, check)
             writer.write(name, weight.reshape(tensors[0].shape))
             if masks is not None and answer.bits is not None:
                 masks.write(name, answer.bits.certain.reshape(tensors[0].shape))
@@ -172,6 +176,7 @@ def recover(
             "method": repr(solver),
             "rank": rank or "auto",
             "device": str(device or "cpu"),
+            "check": check,
             "merge_dtype": str(merge_dtype) if merge_dtype else None,
         }
         summary = extractor.finish().summary if extractor is not None else None
@@ -221,6 +226,7 @@ def solve_tensor(
     rank: int | None,
     device: torch.device | str | None,
     stored: torch.dtype | None = None,
+    check: bool = False,
 ) -> tuple[Answer, Tensor]:
     """The answer for one tensor that differs between the models, and its values in any shape.
 
@@ -230,6 +236,7 @@ def solve_tensor(
         rank: The most that any adapter's can be; None finds it.
         device: Where to compute.
         stored: The dtype that the answer will be rounded to; None is the first model's.
+        check: Whether to recover from parts of the models too, and see whether they agree.
     """
     stored = stored or tensors[0].dtype
     if not all(tensor.is_floating_point() for tensor in tensors):
@@ -240,21 +247,21 @@ def solve_tensor(
         return _answer(solver.solve(stack), Status.AVERAGED)
     if min(stack.shape) == 1:
         return _solve_vector(stack, solver, stored)
-    answer, weight = _solve_matrix(stack, solver, rank, stored)
+    answer, weight = _solve_matrix(stack, solver, rank, stored, check)
     doubtful = answer.status not in (Status.EXACT, Status.FLOOR)
     if doubtful and stack.n > solver.min_models and min(stack.shape) >= SMALLEST:
         groups = split(stack.matrices)
         if len(groups) > 1 and len(groups[0]) >= solver.min_models and len(groups[0]) > len(groups[1]):
-            return _solve_group(stack, groups[0], solver, rank, stored)
+            return _solve_group(stack, groups[0], solver, rank, stored, check)
     return answer, weight
 
 
 def _solve_group(
-    stack: Stack, group: tuple[int, ...], solver: Solver, rank: int | None, stored: torch.dtype
+    stack: Stack, group: tuple[int, ...], solver: Solver, rank: int | None, stored: torch.dtype, check: bool
 ) -> tuple[Answer, Tensor]:
     """A matrix that some models have anew, a head for instance: the others tell what it was."""
     kept = Stack(tuple(stack.matrices[i] for i in group), stack.dtype, stack.device)
-    answer, weight = _solve_matrix(kept, solver, rank, stored)
+    answer, weight = _solve_matrix(kept, solver, rank, stored, check)
     others = [i for i in range(stack.n) if i not in group]
     listed = f"model{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
     reason = f"{answer.reason}; without {listed} of the {stack.n} used: full rank here"
@@ -263,19 +270,23 @@ def _solve_group(
     return replace(answer, reason=reason, ranks=ranks), weight
 
 
-def _solve_matrix(stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype) -> tuple[Answer, Tensor]:
+def _solve_matrix(
+    stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype, check: bool
+) -> tuple[Answer, Tensor]:
     """The solver's answer, and whether it explains the data."""
     try:
         recovery = solver.solve(stack, rank)
     except NotRecoverable as why:
         answer, weight = _answer(Mean().solve(stack), Status.NOT_DETERMINED)
         return replace(answer, reason=str(why)), weight
-    return _certified(stack, recovery, stored)
+    return _certified(stack, recovery, stored, (lambda part: solver.solve(part, rank)) if check else None)
 
 
-def _certified(stack: Stack, recovery: Recovery, stored: torch.dtype) -> tuple[Answer, Tensor]:
+def _certified(
+    stack: Stack, recovery: Recovery, stored: torch.dtype, check: Solve | None = None
+) -> tuple[Answer, Tensor]:
     """The answer with its verdict, for the dtype that it will be stored in."""
-    certificate = certify(stack, recovery, stored)
+    certificate = certify(stack, recovery, stored, check)
     answer, weight = _answer(recovery, Status(certificate.verdict))
     return replace(answer, reason=f"{recovery.reason}; {certificate.reason}", certificate=certificate), weight
 

@@ -51,7 +51,7 @@ class TensorRow:
         undetermined: Dimension of the changes of the tensor that the data cannot see; 0 is unique.
         predicted_w_error: `log10` of the mean squared error to expect, from storage noise and conditioning; None where
             there is none or no telling.
-        agreement: The same figure from recoveries without some of the models.
+        agreement: The same figure from the disagreement of recoveries from parts of the models.
         grid: The dtype that the base was found to have been stored in.
         log10_false_positive: Logarithm of the probability that a base off that grid had passed for one on it.
         certain: Share of the entries whose bits are certain.

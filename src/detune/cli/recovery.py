@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--adapters", type=click.Path(path_type=Path), help="A directory to make with each model's LoRA.")
 @dtype_option
 @click.option("--mask", type=click.Path(path_type=Path), help="A .npz file to make: where each tensor is certain.")
+@click.option("--check", is_flag=True, help="Recover from parts of the models too: do they agree? From four models on.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a checkpoint, with all that is in it.")
 @json_option
 def recover(
@@ -48,6 +49,7 @@ def recover(
     adapters: Path | None,
     dtype: str,
     mask: Path | None,
+    check: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -66,6 +68,7 @@ def recover(
             adapters=adapters,
             dtype=dtype_of(dtype),
             mask=mask,
+            check=check,
             on_tensor=on_tensor,
         )
     click.echo(report.to_json(), nl=False) if as_json else show_report(report, out)

@@ -6,12 +6,13 @@ must be assumed is said in `Certificate.reason`, and in the section on the certi
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
+from detune.solvers.agreement import Solve, disagreement
 from detune.solvers.base import LowRank, Recovery
 from detune.solvers.identifiability import ErrorTraces, error_traces
 from detune.solvers.linalg import thin_svd
@@ -24,6 +25,8 @@ from detune.solvers.unseen import unseen_directions
 
 # A misfit of more than this many times the storage noise's (root mean square) is not storage noise.
 MOST_LEFT = 2.0
+# Of more than this the computation is the cause, if it can be.
+MOST_COMPUTED = 1.2
 # Factors are computed to this many units of float64's precision.
 COMPUTED = 32.0
 # Singular values below this share of a delta's largest are rounding.
@@ -37,6 +40,10 @@ GAP = 3.0
 # Shares of the predicted error that may come from what cannot be predicted.
 MOST_HIDDEN = 0.5
 MOST_DISTANT = 0.25
+# Where rounding leaves less than this share of the error, its rare large values are what counts.
+TAIL = 0.1
+# Parts of the models disagree by so many orders of magnitude more than predicted only if something is wrong.
+MOST_DISAGREEMENT = 1.0
 # With fewer directions the error scatters by more than a factor of two (two standard deviations of its logarithm).
 FEW = 16.0
 
@@ -65,7 +72,8 @@ class Certificate:
             method has no model of the deltas.
         predicted_w_error: `log10` of the mean squared error per entry to expect of the weight once it is stored; None
             where there is none (exact) or no telling (not determined).
-        agreement: The same figure from recoveries without some of the models; None where they were not made.
+        agreement: The same figure from the disagreement of recoveries from parts of the models, before the weight is
+            stored; None where they were not made, or agree in every bit.
     """
 
     verdict: Verdict
@@ -75,13 +83,16 @@ class Certificate:
     agreement: float | None = None
 
 
-def certify(stack: Stack, recovery: Recovery, stored: torch.dtype | None = None) -> Certificate:
+def certify(
+    stack: Stack, recovery: Recovery, stored: torch.dtype | None = None, check: Solve | None = None
+) -> Certificate:
     """Judge an answer by the data it was made from.
 
     Args:
         stack: The models.
         recovery: What a solver made of them.
         stored: The dtype that the weight will be rounded to; its own by default.
+        check: Recovers from a part of the models, to see whether the parts agree; None saves that time.
 
     Returns:
         The certificate.
@@ -92,7 +103,21 @@ def certify(stack: Stack, recovery: Recovery, stored: torch.dtype | None = None)
         return _of_bits(recovery)
     if not recovery.deltas:
         return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
-    return _of_fit(stack, recovery, stored or recovery.weight.dtype)
+    certificate = _of_fit(stack, recovery, stored or recovery.weight.dtype)
+    return certificate if check is None else _checked(certificate, stack, check)
+
+
+def _checked(certificate: Certificate, stack: Stack, check: Solve) -> Certificate:
+    """The certificate with what parts of the models say."""
+    predicted = certificate.predicted_w_error
+    agreement = None if predicted is None else _log10(disagreement(stack, check) or 0.0)
+    if predicted is None or agreement is None:
+        return certificate
+    certificate = replace(certificate, agreement=agreement)
+    if certificate.verdict is not Verdict.FLOOR or agreement <= predicted + MOST_DISAGREEMENT:
+        return certificate
+    reason = f"recoveries from parts of the models disagree by more than predicted: W-Error {agreement:.2f}"
+    return replace(certificate, verdict=Verdict.APPROXIMATE, reason=reason)
 
 
 def _of_bits(recovery: Recovery) -> Certificate:
@@ -103,6 +128,9 @@ def _of_bits(recovery: Recovery) -> Certificate:
     chance = f"off that grid with a probability below 1e{math.ceil(bits.log10_false_positive)}"
     if bool(bits.certain.all()):
         return Certificate(Verdict.EXACT, f"every entry is certain on the base's {name} grid; {chance}", 0)
+    if not bits.share:
+        reason = f"the base lies on the {name} grid, {chance}; but no entry is certain"
+        return Certificate(Verdict.APPROXIMATE, reason, 0, _log10(bits.expected_mse))
     reason = f"{100 * bits.share:.4g} % of the entries are certain on the base's {name} grid; {chance}"
     return Certificate(Verdict.FLOOR, reason, 0, _log10(bits.expected_mse))
 
@@ -115,8 +143,8 @@ def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype) -> Certificat
     if null:
         reason = f"the data cannot see changes of the weight in a space of dimension {null}"
         return Certificate(Verdict.NOT_DETERMINED, reason, null)
-    evidence = _Evidence.of(stack, recovery, core, spaces)
-    mse = rounded_mse(recovery, stored, evidence.mse, evidence.averaged)
+    evidence = _Evidence.of(stack, recovery, core, spaces, stored)
+    mse = rounded_mse(recovery, core, stored, evidence.mse, evidence.averaged)
     doubt = evidence.doubt(mse)
     if doubt is not None:
         return Certificate(Verdict.APPROXIMATE, doubt, 0, _log10(mse))
@@ -139,6 +167,7 @@ class _Evidence:
         variances: Of the models' storage noise, `(n,)`.
         excess: Variance found in the misfit over the storage noise's. Directions below the noise are in it.
         computed: Variance of the rounding errors of the computation.
+        rounded: Whether the weight is in the dtype it will be stored in.
         entries: Of the matrix.
     """
 
@@ -149,10 +178,13 @@ class _Evidence:
     variances: Tensor
     excess: float
     computed: float
+    rounded: bool
     entries: int
 
     @classmethod
-    def of(cls, stack: Stack, recovery: Recovery, core: Core, spaces: tuple["_Space", ...]) -> "_Evidence":
+    def of(
+        cls, stack: Stack, recovery: Recovery, core: Core, spaces: tuple["_Space", ...], stored: torch.dtype
+    ) -> "_Evidence":
         """Gather it."""
         traces = error_traces(core)
         misfit = Misfit.of(stack, recovery, core, [space.U for space in spaces], [space.V for space in spaces])
@@ -168,6 +200,7 @@ class _Evidence:
             variances,
             _excess(misfit, traces, variances),
             computed,
+            torch.finfo(recovery.weight.dtype).eps >= torch.finfo(stored).eps,
             entries,
         )
 
@@ -183,8 +216,13 @@ class _Evidence:
 
     @property
     def distance(self) -> float:
-        """Mean square of the step to that answer."""
-        return self.misfit.distance / self.entries
+        """Mean square of the step to that answer.
+
+        A weight that was rounded as coarsely as it will be stored may already be the base's own: then the step is as
+        long as the noise.
+        """
+        distance = self.misfit.distance / self.entries
+        return max(0.0, distance - self.noise) if self.rounded else distance
 
     @property
     def mse(self) -> float:
@@ -194,13 +232,15 @@ class _Evidence:
     @property
     def amplified(self) -> float:
         """Root of the error over the least that there can be."""
-        return (self.noise / self.averaged) ** 0.5 if self.averaged else 1.0
+        return math.sqrt(self.noise / self.averaged) if self.averaged else 1.0
 
     def doubt(self, mse: float) -> str | None:
         """Why the prediction, of the weight as it will be stored, may be too good; None where there is no reason."""
-        ratio = _excess(self.misfit, self.traces, self.variances + self.computed) ** 0.5
-        if ratio > MOST_LEFT:
-            left = f"{ratio:.2g} times the storage noise is left"
+        if _excess(self.misfit, self.traces, self.variances + self.computed) <= MOST_LEFT**2:
+            if self.excess > MOST_COMPUTED**2 and self.computed > MOST_DISTANT * float(self.variances.mean()):
+                return "the rounding of the computation, not of the models, is what limits the answer"
+        elif self.excess > MOST_LEFT**2:
+            left = f"{self.excess**0.5:.2g} times the storage noise is left"
             return f"{left}: adapters of these ranks do not explain the data"
         hidden = self.hidden
         if hidden > MOST_HIDDEN * mse:
@@ -208,8 +248,13 @@ class _Evidence:
                 "directions as strong as the weakest found would not show where the adapters' spaces are close to each "
                 f"other: W-Error up to {math.log10(mse + hidden):.2f} if there are any"
             )
-        if self.distance > MOST_DISTANT * (self.noise + self.computed * float(self.traces.weight.sum()) / self.entries):
+        if self.distance > MOST_DISTANT * self.noise:
             return "the solver stopped short of the most likely answer"
+        if mse < TAIL * self.mse and self._runs_into_noise:
+            return (
+                "rounding brings most entries to the base's own numbers; how many it does not, depends on directions "
+                "that do not show"
+            )
         if not self.traces.solved:
             return "the equations are too ill-conditioned to tell how the noise enters"
         if self.traces.directions < FEW:
@@ -218,15 +263,24 @@ class _Evidence:
         return None
 
     @property
+    def _noticed(self) -> float:
+        """Singular value from which a direction shows."""
+        noise = math.sqrt(self.excess * float(self.variances.mean()))
+        return NOTICED * noise * (math.sqrt(self.core.Q.shape[0]) + math.sqrt(self.core.P.shape[0]))
+
+    @property
+    def _runs_into_noise(self) -> bool:
+        """Whether some spectrum may go on below what shows."""
+        return any(not len(space.S) or float(space.S[-1]) < GAP * self._noticed for space in self.spaces)
+
+    @property
     def hidden(self) -> float:
         """Mean squared error from directions below the noise that could have escaped, if the adapters have such.
 
         Spectra go on as they were: one that ends well above what shows has ended.
         """
-        noise = (self.excess * float(self.variances.mean())) ** 0.5
-        norm = NOTICED * noise * (self.core.Q.shape[0] ** 0.5 + self.core.P.shape[0] ** 0.5)
         by_side = [0.0, 0.0]
-        for unseen in unseen_directions(self.core, norm):
+        for unseen in unseen_directions(self.core, self._noticed):
             S = self.spaces[unseen.model].S
             if len(S) and len(unseen.strengths):
                 possible = unseen.strengths[unseen.strengths * GAP > S[-1]]

@@ -21,8 +21,8 @@ ZERO = 1e-11
 # The spectrum of a core of so many unknowns is computed.
 COUNTED = 2500
 PROBES = 4
-# What conjugate gradients leave of a probe above this share is in the null space.
-LEFT = 1e-3
+# Conjugate gradients for them leave this much of each entry.
+PRECISION = 1e-6
 # Spaces coincide as far as anybody can tell where they are apart by no more than their noise; with it, twice that.
 BLURRED = 2.0
 
@@ -37,47 +37,67 @@ def undetermined(core: Core, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor],
         seed: Of the probes, where it comes to them.
     """
     d, k = core.Q.shape[0], core.P.shape[0]
-    p_U, p_V = _common(core.a, blur_U), _common(core.b, blur_V)
-    if p_U or p_V:
-        return p_U * k + p_V * d - p_U * p_V
-    for inner, outer in ((core.b, core.a), (core.a, core.b)):
+    C_U, C_V = _common(core.a, blur_U), _common(core.b, blur_V)
+    p_U, p_V = C_U.shape[1], C_V.shape[1]
+    hidden = p_U * k + p_V * d - p_U * p_V
+    a, b = _without(core.a, C_U), _without(core.b, C_V)
+    for inner, outer in ((b, a), (a, b)):
         ranks = [c_i.shape[1] for c_i in inner]
-        if inner[0].shape[0] == sum(ranks):
+        if _independent(inner):
             others = [[c_i for i, c_i in enumerate(outer) if i != j] for j in range(len(outer))]
-            return sum(r * _common(rest) for r, rest in zip(ranks, others, strict=True) if rest)
-    return _of_core(core, seed)
+            return hidden + sum(r * _common(rest).shape[1] for r, rest in zip(ranks, others, strict=True) if rest)
+    return hidden + _of_core(Core.of(a, b) if hidden else core, seed)
 
 
-def _common(coordinates: Sequence[Tensor], blur: Sequence[Tensor] | None = None) -> int:
-    """Number of directions that lie in all spaces."""
+def _common(coordinates: Sequence[Tensor], blur: Sequence[Tensor] | None = None) -> Tensor:
+    """Orthonormal basis of the directions that lie in all spaces."""
     joint = torch.cat(list(coordinates), dim=1)
-    if not joint.shape[0]:
-        return 0
     values, vectors = torch.linalg.eigh(joint @ joint.mT)
     apart = len(coordinates) - values
     noise = torch.zeros_like(apart)
     if blur is not None:
         noise = (vectors.mT @ joint).square() @ torch.cat(list(blur)).to(joint)
-    return int(apart.le((BLURRED * noise).clamp(min=ZERO)).sum())
+    common: Tensor = vectors[:, apart.le((BLURRED * noise).clamp(min=ZERO))]
+    return common
+
+
+def _without(coordinates: Sequence[Tensor], common: Tensor) -> tuple[Tensor, ...]:
+    """Orthonormal bases of what the spaces hold beside the directions that all share, which A leaves to themselves."""
+    if not common.shape[1]:
+        return tuple(coordinates)
+    rest = []
+    for c_i in coordinates:
+        X = torch.linalg.svd(c_i - common @ (common.mT @ c_i), full_matrices=False)[0]
+        rest.append(X[:, : max(0, c_i.shape[1] - common.shape[1])])
+    return tuple(rest)
+
+
+def _independent(coordinates: Sequence[Tensor]) -> bool:
+    joint = torch.cat(list(coordinates), dim=1)
+    if joint.shape[1] > joint.shape[0]:
+        return False
+    return not joint.shape[1] or float(torch.linalg.svdvals(joint)[-1]) ** 2 > ZERO
 
 
 def _of_core(core: Core, seed: int) -> int:
-    """Both sides dependent: outside the core A has no null space, or it had been found."""
-    shape = core.Q.shape[1], core.P.shape[1]
+    """Both sides dependent: outside the core A has no null space.
+
+    Preconditioned conjugate gradients give `B A z` with `A B A = A`: then `I - B A` projects onto the null space, and
+    its trace, the dimension, is the mean of `z^T (z - B A z)` over random signs z (Hutchinson 1990).
+    """
+    size = core.Q.shape[1] * core.P.shape[1]
+    if size <= COUNTED:
+        return int(torch.linalg.eigvalsh(dense_core(core)).le(ZERO * len(core.a)).sum())
     left = 0.0
     generator = torch.Generator(device=core.Q.device).manual_seed(seed)
     for _ in range(PROBES):
-        probe = torch.randint(0, 2, shape, generator=generator, device=core.Q.device).to(core.Q.dtype) * 2 - 1
-        solved = core.solve(probe, LEFT / 10 * probe.numel() ** 0.5)
-        share = float((probe - core.apply(solved)).square().mean())
-        if share <= LEFT**2:
-            # A random probe has a part in every null space.
+        probe = torch.randint(0, 2, (core.Q.shape[1], core.P.shape[1]), generator=generator, device=core.Q.device)
+        probe = probe.to(core.Q.dtype) * 2 - 1
+        kept = core.solve(core.apply(probe), PRECISION * size**0.5)
+        left += float((probe * (probe - kept)).sum()) / PROBES
+        if abs(left) < 1 / PROBES / 2:
             return 0
-        if shape[0] * shape[1] <= COUNTED:
-            return int(torch.linalg.eigvalsh(dense_core(core)).le(ZERO * len(core.a)).sum())
-        left += share / PROBES
-    # What is left of a probe of random signs is its part in the null space: its mean square is the dimension's share.
-    return max(1, round(left * shape[0] * shape[1]))
+    return max(1, round(left))
 
 
 def dense_core(core: Core) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from detune.solvers.base import Recovery
 from detune.solvers.lattice.grid import spacing
+from detune.solvers.polish import Core
 
 # Enough entries to know the average of what rounding does.
 SAMPLED = 1 << 14
@@ -17,15 +18,18 @@ DRAWS = 4
 SURE = 6.0
 
 
-def rounded_mse(recovery: Recovery, stored: torch.dtype, mse: float, averaged: float, seed: int = 0) -> float:
+def rounded_mse(
+    recovery: Recovery, core: Core, stored: torch.dtype, mse: float, averaged: float, seed: int = 0
+) -> float:
     """The mean squared error per entry that an answer has once its weight is stored.
 
     Args:
         recovery: The answer, with a delta for each model.
+        core: The operator at its spaces.
         stored: The dtype to round to.
         mse: The error of the weight as it is, per entry.
         averaged: The part of it that is the mean of the n models' rounding errors in that very entry; the rest comes
-            from everywhere, and is normal.
+            from everywhere, is normal, and larger where the spaces have large entries.
         seed: Of the sampled entries and of the draws.
     """
     generator = torch.Generator(device=recovery.weight.device).manual_seed(seed)
@@ -39,8 +43,22 @@ def rounded_mse(recovery: Recovery, stored: torch.dtype, mse: float, averaged: f
     # As much as `averaged`, spread over the entries as rounding errors are.
     local = uniform.mean(dim=1) * ulp * (averaged * 12 * n / float(ulp.square().mean())) ** 0.5
     normal = torch.randn(local.shape, generator=generator, dtype=ulp.dtype, device=ulp.device)
-    error = local + normal * max(0.0, mse - averaged) ** 0.5
+    error = local + normal * (max(0.0, mse - averaged) * _leverage(core, rows, columns)).sqrt()
     return float((torch.round(error / ulp) * ulp).square().mean())
+
+
+def _leverage(core: Core, rows: Tensor, columns: Tensor) -> Tensor:
+    """How the error that comes from everywhere is spread over entries, mean 1: the diagonal of A^-1 less 1/n.
+
+    On the core A is taken for the Kronecker product that preconditions it.
+    """
+    n = len(core.a)
+    Q, P = core.Q[rows], core.P[columns]
+    u, v = ((basis @ inverse * basis).sum(dim=1) for basis, inverse in ((Q, core.inverse_G_U), (P, core.inverse_G_V)))
+    q, p = Q.square().sum(dim=1), P.square().sum(dim=1)
+    diagonal = ((1 - q) * (1 - p) - 1) / n + u * (1 - p) + (1 - q) * v + n * u * v
+    spread = diagonal.clamp(min=0)
+    return spread / spread.mean().clamp(min=torch.finfo(spread.dtype).tiny)
 
 
 def _entries(weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
