@@ -47,4 +47,4 @@ def test_parts_that_disagree_are_a_doubt():
     stack = Stack.of(problem.stack)
     certificate = certify(stack, Auto(lattice=None).solve(stack), check=average)
     assert certificate.verdict is Verdict.APPROXIMATE
-    assert "parts of the models disagree by more than predicted" in certificate.reason
+    assert "times as much as predicted" in certificate.reason

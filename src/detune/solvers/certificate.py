@@ -6,7 +6,7 @@ must be assumed is said in `Certificate.reason`, and in the section on the certi
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -42,8 +42,8 @@ MOST_HIDDEN = 0.5
 MOST_DISTANT = 0.25
 # Where rounding leaves less than this share of the error, its rare large values are what counts.
 TAIL = 0.1
-# Parts of the models disagree by so many orders of magnitude more than predicted only if something is wrong.
-MOST_DISAGREEMENT = 1.0
+# Parts of the models disagree by so many times the predicted error (mean square) only if something is wrong.
+MOST_DISAGREEMENT = 10.0
 # With fewer directions the error scatters by more than a factor of two (two standard deviations of its logarithm).
 FEW = 16.0
 
@@ -72,8 +72,8 @@ class Certificate:
             method has no model of the deltas.
         predicted_w_error: `log10` of the mean squared error per entry to expect of the weight once it is stored; None
             where there is none (exact) or no telling (not determined).
-        agreement: The same figure from the disagreement of recoveries from parts of the models, before the weight is
-            stored; None where they were not made, or agree in every bit.
+        agreement: The same figure from the disagreement of recoveries from parts of the models; None where they were
+            not made.
     """
 
     verdict: Verdict
@@ -103,21 +103,8 @@ def certify(
         return _of_bits(recovery)
     if not recovery.deltas:
         return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
-    certificate = _of_fit(stack, recovery, stored or recovery.weight.dtype)
-    return certificate if check is None else _checked(certificate, stack, check)
-
-
-def _checked(certificate: Certificate, stack: Stack, check: Solve) -> Certificate:
-    """The certificate with what parts of the models say."""
-    predicted = certificate.predicted_w_error
-    agreement = None if predicted is None else _log10(disagreement(stack, check) or 0.0)
-    if predicted is None or agreement is None:
-        return certificate
-    certificate = replace(certificate, agreement=agreement)
-    if certificate.verdict is not Verdict.FLOOR or agreement <= predicted + MOST_DISAGREEMENT:
-        return certificate
-    reason = f"recoveries from parts of the models disagree by more than predicted: W-Error {agreement:.2f}"
-    return replace(certificate, verdict=Verdict.APPROXIMATE, reason=reason)
+    disagreed = None if check is None else disagreement(stack, check)
+    return _of_fit(stack, recovery, stored or recovery.weight.dtype, disagreed)
 
 
 def _of_bits(recovery: Recovery) -> Certificate:
@@ -135,7 +122,7 @@ def _of_bits(recovery: Recovery) -> Certificate:
     return Certificate(Verdict.FLOOR, reason, 0, _log10(bits.expected_mse))
 
 
-def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype) -> Certificate:
+def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: float | None) -> Certificate:
     """From the operator at the recovered spaces, the misfit and the storage noise."""
     spaces = tuple(_Space.of(M_i) for M_i in recovery.deltas)
     core = Core.of([space.U for space in spaces], [space.V for space in spaces])
@@ -145,14 +132,19 @@ def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype) -> Certificat
         return Certificate(Verdict.NOT_DETERMINED, reason, null)
     evidence = _Evidence.of(stack, recovery, core, spaces, stored)
     mse = rounded_mse(recovery, core, stored, evidence.mse, evidence.averaged)
+    # Storing takes or adds the same share, whichever way the error was found.
+    agreement = _log10(mse * disagreed / evidence.mse) if disagreed and evidence.mse else None
     doubt = evidence.doubt(mse)
+    if doubt is None and disagreed and disagreed > MOST_DISAGREEMENT * evidence.mse:
+        times = (disagreed / evidence.mse) ** 0.5
+        doubt = f"recoveries from parts of the models disagree {times:.2g} times as much as predicted"
     if doubt is not None:
-        return Certificate(Verdict.APPROXIMATE, doubt, 0, _log10(mse))
+        return Certificate(Verdict.APPROXIMATE, doubt, 0, _log10(mse), agreement)
     reason = (
         f"the only answer in which no part is common to all adapters; storage noise, {evidence.amplified:.2g} times "
         "that of an average, is all that is left"
     )
-    return Certificate(Verdict.FLOOR, reason, 0, _log10(mse))
+    return Certificate(Verdict.FLOOR, reason, 0, _log10(mse), agreement)
 
 
 @dataclass(frozen=True)
