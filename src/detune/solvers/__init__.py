@@ -11,8 +11,8 @@ from detune.solvers.stack import NonFinite, Stack
 
 SOLVERS: dict[str, type[Solver]] = {
     "auto": Auto,
-    "intersect": Intersect,
     "lattice": OnGrid,
+    "intersect": Intersect,
     "spectral": Spectral,
     "mean": Mean,
     "single": Single,

@@ -20,6 +20,8 @@ HIT = 2.0
 INFORMATIVE = 0.5
 # So large a share of the misses by chance is granted as hits, because the M_i are not quite what they are taken for.
 MARGIN = 0.5
+# What an entry may be off by, in steps, before it counts as a misfit.
+ALLOWED_STEPS = 0.05
 # Tries for the scale of the variances, relative to the one so far.
 SCALES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
 REACH = 4
@@ -114,11 +116,16 @@ def log10_false_positive(held: HeldOut, estimates: Sequence[Estimate], grid: tor
 
 
 def misfit(held: HeldOut, estimates: Sequence[Estimate], grid: torch.dtype) -> float:
-    """The share of the entries held out where the models leave no grid point for W, four deviations allowed."""
+    """The share of the entries held out where the models leave no grid point for W.
+
+    Four deviations and a twentieth of a step are allowed: an `M_i` that is known to a thousandth of a step leaves no
+    doubt, whatever its deviation says, and a wrong one is off by anything up to half a step.
+    """
     m, v = held.entries(estimates)
     low, high = feasible(held.low, held.high, m, v)
     g = nearest((low + high) / 2, grid)
-    return float(((g < low) | (g > high)).double().mean())
+    allowed = ALLOWED_STEPS * spacing(g, grid)
+    return float(((g < low - allowed) | (g > high + allowed)).double().mean())
 
 
 def _centre(held: HeldOut, m: Tensor, v: Tensor) -> Tensor:

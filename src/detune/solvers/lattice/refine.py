@@ -129,6 +129,8 @@ class Lattice:
         """Sweep on one grid, the entries held out left alone. None where no delta shows on it."""
         spaces = None
         estimates, coarse = _from_recovery(stack, start), _is_coarse(stack, grid)
+        if estimates is None and not coarse and stack.n > 2:
+            return None
         if estimates is None or coarse:
             spaces = known_spaces(stack, rank) if stack.n == 2 and not coarse else None
             scored = score_start(stack, grid, delta_scale(stack, grid), rank, spaces, held.used)
@@ -186,12 +188,12 @@ class Lattice:
 
 def _from_recovery(stack: Stack, start: Recovery | None) -> tuple[Estimate, ...] | None:
     """Estimates from a least-squares fit, whose entries have about the variance `noise^2 r (d + k) / d k`."""
-    if start is None or not start.deltas or not all(M_i.rank for M_i in start.deltas):
+    if start is None or not any(M_i.rank for M_i in start.deltas):
         return None
     out, columns = stack.shape
     crowd = stack.n / max(1, stack.n - 1)
     return tuple(
-        Estimate.of(M_i, crowd * float(noise) ** 2 * M_i.rank * (out + columns) / (out * columns))
+        Estimate.of(M_i, crowd * float(noise) ** 2 * max(1, M_i.rank) * (out + columns) / (out * columns))
         for M_i, noise in zip(start.deltas, stack.noise, strict=True)
     )
 

@@ -117,6 +117,8 @@ def score_start(
         information += (1 - found.delta_variance / view.v).sum(dim=(1, 2))
     # In units of tau: what the score's entries say on average, between nothing and all.
     information /= out * columns
+    if not bool(torch.isfinite(scores).all()):
+        return None
     estimates = []
     for score, share in zip(scores, information, strict=True):
         leading = _leading(score, float(share), tau, rank, spaces)

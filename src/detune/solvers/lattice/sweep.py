@@ -43,8 +43,8 @@ class Estimate:
 
     @classmethod
     def of(cls, M_i: LowRank, variance: float) -> "Estimate":
-        """A start whose entries all have one variance."""
-        left, right = M_i.left.double(), M_i.right.double()
+        """A start whose entries all have one variance; a delta of rank 0 is one of rank 1 that is zero."""
+        left, right = (f.double() if M_i.rank else f.new_zeros(len(f), 1).double() for f in (M_i.left, M_i.right))
         rows, columns = (
             torch.stack([torch.full_like(factor[:, 0], variance / 2), torch.ones_like(factor[:, 0])])
             for factor in (left, right)
