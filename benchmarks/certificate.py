@@ -116,6 +116,7 @@ def outcomes(problems: int) -> Iterator[Outcome]:
         judged = time.perf_counter()
         true = w_error(recovery.weight.to(problem.models.dtype), problem.W)
         verdict, predicted = certificate.verdict, certificate.predicted_w_error
+        print(f"\r{seed + 1} of {problems}", end="", file=sys.stderr, flush=True)
         yield Outcome(verdict, problem.models.dtype, predicted, true, solved - began, judged - solved, problem.about)
 
 

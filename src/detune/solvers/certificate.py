@@ -269,15 +269,17 @@ class _Evidence:
     def hidden(self) -> float:
         """Mean squared error from directions below the noise that could have escaped, if the adapters have such.
 
-        Spectra go on as they were: one that ends well above what shows has ended.
+        Spectra go on as they were: one that ends well above what shows has ended. Of a model without any direction
+        nothing is known; one could be as strong as the strongest of the others.
         """
+        strongest = max((float(space.S[0]) for space in self.spaces if len(space.S)), default=0.0)
         by_side = [0.0, 0.0]
         for unseen in unseen_directions(self.core, self._noticed):
             S = self.spaces[unseen.model].S
-            if len(S) and len(unseen.strengths):
-                possible = unseen.strengths[unseen.strengths * GAP > S[-1]]
-                reach = possible.clamp(max=float(S[-1])) * unseen.moves[: len(possible)]
-                by_side[unseen.columns] += float(reach.square().sum()) / self.entries
+            weakest = float(S[-1]) if len(S) else strongest
+            possible = unseen.strengths[unseen.strengths * GAP > weakest] if len(S) else unseen.strengths
+            reach = possible.clamp(max=weakest) * unseen.moves[: len(possible)]
+            by_side[unseen.columns] += float(reach.square().sum()) / self.entries
         return max(by_side)
 
 
