@@ -277,7 +277,7 @@ class _Evidence:
         for unseen in unseen_directions(self.core, self._noticed):
             S = self.spaces[unseen.model].S
             weakest = float(S[-1]) if len(S) else strongest
-            possible = unseen.strengths[unseen.strengths * GAP > weakest] if len(S) else unseen.strengths
+            possible = unseen.strengths[unseen.strengths * GAP > weakest] if len(S) else unseen.strengths[:1]
             reach = possible.clamp(max=weakest) * unseen.moves[: len(possible)]
             by_side[unseen.columns] += float(reach.square().sum()) / self.entries
         return max(by_side)
