@@ -58,8 +58,9 @@ class Estimate:
 
     @property
     def low_rank(self) -> LowRank:
-        """The estimate itself."""
-        return LowRank(self.left, self.right)
+        """The estimate itself; directions that are zero are none."""
+        kept = self.left.square().sum(dim=0) > 0
+        return LowRank(self.left[:, kept], self.right[:, kept])
 
     def entries(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Mean and variance of some rows, `(rows, in)` each."""
