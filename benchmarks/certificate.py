@@ -1,6 +1,6 @@
 """Is the certificate right? Its prediction against the truth, on random problems whose truth is known.
 
-    python -m benchmarks.certificate [PROBLEMS] [PNG]
+    python benchmarks/certificate.py [PROBLEMS] [PNG]
 
 Prints the share of predictions within 0.3 for each verdict, and draws all of them.
 """

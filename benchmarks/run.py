@@ -22,6 +22,7 @@ COMMANDS = {
     "checkpoint": [],
     "family": [],
     "ranks": [],
+    "certificate": [],
 }
 INTRODUCTION = """# Benchmarks
 

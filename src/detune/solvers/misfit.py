@@ -42,7 +42,10 @@ class Misfit:
         left, right, middle = sums.total_left, sums.total_right, Q.mT @ sums.total_right
         outside = sums.total_energy - float(left.square().sum()) - float(right.square().sum())
         outside += float(middle.square().sum())
+        energy = sums.energy
         for E_i, F_i, U_i, a_i, b_i in zip(sums.E, sums.F, U, core.a, core.b, strict=True):
+            # What M_i can take up by moving in its tangent space.
+            energy += float((U_i.mT @ F_i).square().sum() - E_i.square().sum() - F_i.square().sum())
             left = left - a_i @ E_i
             right = right - F_i @ b_i.mT
             middle = middle - a_i @ (E_i @ P) - (Q.mT @ F_i) @ b_i.mT + a_i @ (U_i.mT @ F_i) @ b_i.mT
@@ -53,7 +56,7 @@ class Misfit:
         outside = max(0.0, outside)
         rounding = float(storage_variance(recovery.weight).mean()) * recovery.weight.numel()
         distance = max(0.0, distance + outside / n**2 - rounding)
-        return cls(max(0.0, sums.energy - gained - outside / n), distance)
+        return cls(max(0.0, energy - gained - outside / n), distance)
 
 
 class _Sums:
