@@ -23,11 +23,17 @@ from detune.solvers.stack import Stack
 HALVES = (torch.bfloat16, torch.float16)
 # A sweep that raises the evidence of an entry by less than this, in nats, is the last.
 LEAST_GAIN = 0.003
+# A fit that knows no grid, and whose test for one has a larger bound than this, is not swept.
+HINT = 0.1
 # An entry is certain if the probability of another grid point is below DOUBT with all variances SAFETY times as large.
 DOUBT = 1e-9
 SAFETY = 4.0
 # A start from the score is farther from the answer than one from least squares.
 MORE_SWEEPS = 8
+# Deltas of more steps than this do not show modulo the step.
+MOST_STEPS = 8.0
+# A fit that is to come to something shows a sign of the grid, 1 in 10 by chance, after some sweeps.
+SIGN_AFTER, SIGN = 5, -1.0
 # More misfits than this share of the entries held out: the fit has not found the M_i.
 MOST_MISFITS = 1e-3
 # Deltas below so many steps of the models' grid do not show in least squares, which takes rounding for noise.
@@ -106,9 +112,11 @@ class Lattice:
         It is taken to have left it as the base has it. None where all models are so: they were rounded.
         """
         for grid in self._coarsest_first:
-            on_it = [W_i.dtype != grid and lies_on(W_i, grid) for W_i in stack.matrices]
-            if any(on_it) and (stack.n == 1 or not all(on_it)):
-                model, name = on_it.index(True), str(grid).removeprefix("torch.")
+            on_it = [lies_on(W_i, grid) for W_i in stack.matrices]
+            finely = [torch.finfo(W_i.dtype).eps < torch.finfo(grid).eps for W_i in stack.matrices]
+            chosen = [on and fine for on, fine in zip(on_it, finely, strict=True)]
+            if any(chosen) and (stack.n == 1 or not all(on_it)):
+                model, name = chosen.index(True), str(grid).removeprefix("torch.")
                 return Recovery(
                     stack.matrices[model].to(stack.device, stack.dtype, copy=True),
                     "unchanged",
@@ -133,14 +141,17 @@ class Lattice:
             return None
         if estimates is None or coarse:
             spaces = known_spaces(stack, rank) if stack.n == 2 and not coarse else None
-            scored = score_start(stack, grid, delta_scale(stack, grid), rank, spaces, held.used)
+            tau = delta_scale(stack, grid)
+            if tau > MOST_STEPS * float(spacing(stack.matrices[0][::16], grid).median()):
+                return None
+            scored = score_start(stack, grid, tau, rank, spaces, held.used)
             if scored is None:
                 return None
             estimates = scored
         estimates, evidence = calibrated(held, estimates, grid)
         false_positive = log10_false_positive(held, estimates, grid)
-        if not coarse and stack.n > 2 and false_positive > math.log10(self.most_false_positive):
-            # The M_i are known as well as they will be: a grid would have shown.
+        if not coarse and stack.n > 2 and false_positive > math.log10(HINT):
+            # The M_i are known so well that a grid would have shown.
             return Fit(estimates, grid, evidence, false_positive, misfit(held, estimates, grid), 0)
         most = self.sweeps + (MORE_SWEEPS if coarse else 0)
         sweeps, gain = 0, math.inf
@@ -148,6 +159,8 @@ class Lattice:
             swept = within(sweep(stack, estimates, grid, held.used), spaces)
             estimates, gained = calibrated(held, swept, grid)
             sweeps, gain, evidence = sweeps + 1, gained - evidence, gained
+            if sweeps == SIGN_AFTER and log10_false_positive(held, estimates, grid) > SIGN:
+                break
         false_positive = log10_false_positive(held, estimates, grid)
         return Fit(estimates, grid, evidence, false_positive, misfit(held, estimates, grid), sweeps)
 
@@ -187,14 +200,18 @@ class Lattice:
 
 
 def _from_recovery(stack: Stack, start: Recovery | None) -> tuple[Estimate, ...] | None:
-    """Estimates from a least-squares fit, whose entries have about the variance `noise^2 r (d + k) / d k`."""
-    if start is None or not any(M_i.rank for M_i in start.deltas):
+    """Estimates from a least-squares fit, whose entries have about the variance `noise^2 r (d + k) / d k`.
+
+    The noise is that of the model less the mean of the others: a fine model's `M_i` is no better known than their W.
+    """
+    if start is None or not start.deltas or not all(M_i.rank for M_i in start.deltas):
         return None
     out, columns = stack.shape
-    crowd = stack.n / max(1, stack.n - 1)
+    own = stack.noise.square()
+    noise = own + (own.sum() - own) / max(1, stack.n - 1) ** 2
     return tuple(
-        Estimate.of(M_i, crowd * float(noise) ** 2 * max(1, M_i.rank) * (out + columns) / (out * columns))
-        for M_i, noise in zip(start.deltas, stack.noise, strict=True)
+        Estimate.of(M_i, float(variance) * M_i.rank * (out + columns) / (out * columns))
+        for M_i, variance in zip(start.deltas, noise, strict=True)
     )
 
 
