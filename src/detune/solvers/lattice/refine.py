@@ -204,13 +204,13 @@ def _from_recovery(stack: Stack, start: Recovery | None) -> tuple[Estimate, ...]
 
     The noise is that of the model less the mean of the others: a fine model's `M_i` is no better known than their W.
     """
-    if start is None or not start.deltas or not all(M_i.rank for M_i in start.deltas):
+    if start is None or not any(M_i.rank for M_i in start.deltas):
         return None
     out, columns = stack.shape
     own = stack.noise.square()
     noise = own + (own.sum() - own) / max(1, stack.n - 1) ** 2
     return tuple(
-        Estimate.of(M_i, float(variance) * M_i.rank * (out + columns) / (out * columns))
+        Estimate.of(M_i, float(variance) * max(1, M_i.rank) * (out + columns) / (out * columns))
         for M_i, variance in zip(start.deltas, noise, strict=True)
     )
 
