@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 FIGURE = Path(__file__).parents[1] / "docs" / "bits.png"
 SIZE, RANK, SCALE = 768, 16, 0.02
 GRID = torch.bfloat16
-HALF_MERGES = {"delta": (0.2, 1.0, 10.0), "n": (3, 5, 8, 15)}
+HALF_MERGES = {"delta": "0.2,1,10", "n": "3,5,8,15"}
 FINE_MERGES = {
     1: (0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5),
     2: (0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 4.0),
@@ -64,7 +64,7 @@ class Problem:
         return int((recovery.bits.certain & (recovery.weight.double() != self.W)).sum())
 
 
-def half_merges() -> None:
+def half_merges(deltas: str, models: str) -> None:
     print(f"bf16 merges{'':24} shares of bit-exact entries{'':30} log10 MSE")
     names = (
         "limit",
@@ -81,9 +81,9 @@ def half_merges() -> None:
     )
     print(f"{'delta':>6} {'n':>3} " + " ".join(f"{name:>9}" for name in names))
     worst = 1.0
-    for delta in HALF_MERGES["delta"]:
-        for n in HALF_MERGES["n"]:
-            problem = Problem(delta, int(n), GRID)
+    for delta in map(float, deltas.split(",")):
+        for n in map(int, models.split(",")):
+            problem = Problem(delta, n, GRID)
             lattice, auto = OnGrid().solve(problem.stack), Auto().solve(problem.stack)
             spectral = Spectral().solve(problem.stack, RANK).weight
             assert lattice.bits is not None
@@ -134,10 +134,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1, help="sets for each point of the float32 curves")
     parser.add_argument("--only", choices=["half", "fine"])
+    parser.add_argument("--delta", default=HALF_MERGES["delta"], help="sizes of the deltas of the bf16 merges")
+    parser.add_argument("--n", default=HALF_MERGES["n"], help="numbers of models of the bf16 merges")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only != "fine":
-        half_merges()
+        half_merges(options.delta, options.n)
     if options.only != "half":
         fine_merges(options.seeds)
 

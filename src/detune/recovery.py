@@ -324,7 +324,7 @@ def _check_count(solver: Solver, n: int) -> None:
         raise InputError(
             f"{n} model{'s' * (n != 1)} given, {name} needs at least three",
             "the difference of two models splits into two adapters in infinitely many ways, and a third decides",
-            "add a model, or average with --method mean",
+            "add a model; try --method lattice, if the base is coarser than the models; or average with --method mean",
         )
     raise InputError(f"{n} model{'s' * (n != 1)} given, {name} needs at least {solver.min_models}", "add a model")
 

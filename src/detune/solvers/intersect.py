@@ -147,7 +147,7 @@ def check_conditions(differences: Differences, rank: int | None = None) -> tuple
     if stack.n < 3:
         raise NotRecoverable(
             f"{stack.n} models: a difference of two splits into two adapters in infinitely many ways",
-            "a third decides: add a model, or use --method mean",
+            "a third decides: add a model, or use --method lattice or mean",
         )
     if differences.full_rank_pairs:
         raise NotLowRank(differences.full_rank_pairs, stack.shape)
