@@ -27,6 +27,8 @@ LEAST_GAIN = 0.003
 HINT = 0.1
 # An entry is certain if the probability of another grid point is below DOUBT with all variances SAFETY times as large.
 DOUBT = 1e-9
+# None is in a row or column where the M_i lie outside their intervals by more than this, in squared deviations, summed.
+MOST_STRAIN = 3.0
 SAFETY = 4.0
 # A start from the score is farther from the answer than one from least squares.
 MORE_SWEEPS = 8
@@ -171,16 +173,24 @@ class Lattice:
         weight = torch.empty(stack.shape, dtype=torch.float64, device=stack.device)
         certain = torch.empty(stack.shape, dtype=torch.bool, device=stack.device)
         expected = residual = spread = rounding = 0.0
+        strained = [torch.zeros(stack.n, size, dtype=torch.float64, device=stack.device) for size in stack.shape]
         for view in views(stack, estimates):
             found = view.posterior(fit.grid, least_reach=1)
             careful = replace(view, v=SAFETY * view.v).posterior(fit.grid, least_reach=1)
             weight[view.rows] = found.weight
             certain[view.rows] = (careful.doubt < DOUBT) & (careful.weight == found.weight)
             expected += float(found.variance.sum())
+            outside = torch.maximum(view.low - found.weight - view.m, view.m + found.weight - view.high).clamp(min=0)
+            strain = outside.square() / view.v
+            strained[0][:, view.rows] = strain.sum(dim=2)
+            strained[1] += strain.sum(dim=1)
             stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
             residual += float((stored - found.weight - view.m).square().sum())
             spread += float((stored - stored.mean(dim=0)).square().sum())
             rounding += float((view.high - view.low).square().sum()) / 12
+        # A row of L, or of R, that has locked onto wrong points strains its line of the matrix.
+        rows, columns = (strain.amax(dim=0) > MOST_STRAIN for strain in strained)
+        certain &= ~(rows[:, None] | columns)
         deltas = tuple(e.low_rank for e in estimates)
         name = str(fit.grid).removeprefix("torch.")
         bits = Bits(fit.grid, fit.log10_false_positive, certain, expected / weight.numel())
