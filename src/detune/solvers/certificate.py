@@ -44,6 +44,8 @@ MOST_DISTANT = 0.25
 TAIL = 0.1
 # Parts of the models disagree by so many times the predicted error (mean square) only if something is wrong.
 MOST_DISAGREEMENT = 10.0
+# Entries of deltas below this many times the noise's variance are rounded alike in all models.
+ALIKE = 144.0
 # With fewer directions the error scatters by more than a factor of two (two standard deviations of its logarithm).
 FEW = 16.0
 
@@ -247,6 +249,8 @@ class _Evidence:
                 "rounding brings most entries to the base's own numbers; how many it does not, depends on directions "
                 "that do not show"
             )
+        if self.rounded and self._weakest_delta < ALIKE * float(self.variances.mean()):
+            return "deltas hardly exceed a unit in the last place: the models round alike, and that cannot be simulated"
         if not self.traces.solved:
             return "the equations are too ill-conditioned to tell how the noise enters"
         if self.traces.directions < FEW:
@@ -259,6 +263,11 @@ class _Evidence:
         """Singular value from which a direction shows."""
         noise = math.sqrt(self.excess * float(self.variances.mean()))
         return NOTICED * noise * (math.sqrt(self.core.Q.shape[0]) + math.sqrt(self.core.P.shape[0]))
+
+    @property
+    def _weakest_delta(self) -> float:
+        """Mean square of the weakest delta's entries, of those that there are."""
+        return min((float(space.S.square().sum()) / self.entries for space in self.spaces if len(space.S)), default=0.0)
 
     @property
     def _runs_into_noise(self) -> bool:

@@ -4,6 +4,8 @@ Rounding to a dtype adds `ulp^2 / 12` where the base lies anywhere between the d
 stored in that dtype itself: then an answer closer than half a unit in the last place becomes the base's own number.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,6 @@ from detune.solvers.polish import Core
 
 # Enough entries to know the average of what rounding does.
 SAMPLED = 1 << 14
-DRAWS = 4
 # Standard errors by which the answer must be closer to the dtype's numbers than by chance.
 SURE = 6.0
 
@@ -22,6 +23,9 @@ def rounded_mse(
     recovery: Recovery, core: Core, stored: torch.dtype, mse: float, averaged: float, seed: int = 0
 ) -> float:
     """The mean squared error per entry that an answer has once its weight is stored.
+
+    Simulated on some entries: a base is rounded with every delta, the mean of the n rounding errors is taken, and the
+    rest of the error is added.
 
     Args:
         recovery: The answer, with a delta for each model.
@@ -34,17 +38,73 @@ def rounded_mse(
     """
     generator = torch.Generator(device=recovery.weight.device).manual_seed(seed)
     rows, columns = _entries(recovery.weight, generator)
-    weight = recovery.weight[rows, columns]
-    ulp = spacing(weight, stored)
-    if not _on_grid(recovery, rows, columns, stored):
-        return mse + float(ulp.square().mean()) / 12
-    n = len(recovery.deltas)
-    uniform = torch.rand((DRAWS, n, len(weight)), generator=generator, dtype=ulp.dtype, device=ulp.device).sub_(0.5)
-    # As much as `averaged`, spread over the entries as rounding errors are.
-    local = uniform.mean(dim=1) * ulp * (averaged * 12 * n / float(ulp.square().mean())) ** 0.5
-    normal = torch.randn(local.shape, generator=generator, dtype=ulp.dtype, device=ulp.device)
-    error = local + normal * (max(0.0, mse - averaged) * _leverage(core, rows, columns)).sqrt()
+    weight = recovery.weight[rows, columns].double()
+    spread = (max(0.0, mse - averaged) * _leverage(core, rows, columns)).sqrt()
+    entries = torch.stack(
+        [(M_i.left[rows].double() * M_i.right[columns].double()).sum(dim=1) for M_i in recovery.deltas]
+    )
+    # Where a base may be as far as anybody knows: within the rounding of the models.
+    reach = spacing(weight + entries, stored).amax(dim=0)
+    uniform, normal = (
+        draw(weight.shape, generator=generator, dtype=weight.dtype, device=weight.device)
+        for draw in (torch.rand, torch.randn)
+    )
+    if stored == torch.float64:
+        return _in_float64(weight, entries, spread * normal, generator)
+    base = weight + reach * (uniform - 0.5)
+    off = _Stored.simulate(base, entries, spread * normal, stored)
+    if _on_grid(recovery.weight, weight, stored, off):
+        return _Stored.simulate(base.to(stored).double(), entries, spread * normal, stored).mse
+    return off.mse
+
+
+def _in_float64(weight: Tensor, deltas: Tensor, rest: Tensor, generator: torch.Generator) -> float:
+    """The same for a base in the dtype of the computation, where rounding cannot be simulated by doing it."""
+    uniform = torch.rand(deltas.shape, generator=generator, dtype=weight.dtype, device=weight.device) - 0.5
+    error = (uniform * spacing(weight + deltas, torch.float64)).mean(dim=0) + rest
+    ulp = spacing(weight, torch.float64)
     return float((torch.round(error / ulp) * ulp).square().mean())
+
+
+class _Stored(NamedTuple):
+    """A simulated answer: the mean squared error once stored, and how far it was from the dtype's numbers.
+
+    `distances` are squares, in units in the last place, an entry each.
+    """
+
+    mse: float
+    distances: Tensor
+
+    @classmethod
+    def simulate(cls, base: Tensor, deltas: Tensor, rest: Tensor, stored: torch.dtype) -> "_Stored":
+        """Merge, average, and store.
+
+        Args:
+            base: Entries of a base, `(entries,)`, float64.
+            deltas: The deltas there, `(n, entries)`.
+            rest: The part of the answer's error that is not its own rounding.
+            stored: The dtype of the models and of the answer.
+        """
+        answer = ((base + deltas).to(stored).double() - deltas).mean(dim=0) + rest
+        return cls(float((answer.to(stored).double() - base).square().mean()), _distances(answer, stored))
+
+
+def _distances(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return ((values.to(dtype).double() - values) / spacing(values, dtype)).square()
+
+
+def _on_grid(weight: Tensor, sampled: Tensor, stored: torch.dtype, off: _Stored) -> bool:
+    """Whether the base was a number of the dtype that its estimate will be stored in.
+
+    Then, where its error is below half a unit, the estimate is closer to such a number than one of a base that was not:
+    by six standard errors of the mean square distance. An estimate in the dtype itself says nothing; then the base is
+    taken to have been stored in it too.
+    """
+    if torch.finfo(weight.dtype).eps >= torch.finfo(stored).eps:
+        return True
+    found = _distances(sampled, stored)
+    error = ((found.var() + off.distances.var()) / len(found)).sqrt()
+    return bool(off.distances.mean() - found.mean() > SURE * error)
 
 
 def _leverage(core: Core, rows: Tensor, columns: Tensor) -> Tensor:
@@ -67,24 +127,3 @@ def _entries(weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
     starts = torch.arange(0, weight.numel() - step + 1, step, device=weight.device)
     places = starts + torch.randint(step, starts.shape, generator=generator, device=weight.device)
     return places // weight.shape[1], places % weight.shape[1]
-
-
-def _on_grid(recovery: Recovery, rows: Tensor, columns: Tensor, stored: torch.dtype) -> bool:
-    """Whether the base was a number of the dtype that its estimate will be stored in.
-
-    The distance to the nearest such number, in units in the last place, has the mean square 1/12 and the variance 1/180
-    for a base anywhere; it is less where the base is such a number and the estimate's error is below half a unit. That
-    holds where the models differ by more than a unit: elsewhere all may round alike, and their mean is near a number
-    of the dtype wherever the base is. An estimate in the dtype itself says nothing; then the base is taken to have been
-    stored in it too.
-    """
-    weight = recovery.weight[rows, columns]
-    if torch.finfo(weight.dtype).eps >= torch.finfo(stored).eps:
-        return True
-    ulp = spacing(weight, stored)
-    entries = torch.stack(
-        [(M_i.left[rows].double() * M_i.right[columns].double()).sum(dim=1) for M_i in recovery.deltas]
-    )
-    telling = entries.abs().amin(dim=0) > ulp
-    distances = ((weight.to(stored).double() - weight.double()) / ulp)[telling].square()
-    return bool(telling.any()) and float(distances.mean()) < 1 / 12 - SURE * (180 * distances.numel()) ** -0.5
