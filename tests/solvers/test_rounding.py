@@ -30,7 +30,7 @@ def answer(on_grid: bool, share: float) -> tuple[Recovery, Core, torch.Tensor, f
 @pytest.mark.parametrize("on_grid", [True, False])
 def test_equals_what_rounding_does(on_grid, share):
     recovery, core, W, averaged = answer(on_grid, share)
-    predicted = rounded_mse(recovery, core, torch.bfloat16, averaged * (1 + share), averaged)
+    predicted = rounded_mse(recovery, core, [torch.bfloat16] * N, torch.bfloat16, averaged * (1 + share), averaged)
     true = rms(recovery.weight.bfloat16().double() - W) ** 2
     assert predicted == pytest.approx(true, rel=0.35)
 
@@ -38,5 +38,10 @@ def test_equals_what_rounding_does(on_grid, share):
 def test_a_base_off_the_grid_loses_by_rounding_and_one_on_it_gains():
     for on_grid in (True, False):
         recovery, core, _, averaged = answer(on_grid, 0.3)
-        predicted = rounded_mse(recovery, core, torch.bfloat16, averaged * 1.3, averaged)
+        predicted = rounded_mse(recovery, core, [torch.bfloat16] * N, torch.bfloat16, averaged * 1.3, averaged)
         assert (predicted < averaged) == on_grid
+
+
+def test_a_finer_dtype_changes_nothing():
+    recovery, core, _, averaged = answer(False, 0.3)
+    assert rounded_mse(recovery, core, [torch.bfloat16] * N, torch.float32, averaged, averaged) == averaged

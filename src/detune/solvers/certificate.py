@@ -133,7 +133,7 @@ def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: fl
         reason = f"the data cannot see changes of the weight in a space of dimension {null}"
         return Certificate(Verdict.NOT_DETERMINED, reason, null)
     evidence = _Evidence.of(stack, recovery, core, spaces, stored)
-    mse = rounded_mse(recovery, core, stored, evidence.mse, evidence.averaged)
+    mse = rounded_mse(recovery, core, [W_i.dtype for W_i in stack.matrices], stored, evidence.mse, evidence.averaged)
     # Storing takes or adds the same share, whichever way the error was found.
     agreement = _log10(mse * disagreed / evidence.mse) if disagreed and evidence.mse else None
     doubt = evidence.doubt(mse)

@@ -4,6 +4,7 @@ Rounding to a dtype adds `ulp^2 / 12` where the base lies anywhere between the d
 stored in that dtype itself: then an answer closer than half a unit in the last place becomes the base's own number.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,13 @@ SURE = 6.0
 
 
 def rounded_mse(
-    recovery: Recovery, core: Core, stored: torch.dtype, mse: float, averaged: float, seed: int = 0
+    recovery: Recovery,
+    core: Core,
+    dtypes: Sequence[torch.dtype],
+    stored: torch.dtype,
+    mse: float,
+    averaged: float,
+    seed: int = 0,
 ) -> float:
     """The mean squared error per entry that an answer has once its weight is stored.
 
@@ -30,12 +37,16 @@ def rounded_mse(
     Args:
         recovery: The answer, with a delta for each model.
         core: The operator at its spaces.
+        dtypes: Of the models.
         stored: The dtype to round to.
         mse: The error of the weight as it is, per entry.
         averaged: The part of it that is the mean of the n models' rounding errors in that very entry; the rest comes
             from everywhere, is normal, and larger where the spaces have large entries.
         seed: Of the sampled entries and of the draws.
     """
+    if torch.finfo(stored).eps < min(torch.finfo(dtype).eps for dtype in dtypes):
+        # Nothing is lost, and nothing undone.
+        return mse
     generator = torch.Generator(device=recovery.weight.device).manual_seed(seed)
     rows, columns = _entries(recovery.weight, generator)
     weight = recovery.weight[rows, columns].double()
@@ -44,24 +55,25 @@ def rounded_mse(
         [(M_i.left[rows].double() * M_i.right[columns].double()).sum(dim=1) for M_i in recovery.deltas]
     )
     # Where a base may be as far as anybody knows: within the rounding of the models.
-    reach = spacing(weight + entries, stored).amax(dim=0)
+    steps = torch.stack([spacing(weight + M_i, dtype) for M_i, dtype in zip(entries, dtypes, strict=True)])
+    reach = steps.amax(dim=0)
     uniform, normal = (
         draw(weight.shape, generator=generator, dtype=weight.dtype, device=weight.device)
         for draw in (torch.rand, torch.randn)
     )
     if stored == torch.float64:
-        return _in_float64(weight, entries, spread * normal, generator)
+        return _in_float64(weight, steps, spread * normal, generator)
     base = weight + reach * (uniform - 0.5)
-    off = _Stored.simulate(base, entries, spread * normal, stored)
+    off = _Stored.simulate(base, entries, dtypes, spread * normal, stored)
     if _on_grid(recovery.weight, weight, stored, off):
-        return _Stored.simulate(base.to(stored).double(), entries, spread * normal, stored).mse
+        return _Stored.simulate(base.to(stored).double(), entries, dtypes, spread * normal, stored).mse
     return off.mse
 
 
-def _in_float64(weight: Tensor, deltas: Tensor, rest: Tensor, generator: torch.Generator) -> float:
+def _in_float64(weight: Tensor, steps: Tensor, rest: Tensor, generator: torch.Generator) -> float:
     """The same for a base in the dtype of the computation, where rounding cannot be simulated by doing it."""
-    uniform = torch.rand(deltas.shape, generator=generator, dtype=weight.dtype, device=weight.device) - 0.5
-    error = (uniform * spacing(weight + deltas, torch.float64)).mean(dim=0) + rest
+    uniform = torch.rand(steps.shape, generator=generator, dtype=weight.dtype, device=weight.device) - 0.5
+    error = (uniform * steps).mean(dim=0) + rest
     ulp = spacing(weight, torch.float64)
     return float((torch.round(error / ulp) * ulp).square().mean())
 
@@ -76,16 +88,20 @@ class _Stored(NamedTuple):
     distances: Tensor
 
     @classmethod
-    def simulate(cls, base: Tensor, deltas: Tensor, rest: Tensor, stored: torch.dtype) -> "_Stored":
+    def simulate(
+        cls, base: Tensor, deltas: Tensor, dtypes: Sequence[torch.dtype], rest: Tensor, stored: torch.dtype
+    ) -> "_Stored":
         """Merge, average, and store.
 
         Args:
             base: Entries of a base, `(entries,)`, float64.
             deltas: The deltas there, `(n, entries)`.
+            dtypes: Of the models.
             rest: The part of the answer's error that is not its own rounding.
-            stored: The dtype of the models and of the answer.
+            stored: The dtype of the answer.
         """
-        answer = ((base + deltas).to(stored).double() - deltas).mean(dim=0) + rest
+        models = torch.stack([(base + M_i).to(dtype).double() for M_i, dtype in zip(deltas, dtypes, strict=True)])
+        answer = (models - deltas).mean(dim=0) + rest
         return cls(float((answer.to(stored).double() - base).square().mean()), _distances(answer, stored))
 
 
