@@ -13,7 +13,7 @@ from detune.solvers.lattice.sweep import Estimate
 from detune.solvers.stack import Stack
 
 SHARE = 1 / 8
-MOST = 1 << 15
+MOST = 1 << 13
 # A grid point hits if it is within so many standard deviations of where it must be.
 HIT = 2.0
 # Entries whose chance of a hit by accident is larger than this say little, and are left out.

@@ -29,7 +29,11 @@ HINT = 0.1
 DOUBT = 1e-9
 # None is in a row or column where the M_i lie outside their intervals by more than this, in squared deviations, summed.
 MOST_STRAIN = 3.0
+# What they are outside by counts from this share of a step on.
+HARMLESS = 0.01
 SAFETY = 4.0
+# Variances that least squares promises can be so many times too small.
+WIDER = 16.0
 # A start from the score is farther from the answer than one from least squares.
 MORE_SWEEPS = 8
 # Deltas of more steps than this do not show modulo the step.
@@ -150,11 +154,10 @@ class Lattice:
             if scored is None:
                 return None
             estimates = scored
+        elif not _shows(held, estimates, grid):
+            # The M_i are known so well that a grid would show.
+            return None
         estimates, evidence = calibrated(held, estimates, grid)
-        false_positive = log10_false_positive(held, estimates, grid)
-        if not coarse and stack.n > 2 and false_positive > math.log10(HINT):
-            # The M_i are known so well that a grid would have shown.
-            return Fit(estimates, grid, evidence, false_positive, misfit(held, estimates, grid), 0)
         most = self.sweeps + (MORE_SWEEPS if coarse else 0)
         sweeps, gain = 0, math.inf
         while sweeps < most and abs(gain) >= LEAST_GAIN:
@@ -181,7 +184,7 @@ class Lattice:
             certain[view.rows] = (careful.doubt < DOUBT) & (careful.weight == found.weight)
             expected += float(found.variance.sum())
             outside = torch.maximum(view.low - found.weight - view.m, view.m + found.weight - view.high).clamp(min=0)
-            strain = outside.square() / view.v
+            strain = (outside - HARMLESS * spacing(found.weight, fit.grid)).clamp(min=0).square() / view.v
             strained[0][:, view.rows] = strain.sum(dim=2)
             strained[1] += strain.sum(dim=1)
             stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
@@ -225,9 +228,15 @@ def _from_recovery(stack: Stack, start: Recovery | None) -> tuple[Estimate, ...]
     )
 
 
+def _shows(held: HeldOut, estimates: Sequence[Estimate], grid: torch.dtype) -> bool:
+    """Whether there is a sign of the grid, with the variances as they are or too small."""
+    wider = [replace(estimate, scale=WIDER * estimate.scale) for estimate in estimates]
+    return any(log10_false_positive(held, tried, grid) <= math.log10(HINT) for tried in (estimates, wider))
+
+
 def _is_coarse(stack: Stack, grid: torch.dtype) -> bool:
     """Whether the models are stored so coarsely that their deltas are rounded away in most entries."""
-    if stack.n < 2:
+    if stack.n < 2 or all(torch.finfo(W_i.dtype).eps < torch.finfo(grid).eps for W_i in stack.matrices):
         return False
     step = max(float(spacing(W_i[::16], W_i.dtype).median()) for W_i in stack.matrices)
     return delta_scale(stack, grid) < FINE * step
