@@ -23,6 +23,7 @@ COMMANDS = {
     "family": [],
     "ranks": [],
     "certificate": [],
+    "bits": [],
 }
 INTRODUCTION = """# Benchmarks
 
