@@ -401,7 +401,11 @@ def test_a_solver_of_ones_own(fine, tmp_path):
 @pytest.mark.parametrize(
     ("models", "options", "message"),
     [
-        (2, {}, "2 models given, auto needs at least three; .*; add a model; try --method lattice, .*; or average with --method mean"),
+        (
+            2,
+            {},
+            "2 models given, auto needs at least three; .*; add a model; try --method lattice, .*; or average with",
+        ),
         (1, {"method": "intersect"}, "1 model given, intersect needs at least three"),
         (1, {"method": "spectral"}, "1 model.* given, spectral needs at least 2; add a model"),
         (0, {"method": "mean"}, "0 models given, mean needs at least 1"),
