@@ -194,7 +194,9 @@ class Lattice:
         # A row of L, or of R, that has locked onto wrong points strains its line of the matrix.
         rows, columns = (strain.amax(dim=0) > MOST_STRAIN for strain in strained)
         certain &= ~(rows[:, None] | columns)
-        deltas = tuple(e.low_rank for e in estimates)
+        # A delta that the start found to be none stays none.
+        known = start.ranks if start is not None and start.ranks else (1,) * stack.n
+        deltas = tuple(e.low_rank if r else e.nothing for e, r in zip(estimates, known, strict=True))
         name = str(fit.grid).removeprefix("torch.")
         bits = Bits(fit.grid, fit.log10_false_positive, certain, expected / weight.numel())
         before = f"{start.reason}; then " if start is not None else ""

@@ -21,6 +21,8 @@ from detune.solvers.stack import Stack
 BLOCK_ENTRIES = 1 << 18
 # A measurement that says nothing still has a precision: a line without any would leave its factors free.
 LEAST_SHARE = 1e-9
+# Mean square of factors that are zero, and variance of what they give: with none there would be nothing to divide by.
+LEAST_SIZE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,25 @@ class Estimate:
 
     @property
     def low_rank(self) -> LowRank:
-        """The estimate itself; directions that are zero are none."""
-        kept = self.left.square().sum(dim=0) > 0
-        return LowRank(self.left[:, kept], self.right[:, kept])
+        """The estimate itself."""
+        return LowRank(self.left, self.right)
+
+    @property
+    def nothing(self) -> LowRank:
+        """A delta of rank 0 of the same shape."""
+        return LowRank(self.left[:, :0], self.right[:, :0])
 
     def entries(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Mean and variance of some rows, `(rows, in)` each."""
         mean = self.left[rows] @ self.right.mT
         variance = torch.outer(self.rows[0, rows], self.columns[1]) + torch.outer(self.rows[1, rows], self.columns[0])
-        return mean, self.scale * variance
+        return mean, (self.scale * variance).clamp(min=LEAST_SIZE)
 
     def at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of single entries, `(entries,)` each."""
         mean = (self.left[rows] * self.right[columns]).sum(dim=1)
         variance = self.rows[0, rows] * self.columns[1, columns] + self.rows[1, rows] * self.columns[0, columns]
-        return mean, self.scale * variance
+        return mean, (self.scale * variance).clamp(min=LEAST_SIZE)
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ def half_sweep(
     estimates = tuple(map(_normalised, estimates))
     outer = [(e.right[:, :, None] * e.right[:, None, :]).flatten(start_dim=1) for e in estimates]
     # Rows of L are as large as they have been: what the data leave open stays near zero.
-    prior = [1 / e.left.square().mean(dim=0).clamp(min=1e-300) for e in estimates]
+    prior = [1 / e.left.square().mean(dim=0).clamp(min=LEAST_SIZE) for e in estimates]
     left = [torch.empty_like(e.left) for e in estimates]
     spread = [torch.empty_like(e.rows[0]) for e in estimates]
     for view in views(stack, estimates):
