@@ -17,7 +17,7 @@ from torch import Tensor
 from detune.errors import DetuneError
 from detune.metrics import w_error
 from detune.solvers import Auto, OnGrid, Recovery, Single, Spectral, Stack
-from detune.solvers.lattice.grid import interval, nearest, spacing
+from detune.solvers.grid import interval, nearest, spacing
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

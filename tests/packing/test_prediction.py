@@ -5,7 +5,7 @@ import torch
 
 from detune.packing.prediction import TOLERANCE, IntegerFactors, predict, to_integers
 from detune.solvers import LowRank
-from detune.solvers.lattice.grid import spacing
+from detune.solvers.grid import spacing
 from tests.cases import normal, rms, seeded
 
 

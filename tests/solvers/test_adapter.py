@@ -6,7 +6,7 @@ from torch import Tensor
 
 from detune.solvers import LowRank, NonFinite, NotLowRank
 from detune.solvers.adapter import fit_adapter
-from detune.solvers.lattice.grid import spacing
+from detune.solvers.grid import spacing
 from tests.cases import normal, rms, seeded
 
 SHAPE = (160, 96)

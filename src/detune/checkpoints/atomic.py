@@ -10,7 +10,7 @@ from pathlib import Path
 
 from detune.errors import OutputError
 
-__all__ = ["check_new", "new_directory", "new_file"]
+__all__ = ["check_new", "new_directory", "new_file", "sync"]
 
 
 @contextmanager
@@ -36,10 +36,10 @@ def new_directory(out: Path | str) -> Iterator[Path]:
             yield partial
             for directory, _, files in os.walk(partial):
                 for path in (*(Path(directory) / file for file in files), Path(directory)):
-                    _sync(path)
+                    sync(path)
             check_new(target)
             os.rename(partial, target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -64,10 +64,10 @@ def new_file(out: Path | str) -> Iterator[Path]:
         partial = _hidden(target)
         try:
             yield partial
-            _sync(partial)
+            sync(partial)
             check_new(target, directory=False)
             os.rename(partial, target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -88,7 +88,8 @@ def _hidden(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

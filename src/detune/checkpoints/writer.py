@@ -22,6 +22,7 @@ from typing import Self
 
 import torch
 
+from detune.checkpoints.atomic import sync
 from detune.checkpoints.blocks import memory_of, new_block, round_to
 from detune.checkpoints.headers import PICKLE_SUFFIXES, Entry, encode_safetensors_header, safetensors_name
 from detune.checkpoints.layout import read_json
@@ -311,7 +312,7 @@ class CheckpointWriter:
     def _rename(self) -> None:
         with self._report_disk(""):
             for directory, _, _ in os.walk(self._partial):
-                _sync_directory(Path(directory))
+                sync(Path(directory))
             # Somebody may have put something there in the meantime.
             self._check_target()
             aside = self._out.exists() and any(self._out.iterdir())
@@ -323,7 +324,7 @@ class CheckpointWriter:
                 if self._replaced.exists() and not self._out.exists():
                     os.rename(self._replaced, self._out)
                 raise
-            _sync_directory(self._out.parent)
+            sync(self._out.parent)
         if aside:
             shutil.rmtree(self._replaced, ignore_errors=True)
         logger.info("wrote %s (%d bytes of weights)", self._out, self._size_bytes)
@@ -366,11 +367,3 @@ def _write_at(descriptor: int, memory: memoryview, offset: int) -> None:
     done = 0
     while done < len(memory):
         done += os.pwrite(descriptor, memory[done:], offset + done)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

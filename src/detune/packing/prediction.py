@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detune.checkpoints import round_to
 from detune.solvers import LowRank
-from detune.solvers.lattice.grid import spacing
+from detune.solvers.grid import spacing
 
 # The error that the integers may add to an entry, in units in the last place: small against the half unit that decides.
 TOLERANCE = 1 / 32

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detune.solvers.base import LowRank, NotLowRank
 from detune.solvers.differences import Difference, find_differences
-from detune.solvers.lattice.grid import interval
+from detune.solvers.grid import interval
 from detune.solvers.linalg import orthonormal, thin_svd
 from detune.solvers.relations import PRODUCT_ROUNDING
 from detune.solvers.stack import Stack

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detune.solvers.base import NotRecoverable, Recovery
+from detune.solvers.base import NotRecoverable, Recovery, left_alone
 from detune.solvers.differences import SIGNAL, Difference, find_differences
 from detune.solvers.fit import w_step, w_step_given_rows
 from detune.solvers.intersect import Unsplittable, find_spaces, untranspose
@@ -128,13 +128,7 @@ def unchanged(stack: Stack) -> Recovery | None:
     if not agreeing or any(not _same_bits(stack.matrices[agreeing[0][0]], stack.matrices[i]) for i, _ in agreeing):
         return None
     i, j = agreeing[0]
-    return Recovery(
-        stack.matrices[i].to(stack.device, stack.dtype, copy=True),
-        "unchanged",
-        f"models {i} and {j} agree in every bit: taken to have left it as the base has it",
-        relative_residual=0.0,
-        noise_ratio=0.0,
-    )
+    return left_alone(stack, i, f"models {i} and {j} agree in every bit")
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -115,6 +115,23 @@ class Recovery:
     bits: Bits | None = None
 
 
+def left_alone(stack: Stack, model: int, sign: str) -> Recovery:
+    """A model's own matrix, taken to be the base's.
+
+    Args:
+        stack: The models.
+        model: Which one.
+        sign: What shows that it left the matrix alone.
+    """
+    return Recovery(
+        stack.matrices[model].to(stack.device, stack.dtype, copy=True),
+        "unchanged",
+        f"{sign}: taken to have left it as the base has it",
+        relative_residual=0.0,
+        noise_ratio=0.0,
+    )
+
+
 class Solver(Protocol):
     """A recovery method with its hyperparameters, a frozen dataclass.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import Recovery
-from detune.solvers.lattice.grid import spacing
+from detune.solvers.grid import spacing
 from detune.solvers.polish import Core
 
 # Enough entries to know the average of what rounding does.

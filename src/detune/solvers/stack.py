@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detune.errors import InputError
+from detune.solvers.grid import spacing
 
 
 class NonFinite(InputError):
@@ -230,11 +231,7 @@ def storage_variance(values: Tensor) -> Tensor:
     Returns:
         The same shape, float64.
     """
-    info = torch.finfo(values.dtype)
-    magnitude = values.to(torch.float64).abs().clamp(min=info.tiny)
-    _, exponent = torch.frexp(magnitude)
-    ulp = torch.ldexp(torch.full_like(magnitude, info.eps), exponent - 1)
-    return ulp.square() / 12
+    return spacing(values, values.dtype).square() / 12
 
 
 def _as_rounded(samples: Sequence[Tensor]) -> list[Tensor]:

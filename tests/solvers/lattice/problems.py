@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers import Recovery, Stack
-from detune.solvers.lattice.grid import nearest, spacing
+from detune.solvers.grid import nearest, spacing
 from tests.cases import normal, seeded
 
 SCALE = 0.02

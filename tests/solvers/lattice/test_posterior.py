@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detune.solvers.lattice.grid import interval, lies_on, nearest, spacing
+from detune.solvers.grid import interval, lies_on, nearest, spacing
 from detune.solvers.lattice.posterior import Posterior, feasible, log_evidence, posterior
 from detune.solvers.lattice.truncated import truncated_normal
 from tests.cases import normal, seeded

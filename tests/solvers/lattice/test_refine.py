@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from detune.solvers import Auto, OnGrid, Stack
+from detune.solvers.grid import lies_on, nearest
 from detune.solvers.lattice import Lattice, NoGrid
-from detune.solvers.lattice.grid import lies_on, nearest
 from tests.cases import normal, rms, seeded
 from tests.solvers.lattice.problems import OnGridProblem
 

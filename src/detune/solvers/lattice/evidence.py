@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from detune.solvers.lattice.grid import interval, nearest, spacing
-from detune.solvers.lattice.posterior import feasible, log_evidence
+from detune.solvers.grid import interval, nearest, spacing
+from detune.solvers.lattice.posterior import feasible, gaussian, log_evidence
 from detune.solvers.lattice.sweep import Estimate
 from detune.solvers.stack import Stack
 
@@ -80,7 +80,7 @@ def calibrated(held: HeldOut, estimates: Sequence[Estimate], grid: torch.dtype) 
         The estimates, and the mean logarithm of that likelihood.
     """
     m, v = held.entries(estimates)
-    g = nearest(_centre(held, m, v), grid)
+    g = nearest(gaussian(held.low, held.high, m, v)[0], grid)
     step = spacing(g, grid)
     keep = step * REACH > (held.high - held.low).amin(dim=0)
     points = nearest(g + step * torch.arange(-REACH, REACH + 1, device=g.device)[:, None], grid)[:, keep]
@@ -99,7 +99,7 @@ def log10_false_positive(held: HeldOut, estimates: Sequence[Estimate], grid: tor
     of the M_i; Chernoff's bound `exp(-N KL(hits / N || chance))` is the tail's (Hoeffding 1963, Theorem 1).
     """
     m, v = held.entries(estimates)
-    g = nearest(_centre(held, m, v), grid)
+    g = nearest(gaussian(held.low, held.high, m, v)[0], grid)
     slack = HIT * v.sqrt()
     hit = ((held.low - m - slack).amax(dim=0) <= g) & (g <= (held.high - m + slack).amin(dim=0))
     ends = [interval((g + m_i).to(dtype)) for m_i, dtype in zip(m, held.dtypes, strict=True)]
@@ -126,11 +126,6 @@ def misfit(held: HeldOut, estimates: Sequence[Estimate], grid: torch.dtype) -> f
     g = nearest((low + high) / 2, grid)
     allowed = ALLOWED_STEPS * spacing(g, grid)
     return float(((g < low - allowed) | (g > high + allowed)).double().mean())
-
-
-def _centre(held: HeldOut, m: Tensor, v: Tensor) -> Tensor:
-    precision = 1 / (v + (held.high - held.low).square() / 12)
-    return (precision * ((held.low + held.high) / 2 - m)).sum(dim=0) / precision.sum(dim=0)
 
 
 def _divergence(p: float, q: float) -> float:

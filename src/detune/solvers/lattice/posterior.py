@@ -6,7 +6,7 @@ probability of a grid point g is
     p(g) = product_i P(low_i - g < M_i < high_i - g),
 
 and the posterior of `M_i` the mixture of its truncated normals. Where the grid is finer than the intervals, W is as
-good as continuous, and one Newton iteration for its mode takes the sum's place.
+good as continuous, and the sum is taken over evenly spaced numbers instead.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detune.solvers.lattice.grid import nearest, spacing
+from detune.solvers.grid import nearest, spacing
 from detune.solvers.lattice.truncated import Moments, truncated_normal
 
 # How many standard deviations of M_i the search for grid points allows beyond the interval's ends.
@@ -105,12 +105,12 @@ def feasible(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> Tensor:
     """The ends between which W must lie, `(2, entries)`; where the models contradict each other, around their mean."""
     slack = SLACK * v.sqrt()
     ends = torch.stack([(low - m - slack).amax(dim=0), (high - m + slack).amin(dim=0)])
-    mean, variance = _gaussian(low, high, m, v)
+    mean, variance = gaussian(low, high, m, v)
     spread = SLACK * variance.sqrt()
     return torch.where(ends[0] < ends[1], ends, torch.stack([mean - spread, mean + spread]))
 
 
-def _gaussian(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of W with the intervals taken as normal noise of their variance."""
     precision = 1 / (v + (high - low).square() / 12)
     total = precision.sum(dim=0)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from detune.solvers.base import Bits, NotRecoverable, Recovery
+from detune.solvers.base import Bits, NotRecoverable, Recovery, left_alone
+from detune.solvers.grid import lies_on, spacing
 from detune.solvers.lattice.evidence import HeldOut, calibrated, log10_false_positive, misfit
-from detune.solvers.lattice.grid import lies_on, spacing
 from detune.solvers.lattice.score import delta_scale, known_spaces, score_start, within
 from detune.solvers.lattice.sweep import Estimate, sweep, views
 from detune.solvers.stack import Stack
@@ -56,7 +56,6 @@ class Fit(NamedTuple):
     Attributes:
         estimates: One for each model.
         grid: The dtype tried.
-        evidence: Mean log-likelihood of an entry that was held out.
         log10_false_positive: Of the test for the grid.
         misfit: Share of the entries held out that no grid point explains.
         sweeps: How many were made.
@@ -64,7 +63,6 @@ class Fit(NamedTuple):
 
     estimates: tuple[Estimate, ...]
     grid: torch.dtype
-    evidence: float
     log10_false_positive: float
     misfit: float
     sweeps: int
@@ -123,13 +121,7 @@ class Lattice:
             chosen = [on and fine for on, fine in zip(on_it, finely, strict=True)]
             if any(chosen) and (stack.n == 1 or not all(on_it)):
                 model, name = chosen.index(True), str(grid).removeprefix("torch.")
-                return Recovery(
-                    stack.matrices[model].to(stack.device, stack.dtype, copy=True),
-                    "unchanged",
-                    f"model {model} has every entry on the {name} grid: taken to have left it as the base has it",
-                    relative_residual=0.0,
-                    noise_ratio=0.0,
-                )
+                return left_alone(stack, model, f"model {model} has every entry on the {name} grid")
         return None
 
     @property
@@ -167,7 +159,7 @@ class Lattice:
             if sweeps == SIGN_AFTER and log10_false_positive(held, estimates, grid) > SIGN:
                 break
         false_positive = log10_false_positive(held, estimates, grid)
-        return Fit(estimates, grid, evidence, false_positive, misfit(held, estimates, grid), sweeps)
+        return Fit(estimates, grid, false_positive, misfit(held, estimates, grid), sweeps)
 
     def _finish(self, stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
         """The answer, from a fit to all entries."""

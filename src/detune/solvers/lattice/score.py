@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detune.solvers.base import LowRank
 from detune.solvers.differences import find_differences
-from detune.solvers.lattice.grid import interval, nearest, spacing
+from detune.solvers.grid import interval, nearest, spacing
 from detune.solvers.lattice.sweep import Estimate, views
 from detune.solvers.stack import Stack
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank
-from detune.solvers.lattice.grid import interval
+from detune.solvers.grid import interval
 from detune.solvers.lattice.posterior import Posterior, posterior
 from detune.solvers.stack import Stack
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detune.solvers.lattice.grid import interval, lies_on, nearest, spacing
+from detune.solvers.grid import interval, lies_on, nearest, spacing
 from tests.cases import normal, seeded
 
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
