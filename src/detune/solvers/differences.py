@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.linalg import orthonormal, thin_svd
+from detune.solvers.random import seeded
 from detune.solvers.ranks import solve_ranks
 from detune.solvers.stack import Stack
 
@@ -170,7 +171,7 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
 def _row_space(A: Tensor, noise_norm: float, width: int, seed: int) -> tuple[Tensor, Tensor]:
     """Row space and singular values of A over the noise, both float64."""
     limit = min(A.shape)
-    generator = torch.Generator(device=A.device).manual_seed(seed)
+    generator = seeded(seed, A.device)
     while True:
         width = min(limit, _padded(width))
         test = torch.randn(A.shape[1], width, generator=generator, dtype=A.dtype, device=A.device)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from detune.solvers.nullspace import ZERO, dense_core
 from detune.solvers.polish import Core
+from detune.solvers.random import seeded
 
 # A core of this many unknowns is decomposed; a larger one is probed.
 DENSE = 700
@@ -41,7 +42,7 @@ def cramer_rao_mse(U: Sequence[Tensor], V: Sequence[Tensor], variance: float, pr
     """
     core = Core.of(U, V)
     (d, s_U), (k, s_V) = core.Q.shape, core.P.shape
-    generator = torch.Generator(device=core.Q.device).manual_seed(seed)
+    generator = seeded(seed, core.Q.device)
     inner = 0.0
     for _ in range(probes):
         probe = torch.randint(0, 2, (s_U, s_V), generator=generator, device=core.Q.device).to(core.Q.dtype) * 2 - 1
@@ -118,7 +119,7 @@ def _probed_traces(core: Core, seed: int) -> _CoreTraces:
     n, shape = len(core.a), (core.Q.shape[1], core.P.shape[1])
     weight, image = core.Q.new_zeros(n), core.Q.new_zeros(n)
     squares = left = 0.0
-    generator = torch.Generator(device=core.Q.device).manual_seed(seed)
+    generator = seeded(seed, core.Q.device)
     for _ in range(PROBES):
         probe = torch.randint(0, 2, shape, generator=generator, device=core.Q.device).to(core.Q.dtype) * 2 - 1
         solved = core.solve(probe, PRECISION * probe.numel() ** 0.5)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.polish import Core
+from detune.solvers.random import seeded
 
 # Eigenvalues of sums of projectors below this are zeros of the arithmetic.
 ZERO = 1e-11
@@ -89,7 +90,7 @@ def _of_core(core: Core, seed: int) -> int:
     if size <= COUNTED:
         return int(torch.linalg.eigvalsh(dense_core(core)).le(ZERO * len(core.a)).sum())
     left = 0.0
-    generator = torch.Generator(device=core.Q.device).manual_seed(seed)
+    generator = seeded(seed, core.Q.device)
     for _ in range(PROBES):
         probe = torch.randint(0, 2, (core.Q.shape[1], core.P.shape[1]), generator=generator, device=core.Q.device)
         probe = probe.to(core.Q.dtype) * 2 - 1

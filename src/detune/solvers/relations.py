@@ -19,6 +19,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from detune.solvers.random import seeded
 from detune.solvers.stack import NonFinite, storage_variance
 
 # Smaller matrices are full after a few ranks and tell nothing.
@@ -125,7 +126,7 @@ def split(matrices: Sequence[Tensor], seed: int = 0) -> tuple[tuple[int, ...], .
 
 def sample(matrix: Tensor, size: int, seed: int = 0) -> Tensor:
     """At most `size` rows and columns of a matrix, chosen at random but the same for every matrix of a shape."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     for dim in (0, 1):
         if matrix.shape[dim] > size:
             chosen = torch.randperm(matrix.shape[dim], generator=generator)[:size].sort().values

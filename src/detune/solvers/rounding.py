@@ -13,6 +13,7 @@ from torch import Tensor
 from detune.solvers.base import Recovery
 from detune.solvers.grid import spacing
 from detune.solvers.polish import Core
+from detune.solvers.random import seeded
 
 # Enough entries to know the average of what rounding does.
 SAMPLED = 1 << 14
@@ -47,7 +48,7 @@ def rounded_mse(
     if torch.finfo(stored).eps < min(torch.finfo(dtype).eps for dtype in dtypes):
         # Nothing is lost, and nothing undone.
         return mse
-    generator = torch.Generator(device=recovery.weight.device).manual_seed(seed)
+    generator = seeded(seed, recovery.weight.device)
     rows, columns = _entries(recovery.weight, generator)
     weight = recovery.weight[rows, columns].double()
     spread = (max(0.0, mse - averaged) * _leverage(core, rows, columns)).sqrt()

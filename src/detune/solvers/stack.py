@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detune.errors import InputError
 from detune.solvers.grid import spacing
+from detune.solvers.random import seeded
 
 
 class NonFinite(InputError):
@@ -187,7 +188,7 @@ class Stack:
 
     def generator(self, seed: int) -> torch.Generator:
         """A generator of random numbers on the device."""
-        return torch.Generator(device=self.device).manual_seed(seed)
+        return seeded(seed, self.device)
 
     @cached_property
     def _variances(self) -> list[Tensor]:

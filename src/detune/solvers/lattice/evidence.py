@@ -10,6 +10,7 @@ from torch import Tensor
 from detune.solvers.grid import interval, nearest, spacing
 from detune.solvers.lattice.posterior import feasible, gaussian, log_evidence
 from detune.solvers.lattice.sweep import Estimate
+from detune.solvers.random import seeded
 from detune.solvers.stack import Stack
 
 SHARE = 1 / 8
@@ -51,7 +52,7 @@ class HeldOut:
     def of(cls, stack: Stack, seed: int) -> "HeldOut":
         """Draw them."""
         out, width = stack.shape
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         count = min(MOST, max(1, int(SHARE * out * width)))
         chosen = torch.randint(out * width, (count,), generator=generator).unique()
         rows, columns = (chosen // width).to(stack.device), (chosen % width).to(stack.device)
