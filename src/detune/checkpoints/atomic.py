@@ -1,47 +1,84 @@
-"""Directories and files that appear whole or not at all, and never in place of anything."""
+"""Directories and files that appear whole or not at all, and take the place of something only where that is allowed."""
 
 import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from detune.errors import OutputError
 
-__all__ = ["check_new", "new_directory", "new_file", "sync"]
+__all__ = ["FULL", "check_new", "hidden", "move_into_place", "new_directory", "new_file", "reported", "sync"]
+
+# What a full disk or quota says.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_new(out: Path, *, directory: bool = True) -> None:
+    """Refuse a target that is already there; an empty directory may become a filled one.
+
+    Raises:
+        OutputError: There is something in its place.
+    """
+    if not out.exists() or (directory and out.is_dir() and not any(out.iterdir())):
+        return
+    expected = "a new or empty directory" if directory else "a new file"
+    raise OutputError(f"{out} exists", f"expected {expected}", "choose another: nothing is ever overwritten here")
 
 
 @contextmanager
-def new_directory(out: Path | str) -> Iterator[Path]:
+def new_directory(out: Path | str, check: Callable[[Path], None] = check_new) -> Iterator[Path]:
     """Fill a hidden directory beside `out`, which takes its place when the block ends normally.
 
     Args:
         out: The directory to make; it may exist if it is empty.
+        check: Refuses a target by raising; what it lets pass is replaced. Called at both ends.
 
     Yields:
         The hidden directory. An exception removes it.
 
     Raises:
-        OutputError: `out` exists and is not empty, or the disk refuses.
+        OutputError: `check` refused, or the disk does.
     """
     target = Path(out).expanduser().resolve()
-    with _reported(target):
-        check_new(target)
+    with reported(target):
+        check(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = _hidden(target)
+        partial = hidden(target)
         partial.mkdir()
         try:
             yield partial
-            for directory, _, files in os.walk(partial):
-                for path in (*(Path(directory) / file for file in files), Path(directory)):
-                    sync(path)
-            check_new(target)
-            os.rename(partial, target)
-            sync(target.parent)
+            move_into_place(partial, target, check)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def move_into_place(partial: Path, target: Path, check: Callable[[Path], None] = check_new) -> None:
+    """Rename a finished directory to its target once all of it is on the disk.
+
+    Args:
+        partial: The directory, on the file system of the target.
+        target: Its place. What is there is moved aside first and removed last.
+        check: Refuses a target by raising: somebody may have put something there in the meantime.
+    """
+    for directory, _, files in os.walk(partial):
+        for path in (*(Path(directory) / file for file in files), Path(directory)):
+            sync(path)
+    check(target)
+    aside = hidden(target, "replaced") if target.exists() and any(target.iterdir()) else None
+    try:
+        if aside:
+            os.rename(target, aside)
+        os.rename(partial, target)
+    except BaseException:
+        if aside and aside.exists() and not target.exists():
+            os.rename(aside, target)
+        raise
+    sync(target.parent)
+    if aside:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -58,10 +95,10 @@ def new_file(out: Path | str) -> Iterator[Path]:
         OutputError: `out` exists, or the disk refuses.
     """
     target = Path(out).expanduser().resolve()
-    with _reported(target):
+    with reported(target):
         check_new(target, directory=False)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = _hidden(target)
+        partial = hidden(target)
         try:
             yield partial
             sync(partial)
@@ -72,20 +109,9 @@ def new_file(out: Path | str) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def check_new(out: Path, *, directory: bool = True) -> None:
-    """Refuse a target that is already there; an empty directory may become a filled one.
-
-    Raises:
-        OutputError: There is something in its place.
-    """
-    if not out.exists() or (directory and out.is_dir() and not any(out.iterdir())):
-        return
-    expected = "a new or empty directory" if directory else "a new file"
-    raise OutputError(f"{out} exists", f"expected {expected}", "choose another: nothing is ever overwritten here")
-
-
-def _hidden(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+def hidden(target: Path, why: str = "partial") -> Path:
+    """A name beside the target that nobody else has."""
+    return target.with_name(f".{target.name}.{why}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def sync(path: Path) -> None:
@@ -98,12 +124,29 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def _reported(target: Path) -> Iterator[None]:
+def reported(target: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Tell of an OSError in the block as what it means for the target.
+
+    Args:
+        target: What is being written.
+        needed_bytes: How much the whole takes, if that is known.
+
+    Raises:
+        OutputError: The disk is full, or refuses.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise OutputError(
-                f"no space left for {target}", str(error), "free some space or choose another disk"
+                f"cannot write {target}", str(error), "check the directory and its permissions"
             ) from error
-        raise OutputError(f"cannot write {target}", str(error), "check the directory and its permissions") from error
+        found = str(error)
+        if needed_bytes is not None:
+            available = shutil.disk_usage(_existing(target)).free
+            found = f"the checkpoint needs {needed_bytes} bytes and {available} are available now: {error.strerror}"
+        raise OutputError(f"no space left for {target}", found, "free some space or choose another disk") from error
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
