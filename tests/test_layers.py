@@ -17,6 +17,7 @@ PIPELINE = {
     "changes",
     "clusters",
     "comparison",
+    "execution",
     "extraction",
     "family",
     "inspection",
@@ -24,6 +25,7 @@ PIPELINE = {
     "packing",
     "recovery",
     "report",
+    "solving",
     "walk",
 }
 LAYERS = (

@@ -11,10 +11,10 @@ from torch import Tensor
 from detune.clusters import select
 from detune.errors import InputError
 from detune.family import Family, Models
-from detune.recovery import solve_tensor
 from detune.report import InputRow, Report, Status
 from detune.solvers import Auto, NotLowRank, Stack
 from detune.solvers.differences import find_differences
+from detune.solving import solve_tensor
 from detune.walk import Answer, OnTensor, matricise, walk
 
 
