@@ -164,8 +164,8 @@ def split_tensor(models: Sequence[Checkpoint], name: str) -> Groups:
 
 
 def why_foreign(models: Sequence[Checkpoint], model: int, member: int, name: str) -> Resemblance:
-    """How a model's tensor resembles that of a member of the family."""
-    stranger, reference = (matricise(models[i].read(name)) for i in (model, member))
+    """How a model's tensor resembles that of a member of the family, all of it: rows may have changed places."""
+    stranger, reference = (matricise(models[i].read_whole(name)) for i in (model, member))
     return resemble(stranger, reference)
 
 

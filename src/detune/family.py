@@ -5,14 +5,18 @@ from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from detune.checkpoints import Checkpoint, open_checkpoint
+from detune.checkpoints import Checkpoint, Excerpt, is_on_hub, open_checkpoint
 from detune.errors import InputError
+from detune.report import Reading
+from detune.solvers.relations import SMALLEST
 
+# Rows of each matrix that are looked at where a model is on the Hub: enough for adapters of rank 448 in any two models.
+ROWS_ON_HUB = 1024
 BLOCK_BYTES = 4 * 2**20
 SAMPLE_BYTES = 4096
 LISTED = 4
@@ -24,6 +28,7 @@ class Models:
     Args:
         specs: Specs as `open_checkpoint` takes them, or checkpoints that are open already and are left open.
         merge_dtype: For `BASE+ADAPTER`, see `open_checkpoint`.
+        rows: Rows of each matrix to look at, see `open_checkpoint`; None is all.
 
     Attributes:
         models: The opened checkpoints.
@@ -32,12 +37,17 @@ class Models:
         InputError: A model cannot be read, or is given twice.
     """
 
-    def __init__(self, specs: Sequence[str | Path | Checkpoint], merge_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        specs: Sequence[str | Path | Checkpoint],
+        merge_dtype: torch.dtype | None = None,
+        rows: int | None = None,
+    ) -> None:
         with ExitStack() as opened:
             self.models = tuple(
                 spec
                 if isinstance(spec, Checkpoint)
-                else opened.enter_context(open_checkpoint(spec, merge_dtype=merge_dtype))
+                else opened.enter_context(open_checkpoint(spec, merge_dtype=merge_dtype, rows=rows))
                 for spec in specs
             )
             self._check()
@@ -51,6 +61,15 @@ class Models:
     def paths(self) -> list[Path]:
         """What on disk belongs to the models and must not be overwritten."""
         return [path for model in self.models for path in model.paths]
+
+    @property
+    def reading(self) -> Reading | None:
+        """How much of the models was read so far; None where they are looked at whole."""
+        excerpts = [model for model in self.models if isinstance(model, Excerpt)]
+        if not excerpts:
+            return None
+        read_bytes = sum(model.read_total_bytes for model in excerpts)
+        return Reading(excerpts[0].rows, read_bytes, sum(model.total_bytes for model in self.models))
 
     def __enter__(self) -> Self:
         return self
@@ -103,9 +122,40 @@ class Family(Models):
 
 
 def is_shared(models: Sequence[Checkpoint], name: str) -> bool:
-    """Whether models, two at least, hold the same bytes of a tensor that has one shape in all of them."""
+    """Whether models, two at least, hold the same bytes of a tensor that has one shape in all of them.
+
+    Of excerpts, that is said of the rows that they show.
+    """
     dtypes = {model.tensors[name].dtype for model in models}
-    return len(models) > 1 and len(dtypes) == 1 and _same_bytes(models, name)
+    return len(models) > 1 and len(dtypes) == 1 and (surely_shared(models, name) or _same_bytes(models, name))
+
+
+def surely_shared(models: Sequence[Checkpoint], name: str) -> bool:
+    """Whether it is known without reading that models hold the same bytes of a tensor."""
+    keys = {model.content_key(name) for model in models}
+    return len(keys) == 1 and None not in keys
+
+
+def rows_to_read(specs: Sequence[str | Path], rows: int | Literal["auto", "all"]) -> int | None:
+    """How many rows of each matrix to look at.
+
+    Args:
+        specs: The models.
+        rows: A number, "all", or "auto": `ROWS_ON_HUB` if any model is on the Hub, all otherwise.
+
+    Returns:
+        The number; None is all.
+
+    Raises:
+        InputError: Too few to tell a low rank from a full one.
+    """
+    if rows == "auto":
+        return ROWS_ON_HUB if any(is_on_hub(spec) for spec in specs) else None
+    if rows == "all":
+        return None
+    if rows < SMALLEST:
+        raise InputError(f"{rows} rows of each matrix", f"expected {SMALLEST} at least", "leave --rows out")
+    return rows
 
 
 def damaged(name: str, spec: str) -> InputError:
@@ -165,7 +215,8 @@ def is_resized_vocabulary(reference: Checkpoint, other: Checkpoint, name: str) -
 
 
 def _same_bytes(models: Sequence[Checkpoint], name: str, limit: int | None = None) -> bool:
-    nbytes = models[0].tensors[name].nbytes if limit is None else min(limit, models[0].tensors[name].nbytes)
+    nbytes = models[0].shown_bytes(name)
+    nbytes = nbytes if limit is None else min(limit, nbytes)
     for start in range(0, nbytes, BLOCK_BYTES):
         length = min(BLOCK_BYTES, nbytes - start)
         first = _block(models[0], name, start, length)
@@ -196,8 +247,9 @@ def _same_content(first: Checkpoint, second: Checkpoint) -> bool:
     if ours != theirs:
         return False
     pair = (first, second)
-    return all(_same_bytes(pair, name, SAMPLE_BYTES) for name in first.tensors) and all(
-        _same_bytes(pair, name) for name in first.tensors
+    unknown = [name for name in first.tensors if not surely_shared(pair, name)]
+    return all(_same_bytes(pair, name, SAMPLE_BYTES) for name in unknown) and all(
+        _same_bytes(pair, name) for name in unknown
     )
 
 

@@ -3,15 +3,17 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from detune.clusters import select
 from detune.errors import InputError
-from detune.family import Family, Models
-from detune.report import InputRow, Report, Status
+from detune.family import Family, Models, rows_to_read, surely_shared
+from detune.report import InputRow, Report, Status, TensorRow
 from detune.solvers import Auto, NotLowRank, Stack
 from detune.solvers.differences import find_differences
 from detune.solving import solve_tensor
@@ -24,6 +26,7 @@ def inspect(
     rank: int | None = None,
     device: torch.device | str | None = None,
     merge_dtype: torch.dtype | None = None,
+    rows: int | Literal["auto", "all"] = "auto",
     on_tensor: OnTensor | None = None,
 ) -> Report:
     """Look at what differs between models, without writing anything.
@@ -33,6 +36,8 @@ def inspect(
         rank: The most that any adapter's rank can be; None finds it.
         device: Where to compute; None is the CPU.
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
+        rows: Rows of each matrix to look at; what the report says is then of these. "auto" is 1024 if a model is on the
+            Hub, of which no more is fetched, and all otherwise.
         on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
 
     Returns:
@@ -44,15 +49,27 @@ def inspect(
     started = time.perf_counter()
     if len(models) < 2:
         raise InputError(f"{len(models)} model given", "inspect compares at least two", "add models")
-    with Models(models, merge_dtype) as given:
+    shown = rows_to_read(models, rows)
+    with Models(models, merge_dtype, shown) as given:
         selection = select(given.models, min(3, len(models)))
         family = Family([given.models[i] for i in selection.members])
-        rows = walk(family, lambda name: None, lambda name, tensors: _look(tensors, rank, device), on_tensor)
+        looked_at = walk(family, lambda name: None, lambda name, tensors: _look(tensors, rank, device), on_tensor)
         inputs = tuple(
             InputRow(model.spec, model.hashes(), selection.reason(i)) for i, model in enumerate(given.models)
         )
+        if shown is not None:
+            looked_at = [_hedged(row, family, shown) for row in looked_at]
+        reading = given.reading
     command = {"name": "inspect", "argv": sys.argv, "rank": rank or "auto", "device": str(device or "cpu")}
-    return Report(command, inputs, tuple(rows), time.perf_counter() - started)
+    return Report(command, inputs, tuple(looked_at), time.perf_counter() - started, reading=reading)
+
+
+def _hedged(row: TensorRow, family: Family, rows: int) -> TensorRow:
+    """Rows that were not looked at may differ."""
+    if row.status is not Status.SHARED or len(row.shape) < 2 or row.shape[0] <= rows:
+        return row
+    sure = surely_shared(family.models, row.name)
+    return row if sure else replace(row, reason=f"identical in the {rows} rows that were looked at")
 
 
 def _look(tensors: tuple[Tensor, ...], rank: int | None, device: torch.device | str | None) -> Answer:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -11,7 +12,8 @@ from detune.changes import ENOUGH, ChangedTensor, ForeignTensor, find_change
 from detune.checkpoints import Checkpoint
 from detune.clusters import Clusters, best_reference, find_clusters, why_left_out
 from detune.errors import InputError
-from detune.family import Models, is_resized_vocabulary, some
+from detune.family import Models, is_resized_vocabulary, rows_to_read, some
+from detune.report import Reading
 
 # A model that has fewer of the tensors than this is of another architecture.
 SAME_ARCHITECTURE = 1 / 2
@@ -47,6 +49,7 @@ class Kinship:
         looked_at: Number of matrices that the clusters are judged by.
         suffices: Whether at least three models share a source and every changed matrix can be recovered.
         verdict: One sentence.
+        reading: How much of the models was read; None where it was all.
     """
 
     models: tuple[Relative, ...]
@@ -55,6 +58,7 @@ class Kinship:
     looked_at: int
     suffices: bool
     verdict: str
+    reading: Reading | None = None
 
     @property
     def members(self) -> tuple[Relative, ...]:
@@ -97,6 +101,7 @@ def check_family(
     *,
     device: torch.device | str | None = None,
     merge_dtype: torch.dtype | None = None,
+    rows: int | Literal["auto", "all"] = "auto",
     on_tensor: Callable[[str], None] | None = None,
 ) -> Kinship:
     """Cluster models by common source, and say who does not belong and why. Writes nothing.
@@ -105,6 +110,8 @@ def check_family(
         models: At least two, as `detune.checkpoints.open_checkpoint` takes them. They need not fit together.
         device: Where to compute ranks; None is the CPU.
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
+        rows: Rows of each matrix to look at; what is said is then of these. "auto" is 1024 if a model is on the Hub, of
+            which no more is fetched, and all otherwise. A model that does not belong is read whole in a few matrices.
         on_tensor: For progress: called with the name of each tensor when it is begun.
 
     Returns:
@@ -120,7 +127,7 @@ def check_family(
     """
     if len(models) < 2:
         raise InputError(f"{len(models)} model given", "a family has at least two", "add models")
-    with Models(models, merge_dtype) as given:
+    with Models(models, merge_dtype, rows_to_read(models, rows)) as given:
         known = _sort(given.models)
         names = tuple(known.reference.tensors) if len(known.members) > 1 else ()
         foreign = [row for i in known.members for row in _misfits(i, known.models[i], known.reference)]
@@ -134,9 +141,10 @@ def check_family(
                 tensors.append(change.tensor)
                 foreign.extend(change.foreign)
         relatives = tuple(_relative(i, known, tensors, foreign) for i in range(len(models)))
+        reading = given.reading
     suffices, verdict = _verdict(known, tensors)
     looked_at = len(known.found.splits)
-    return Kinship(relatives, tuple(tensors), len(names) - len(tensors), looked_at, suffices, verdict)
+    return Kinship(relatives, tuple(tensors), len(names) - len(tensors), looked_at, suffices, verdict, reading)
 
 
 def _sort(models: Sequence[Checkpoint]) -> _Sorted:

@@ -92,6 +92,21 @@ class InputRow:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How much of the models was read, where some rows of each matrix were enough.
+
+    Attributes:
+        rows: Rows looked at in each matrix.
+        read_bytes: Bytes of tensors read.
+        total_bytes: Bytes of all tensors of all models.
+    """
+
+    rows: int
+    read_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
 class Report:
     """A whole run.
 
@@ -102,6 +117,7 @@ class Report:
         seconds: Wall time of the run.
         versions: Of detune, Python and torch.
         adapters: Where adapters were written too: for each, its ranks and how closely its merge gives the model back.
+        reading: How much of the models was read; None where it was all.
     """
 
     command: dict[str, Any]
@@ -110,6 +126,7 @@ class Report:
     seconds: float
     versions: dict[str, str] = field(default_factory=lambda: versions())
     adapters: dict[str, dict[str, Any]] | None = None
+    reading: Reading | None = None
 
     @property
     def counts(self) -> dict[Status, int]:
@@ -144,6 +161,8 @@ class Report:
         }
         if self.adapters is not None:
             content["adapters"] = self.adapters
+        if self.reading is not None:
+            content["reading"] = asdict(self.reading)
         return json.dumps(content, indent=1) + "\n"
 
 

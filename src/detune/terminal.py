@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from detune.report import Report, Status, TensorRow
+from detune.report import Reading, Report, Status, TensorRow
 
 if TYPE_CHECKING:
     from detune.bench.results import CellResult
@@ -70,6 +70,7 @@ def show_report(report: Report, out: Path | None = None) -> None:
     for row in changed:
         if row.status in (Status.NOT_DETERMINED, Status.APPROXIMATE):
             console.print(f"  {row.name}: {row.reason}", highlight=False, soft_wrap=True)
+    _show_reading(console, report.reading)
     if out is not None:
         took = f"wrote {out} in {report.seconds:.1f} s"
         console.print(f"{took}; the whole report is {out / 'detune.json'}", soft_wrap=True)
@@ -95,6 +96,7 @@ def show_kinship(kinship: "Kinship") -> None:
         console.print(table)
     if kinship.shared:
         console.print(f"{kinship.shared} tensor{'s' * (kinship.shared != 1)} identical in all of the family")
+    _show_reading(console, kinship.reading)
     console.print(kinship.verdict, soft_wrap=True)
 
 
@@ -242,6 +244,17 @@ def show_catalogue() -> None:
         f"{PUBLISHED_LORAS} LoRAs each, made here and without a network by\n  detune bench build RECIPE --out DIR",
         soft_wrap=True,
     )
+
+
+def _show_reading(console: Console, reading: Reading | None) -> None:
+    if reading is not None:
+        share = 100 * reading.read_bytes / max(1, reading.total_bytes)
+        console.print(
+            f"looked at {reading.rows} rows of each matrix at most: read {reading.read_bytes / 1e6:.1f} MB of "
+            f"{reading.total_bytes / 1e6:.1f} MB, {share:.1f} %; --rows all reads the rest too",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _catalogue(name: str, *columns: str) -> Table:

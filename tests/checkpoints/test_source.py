@@ -230,22 +230,6 @@ def test_hub_id_from_the_cache(tmp_path: Path, bert_dir: Path, monkeypatch: pyte
         open_checkpoint("org/bert@v3")
 
 
-def test_hub_downloads_only_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["config.json", "model.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "README.md"]
-    asked: list[list[str]] = []
-
-    def download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        assert (repo, revision) == ("org/name", "dev")
-        asked.append(allow_patterns)
-        save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: names)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    open_checkpoint("org/name@dev")
-    assert asked == [["config.json"], ["config.json", "model.safetensors"]]
-
-
 # --- bad input ---
 
 

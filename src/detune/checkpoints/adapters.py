@@ -11,6 +11,7 @@ first.
 """
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -93,6 +94,17 @@ class MergedCheckpoint(Checkpoint):
             transposed=placed.transposed,
             is_embedding=factors.is_embedding,
         )
+
+    def read_rows(self, name: str, runs: Sequence[slice]) -> torch.Tensor:
+        """Read some rows of a tensor; see `Checkpoint.read_rows`. A merged one is merged whole."""
+        if name not in self._lora.layers:
+            return self._base.read_rows(name, runs)
+        tensor = self.read(name)
+        return torch.cat([tensor[run] for run in runs])
+
+    def content_key(self, name: str) -> Hashable | None:
+        """See `Checkpoint.content_key`; of what the adapter leaves alone."""
+        return None if name in self._lora.layers else self._base.content_key(name)
 
     def read_bytes(
         self, name: str, start: int = 0, length: int | None = None, out: memoryview | None = None

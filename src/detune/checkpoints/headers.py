@@ -13,7 +13,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = [
     "Entry",
     "Header",
     "encode_safetensors_header",
+    "parse_safetensors",
     "read_header",
     "safetensors_name",
 ]
@@ -157,36 +158,54 @@ def encode_safetensors_header(entries: list[Entry], metadata: Mapping[str, str])
 
 def _read_safetensors(path: Path) -> Header:
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise InputError(f"{path} is truncated", f"it has {size} bytes, fewer than any header", _DAMAGED)
-        length = int.from_bytes(prefix, "little")
-        if length > size - 8:
-            raise InputError(
-                f"{path} is truncated or not a safetensors file",
-                f"its header claims {length} bytes and the file has {size}",
-                _DAMAGED,
-            )
-        if length > _MAX_HEADER_BYTES:
-            raise InputError(
-                f"{path} has a header of {length} bytes",
-                f"at most {_MAX_HEADER_BYTES} are accepted",
-                _DAMAGED,
-            )
-        raw = file.read(length)
+        # Read in order: the length first, then as much.
+        return parse_safetensors(str(path), os.fstat(file.fileno()).st_size, lambda start, length: file.read(length))
+
+
+def parse_safetensors(where: str, size_bytes: int, read: Callable[[int, int], bytes]) -> Header:
+    """Read the header of a safetensors file, wherever it lies.
+
+    Args:
+        where: The file, for messages.
+        size_bytes: Its size.
+        read: Gives `length` bytes from `start` on, or fewer at the end of the file; called with `(start, length)` for
+            the 8 bytes of the length, and then for the header.
+
+    Returns:
+        The table of tensors.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    prefix = read(0, 8)
+    if len(prefix) < 8:
+        raise InputError(f"{where} is truncated", f"it has {size_bytes} bytes, fewer than any header", _DAMAGED)
+    length = int.from_bytes(prefix, "little")
+    if length > size_bytes - 8:
+        raise InputError(
+            f"{where} is truncated or not a safetensors file",
+            f"its header claims {length} bytes and the file has {size_bytes}",
+            _DAMAGED,
+        )
+    if length > _MAX_HEADER_BYTES:
+        raise InputError(
+            f"{where} has a header of {length} bytes",
+            f"at most {_MAX_HEADER_BYTES} are accepted",
+            _DAMAGED,
+        )
+    raw = read(8, length)
     try:
         table = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} has a header that is not valid JSON", str(error), _DAMAGED) from error
+        raise InputError(f"{where} has a header that is not valid JSON", str(error), _DAMAGED) from error
     if not isinstance(table, dict):
-        raise InputError(f"{path} has a header that is no table", f"got {type(table).__name__}", _DAMAGED)
+        raise InputError(f"{where} has a header that is no table", f"got {type(table).__name__}", _DAMAGED)
 
     metadata = table.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(f"{path} has a malformed __metadata__", "expected text values only", _DAMAGED)
+        raise InputError(f"{where} has a malformed __metadata__", "expected text values only", _DAMAGED)
     data_start = 8 + length
-    entries = [_parse_entry(path, name, fields, data_start) for name, fields in table.items()]
+    entries = [_parse_entry(where, name, fields, data_start) for name, fields in table.items()]
     # Empty tensors share their offset with the next one, so they have to sort before it.
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     end = data_start
@@ -194,19 +213,21 @@ def _read_safetensors(path: Path) -> Header:
         if entry.offset != end:
             problem = "overlaps another tensor" if entry.offset < end else "leaves a gap before it"
             raise InputError(
-                f"tensor {entry.name!r} in {path} {problem}",
+                f"tensor {entry.name!r} in {where} {problem}",
                 f"it starts at data offset {entry.offset - data_start}, expected {end - data_start}",
                 _DAMAGED,
             )
         end += entry.nbytes
-        if end > size:
+        if end > size_bytes:
             raise InputError(
-                f"{path} is truncated",
-                f"tensor {entry.name!r} ends at byte {end} and the file has {size}",
+                f"{where} is truncated",
+                f"tensor {entry.name!r} ends at byte {end} and the file has {size_bytes}",
                 _DAMAGED,
             )
-    if end != size:
-        raise InputError(f"{path} has bytes no tensor owns", f"tensors end at {end}, the file at {size}", _DAMAGED)
+    if end != size_bytes:
+        raise InputError(
+            f"{where} has bytes no tensor owns", f"tensors end at {end}, the file at {size_bytes}", _DAMAGED
+        )
     return Header(tuple(entries), metadata, prefix + raw)
 
 
@@ -217,8 +238,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _parse_entry(path: Path, name: str, fields: Any, data_start: int) -> Entry:
-    where = f"tensor {name!r} in {path}"
+def _parse_entry(file: str, name: str, fields: Any, data_start: int) -> Entry:
+    where = f"tensor {name!r} in {file}"
     match fields:
         case {"dtype": str(dtype_name), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
             pass

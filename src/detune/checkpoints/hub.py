@@ -1,14 +1,20 @@
-"""Models by their Hub id, through huggingface_hub."""
+"""Repositories of the Hub, through huggingface_hub: what is in one, and its files in the local cache.
+
+The client's cache is used as it is: downloads resume, and other libraries find the same files. A file that another
+cached repository has too, by its SHA-256, is not downloaded again: a family's untouched text encoder comes once.
+"""
 
 import logging
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from detune.checkpoints.layout import SIDE_SUFFIXES, component_dirs, pick_weights, weight_map
-from detune.errors import InputError
+from detune.errors import InputError, reason_of
 
-__all__ = ["fetch", "is_hub_id"]
+__all__ = ["HubFile", "Repository", "cached_snapshot", "fetch", "find_repository", "is_hub_id"]
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +26,132 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None
 
 
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a repository.
+
+    Attributes:
+        size_bytes: Its size.
+        sha256: Of its content, in hexadecimal; None for small files, of which the Hub does not say.
+    """
+
+    size_bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at one commit.
+
+    Attributes:
+        hub_id: As the user typed it.
+        name: `org/name`.
+        revision: The branch, tag or commit asked for; None is the default branch.
+        commit: The commit that this was at the time of asking.
+        files: What is in it, by path.
+    """
+
+    hub_id: str
+    name: str
+    revision: str | None
+    commit: str
+    files: Mapping[str, HubFile]
+
+    def download(self, wanted: Collection[str]) -> Path:
+        """Bring files into the local cache.
+
+        Args:
+            wanted: Their paths.
+
+        Returns:
+            The directory of the snapshot.
+
+        Raises:
+            InputError: They cannot be downloaded.
+        """
+        import huggingface_hub
+
+        self._share(wanted)
+        try:
+            # By the name that was given, so that the cache knows it when there is no network.
+            path = huggingface_hub.snapshot_download(self.name, revision=self.revision, allow_patterns=list(wanted))
+        except Exception as error:
+            raise _explain(self.hub_id, error) from error
+        return Path(path)
+
+    def download_side_files(self) -> Path:
+        """The same for the small files: configuration, indices of shards, tokenizer."""
+        return self.download([name for name in self.files if PurePosixPath(name).suffix in SIDE_SUFFIXES])
+
+    def weights(self, root: Path) -> list[str]:
+        """Choose the weight files that a loader would read.
+
+        Args:
+            root: What `download_side_files` returned.
+
+        Returns:
+            Their paths.
+
+        Raises:
+            InputError: The choice is ambiguous.
+        """
+        if "adapter_config.json" in self.files:
+            return [name for name in ("adapter_model.safetensors", "adapter_model.bin") if name in self.files][:1]
+        needed: list[str] = []
+        for component in component_dirs(root):
+            prefix = f"{component}/" if component else ""
+            here = {name.removeprefix(prefix) for name in self.files if name.startswith(prefix)}
+            chosen = pick_weights({name for name in here if "/" not in name}, f"{self.hub_id}/{component}".rstrip("/"))
+            if chosen is None:
+                continue
+            files = sorted(set(weight_map(root / prefix / chosen).values())) if chosen.endswith(".json") else [chosen]
+            needed += [prefix + name for name in files]
+        return needed
+
+    def _share(self, wanted: Iterable[str]) -> None:
+        """Give this repository's part of the cache the files that another part has: hard links, by SHA-256."""
+        import huggingface_hub
+        from huggingface_hub.file_download import repo_folder_name
+
+        cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+        ours = cache / repo_folder_name(repo_id=self.name, repo_type="model") / "blobs"
+        for name in wanted:
+            file = self.files[name]
+            if file.sha256 is None or (ours / file.sha256).exists():
+                continue
+            for known in cache.glob(f"models--*/blobs/{file.sha256}"):
+                if known.stat().st_size == file.size_bytes:
+                    _link(known, ours / file.sha256)
+                    break
+
+
+def find_repository(hub_id: str) -> Repository:
+    """Ask the Hub what a repository holds. `HF_ENDPOINT` and the other variables of huggingface_hub are honoured.
+
+    Args:
+        hub_id: `org/name` or `org/name@revision`.
+
+    Returns:
+        The repository at its present commit.
+
+    Raises:
+        InputError: There is no such repository or revision, it is private or gated, or the Hub cannot be reached.
+    """
+    import huggingface_hub
+
+    name, _, revision = hub_id.partition("@")
+    try:
+        info = huggingface_hub.HfApi().model_info(name, revision=revision or None, files_metadata=True)
+    except Exception as error:
+        raise _explain(hub_id, error) from error
+    files = {
+        file.rfilename: HubFile(file.size or 0, file.lfs.sha256 if file.lfs else None) for file in info.siblings or []
+    }
+    return Repository(hub_id, name, revision or None, info.sha or revision, files)
+
+
 def fetch(hub_id: str) -> Path:
-    """Download the needed files of a Hub repository, or find them in the local cache.
+    """Download the needed files of a repository, or find them in the local cache.
 
     `HF_HUB_OFFLINE`, `HF_HOME` and the other variables of huggingface_hub are honoured. Only the weights that
     `pick_weights` would choose are downloaded, with the files that travel with them.
@@ -33,64 +163,74 @@ def fetch(hub_id: str) -> Path:
         The directory of the snapshot.
 
     Raises:
-        InputError: The repository cannot be reached and is not in the cache.
+        InputError: The repository cannot be had from the Hub and is not in the cache.
     """
-    import huggingface_hub
-
-    repo, _, revision = hub_id.partition("@")
-    # The client has exceptions of its own and of its HTTP library; all mean the same here.
     try:
-        names = huggingface_hub.HfApi().list_repo_files(repo, revision=revision or None)
-    except Exception as error:
-        logger.debug("cannot list %s: %s; trying the cache", hub_id, error)
-        try:
-            return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, local_files_only=True))
-        except Exception:
-            raise InputError(
-                f"{hub_id!r} is not an existing path, and cannot be fetched from the Hub",
-                f"{type(error).__name__}: {error}",
-                "check the spelling, the connection and HF_HUB_OFFLINE, or give a local directory",
-            ) from error
-    return _download(hub_id, names)
+        repository = find_repository(hub_id)
+    except InputError as why:
+        return cached_snapshot(hub_id, why)
+    root = repository.download_side_files()
+    weights = repository.weights(root)
+    return repository.download(weights) if weights else root
 
 
-def _download(hub_id: str, names: list[str]) -> Path:
-    import huggingface_hub
-
-    repo, _, revision = hub_id.partition("@")
-
-    def download(wanted: list[str]) -> Path:
-        try:
-            path = huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=wanted)
-        except Exception as error:
-            raise InputError(f"cannot download {hub_id!r}", str(error), "try again, or give a directory") from error
-        return Path(path)
-
-    small = [name for name in names if PurePosixPath(name).suffix in SIDE_SUFFIXES]
-    root = download(small)
-    return download(small + _needed_weights(root, names, hub_id))
-
-
-def _needed_weights(root: Path, names: Collection[str], where: str) -> list[str]:
-    """Choose the weight files to download.
+def cached_snapshot(hub_id: str, why: InputError) -> Path:
+    """Find a repository in the local cache.
 
     Args:
-        root: A directory that already holds the repository's JSON files.
-        names: Every file of the repository.
-        where: The repository, for messages.
+        hub_id: `org/name` or `org/name@revision`.
+        why: The reason for not asking the Hub, raised where the cache has nothing.
 
     Returns:
-        The relative names of the weight files.
+        The directory of the snapshot.
+
+    Raises:
+        InputError: As given.
     """
-    if "adapter_config.json" in names:
-        return [name for name in ("adapter_model.safetensors", "adapter_model.bin") if name in names][:1]
-    needed: list[str] = []
-    for component in component_dirs(root):
-        prefix = f"{component}/" if component else ""
-        here = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-        chosen = pick_weights({name for name in here if "/" not in name}, f"{where}/{component}".rstrip("/"))
-        if chosen is None:
-            continue
-        files = sorted(set(weight_map(root / prefix / chosen).values())) if chosen.endswith(".json") else [chosen]
-        needed += [prefix + name for name in files]
-    return needed
+    import huggingface_hub
+
+    name, _, revision = hub_id.partition("@")
+    logger.debug("%s; trying the cache", why)
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, local_files_only=True))
+    except Exception:
+        raise why from None
+
+
+def _link(known: Path, new: Path) -> None:
+    try:
+        new.parent.mkdir(parents=True, exist_ok=True)
+        os.link(known.resolve(), new)
+    except OSError as error:
+        # Then it is downloaded, as it would have been.
+        logger.debug("cannot link %s to %s: %s", new, known, error)
+
+
+def _explain(hub_id: str, error: Exception) -> InputError:
+    """What an exception of the client means to the user; its own HTTP library has others, which all mean the same."""
+    from huggingface_hub import errors
+
+    name, _, revision = hub_id.partition("@")
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(
+            f"{name!r} is gated on the Hub",
+            reason_of(error),
+            "accept its terms on its page, and log in with `hf auth login`",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(
+            f"{name!r} has no revision {revision!r} on the Hub",
+            reason_of(error),
+            "give a branch, a tag or a commit",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return InputError(
+            f"{hub_id!r} is not an existing path, and the Hub shows no such repository",
+            reason_of(error),
+            "check the spelling; if it is private, log in with `hf auth login` or set HF_TOKEN",
+        )
+    return InputError(
+        f"{hub_id!r} is not an existing path, and cannot be fetched from the Hub",
+        f"{type(error).__name__}: {reason_of(error)}",
+        "check the connection and HF_HUB_OFFLINE, or give a local directory",
+    )

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from detune.checkpoints.aliases import names_in_memory
 from detune.checkpoints.lora_formats import AdapterTable, Factors, read_table
-from detune.checkpoints.source import Checkpoint, open_adapter
+from detune.checkpoints.opening import open_adapter
+from detune.checkpoints.source import Checkpoint
 from detune.errors import InputError
 
 __all__ = ["FLOATS", "Lora", "LoraLayer", "PlacedFactors", "open_lora"]

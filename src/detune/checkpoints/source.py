@@ -5,8 +5,7 @@ there is nothing to do. In a `.bin` all of them are listed; they are read from t
 equal.
 """
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -14,20 +13,13 @@ from typing import Self
 
 import torch
 
-from detune.checkpoints.blocks import copy_block, file_hash, memory_of, new_block, read_into
-from detune.checkpoints.headers import PICKLE_SUFFIXES, Entry, read_header
-from detune.checkpoints.hub import fetch, is_hub_id
-from detune.checkpoints.layout import component_dirs, pick_weights, side_files, weight_map
+from detune.checkpoints.blocks import copy_block, memory_of, new_block
+from detune.checkpoints.headers import Entry
+from detune.checkpoints.layout import side_files
+from detune.checkpoints.storage import Part, Storage
 from detune.errors import InputError
 
-__all__ = ["Checkpoint", "TensorInfo", "WeightFile", "open_adapter", "open_checkpoint"]
-
-_ADAPTER_FILES = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin",
-)
+__all__ = ["Checkpoint", "TensorInfo", "WeightFile"]
 
 
 @dataclass(frozen=True)
@@ -67,11 +59,11 @@ class WeightFile:
 
 
 class Checkpoint:
-    """A model on disk, read lazily. Made by `open_checkpoint`; safe to read from several threads.
+    """A model, read lazily. Made by `open_checkpoint`; safe to read from several threads.
 
     Args:
         spec: The model as the user typed it.
-        root: Its directory (of a single file: the parent).
+        storage: Where its files are; `root` of it is the model's directory (of a single file: the parent).
         files: Weight files relative to `root`, in reading order.
         components: Directories below `root` that hold the parts of the model.
         index_files: Indices of shards relative to `root`.
@@ -79,7 +71,7 @@ class Checkpoint:
 
     Attributes:
         spec: As given.
-        root: As given.
+        root: The directory.
         tensors: Every tensor by qualified name, in file order and then offset order: reading in this order is
             sequential.
         weight_files: The files with their metadata.
@@ -92,7 +84,7 @@ class Checkpoint:
     def __init__(
         self,
         spec: str,
-        root: Path,
+        storage: Storage,
         files: Iterable[str],
         *,
         components: Iterable[str] = ("",),
@@ -100,22 +92,23 @@ class Checkpoint:
         single_file: bool = False,
     ) -> None:
         self.spec = spec
-        self.root = root
+        self.root = storage.root
         self.index_files = tuple(index_files)
         self._components = tuple(components)
         self._single_file = single_file
+        self._storage = storage
         self._entries: dict[str, Entry] = {}
         tensors: dict[str, TensorInfo] = {}
         weight_files: list[WeightFile] = []
         for file in files:
-            header = read_header(root / file)
+            header = storage.header(file)
             prefix = file[: file.rfind("/") + 1]
             for entry in header.entries:
                 name = prefix + entry.name
                 if name in tensors:
                     raise InputError(
                         f"tensor {entry.name!r} is stored twice",
-                        f"in {root / tensors[name].file} and {root / file}",
+                        f"in {storage.where(tensors[name].file)} and {storage.where(file)}",
                         "copy the model again",
                     )
                 tensors[name] = TensorInfo(name, entry.shape, entry.dtype, entry.nbytes, file)
@@ -147,14 +140,61 @@ class Checkpoint:
         Raises:
             InputError: The file can no longer be read.
         """
-        entry, path = self._entries[name], self.root / self.tensors[name].file
+        entry = self._entries[name]
         if entry.stride is None:
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
-            read_into(path, entry.offset, memory_of(tensor), name)
+            self._load(name, [Part(entry.offset, memory_of(tensor))])
             return tensor
         span = torch.empty(entry.span_bytes // entry.dtype.itemsize, dtype=entry.dtype)
-        read_into(path, entry.offset, memory_of(span), name)
+        self._load(name, [Part(entry.offset, memory_of(span))])
         return span.as_strided(entry.shape, entry.stride).clone(memory_format=torch.contiguous_format)
+
+    def read_rows(self, name: str, runs: Sequence[slice]) -> torch.Tensor:
+        """Read some rows of a tensor, along its first dimension.
+
+        Args:
+            name: A key of `tensors`.
+            runs: Rows from `start` to `stop`.
+
+        Returns:
+            A new CPU tensor of these rows, in this order.
+
+        Raises:
+            InputError: The file can no longer be read.
+        """
+        entry = self._entries[name]
+        if entry.stride is not None:
+            return torch.cat([self.read(name)[run] for run in runs])
+        rows = torch.empty(sum(run.stop - run.start for run in runs), *entry.shape[1:], dtype=entry.dtype)
+        row_bytes = entry.nbytes // max(1, entry.shape[0])
+        parts, memory = [], memory_of(rows)
+        for run in runs:
+            length = (run.stop - run.start) * row_bytes
+            parts.append(Part(entry.offset + run.start * row_bytes, memory[:length]))
+            memory = memory[length:]
+        self._load(name, parts)
+        return rows
+
+    def shown_bytes(self, name: str) -> int:
+        """How many bytes of a tensor `read` and `read_bytes` give: all; an excerpt gives fewer."""
+        return self.tensors[name].nbytes
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """The same as `read`; an excerpt gives all of the tensor here."""
+        return self.read(name)
+
+    def content_key(self, name: str) -> Hashable | None:
+        """What says that a tensor has the bytes of another one, without reading them.
+
+        Args:
+            name: A key of `tensors`.
+
+        Returns:
+            A key that two tensors of one key have only if their bytes are equal; None where nothing is known.
+        """
+        file = self.tensors[name].file
+        sha256 = self._storage.known_sha256(file)
+        return None if sha256 is None else (sha256, name.removeprefix(file[: file.rfind("/") + 1]))
 
     def read_bytes(
         self, name: str, start: int = 0, length: int | None = None, out: memoryview | None = None
@@ -178,8 +218,11 @@ class Checkpoint:
         if entry.stride is not None:
             return copy_block(self.read(name), start, stop, out)
         block = new_block(stop - start, out)
-        read_into(self.root / self.tensors[name].file, entry.offset + start, block, name)
+        self._load(name, [Part(entry.offset + start, block)])
         return block
+
+    def _load(self, name: str, parts: Iterable[Part]) -> None:
+        self._storage.read(self.tensors[name].file, parts, name)
 
     def hashes(self) -> dict[str, str]:
         """Compute the SHA-256 of each weight file, as `sha256sum` prints it.
@@ -190,7 +233,7 @@ class Checkpoint:
         Raises:
             InputError: A file can no longer be read.
         """
-        return {file.file: file_hash(self.root / file.file) for file in self.weight_files}
+        return {file.file: self._storage.sha256(file.file) for file in self.weight_files}
 
     def side_files(self) -> list[Path]:
         """List the files that should travel to a checkpoint made like this one, relative to `root`."""
@@ -209,158 +252,3 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec!r}, {len(self.tensors)} tensors)"
-
-
-def open_checkpoint(spec: str | Path, *, merge_dtype: torch.dtype | None = None) -> Checkpoint:
-    """Open a model without reading its weights.
-
-    Args:
-        spec: One of
-            a directory in Hugging Face layout (safetensors or `torch.save` files, sharded or not);
-            a diffusers pipeline or sentence-transformers directory, whose parts get names `component/tensor`;
-            one weight file;
-            a Hub id `org/name` or `org/name@revision`;
-            `BASE+ADAPTER`, a model with a LoRA of PEFT, diffusers or kohya to be merged on the fly.
-        merge_dtype: For `BASE+ADAPTER`: the dtype in which touched tensors are merged and presented. None
-            is the base's own dtype, merged bit for bit as PEFT does it.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        InputError: There is no such model, or its files are damaged or incomplete.
-
-    Example:
-        >>> with open_checkpoint("my-model") as checkpoint:  # doctest: +SKIP
-        ...     weight = checkpoint.read("encoder.layer.0.attention.self.query.weight")
-    """
-    text = os.fspath(spec)
-    if not Path(text).exists() and "+" in text:
-        from detune.checkpoints.adapters import MergedCheckpoint
-        from detune.checkpoints.lora import open_lora
-
-        base_spec, adapter = _split_adapter(text)
-        base = open_checkpoint(base_spec)
-        lora = open_lora(adapter, base, allow_extra=False)
-        return MergedCheckpoint(text, base, lora, merge_dtype=merge_dtype)
-    path = _locate(text)
-    if path.is_file():
-        if path.suffix != ".safetensors" and path.suffix not in PICKLE_SUFFIXES:
-            raise InputError(
-                f"{path} is not a weight file",
-                f"expected .safetensors or {', '.join(PICKLE_SUFFIXES)}",
-                "give a weight file or the model's directory",
-            )
-        return Checkpoint(text, path.parent, [path.name], single_file=True)
-    return _open_directory(text, path)
-
-
-def open_adapter(spec: str) -> Checkpoint:
-    """Open the weights of a LoRA adapter.
-
-    Args:
-        spec: A PEFT directory, a file of diffusers or kohya, a directory with such a file, or a Hub id.
-
-    Returns:
-        A checkpoint of the one file.
-
-    Raises:
-        InputError: There is no such adapter.
-    """
-    root = _locate(spec)
-    if root.is_file():
-        return Checkpoint(spec, root.parent, [root.name], single_file=True)
-    for name in _ADAPTER_FILES:
-        if (root / name).is_file():
-            return Checkpoint(spec, root, [name])
-    chosen = pick_weights([child.name for child in root.iterdir() if child.is_file()], str(root))
-    if chosen is None or chosen.endswith(".json"):
-        raise InputError(
-            f"{root} is not an adapter",
-            f"expected {_ADAPTER_FILES[0]}, {_ADAPTER_FILES[2]} or one other *.safetensors",
-            "give the directory that PEFT's save_pretrained wrote, or the file of a LoRA",
-        )
-    return Checkpoint(spec, root, [chosen])
-
-
-def _locate(spec: str) -> Path:
-    """Find a path or fetch a Hub id.
-
-    Args:
-        spec: What the user typed.
-
-    Returns:
-        An existing file or directory.
-
-    Raises:
-        InputError: There is neither such a path nor such a repository.
-    """
-    path = Path(spec).expanduser()
-    if path.exists():
-        return path
-    if is_hub_id(spec):
-        return fetch(spec)
-    raise InputError(f"no such model: {spec!r}", "neither an existing path nor a Hub id org/name", "check the spelling")
-
-
-def _split_adapter(spec: str) -> tuple[str, str]:
-    # File names may contain "+" too: prefer the split with the most sides that exist.
-    cuts = [position for position, character in enumerate(spec) if character == "+"]
-    sides = [(spec[:cut], spec[cut + 1 :]) for cut in cuts if 0 < cut < len(spec) - 1]
-    if not sides:
-        raise InputError(f"no such model: {spec!r}", "one side of '+' is empty", "write BASE+ADAPTER")
-    return max(sides, key=lambda pair: sum(Path(side).expanduser().exists() for side in pair))
-
-
-def _open_directory(spec: str, root: Path) -> Checkpoint:
-    files: list[str] = []
-    indices: list[str] = []
-    components = component_dirs(root)
-    for component in components:
-        directory = root / component
-        if not directory.is_dir():
-            raise InputError(
-                f"{root} is incomplete",
-                f"its component {component!r} is missing",
-                "copy or download the model again",
-            )
-        prefix = f"{component}/" if component else ""
-        chosen = pick_weights([child.name for child in directory.iterdir() if child.is_file()], str(directory))
-        if chosen is None:
-            continue
-        if not chosen.endswith(".json"):
-            files.append(prefix + chosen)
-            continue
-        indices.append(prefix + chosen)
-        for file in sorted(set(weight_map(directory / chosen).values())):
-            if not (directory / file).is_file():
-                raise InputError(
-                    f"{directory / chosen} names a missing file",
-                    f"expected {file}",
-                    "copy or download it too",
-                )
-            files.append(prefix + file)
-    if not files:
-        if (root / "adapter_config.json").is_file():
-            raise InputError(f"{root} is a PEFT adapter, not a model", "it has no base weights", "write BASE+ADAPTER")
-        raise InputError(
-            f"{root} holds no weights",
-            "expected *.safetensors or pytorch_model.bin",
-            "give the directory of a model saved with save_pretrained",
-        )
-    checkpoint = Checkpoint(spec, root, files, components=components, index_files=indices)
-    for index in indices:
-        _check_index(checkpoint, index)
-    return checkpoint
-
-
-def _check_index(checkpoint: Checkpoint, index: str) -> None:
-    prefix = index[: index.rfind("/") + 1]
-    for name, file in weight_map(checkpoint.root / index).items():
-        info = checkpoint.tensors.get(prefix + name)
-        if info is None or info.file != prefix + file:
-            raise InputError(
-                f"{checkpoint.root / prefix / file} lacks tensor {name!r}",
-                f"{index} places it there",
-                "copy or download both files again",
-            )

@@ -46,6 +46,28 @@ class Rank(click.ParamType[int | None]):
         return rank
 
 
+class Rows(click.ParamType[int | str]):
+    """A positive number, "auto" or "all"."""
+
+    name = "auto|all|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """A number, or one of the words."""
+        if value in ("auto", "all"):
+            return str(value)
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor 'auto' or 'all'.", param, ctx)
+
+
+rows_option = click.option(
+    "--rows",
+    type=Rows(),
+    default="auto",
+    show_default=True,
+    help="Rows of each matrix to look at. auto: 1024 if a model is on the Hub, of which no more is fetched; else all.",
+)
 rank_option = click.option(
     "--rank", type=Rank(), default="auto", show_default=True, help="The most that an adapter's rank can be."
 )

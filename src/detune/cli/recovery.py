@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
-from rich.console import Console
 
 import detune
 from detune.cli.options import (
@@ -20,6 +19,7 @@ from detune.cli.options import (
     merge_option,
     models_argument,
     rank_option,
+    rows_option,
 )
 
 if TYPE_CHECKING:
@@ -79,10 +79,18 @@ def recover(
 @click.command()
 @models_argument
 @rank_option
+@rows_option
 @device_option
 @merge_option
 @json_option
-def inspect(models: tuple[str, ...], rank: int | None, device: str, merge_dtype: str, as_json: bool) -> None:
+def inspect(
+    models: tuple[str, ...],
+    rank: int | None,
+    rows: int | Literal["auto", "all"],
+    device: str,
+    merge_dtype: str,
+    as_json: bool,
+) -> None:
     """Show what changed between models, at which rank, and what can be recovered. Writes nothing."""
     from detune.terminal import show_report
 
@@ -92,6 +100,7 @@ def inspect(models: tuple[str, ...], rank: int | None, device: str, merge_dtype:
             rank=rank,
             device=device_of(device),
             merge_dtype=merge_dtype_of(merge_dtype),
+            rows=rows,
             on_tensor=on_tensor,
         )
     click.echo(report.to_json(), nl=False) if as_json else show_report(report)
@@ -99,10 +108,13 @@ def inspect(models: tuple[str, ...], rank: int | None, device: str, merge_dtype:
 
 @click.command()
 @models_argument
+@rows_option
 @device_option
 @merge_option
 @json_option
-def family(models: tuple[str, ...], device: str, merge_dtype: str, as_json: bool) -> None:
+def family(
+    models: tuple[str, ...], rows: int | Literal["auto", "all"], device: str, merge_dtype: str, as_json: bool
+) -> None:
     """Show which models share a source, which do not and why, and whether that is enough. Writes nothing."""
     from detune.terminal import show_kinship
 
@@ -111,6 +123,7 @@ def family(models: tuple[str, ...], device: str, merge_dtype: str, as_json: bool
             models,
             device=device_of(device),
             merge_dtype=merge_dtype_of(merge_dtype),
+            rows=rows,
             on_tensor=lambda name: on_tensor(name, None),
         )
     click.echo(kinship.to_json(), nl=False) if as_json else show_kinship(kinship)
@@ -142,6 +155,7 @@ def demo(out: Path | None, steps: int | None, seed: int) -> None:
 @contextmanager
 def progress(quiet: bool) -> Iterator["Callable[[str, TensorRow | None], None]"]:
     """A bar with the current tensor, on stderr; gone when done."""
+    from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)

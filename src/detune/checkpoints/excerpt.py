@@ -1,0 +1,144 @@
+"""A part of a checkpoint that shows what is in the whole: some rows of every matrix.
+
+Rows of `W_i = W + M_i` are rows of `W` and of `M_i`, whose rank they keep as long as there are more of them than the
+rank. So the rows of several models ask the same question as their matrices, for a fraction of the bytes. They are
+taken in a few runs, because a run is one read: the first rows, the last, and some between, so that each part of a
+matrix that was stacked from several (queries, keys and values) has its turn.
+"""
+
+from collections.abc import Hashable
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from detune.checkpoints.blocks import copy_block
+from detune.checkpoints.source import Checkpoint
+
+__all__ = ["Excerpt", "runs_of_rows"]
+
+RUNS = 4
+# What was read last is kept, up to so many bytes: a tensor is looked at several times.
+KEPT_BYTES = 64 * 2**20
+
+
+class Excerpt(Checkpoint):
+    """A checkpoint of whose matrices only some rows are read. `tensors` tells the shapes of the whole.
+
+    Args:
+        whole: The checkpoint.
+        rows: Rows of each matrix, or slices of each kernel along its first dimension; what has no more is whole.
+
+    Attributes:
+        rows: As given.
+        read_total_bytes: Bytes of tensors read so far.
+    """
+
+    def __init__(self, whole: Checkpoint, rows: int) -> None:
+        self.spec, self.root, self.index_files = whole.spec, whole.root, whole.index_files
+        self.tensors, self.weight_files = whole.tensors, whole.weight_files
+        self.rows = rows
+        self.read_total_bytes = 0
+        self._whole = whole
+        self._kept: dict[str, torch.Tensor] = {}
+        self._lock = Lock()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """What on disk belongs to this model and must not be overwritten."""
+        return self._whole.paths
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read some rows of a matrix, and all of anything else.
+
+        Args:
+            name: A key of `tensors`.
+
+        Returns:
+            A CPU tensor, for reading only: the next call may give the same.
+
+        Raises:
+            InputError: A file can no longer be read.
+        """
+        with self._lock:
+            tensor = self._kept.pop(name, None)
+            if tensor is None:
+                runs = self._runs(name)
+                tensor = self._whole.read_rows(name, runs) if runs else self._whole.read(name)
+                self.read_total_bytes += self.shown_bytes(name)
+            self._kept[name] = tensor
+            while sum(map(self.shown_bytes, self._kept)) > KEPT_BYTES and len(self._kept) > 1:
+                del self._kept[next(iter(self._kept))]
+        return tensor
+
+    def read_bytes(
+        self, name: str, start: int = 0, length: int | None = None, out: memoryview | None = None
+    ) -> memoryview:
+        """Read a block of the bytes that are shown; see `Checkpoint.read_bytes`.
+
+        Args:
+            name: A key of `tensors`.
+            start: First byte, counted from the start of what `read` gives.
+            length: Number of bytes; cut at the end. None reads to the end.
+            out: Writable memory of at least that many bytes to read into, instead of new memory.
+
+        Returns:
+            The bytes read.
+        """
+        shown = self.shown_bytes(name)
+        return copy_block(self.read(name), start, shown if length is None else min(start + length, shown), out)
+
+    def shown_bytes(self, name: str) -> int:
+        """How many bytes of a tensor `read` and `read_bytes` give."""
+        info, runs = self.tensors[name], self._runs(name)
+        return info.nbytes // info.shape[0] * sum(run.stop - run.start for run in runs) if runs else info.nbytes
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """Read all of a tensor; see `Checkpoint.read`."""
+        if not self._runs(name):
+            return self.read(name)
+        self.read_total_bytes += self.tensors[name].nbytes
+        return self._whole.read(name)
+
+    def content_key(self, name: str) -> Hashable | None:
+        """See `Checkpoint.content_key`."""
+        return self._whole.content_key(name)
+
+    def hashes(self) -> dict[str, str]:
+        """See `Checkpoint.hashes`."""
+        return self._whole.hashes()
+
+    def side_files(self) -> list[Path]:
+        """See `Checkpoint.side_files`."""
+        return self._whole.side_files()
+
+    def close(self) -> None:
+        """Release what the checkpoint holds."""
+        self._kept.clear()
+        self._whole.close()
+
+    def _runs(self, name: str) -> tuple[slice, ...]:
+        """The rows of a matrix to read; none where that is all of them, and for vectors."""
+        shape = self.tensors[name].shape
+        return runs_of_rows(shape[0], self.rows) if len(shape) > 1 and shape[0] > self.rows else ()
+
+
+def runs_of_rows(out: int, rows: int) -> tuple[slice, ...]:
+    """Choose rows of a matrix: a few runs of neighbours, from the first row to the last, evenly apart.
+
+    Args:
+        out: Rows that the matrix has.
+        rows: Rows wanted, fewer than that.
+
+    Returns:
+        Runs in order that do not overlap; they add up to `rows`.
+
+    Example:
+        >>> runs_of_rows(100, 8)
+        (slice(0, 2, None), slice(33, 35, None), slice(65, 67, None), slice(98, 100, None))
+    """
+    runs = min(RUNS, rows)
+    cuts = [rows * k // runs for k in range(runs + 1)]
+    left_out, gaps = out - rows, max(1, runs - 1)
+    starts = [cut + round(left_out * k / gaps) for k, cut in enumerate(cuts[:-1])]
+    return tuple(slice(start, start + cuts[k + 1] - cuts[k]) for k, start in enumerate(starts))

@@ -1,0 +1,156 @@
+"""As much of the Hub's HTTP interface as reading a model takes, on this machine, counting what it sends."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote, urlsplit
+
+BIG = (".safetensors", ".bin")
+
+
+@dataclass
+class Hub:
+    """Repositories `org/name`, each a directory below `root`, all at one commit with the branch `main`.
+
+    Attributes:
+        root: The directory.
+        gated: Names of repositories that nobody may read, although all may see them.
+        takes_ranges: Whether a request for a part of a file gets no more.
+        drops_after: Break the connection off after so many bytes of a big file.
+        sent: Bytes of big files sent, by `org/name/path`.
+        requests: Requests for parts of big files, by `org/name/path`.
+    """
+
+    root: Path
+    gated: set[str] = field(default_factory=set)
+    takes_ranges: bool = True
+    drops_after: int | None = None
+    sent: dict[str, int] = field(default_factory=dict)
+    requests: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(self.sent.values())
+
+    def commit(self, name: str) -> str:
+        return hashlib.sha1(name.encode()).hexdigest()
+
+    def files(self, name: str) -> dict[str, Path]:
+        folder = self.root / name
+        return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        match parts:
+            case ["api", "models", org, name, *rest]:
+                self.api(f"{org}/{name}", rest)
+            case [org, name, "resolve", revision, *path]:
+                self.resolve(f"{org}/{name}", revision, "/".join(path))
+            case _:
+                self.fail(404, "EntryNotFound")
+
+    def api(self, name: str, rest: list[str]) -> None:
+        kind, revision, *_ = rest or ["revision", "main"]
+        if self.known(name, revision):
+            tree = [self.described(file, path) for file, path in self.hub.files(name).items()]
+            if kind == "tree":
+                self.reply(tree)
+            else:
+                siblings = [
+                    {"rfilename": row["path"], "size": row["size"], "blobId": row["oid"]}
+                    | ({"lfs": row["lfs"] | {"sha256": row["lfs"]["oid"]}} if "lfs" in row else {})
+                    for row in tree
+                ]
+                self.reply({"id": name, "sha": self.hub.commit(name), "siblings": siblings})
+
+    def described(self, file: str, path: Path) -> dict:
+        row = {"type": "file", "path": file, "size": path.stat().st_size, "oid": sha256(path)[:40]}
+        big = {"lfs": {"oid": sha256(path), "size": path.stat().st_size, "pointerSize": 130}}
+        return row | (big if path.suffix in BIG else {})
+
+    def known(self, name: str, revision: str) -> bool:
+        if not (self.hub.root / name).is_dir():
+            self.fail(401, "RepoNotFound")
+        elif revision not in ("main", self.hub.commit(name)):
+            self.fail(404, "RevisionNotFound")
+        else:
+            return True
+        return False
+
+    def resolve(self, name: str, revision: str, file: str) -> None:
+        if not self.known(name, revision):
+            return
+        if name in self.hub.gated:
+            self.fail(403, "GatedRepo")
+            return
+        content = self.hub.files(name)[file].read_bytes()
+        big = file.endswith(BIG)
+        etag = hashlib.sha256(content).hexdigest()[: None if big else 40]
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.commit(name), "Accept-Ranges": "bytes"}
+        asked, code = self.headers.get("Range"), 200
+        if asked and self.hub.takes_ranges:
+            first, last = asked.removeprefix("bytes=").split("-")
+            stop = min(int(last) + 1, len(content)) if last else len(content)
+            headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(content)}"
+            content, code = content[int(first) : stop], 206
+        self.send(code, content, headers, f"{name}/{file}" if big else None)
+
+    def reply(self, answer: object) -> None:
+        self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def fail(self, code: int, error: str) -> None:
+        self.send(code, b"", {"X-Error-Code": error, "X-Error-Message": f"the server says {error}"})
+
+    def send(self, code: int, content: bytes, headers: dict[str, str], counted: str | None = None) -> None:
+        self.send_response(code)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if counted is not None:
+            if self.hub.drops_after is not None and self.hub.sent_bytes + len(content) > self.hub.drops_after:
+                self.close_connection = True
+                return
+            self.hub.sent[counted] = self.hub.sent.get(counted, 0) + len(content)
+            self.hub.requests[counted] = self.hub.requests.get(counted, 0) + 1
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Tests are quiet."""
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[str]:
+    """Serve the repositories; yields the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
