@@ -14,6 +14,7 @@ SOURCE = ROOT / "src" / "detune"
 
 # From low to high. Packages and modules of one row do not know each other, but for those of PIPELINE.
 PIPELINE = {
+    "adapter_changes",
     "changes",
     "clusters",
     "comparison",

@@ -3,67 +3,21 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from detune.checkpoints import Checkpoint, PeftWriter, Place, find_places, new_directory, open_checkpoint, peft_layer
+from detune.adapter_changes import AdapterRow, Change, ChangeFitter, Kept, PlacesOf, adapter_names
+from detune.checkpoints import Checkpoint, Kind, PeftWriter, new_directory, open_checkpoint
 from detune.clusters import STRANGER, find_clusters, why_foreign
 from detune.errors import InputError, OutputError
-from detune.family import Family, damaged, is_shared, misfit
-from detune.metrics import bit_identical, ulps
+from detune.family import Family, is_shared, misfit
 from detune.report import versions
-from detune.solvers import LowRank, NonFinite, NotLowRank
-from detune.solvers.adapter import fit_adapter
-from detune.walk import OnTensor, matricise
-
-
-class Kept(StrEnum):
-    """Where a tensor that a model changed went."""
-
-    LORA = "LoRA"
-    """Into a pair of factors."""
-    WHOLE = "whole"
-    """Into the adapter as it is: a bias, a norm, a head."""
-    NOISE = "not kept"
-    """Nowhere: it differs from the base's by storage noise alone."""
-    LEFT_OUT = "left out"
-    """Nowhere: PEFT has no place for it."""
-
-
-@dataclass(frozen=True)
-class AdapterRow:
-    """One tensor of one model, where it differs from the base's.
-
-    Attributes:
-        model: The name of its adapter.
-        name: The tensor's qualified name.
-        shape: Its shape.
-        kept: Where the difference went.
-        rank: Of the LoRA; 0 where there is none.
-        identical: Share of the entries that base and adapter, merged by PEFT, give back bit for bit.
-        largest_ulps: The largest deviation of the others, in units in the last place of the model's entry.
-            It is large in entries near zero, whose units are small.
-        largest_deviation: The largest as a number.
-        reason: Why it was not kept as a LoRA; empty where it was.
-    """
-
-    model: str
-    name: str
-    shape: tuple[int, ...]
-    kept: Kept
-    rank: int
-    identical: float
-    largest_ulps: int
-    largest_deviation: float
-    reason: str = ""
+from detune.walk import OnTensor
 
 
 @dataclass(frozen=True)
@@ -144,12 +98,13 @@ def extract(
     """
     with open_checkpoint(base) as opened, Family(models) as family:
         require_base(opened, family.models)
-        with extracting(family.models, out, base=_reference(base), rank=rank, device=device) as extractor:
+        fitter = ChangeFitter(family.models, _reference(base), rank, device)
+        with extracting(family.models, out, base=_reference(base)) as extractor:
             for name in family.names:
                 if on_tensor:
                     on_tensor(name, None)
                 if not is_shared((opened, *family.models), name):
-                    extractor.take(name, opened.read(name), family.stack(name))
+                    extractor.add(name, fitter.fit(name, opened.read(name), family.stack(name)))
             extraction = extractor.finish()
             if not any(row.kept is Kept.LORA for row in extraction.rows):
                 raise InputError(
@@ -202,8 +157,6 @@ def extracting(
     out: str | Path,
     *,
     base: str,
-    rank: int | None = None,
-    device: torch.device | str | None = None,
 ) -> Iterator["Extractor"]:
     """Make `out` with an adapter for each model, when the block ends normally.
 
@@ -211,8 +164,6 @@ def extracting(
         models: The fine-tuned models; the first tells what the tensors are.
         out: The directory to make.
         base: What the adapters will be loaded onto.
-        rank: The most that an adapter's rank can be.
-        device: Where to compute.
 
     Yields:
         What takes the tensors.
@@ -223,47 +174,44 @@ def extracting(
     if Path(out).expanduser().resolve().is_relative_to(base):
         raise OutputError(f"{out} lies inside the base", f"got {base}", "write the adapters beside it")
     with new_directory(out) as partial:
-        yield Extractor(models, partial, base, rank, device)
+        yield Extractor(models, partial, base)
 
 
 class Extractor:
-    """Takes a family tensor by tensor and writes an adapter for each model. Made by `extracting`."""
+    """Takes what a family's tensors become in adapters, and writes an adapter for each model. Made by `extracting`."""
 
-    def __init__(
-        self,
-        models: Sequence[Checkpoint],
-        directory: Path,
-        base: str,
-        rank: int | None,
-        device: torch.device | str | None,
-    ) -> None:
+    def __init__(self, models: Sequence[Checkpoint], directory: Path, base: str) -> None:
         self._models = tuple(models)
         self._names = adapter_names([model.spec for model in models])
         self._directory = directory
         self._base = base
-        self._rank = rank
-        self._device = device
-        self._places: dict[str, Mapping[str, Place]] = {}
+        self._places = PlacesOf(models[0])
         self._writers: dict[tuple[int, str], PeftWriter] = {}
         self._rows: list[AdapterRow] = []
         # What is kept whole, as it would stand if PEFT cannot take it after all.
         self._as_base: dict[tuple[str, str], AdapterRow] = {}
         self._started = time.perf_counter()
 
-    def take(self, name: str, base: Tensor, tensors: Sequence[Tensor]) -> None:
+    def kind(self, name: str) -> Kind | None:
+        """What a tensor's weight is to PEFT, if that takes a LoRA."""
+        return self._places.of(name).takes_low_rank(name)
+
+    def add(self, name: str, changes: Sequence[Change]) -> None:
         """Add one tensor to every adapter whose model changed it.
 
         Args:
             name: Its qualified name.
-            base: The base's, as stored.
-            tensors: Each model's, as stored, in the same shape.
-
-        Raises:
-            InputError: One holds NaN or Inf.
+            changes: What it becomes, as a `ChangeFitter` found it.
         """
-        for i, tensor in enumerate(tensors):
-            if tensor.dtype != base.dtype or bit_identical(base, tensor) < 1:
-                self._rows.append(self._keep(i, name, base, tensor))
+        for change in changes:
+            row = change.row
+            writer = self._writer(change.model, name)
+            if row.kept is Kept.LORA and change.layer is not None:
+                writer.add_layer(name, change.layer)
+            elif row.kept is Kept.WHOLE and change.as_base is not None:
+                writer.keep(name)
+                self._as_base[row.model, name] = change.as_base
+            self._rows.append(row)
 
     def finish(self) -> Extraction:
         """Complete the adapters, and report."""
@@ -278,98 +226,19 @@ class Extractor:
         (self._directory / "detune.json").write_text(extraction.to_json())
         return extraction
 
-    def _keep(self, i: int, name: str, base: Tensor, tensor: Tensor) -> AdapterRow:
-        writer = self._writer(i, name)
-        kind = writer.takes_low_rank(name)
-        M_i = self._fit(i, name, base, tensor) if kind and tensor.is_floating_point() else None
-        as_base = AdapterRow(
-            self._names[i],
-            name,
-            tuple(base.shape),
-            Kept.LEFT_OUT,
-            0,
-            *_deviation(base, tensor),
-            "PEFT has no place for it",
-        )
-        if kind is None or M_i is None:
-            if not writer.keep(name):
-                return as_base
-            self._as_base[as_base.model, name] = as_base
-            reason = "no low rank" if kind else "no matrix"
-            # PEFT loads it into the base's module, in the base's dtype.
-            loaded = _deviation(tensor.to(base.dtype), tensor)
-            return AdapterRow(self._names[i], name, as_base.shape, Kept.WHOLE, 0, *loaded, reason)
-        if M_i.rank == 0:
-            return replace(as_base, kept=Kept.NOISE, reason="storage noise alone")
-        layer = peft_layer(kind, M_i.left, M_i.right, as_base.shape)
-        writer.add_layer(name, layer)
-        # What PEFT will make of it, from the very factors that were written.
-        merged = _deviation(layer.merged(base), tensor)
-        return AdapterRow(self._names[i], name, as_base.shape, Kept.LORA, layer.rank, *merged)
-
     def _lose(self, row: AdapterRow) -> AdapterRow:
         reason = "PEFT would mistake its module for one with a LoRA, or has no LoRA to load it with"
         return replace(self._as_base[row.model, row.name], reason=reason)
 
-    def _fit(self, i: int, name: str, base: Tensor, tensor: Tensor) -> LowRank | None:
-        """The change at low rank; None where factors would be no smaller than the tensor."""
-        W, W_i = matricise(base), matricise(tensor)
-        if min(W.shape) == 1:
-            return None
-        try:
-            M_i = fit_adapter(W, W_i, self._rank, self._device)
-        except NotLowRank:
-            return None
-        except NonFinite as error:
-            raise damaged(name, (self._base, self._models[i].spec)[error.model]) from None
-        return M_i if M_i.rank * sum(W.shape) < W.numel() else None
-
     def _writer(self, i: int, name: str) -> PeftWriter:
         component = name[: name.rfind("/") + 1]
-        if component not in self._places:
-            # All models have the layout of the first.
-            self._places[component] = find_places(self._models[0], component)
         if (i, component) not in self._writers:
             directory = self._directory / self._names[i] / component
             base = f"{self._base}/{component}".rstrip("/")
-            self._writers[i, component] = PeftWriter(directory, self._places[component], base)
+            self._writers[i, component] = PeftWriter(directory, self._places.of(name), base)
         return self._writers[i, component]
-
-
-def adapter_names(specs: Sequence[str]) -> tuple[str, ...]:
-    """A directory name for each model: the last part of its path or Hub id, with a number where two are the same.
-
-    Example:
-        >>> adapter_names(["runs/a/final", "runs/b/final", "org/model@main", "one.safetensors"])
-        ('final-1', 'final-2', 'model', 'one')
-    """
-    paths = [Path(spec if Path(spec).exists() else spec.partition("@")[0]) for spec in specs]
-    names = [path.resolve().name.removesuffix(".safetensors") for path in paths]
-    given: list[str] = []
-    for name in names:
-        numbered = (f"{name}-{k}" for k in count(1))
-        free = next(candidate for candidate in numbered if candidate not in given and candidate not in names)
-        given.append(free if names.count(name) > 1 else name)
-    return tuple(given)
 
 
 def _reference(base: str | Path) -> str:
     path = Path(base).expanduser()
     return str(path.resolve()) if path.exists() else str(base).partition("@")[0]
-
-
-class _Deviation(NamedTuple):
-    """The part of an `AdapterRow` that says how far a merge is from the model."""
-
-    identical: float
-    largest_ulps: int
-    largest_deviation: float
-
-
-def _deviation(merged: Tensor, tensor: Tensor) -> _Deviation:
-    same = bit_identical(merged, tensor)
-    if same == 1 or not (merged.is_floating_point() and tensor.is_floating_point()):
-        return _Deviation(same, 0, 0.0)
-    merged = merged.to(tensor.dtype)
-    largest = (merged.double() - tensor.double()).abs().max()
-    return _Deviation(same, int(ulps(merged, tensor).max()), float(largest))

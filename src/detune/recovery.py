@@ -1,24 +1,42 @@
 """The pipeline: tensors of a family, one at a time, through a solver into the writer and the report."""
 
+import logging
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from detune.checkpoints import Checkpoint, CheckpointWriter, MaskWriter, round_to
+from detune.adapter_changes import ChangeFitter
+from detune.checkpoints import (
+    Checkpoint,
+    CheckpointFiles,
+    Landing,
+    Target,
+    absolute,
+    check_new,
+    claim,
+    identity,
+    move_into_place,
+    new_file,
+    reported,
+    write_masks,
+)
 from detune.clusters import Selection, select
 from detune.errors import InputError
+from detune.execution import Job, Landed, Performer, dispatch, hashes, make_units, read_changes, read_landed
 from detune.extraction import extracting
 from detune.family import Family, Models
 from detune.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
 from detune.solvers import SOLVERS, Mean, NotRecoverable, Recovery, Single, Solver, Stack
-from detune.solving import solve_tensor
-from detune.walk import Answer, OnTensor, walk
+from detune.walk import OnTensor
+
+logger = logging.getLogger(__name__)
 
 
 def recover_matrix(
@@ -81,12 +99,14 @@ def recover(
     mask: str | Path | None = None,
     check: bool = False,
     on_tensor: OnTensor | None = None,
+    executor: Executor | None = None,
 ) -> Report:
     """Recover the base checkpoint of several merged LoRA fine-tunes.
 
-    One tensor's stack is in memory at a time. Tensors that are identical in all models are copied byte for byte. The
-    output has the layout of the first model: its files, names, dtypes, metadata, config and tokenizer, and
-    `detune.json` beside them. It appears in one step when it is whole.
+    One tensor is solved at a time, while the next is read and the last is written. Tensors that are identical in all
+    models are copied byte for byte. The output has the layout of the first model: its files, names, dtypes, metadata,
+    config and tokenizer, and `detune.json` beside them. It appears in one step when it is whole. Until then what is
+    done lands in a hidden directory beside it; a run that is cut off is finished by calling it again.
 
     Models that do not share a source with most are left out, and the report says so; the first of the others gives the
     layout. `mean` and `single` take the models as they are.
@@ -106,13 +126,16 @@ def recover(
         check: Whether to recover from parts of more than three models too, and see whether they agree: with four or
             five models that many recoveries more, from six on two of half as many models.
         on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
+        executor: Whose workers compute: `detune.execution.Processes`, Dask's `Client.get_executor()`, or any other of
+            `concurrent.futures`. They see the models and `out` by the same paths. None computes in this process.
 
     Returns:
         The report, as written to `detune.json`.
 
     Raises:
         InputError: The models cannot be read, or too few of them fit together and share a base.
-        OutputError: `out` cannot be written.
+        OutputError: `out` cannot be written, or another run is writing to it.
+        DetuneError: Workers were lost.
 
     Example:
         >>> report = recover(["ft-a", "ft-b", "ft-c"], out="base")  # doctest: +SKIP
@@ -127,45 +150,36 @@ def recover(
         given = opened.enter_context(Models(models, merge_dtype))
         selection = _select(given.models, solver)
         family = opened.enter_context(Family([given.models[i] for i in selection.members]))
-        # Entered first and so finished last: there are no adapters without their base.
-        extractor = opened.enter_context(
-            extracting(family.models, adapters, base=str(Path(out).resolve()), rank=rank, device=device)
-            if adapters
-            else nullcontext()
+        target = Target(Path(out).expanduser().resolve(), overwrite, tuple(given.paths))
+        _check_targets(target, adapters, mask)
+        job = Job(
+            tuple(absolute(model.spec) for model in family.models),
+            tuple(map(identity, family.models)),
+            merge_dtype,
+            Path(),
+            solver,
+            rank,
+            device,
+            dtype,
+            check,
+            mask is not None,
+            str(target.out) if adapters else None,
+            executor is not None,
         )
-        masks = opened.enter_context(MaskWriter(mask)) if mask else None
-        writer = opened.enter_context(
-            CheckpointWriter(family.models[0], out, overwrite=overwrite, inputs=given.paths, dtype=dtype)
+        landing = opened.enter_context(claim(target.out, job.key))
+        opened.enter_context(_kept_for_later(landing))
+        job = replace(job, landing=landing.directory)
+        files = CheckpointFiles(family.models[0], landing.checkpoint, dtype)
+        hashes = opened.enter_context(_hashing(given.models, merge_dtype, executor))
+        landed = _land(job, family, _landed_before(landing, files, target), executor, on_tensor)
+        rows = tuple(landed[name].row for name in family.names)
+        if not isinstance(solver, Mean | Single):
+            _refuse_if_hopeless(rows, family.n)
+        inputs = tuple(
+            InputRow(model.spec, hashed(), selection.reason(i))
+            for i, (model, hashed) in enumerate(zip(given.models, hashes, strict=True))
         )
-        background = opened.enter_context(ThreadPoolExecutor(1, thread_name_prefix="detune-hash"))
-
-        def keep(name: str) -> None:
-            writer.copy(name)
-
-        def solve(name: str, tensors: tuple[Tensor, ...]) -> Answer:
-            answer, weight = solve_tensor(tensors, solver, rank, device, dtype, check)
-            writer.write(name, weight.reshape(tensors[0].shape))
-            if masks is not None and answer.bits is not None:
-                masks.write(name, answer.bits.certain.reshape(tensors[0].shape))
-            if extractor is not None:
-                # What counts is the base as it was stored.
-                extractor.take(
-                    name, round_to(weight.reshape(tensors[0].shape).cpu(), dtype or tensors[0].dtype), tensors
-                )
-            return answer
-
-        hashes = [background.submit(model.hashes) for model in given.models]
-        try:
-            rows = walk(family, keep, solve, on_tensor)
-            if not isinstance(solver, Mean | Single):
-                _refuse_if_hopeless(rows, family.n)
-            inputs = [
-                InputRow(model.spec, hashed.result(), selection.reason(i))
-                for i, (model, hashed) in enumerate(zip(given.models, hashes, strict=True))
-            ]
-        except BaseException:
-            background.shutdown(wait=False, cancel_futures=True)
-            raise
+        _require_unchanged(job, family)
         command = {
             "name": "recover",
             "argv": sys.argv,
@@ -175,10 +189,112 @@ def recover(
             "check": check,
             "merge_dtype": str(merge_dtype) if merge_dtype else None,
         }
-        summary = extractor.finish().summary if extractor is not None else None
-        report = Report(command, tuple(inputs), tuple(rows), time.perf_counter() - started, adapters=summary)
-        writer.add_file("detune.json", report.to_json().encode())
+        # What is entered first is finished last: there are no adapters and no mask without their base.
+        with ExitStack() as results:
+            summary = None
+            if adapters:
+                extractor = results.enter_context(extracting(family.models, adapters, base=str(target.out)))
+                for name in family.names:
+                    extractor.add(name, read_changes(landing, landed[name], extractor.kind(name)))
+                summary = extractor.finish().summary
+            if mask:
+                certain = {name: landing.part(name, ".mask") for name in landed if landed[name].has_mask}
+                shapes = {name: family.shape(name) for name in certain}
+                write_masks(results.enter_context(new_file(mask)), certain, shapes)
+            report = Report(command, inputs, rows, time.perf_counter() - started, adapters=summary)
+            files.finish({"detune.json": report.to_json().encode()})
+            with reported(target.out, files.needed_bytes):
+                move_into_place(landing.checkpoint, target.out, target.check)
+        landing.remove()
     return report
+
+
+def _check_targets(target: Target, adapters: str | Path | None, mask: str | Path | None) -> None:
+    """Refuse what could not be written in the end, before anything is computed."""
+    target.check(target.out)
+    if adapters:
+        check_new(Path(adapters).expanduser().resolve())
+    if mask:
+        check_new(Path(mask).expanduser().resolve(), directory=False)
+
+
+@contextmanager
+def _kept_for_later(landing: Landing) -> Iterator[None]:
+    """Leave what has landed for the same command to go on from, unless it is of no use."""
+    try:
+        yield
+    except InputError:
+        landing.remove()
+        raise
+    except BaseException:
+        if landing.rows():
+            logger.warning("what has landed stays in %s: the same command does the rest", landing.directory)
+        else:
+            landing.remove()
+        raise
+
+
+def _landed_before(landing: Landing, files: CheckpointFiles, target: Target) -> dict[str, Landed]:
+    """What an earlier run of the same command left, once there are files to go on with."""
+    landed = read_landed(landing)
+    if not files.prepare() and landed:
+        logger.warning("%s has lost files: starting over", landing.directory)
+        landing.clear()
+        files.prepare()
+        landed = {}
+    if landed:
+        logger.info("%d tensors have landed before", len(landed))
+    target.require_space(files.needed_bytes - files.stored_bytes(landed))
+    return landed
+
+
+def _land(
+    job: Job, family: Family, landed: dict[str, Landed], executor: Executor | None, on_tensor: OnTensor | None
+) -> dict[str, Landed]:
+    """Recover what has not landed yet, here or by an executor's workers."""
+
+    def tell(found: Landed) -> None:
+        if on_tensor:
+            on_tensor(found.row.name, None)
+            on_tensor(found.row.name, found.row)
+
+    for found in landed.values():
+        tell(found)
+    missing = [name for name in family.names if name not in landed]
+    if executor is None:
+        fitter = ChangeFitter(family.models, job.adapters, job.rank, job.device) if job.adapters else None
+        done = Performer(job, family, fitter).perform(missing, on_tensor)
+        return landed | {found.row.name: found for found in done}
+    done = []
+
+    def land(found: Landed) -> None:
+        done.append(found)
+        tell(found)
+
+    dispatch(executor, job, make_units(family, missing), land)
+    return landed | {found.row.name: found for found in done}
+
+
+@contextmanager
+def _hashing(
+    models: Sequence[Checkpoint], merge_dtype: torch.dtype | None, executor: Executor | None
+) -> Iterator[list[Callable[[], dict[str, str]]]]:
+    """Compute the hashes of the models' files meanwhile, where the tensors are computed."""
+    with ThreadPoolExecutor(1, thread_name_prefix="detune-hash") as thread:
+        try:
+            if executor is None:
+                yield [thread.submit(model.hashes).result for model in models]
+            else:
+                yield [executor.submit(hashes, absolute(model.spec), merge_dtype).result for model in models]
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _require_unchanged(job: Job, family: Family) -> None:
+    if tuple(map(identity, family.models)) != job.identities:
+        raise InputError(
+            "a model has changed since the run began", "its files have other content, sizes or times", "run it again"
+        )
 
 
 def make_solver(method: str | Solver) -> Solver:

@@ -136,7 +136,7 @@ def show_comparison(comparison: "Comparison") -> None:
 
 def show_extraction(extraction: "Extraction", out: Path) -> None:
     """Print a line for each kind of tensor and where it went, and how closely each adapter gives its model back."""
-    from detune.extraction import Kept
+    from detune.adapter_changes import Kept
 
     console = Console(markup=False, highlight=False)
     table = Table("tensor", "shape", "kept", "ranks", "identical bits", "largest ulp", box=None, pad_edge=False)

@@ -1,9 +1,14 @@
 """One pass over the tensors of a family: what `recover` and `inspect` have in common."""
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -16,6 +21,11 @@ from detune.solvers.certificate import Certificate
 logger = logging.getLogger(__name__)
 
 OnTensor = Callable[[str, TensorRow | None], None]
+
+# What the stack in work and the one read ahead may hold together, in float32 copies of the largest tensor.
+STACKS = 3
+# Matrices with fewer entries are computed on one thread.
+SHARED_OUT = 2**18
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,16 @@ def walk(
     on_shared: Callable[[str], None],
     on_changed: Callable[[str, tuple[Tensor, ...]], Answer],
     on_tensor: OnTensor | None = None,
+    names: Iterable[str] | None = None,
 ) -> list[TensorRow]:
-    """Visit every tensor in file order, holding one tensor's stack at a time.
+    """Visit tensors one at a time, while the next one's stack is read where memory allows it.
 
     Args:
         family: The models.
         on_shared: Called with the name of a tensor that is identical in all models; it is not read whole.
         on_changed: Called with the name and the stored tensors of one that differs; says what became of it.
         on_tensor: For progress: called with the name and None before, with the row after.
+        names: The tensors to visit; None is all of them, in file order.
 
     Returns:
         A row for each tensor.
@@ -81,24 +93,72 @@ def walk(
         InputError: A model holds NaN or Inf.
     """
     rows = []
-    for name in family.names:
-        if on_tensor:
-            on_tensor(name, None)
-        began = time.perf_counter()
-        if family.is_shared(name):
-            on_shared(name)
-            answer = Answer(Status.SHARED, "copy", "identical in all models")
-        else:
-            try:
-                answer = on_changed(name, family.stack(name))
-            except NonFinite as error:
-                raise damaged(name, family.models[error.model].spec) from None
-        row = answer.row(name, family.shape(name), family.dtypes(name), time.perf_counter() - began)
-        rows.append(row)
-        logger.debug("%s: %s, %s", name, row.status, row.reason)
-        if on_tensor:
-            on_tensor(name, row)
+    with closing(_read_ahead(family, list(family.names if names is None else names))) as stacks:
+        for name, read in stacks:
+            if on_tensor:
+                on_tensor(name, None)
+            began = time.perf_counter()
+            tensors = read()
+            if tensors is None:
+                on_shared(name)
+                answer = Answer(Status.SHARED, "copy", "identical in all models")
+            else:
+                try:
+                    with computing_threads(tensors[0].numel()):
+                        answer = on_changed(name, tensors)
+                except NonFinite as error:
+                    raise damaged(name, family.models[error.model].spec) from None
+            # Not while the next is read.
+            del tensors, read
+            row = answer.row(name, family.shape(name), family.dtypes(name), time.perf_counter() - began)
+            rows.append(row)
+            logger.debug("%s: %s, %s", name, row.status, row.reason)
+            if on_tensor:
+                on_tensor(name, row)
     return rows
+
+
+_Read = Callable[[], tuple[Tensor, ...] | None]
+
+
+def _read_ahead(family: Family, names: Sequence[str]) -> Generator[tuple[str, _Read], None, None]:
+    """Each tensor with what gives its stack, None where it is shared; a thread reads the next one meanwhile.
+
+    Two stacks together hold at most `STACKS` float32 copies of the largest tensor; where they would hold more, the next
+    one is read when its turn comes.
+    """
+
+    def load(name: str) -> tuple[Tensor, ...] | None:
+        return None if family.is_shared(name) else family.stack(name)
+
+    sizes = {name: math.prod(family.shape(name)) for name in names}
+    held = {name: sizes[name] * sum(dtype.itemsize for dtype in family.dtypes(name)) for name in names}
+    limit_bytes = STACKS * 4 * max(sizes.values(), default=0)
+    with ThreadPoolExecutor(1, thread_name_prefix="detune-read") as reader:
+        ahead: Future[tuple[Tensor, ...] | None] | None = None
+        for name, following in zip_longest(names, names[1:]):
+            read = ahead.result if ahead else partial(load, name)
+            fits = following is not None and held[name] + held[following] <= limit_bytes
+            ahead = reader.submit(load, following) if fits else None
+            yield name, read
+
+
+@contextmanager
+def computing_threads(entries: int) -> Iterator[None]:
+    """Compute on one thread in the block where a matrix is too small to share out.
+
+    Args:
+        entries: Of the matrix.
+    """
+    threads = torch.get_num_threads()
+    if entries >= SHARED_OUT or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def matricise(tensor: Tensor) -> Tensor:

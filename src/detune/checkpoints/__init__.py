@@ -4,38 +4,53 @@ This layer knows files only. Nothing here computes with weights, except for the 
 """
 
 from detune.checkpoints.adapters import MergedCheckpoint
-from detune.checkpoints.atomic import check_new, new_directory, new_file
+from detune.checkpoints.atomic import check_new, move_into_place, new_directory, new_file, reported
 from detune.checkpoints.blocks import round_to
 from detune.checkpoints.excerpt import Excerpt
+from detune.checkpoints.identity import identity
+from detune.checkpoints.landing import Landing, claim
 from detune.checkpoints.lora import Lora, LoraLayer, open_lora
-from detune.checkpoints.masks import MaskWriter
+from detune.checkpoints.masks import save_mask, write_masks
 from detune.checkpoints.modules import Kind, Place, find_places
-from detune.checkpoints.opening import is_on_hub, open_checkpoint
-from detune.checkpoints.peft_writer import PeftLayer, PeftWriter, peft_layer
+from detune.checkpoints.opening import absolute, is_on_hub, open_checkpoint
+from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, peft_layer, read_layers, save_layers
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
-from detune.checkpoints.writer import CheckpointWriter
+from detune.checkpoints.target import Target
+from detune.checkpoints.writer import CheckpointFiles, CheckpointWriter
 
 __all__ = [
     "Checkpoint",
+    "CheckpointFiles",
     "CheckpointWriter",
     "Excerpt",
     "Kind",
+    "Landing",
     "Lora",
     "LoraLayer",
-    "MaskWriter",
     "MergedCheckpoint",
     "PeftLayer",
+    "PeftPlaces",
     "PeftWriter",
     "Place",
+    "Target",
     "TensorInfo",
     "WeightFile",
+    "absolute",
     "check_new",
+    "claim",
     "find_places",
+    "identity",
     "is_on_hub",
+    "move_into_place",
     "new_directory",
     "new_file",
     "open_checkpoint",
     "open_lora",
     "peft_layer",
+    "read_layers",
+    "reported",
     "round_to",
+    "save_layers",
+    "save_mask",
+    "write_masks",
 ]

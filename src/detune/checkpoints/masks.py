@@ -1,51 +1,43 @@
-"""Which entries are certain: one file of boolean arrays, written tensor by tensor."""
+"""Which entries are certain: boolean arrays, packed into bits while a run lasts, and one file of all of them."""
 
+import math
+import os
 import zipfile
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
 
-from detune.checkpoints.atomic import new_file
-
-__all__ = ["MaskWriter"]
+__all__ = ["save_mask", "write_masks"]
 
 
-class MaskWriter:
-    """Writes boolean tensors into a file that `numpy.load` reads by their names. A context manager.
-
-    The file appears when the block ends normally.
+def save_mask(path: Path, mask: torch.Tensor) -> None:
+    """Write one tensor's mask, eight entries a byte, and wait until it is on the disk.
 
     Args:
         path: The file to make.
+        mask: Of any shape, bool.
+    """
+    with path.open("wb") as file:
+        np.save(file, np.packbits(mask.cpu().numpy()))
+        file.flush()
+        os.fsync(file.fileno())
 
-    Raises:
-        OutputError: It exists, or the disk refuses.
+
+def write_masks(path: Path, masks: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Write one file of masks that `numpy.load` reads by the tensors' names.
+
+    Args:
+        path: The file to make, a `.npz` by content.
+        masks: What `save_mask` wrote, by tensor; one is in memory at a time.
+        shapes: Of the tensors.
 
     Example:
-        >>> with MaskWriter("certain.npz") as masks:  # doctest: +SKIP
-        ...     masks.write("layer.0.weight", certain)
+        >>> write_masks(partial, {"layer.0.weight": part}, {"layer.0.weight": (768, 768)})  # doctest: +SKIP
     """
-
-    def __init__(self, path: str | Path) -> None:
-        self._path = path
-        self._opened = ExitStack()
-
-    def __enter__(self) -> Self:
-        partial = self._opened.enter_context(new_file(self._path))
-        archive = zipfile.ZipFile(partial, "w", compression=zipfile.ZIP_DEFLATED, allowZip64=True)
-        self._archive = self._opened.enter_context(archive)
-        return self
-
-    def write(self, name: str, mask: torch.Tensor) -> None:
-        """Add a tensor's mask, of the tensor's shape, bool."""
-        with self._archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array(file, mask.cpu().numpy(), allow_pickle=False)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._opened.__exit__(kind, error, trace)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, allowZip64=True) as archive:
+        for name, source in masks.items():
+            bits = np.unpackbits(np.load(source), count=math.prod(shapes[name]))
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, bits.view(np.bool_).reshape(shapes[name]), allow_pickle=False)

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from detune.checkpoints.adapters import merge
+from detune.checkpoints.atomic import sync
 from detune.checkpoints.blocks import memory_of
 from detune.checkpoints.headers import Entry, encode_safetensors_header
 from detune.checkpoints.modules import Kind, Place
 
-__all__ = ["PeftLayer", "PeftWriter", "peft_layer"]
+__all__ = ["PeftLayer", "PeftPlaces", "PeftWriter", "peft_layer", "read_layers", "save_layers"]
 
 _ROOT = "base_model.model."
 _LOW_RANK = (Kind.LINEAR, Kind.TRANSPOSED, Kind.EMBEDDING, Kind.KERNEL)
@@ -80,19 +82,78 @@ def peft_layer(kind: Kind, left: Tensor, right: Tensor, shape: tuple[int, ...]) 
     return PeftLayer(A, B, kind)
 
 
+def save_layers(path: Path, layers: Mapping[int, PeftLayer]) -> None:
+    """Write the factors of one tensor in several models, and wait until they are on the disk.
+
+    Args:
+        path: The file to make.
+        layers: By model.
+    """
+    factors = {
+        f"{i}.{name}": factor for i, layer in layers.items() for name, factor in (("A", layer.A), ("B", layer.B))
+    }
+    save_file(factors, path)
+    sync(path)
+
+
+def read_layers(path: Path, kind: Kind) -> dict[int, PeftLayer]:
+    """Read what `save_layers` wrote.
+
+    Args:
+        path: The file.
+        kind: Of the weight.
+
+    Returns:
+        The factors by model.
+    """
+    factors = load_file(path)
+    models = sorted({int(key.partition(".")[0]) for key in factors})
+    return {i: PeftLayer(factors[f"{i}.A"], factors[f"{i}.B"], kind) for i in models}
+
+
+class PeftPlaces:
+    """What PEFT can take of a base's tensors.
+
+    Args:
+        places: Where they are in memory.
+
+    Attributes:
+        places: As given.
+        stored: Their names, by module and parameter in memory.
+    """
+
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        self.places = places
+        self.stored = {(place.module, place.parameter): name for name, place in places.items()}
+
+    def takes_low_rank(self, name: str) -> Kind | None:
+        """The kind of a tensor that PEFT can add a LoRA to; None for any other."""
+        place = self.places.get(name)
+        return place.kind if place is not None and place.kind in _LOW_RANK else None
+
+    def takes(self, name: str) -> bool:
+        """Whether PEFT can take a tensor as the model has it, with the rest of its module where it wants that."""
+        place = self.places.get(name)
+        if place is None:
+            return False
+        if place.kind is Kind.BIAS:
+            return True
+        return bool(place.whole) and all((place.module, parameter) in self.stored for parameter in place.whole)
+
+
 class PeftWriter:
     """Writes one adapter, a layer at a time, into a directory of its own.
 
     Args:
         directory: Where it goes; made when there is something to write.
-        places: Where the base's tensors are in memory.
+        known: What PEFT can take of the base.
         base: What the adapter is loaded onto: a directory or a Hub id.
     """
 
-    def __init__(self, directory: Path, places: Mapping[str, Place], base: str) -> None:
+    def __init__(self, directory: Path, known: PeftPlaces, base: str) -> None:
         self._directory = directory
-        self._places = places
-        self._stored = {(place.module, place.parameter): name for name, place in places.items()}
+        self._places = known.places
+        self._stored = known.stored
         self._base = base
         self._entries: list[Entry] = []
         self._ranks: dict[str, int] = {}
@@ -100,11 +161,6 @@ class PeftWriter:
         self._biases: list[str] = []
         # Insertion-ordered sets of modules.
         self._whole: dict[str, None] = {}
-
-    def takes_low_rank(self, name: str) -> Kind | None:
-        """The kind of a tensor that PEFT can add a LoRA to; None for any other."""
-        place = self._places.get(name)
-        return place.kind if place is not None and place.kind in _LOW_RANK else None
 
     def add_layer(self, name: str, layer: PeftLayer) -> None:
         """Write the LoRA of one tensor.
@@ -122,23 +178,17 @@ class PeftWriter:
         self._ranks[module] = layer.rank
         self._transposed |= layer.kind is Kind.TRANSPOSED
 
-    def keep(self, name: str) -> bool:
+    def keep(self, name: str) -> None:
         """Take a tensor as the model has it, with the rest of its module where PEFT wants that.
 
         Args:
-            name: Any tensor of the base.
-
-        Returns:
-            Whether PEFT can take it.
+            name: A tensor that PEFT takes.
         """
-        place = self._places.get(name)
-        if place is not None and place.kind is Kind.BIAS:
+        place = self._places[name]
+        if place.kind is Kind.BIAS:
             self._biases.append(name)
-            return True
-        if place is None or not place.whole or any((place.module, p) not in self._stored for p in place.whole):
-            return False
-        self._whole[place.module] = None
-        return True
+        else:
+            self._whole[place.module] = None
 
     def finish(self, read: Callable[[str], Tensor]) -> tuple[str, ...]:
         """Write what was kept, the header and the configuration.

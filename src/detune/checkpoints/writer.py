@@ -78,9 +78,26 @@ class CheckpointFiles:
             self._plan(file)
         self.needed_bytes = sum(self._sizes_bytes.values())
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype that a tensor is stored in."""
-        return self._infos[name].dtype
+    def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Round a tensor to the dtype that it is stored in.
+
+        Args:
+            name: A key of `like.tensors`.
+            tensor: Its values, on any device.
+
+        Returns:
+            The tensor on the CPU; itself where nothing has to be done.
+        """
+        dtype = self._infos[name].dtype
+        if tensor.dtype == dtype:
+            return tensor.detach().cpu()
+        stored = torch.empty(tensor.shape, dtype=dtype)
+        values, flat = tensor.detach().reshape(-1), stored.view(-1)
+        # In blocks: rounding takes several copies of what it rounds.
+        step = _BLOCK_BYTES // dtype.itemsize
+        for start in range(0, len(values), step):
+            flat[start : start + step] = round_to(values[start : start + step], dtype).cpu()
+        return stored
 
     def prepare(self) -> bool:
         """Make the weight files in their sizes, without their headers; those that are there stay.
@@ -154,6 +171,10 @@ class CheckpointFiles:
             for start in range(0, info.nbytes, _BLOCK_BYTES):
                 block = self._like.read_bytes(name, start, _BLOCK_BYTES, buffer)
                 _write_at(descriptor, block, place.offset + start)
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """What some tensors take."""
+        return sum(self._infos[name].nbytes for name in names)
 
     def sync(self, names: Iterable[str]) -> None:
         """Wait until what was written of some tensors is on the disk.

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detune.adapter_changes import adapter_names
 from detune.checkpoints import Checkpoint, new_file, open_checkpoint
-from detune.extraction import adapter_names, require_base
+from detune.extraction import require_base
 from detune.family import Family
 from detune.metrics import bit_identical
 from detune.packing.archive import MANIFEST, ArchiveReader, ArchiveWriter

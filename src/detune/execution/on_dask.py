@@ -1,0 +1,86 @@
+"""Workers of a Dask cluster, which may be anywhere: on Slurm, on Kubernetes, or started by hand."""
+
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import Any
+
+from detune.errors import DetuneError, reason_of
+
+# How long a scheduler may take to answer.
+CONNECT_SECONDS = 10
+
+
+@contextmanager
+def dask_workers(scheduler: str) -> Iterator[Executor]:
+    """Use the workers of a running scheduler.
+
+    Args:
+        scheduler: Its address, `tcp://host:8786` or `host:8786`.
+
+    Yields:
+        An executor.
+
+    Raises:
+        DetuneError: Dask is not installed, or nobody answers at that address.
+    """
+    distributed = _require("distributed")
+    try:
+        client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise DetuneError(
+            f"no Dask scheduler at {scheduler!r}",
+            reason_of(error),
+            "start one with `dask scheduler`, and give the address that it prints",
+        ) from None
+    with client:
+        yield client.get_executor()
+
+
+@contextmanager
+def slurm_workers(jobs: int) -> Iterator[Executor]:
+    """Submit jobs to Slurm, and use them as workers until the block ends.
+
+    What a job is (partition, cores, memory, time) stands in dask-jobqueue's configuration, `jobqueue.slurm` in
+    `~/.config/dask/jobqueue.yaml`. Each job is one worker, which computes with all of its cores.
+
+    Args:
+        jobs: How many.
+
+    Yields:
+        An executor. Work begins with the first job that starts.
+
+    Raises:
+        DetuneError: dask-jobqueue is not installed or not configured, or Slurm refuses.
+    """
+    distributed = _require("distributed")
+    jobqueue = _require("dask_jobqueue")
+    try:
+        # The last `--nthreads` counts: tensors are recovered one at a time, on all cores together.
+        cluster = jobqueue.SLURMCluster(
+            processes=1,
+            worker_extra_args=["--nthreads", "1"],
+            job_script_prologue=["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"],
+        )
+    except (ValueError, TypeError, OSError) as error:
+        raise DetuneError(
+            "cannot describe a job to Slurm", reason_of(error), "set jobqueue.slurm in ~/.config/dask/jobqueue.yaml"
+        ) from None
+    with cluster:
+        try:
+            cluster.scale(jobs=jobs)
+        except (RuntimeError, OSError) as error:
+            raise DetuneError("Slurm refuses the jobs", reason_of(error), "try `sbatch` by hand") from None
+        with distributed.Client(cluster, set_as_default=False) as client:
+            yield client.get_executor()
+
+
+def _require(library: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(library)
+    except ImportError:
+        raise DetuneError(
+            f"{library} is not installed", "a cluster needs it", "pip install 'detune[cluster]'"
+        ) from None
