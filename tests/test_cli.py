@@ -335,6 +335,16 @@ def test_bad_options_exit_with_2(command, family, out, words, says):
     assert os.listdir(out.parent) == []
 
 
+def test_inspect_and_family_say_how_much_they_read(command, family):
+    for verb in ("inspect", "family"):
+        ran = command(verb, *family.specs, "--rows", "64")
+        # 4 layers of 80 rows; what else there is, is read whole.
+        assert "looked at 64 rows of each matrix at most: read 0.2 MB of 0.3 MB, 80.8 %; --rows all reads" in ran.out
+        assert "looked at" not in command(verb, *family.specs).out
+        assert_refused(command(verb, *family.specs, "--rows", "8"), ["8 rows of each matrix", "64 at least"])
+        assert "neither a number nor 'auto' or 'all'" in command(verb, *family.specs, "--rows", "few").err
+
+
 @pytest.mark.parametrize("content", ["notes.txt", "config.json"])
 def test_output_that_is_not_empty_stays_as_it_is(command, family, out, content):
     out.mkdir()

@@ -5,6 +5,7 @@ import torch
 
 import detune
 from detune.errors import InputError
+from detune.family import Models, rows_to_read
 from detune.report import Status
 from tests.cases import normal, seeded
 from tests.families import Fine, add, delta, edit, plain_family, plain_state, save_plain, tree
@@ -90,3 +91,63 @@ def test_tells_what_it_is_at(fine):
     seen = []
     report = detune.inspect(fine.models, on_tensor=lambda name, row: seen.append((name, row)))
     assert seen == [pair for row in report.tensors for pair in ((row.name, None), (row.name, row))]
+
+
+# --- some rows of each matrix ---
+
+
+def tall_family(folder):
+    """Four fine-tunes of a base whose matrices have more rows than are looked at."""
+    generator = seeded(21)
+    base = {
+        "layer.weight": normal(generator, 400, 96).bfloat16(),
+        "kernel.weight": normal(generator, 300, 32, 3, 3).float(),
+        "embed_tokens.weight": normal(generator, 500, 64).bfloat16(),
+        "norm.weight": normal(generator, 300).float(),
+    }
+    models = []
+    for i, rank in enumerate((3, 1, 2, 4)):
+        changed = {name: add(base[name], delta(generator, base[name], rank)) for name in list(base)[:2]}
+        models.append(save_plain(folder / f"model-{i}", base | changed))
+    return models
+
+
+def test_some_rows_say_what_all_of_them_do(tmp_path):
+    models = tall_family(tmp_path)
+    whole, part = detune.inspect(models), detune.inspect(models, rows=96)
+    for ours, theirs in zip(part.tensors, whole.tensors, strict=True):
+        assert (ours.name, ours.shape, ours.status, ours.ranks) == (
+            theirs.name,
+            theirs.shape,
+            theirs.status,
+            theirs.ranks,
+        )
+    assert whole.reading is None
+    read = [96 * 96 * 2, 96 * 32 * 9 * 4, 96 * 64 * 2, 300 * 4]
+    total = [400 * 96 * 2, 300 * 32 * 9 * 4, 500 * 64 * 2, 300 * 4]
+    assert (part.reading.rows, part.reading.read_bytes, part.reading.total_bytes) == (96, 4 * sum(read), 4 * sum(total))
+    assert json.loads(part.to_json())["reading"]["read_bytes"] == 4 * sum(read)
+    reasons = {row.name: row.reason for row in part.tensors}
+    assert reasons["embed_tokens.weight"] == "identical in the 96 rows that were looked at"
+    assert reasons["norm.weight"] == "identical in all models"
+
+
+def test_models_on_the_hub_are_not_downloaded(hub, monkeypatch):
+    monkeypatch.setattr("detune.family.ROWS_ON_HUB", 64)
+    models = tall_family(hub.root / "org")
+    specs = [f"org/{model.name}" for model in models]
+    report = detune.inspect(specs)
+    assert next(row.ranks for row in report.tensors if row.name == "layer.weight") == (3, 1, 2, 4)
+    assert report.reading.rows == 64
+    headers = sum(int.from_bytes((model / "model.safetensors").read_bytes()[:8], "little") + 8 for model in models)
+    assert hub.sent_bytes == report.reading.read_bytes + headers
+    assert hub.sent_bytes < 0.3 * report.reading.total_bytes
+    sent = hub.sent_bytes
+    with Models(specs, rows=rows_to_read(specs, "all")) as downloaded:
+        assert downloaded.reading is None
+    assert hub.sent_bytes == sent + sum((model / "model.safetensors").stat().st_size for model in models)
+
+
+def test_too_few_rows_tell_nothing(fine):
+    with pytest.raises(InputError, match="63 rows of each matrix; expected 64 at least"):
+        detune.inspect(fine.models, rows=63)

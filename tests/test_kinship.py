@@ -131,6 +131,26 @@ def test_two_sources_of_equal_size_are_both_listed(fine):
     assert re.search(r"2 sources with 2 models each: \{.*model-0, .*model-1\} and \{.*2, .*3\}", kinship.verdict)
 
 
+def test_a_stranger_with_its_rows_in_another_order_is_known_from_some_rows(tmp_path):
+    """What tells is which row became which, so a few of its matrices are read whole."""
+    generator = seeded(31)
+    base = {f"layer.{i}.weight": normal(generator, 320, 96).float() for i in range(2)}
+    models = []
+    for i in range(4):
+        changed = {name: add(base[name], delta(generator, base[name], 2)) for name in base}
+        models.append(save_plain(tmp_path / str(i), changed))
+    order = torch.randperm(320, generator=generator)
+    edit(models[3], lambda state: state.update({name: state[name][order].contiguous() for name in base}))
+    kinship = detune.check_family(models, rows=128)
+    assert [model.belongs for model in kinship.models] == [True, True, True, False]
+    assert "same base with its neurons or heads in another order" in kinship.models[3].reason
+    assert [tensor.ranks for tensor in kinship.tensors] == [(2, 2, 2)] * 2
+    assert kinship.reading.rows == 128
+    # Both matrices of the stranger and of a member, and the part of each model.
+    assert kinship.reading.read_bytes == (4 * 2 * 128 + 2 * 2 * 320) * 96 * 4
+    assert kinship.reading.total_bytes == 4 * 2 * 320 * 96 * 4
+
+
 def test_two_of_three_are_not_enough(fine):
     another_base(fine.models[1])
     kinship = detune.check_family(fine.models[:3])
