@@ -21,7 +21,7 @@ from detune.solvers.ranks import solve_ranks
 from detune.solvers.stack import Stack
 
 OVERSAMPLING = 8
-FIRST_WIDTH = 40
+FIRST_RANK = 32
 # Rows after folding: where storage noise is far below the deltas, and where it is not and folding more would lift it.
 FOLDED_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 1024, torch.float16: 1024}
 # Folding keeps a space of up to this share of its rows.
@@ -124,21 +124,19 @@ def find_differences(
     out, columns = stack.shape
     most = min(MOST_RANK, min(stack.shape) - min(stack.shape) // 8)
     cut = columns if rank is None else 2 * rank
-    width = FIRST_WIDTH if rank is None else cut
+    expected = FIRST_RANK if rank is None else cut
     rows = FOLDED_ROWS.get(stack.matrices[0].dtype, max(FOLDED_ROWS.values())) if fold else out
     open_pairs = ring(stack.n)
     found: dict[tuple[int, int], Difference] = {}
     while open_pairs:
-        folded = _fold(stack, rows, seed)
+        finder = _RangeFinder(_fold(stack, rows, seed), seed)
         for i, j in open_pairs:
-            norm = signal * float(
-                torch.hypot(stack.noise_norm(i, folded.shape[1]), stack.noise_norm(j, folded.shape[1]))
-            )
-            basis, singular_values = _row_space(folded[j] - folded[i], norm, width, seed)
+            norm = signal * float(torch.hypot(stack.noise_norm(i, finder.rows), stack.noise_norm(j, finder.rows)))
+            basis, singular_values = finder.row_space(i, j, norm, expected)
             # The others will need about as much.
-            width = max(width, len(singular_values))
+            expected = max(expected, len(singular_values))
             full_rank = len(singular_values) > most
-            if full_rank or len(singular_values) <= FOLDED_RANK * folded.shape[1] or folded.shape[1] == out:
+            if full_rank or len(singular_values) <= FOLDED_RANK * finder.rows or finder.rows == out:
                 found[i, j] = Difference((i, j), basis[:, :cut], singular_values[:cut], norm, full_rank)
         open_pairs = tuple(pair for pair in open_pairs if pair not in found)
         rows *= 4
@@ -146,7 +144,7 @@ def find_differences(
 
 
 def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
-    """`S (W_i - mean)` for each model, `(n, rows or a little more, in)`, S a sparse sign embedding of the rows.
+    """`S (W_i - W_1)` for each model, `(n, rows or a little more, in)`, S a sparse sign embedding of the rows.
 
     Rows that lie a multiple of the height apart share a bucket: neighbours, which often belong to one attention head
     and change together, do not. Where there are no more rows than asked for, they are taken as they are.
@@ -165,24 +163,63 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
             signs = stack.gaussian(generator, block.reference.shape[0], 1).sign()
             target.addcmul_(block.centred, signs)
     stack.require_finite(folded.sum())
+    folded[1:] -= folded[0].clone()
+    folded[0] = 0
     return folded
 
 
-def _row_space(A: Tensor, noise_norm: float, width: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Row space and singular values of A over the noise, both float64."""
-    limit = min(A.shape)
-    generator = seeded(seed, A.device)
-    while True:
-        width = min(limit, _padded(width))
-        test = torch.randn(A.shape[1], width, generator=generator, dtype=A.dtype, device=A.device)
-        Q = orthonormal(A @ test)
-        V, S, _ = thin_svd((Q.mT @ A).mT)
-        # Below this is the rounding error of the products, not the storage's.
-        floor = max(noise_norm, 8 * torch.finfo(A.dtype).eps * float(S[0]))
-        rank = int(S.gt(floor).sum())
-        if _padded(rank) <= width or width == limit:
-            return V[:, :rank], S[:rank]
-        width *= 3
+class _RangeFinder:
+    """Row spaces of differences, by test vectors that all of them share: the models are multiplied, not the pairs.
+
+    Args:
+        matrices: `W_i - W_1`, folded, `(n, rows, in)`.
+        seed: Of the test vectors.
+    """
+
+    def __init__(self, matrices: Tensor, seed: int) -> None:
+        self._matrices = matrices
+        self._generator = seeded(seed, matrices.device)
+        self._images = matrices.new_empty(*matrices.shape[:2], 0)
+
+    @property
+    def rows(self) -> int:
+        """Rows after folding."""
+        return self._matrices.shape[1]
+
+    def row_space(self, i: int, j: int, noise_norm: float, expected: int) -> tuple[Tensor, Tensor]:
+        """Row space and singular values of `W_i - W_j` over the noise, both float64, the rank expected or not."""
+        A = _subtract(self._matrices, i, j)
+        limit = min(A.shape)
+        while True:
+            width = min(limit, _padded(expected))
+            self._widen(width)
+            Q = orthonormal(_subtract(self._images, i, j)[:, :width])
+            V, S, _ = thin_svd((Q.mT @ A).mT)
+            # Below this is the rounding error of the products, not the storage's.
+            floor = max(noise_norm, 8 * torch.finfo(A.dtype).eps * float(S[0]))
+            rank = int(S.gt(floor).sum())
+            if _padded(rank) <= width or width == limit:
+                return V[:, :rank], S[:rank]
+            expected *= 4
+
+    def _widen(self, width: int) -> None:
+        """Make the images of so many test vectors, keeping those that there are."""
+        n, rows, columns = self._matrices.shape
+        before = self._images.shape[2]
+        if width <= before:
+            return
+        like = self._matrices
+        test = torch.randn(columns, width - before, generator=self._generator, dtype=like.dtype, device=like.device)
+        images = like.new_zeros(n, rows, width)
+        images[:, :, :before] = self._images
+        for matrix, image in zip(like[1:], images[1:], strict=True):
+            image[:, before:] = matrix @ test
+        self._images = images
+
+
+def _subtract(matrices: Tensor, i: int, j: int) -> Tensor:
+    """The j-th less the i-th; the first is zero."""
+    return matrices[j] if i == 0 else matrices[j] - matrices[i]
 
 
 def _padded(rank: int) -> int:

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The exponent's bits of a positive float64.
+EXPONENT = 0x7FF0000000000000
+
 
 class Interval(NamedTuple):
     """The reals that round to stored values.
@@ -33,10 +36,7 @@ def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         The same shape, float64.
     """
-    info = torch.finfo(dtype)
-    magnitude = values.to(torch.float64).abs().clamp(min=info.tiny)
-    _, exponent = torch.frexp(magnitude)
-    return torch.ldexp(torch.full_like(magnitude, info.eps), exponent - 1)
+    return _binade(values.to(torch.float64), dtype) * torch.finfo(dtype).eps
 
 
 def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,14 +55,24 @@ def interval(stored: Tensor) -> Interval:
         Half a step to either side; at a power of two the step towards zero is half as wide.
     """
     values = stored.to(torch.float64)
-    outward = spacing(stored, stored.dtype) / 2
-    mantissa, _ = torch.frexp(values.abs())
-    inward = torch.where(mantissa.eq(0.5) & values.abs().gt(torch.finfo(stored.dtype).tiny), outward / 2, outward)
-    low = torch.where(values > 0, values - inward, values - outward)
-    high = torch.where(values < 0, values + inward, values + outward)
-    return Interval(low, high)
+    binade = _binade(values, stored.dtype)
+    outward = binade * (torch.finfo(stored.dtype).eps / 2)
+    magnitude = values.abs()
+    power = magnitude.eq(binade) & magnitude.gt(torch.finfo(stored.dtype).tiny)
+    inward = torch.where(power, outward / 2, outward)
+    return Interval(
+        values - torch.where(values > 0, inward, outward),
+        values + torch.where(values < 0, inward, outward),
+    )
 
 
 def lies_on(values: Tensor, dtype: torch.dtype) -> bool:
     """Whether every value is a point of the grid."""
     return torch.equal(values.to(dtype).to(values.dtype), values)
+
+
+def _binade(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest power of two up to each magnitude, of those that are normal numbers of the dtype; float64."""
+    magnitude = values.abs().clamp_(min=torch.finfo(dtype).tiny)
+    # A float64 whose fraction is cut off; `frexp` does the same in ten times the time.
+    return magnitude.view(torch.int64).bitwise_and_(EXPONENT).view(torch.float64)

@@ -53,14 +53,15 @@ class Entries:
 
     def by_sum(self, points: Tensor) -> Posterior:
         """The sum over all `points`, `(candidates, entries)`, equally likely."""
-        parts = truncated_normal(self.low - points[:, None], self.high - points[:, None], self.m, self.v.sqrt())
+        std = self.v.sqrt()
+        parts = truncated_normal((self.low - points[:, None] - self.m) / std, (self.high - self.low) / std)
         p = torch.softmax(parts.log_probability.sum(dim=1), dim=0)
         weight = points.gather(0, p.argmax(dim=0, keepdim=True))[0]
         doubt = 1 - p.amax(dim=0)
         variance = (p * (points - weight).square()).sum(dim=0)
         delta = (p[:, None] * parts.mean).sum(dim=0)
         delta_variance = (p[:, None] * (parts.variance + (parts.mean - delta).square())).sum(dim=0)
-        return Posterior(weight, doubt, variance, delta, delta_variance)
+        return Posterior(weight, doubt, variance, self.m + std * delta, self.v * delta_variance)
 
     def all_points(self, grid: torch.dtype, reach: int = 60) -> Tensor:
         """The grid around every entry, by bit patterns: W's own spacing holds on neither side of a power of two."""

@@ -6,12 +6,19 @@ from torch import Tensor
 
 from detune.solvers import Auto, Stack
 from detune.solvers.base import LowRank
-from detune.solvers.lattice import sweep as module
-from detune.solvers.lattice.sweep import Estimate, half_sweep, sweep, views
+from detune.solvers.lattice import view as module
+from detune.solvers.lattice.estimate import Estimate
+from detune.solvers.lattice.sweep import half_sweep, sweep
+from detune.solvers.lattice.view import views
 from tests.cases import normal, rms, seeded
 from tests.solvers.lattice.problems import SCALE, OnGridProblem
 
-EVERYTHING = slice(None)
+
+def entries(estimate: Estimate) -> tuple[Tensor, Tensor]:
+    """Mean and variance of all entries, by the definition."""
+    (q, q_weight), (p, p_weight) = estimate.rows, estimate.columns
+    variance = estimate.scale * (torch.outer(q, p_weight) + torch.outer(q_weight, p))
+    return estimate.left @ estimate.right.mT, variance
 
 
 def uneven(estimate: Estimate, generator: torch.Generator) -> Estimate:
@@ -25,7 +32,7 @@ def uneven(estimate: Estimate, generator: torch.Generator) -> Estimate:
 
 def row_by_row(estimate: Estimate, target: Tensor, used: Tensor) -> Tensor:
     """`min_L sum_ab used_ab (target_ab - L_a . R_b)^2 / v_ab`, one row after another; returns `L R^T`."""
-    _, v = estimate.entries(EVERYTHING)
+    _, v = entries(estimate)
     rows = []
     for a in range(len(target)):
         weight = (used[a] / v[a]).sqrt()
@@ -60,9 +67,7 @@ def test_half_sweep_says_how_well_it_knows_the_rows():
     v = (0.05 * problem.step) ** 2
     ((L, R),) = problem.factors
     (after,) = half_sweep(problem.stack, [Estimate.of(LowRank(L, R), v)], problem.grid)
-    _, variance = Estimate(after.left, after.right, after.rows, after.columns * torch.tensor([[0.0], [1.0]])).entries(
-        EVERYTHING
-    )
+    _, variance = entries(Estimate(after.left, after.right, after.rows, after.columns * torch.tensor([[0.0], [1.0]])))
     assert float(variance.mean()) == pytest.approx(v * 3 / 30, rel=0.02)
 
 
@@ -76,18 +81,18 @@ class TestEstimate:
 
     def test_transposed_is_of_the_transposed_matrix(self):
         estimate = self.estimate()
-        for one, other in zip(estimate.entries(EVERYTHING), estimate.transposed.entries(EVERYTHING), strict=True):
+        for one, other in zip(entries(estimate), entries(estimate.transposed), strict=True):
             assert torch.allclose(one, other.mT, rtol=1e-14)
 
     def test_single_entries_are_those_of_the_matrix(self):
         estimate = self.estimate()
         rows, columns = torch.tensor([0, 3, 6]), torch.tensor([4, 0, 2])
-        for some, entries in zip(estimate.at(rows, columns), estimate.entries(EVERYTHING), strict=True):
-            assert torch.allclose(some, entries[rows, columns])
+        for some, all_of_them in zip(estimate.at(rows, columns), entries(estimate), strict=True):
+            assert torch.allclose(some, all_of_them[rows, columns])
 
     def test_starts_with_one_variance_everywhere(self):
         generator = seeded()
-        _, variance = Estimate.of(LowRank(normal(generator, 7, 2), normal(generator, 5, 2)), 0.3).entries(EVERYTHING)
+        _, variance = entries(Estimate.of(LowRank(normal(generator, 7, 2), normal(generator, 5, 2)), 0.3))
         assert torch.allclose(variance, torch.full((7, 5), 0.3, dtype=torch.float64))
 
     @staticmethod
@@ -122,7 +127,7 @@ class TestSweep:
         estimates = starting(problem)
         for _ in range(4):
             estimates = sweep(problem.stack, estimates, problem.grid)
-        claimed = [float(e.entries(EVERYTHING)[1].mean().sqrt()) for e in estimates]
+        claimed = [float(entries(e)[1].mean().sqrt()) for e in estimates]
         ratios = [error / claim for error, claim in zip(errors(problem, estimates), claimed, strict=True)]
         assert all(0.5 < ratio < 2 for ratio in ratios)
 

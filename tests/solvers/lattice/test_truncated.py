@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from detune.solvers.lattice.truncated import FAR, THIN, Moments, truncated_normal
+from detune.solvers.lattice import truncated
+from detune.solvers.lattice.truncated import FAR, Moments, one_sided, truncated_normal
 
+THIN = truncated.THIN[torch.float64]
 NODES, WEIGHTS = map(torch.from_numpy, np.polynomial.legendre.leggauss(120))
 
 
@@ -18,9 +20,7 @@ def numbers(*values: float) -> Tensor:
 
 
 def standard(intervals: Sequence[tuple[float, float]]) -> Moments:
-    """Of the standard normal."""
-    low, high = numbers(*(a for a, _ in intervals)), numbers(*(b for _, b in intervals))
-    return truncated_normal(low, high, torch.zeros_like(low), torch.ones_like(low))
+    return truncated_normal(numbers(*(a for a, _ in intervals)), numbers(*(b - a for a, b in intervals)))
 
 
 def by_quadrature(a: float, b: float) -> Moments:
@@ -107,20 +107,31 @@ def test_a_small_jump_where_tails_become_far(width, sign):
     assert float(near.variance) == pytest.approx(float(far.variance), rel=6 * error)
 
 
-def test_mean_and_std_shift_and_scale():
-    low, high, mean, std = numbers(0.1, -3.0), numbers(0.5, 9.0), numbers(0.2, 1.0), numbers(0.3, 2.0)
-    found = truncated_normal(low, high, mean, std)
-    unit = standard(list(zip(((low - mean) / std).tolist(), ((high - mean) / std).tolist(), strict=True)))
-    assert torch.allclose(found.log_probability, unit.log_probability)
-    assert torch.allclose(found.mean, mean + std * unit.mean)
-    assert torch.allclose(found.variance, std.square() * unit.variance)
+@pytest.mark.parametrize("width", [1e-4, 3e-3, 0.04, 0.06, 0.5, 3.0, 50.0])
+@pytest.mark.parametrize("place", [-20.0, -5.5, -1.0, 0.0, 0.4, 3.0, 9.0])
+def test_float32_agrees_with_float64(place, width):
+    interval = numbers(place - width / 2).float(), numbers(width).float()
+    found = truncated_normal(*interval)
+    expected = truncated_normal(*(number.double() for number in interval))
+    assert float(found.log_probability) == pytest.approx(float(expected.log_probability), abs=3e-3)
+    deviation = float(expected.variance.sqrt())
+    assert float(found.mean) == pytest.approx(float(expected.mean), abs=0.02 * deviation)
+    assert float(found.variance) == pytest.approx(float(expected.variance), rel=0.02)
+
+
+@pytest.mark.parametrize("x", [-30.0, -7.0, -1.0, 0.0, 0.5, 4.0, 20.0])
+def test_one_sided_is_an_interval_without_another_end(x):
+    below, less = one_sided(numbers(x))
+    expected = by_quadrature(x - 60, x)
+    assert -float(below) == pytest.approx(float(expected.mean), rel=1e-6, abs=1e-12)
+    assert 1 - float(less) == pytest.approx(float(expected.variance), rel=1e-3)
 
 
 def test_probabilities_of_a_partition_add_up_to_one():
     cuts = torch.linspace(-9, 9, 400, dtype=torch.float64)
-    found = truncated_normal(cuts[:-1], cuts[1:], numbers(0.3), numbers(1.0))
+    found = truncated_normal(cuts[:-1], cuts.diff())
     assert float(found.log_probability.exp().sum()) == pytest.approx(1, abs=1e-9)
-    assert float((found.log_probability.exp() * found.mean).sum()) == pytest.approx(0.3, abs=1e-6)
+    assert float((found.log_probability.exp() * found.mean).sum()) == pytest.approx(0, abs=1e-6)
 
 
 def test_nothing_is_infinite_however_far():

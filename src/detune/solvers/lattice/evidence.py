@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from detune.solvers.grid import interval, nearest, spacing
+from detune.solvers.lattice.estimate import Estimate
 from detune.solvers.lattice.posterior import feasible, gaussian, log_evidence
-from detune.solvers.lattice.sweep import Estimate
 from detune.solvers.random import seeded
 from detune.solvers.stack import Stack
 

@@ -20,7 +20,7 @@ from detune.solvers.lattice.truncated import Moments, truncated_normal
 # How many standard deviations of M_i the search for grid points allows beyond the interval's ends.
 SLACK = 4.0
 # Grid points looked at on each side of the middle: as many as the intervals leave, or the entry is continuous.
-REACHES = (0, 1, 4)
+REACHES = (0, 1, 2, 4)
 # Numbers that stand for a continuous W.
 NODES = 9
 
@@ -96,8 +96,8 @@ def log_evidence(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tensor
         v: As there.
         points: Grid points that W may be, equally likely, `(candidates, entries)`.
     """
-    std = v.sqrt()
-    moments = truncated_normal(low - points[:, None], high - points[:, None], m, std)
+    middle = points[len(points) // 2]
+    moments = _given(low, high, m, v.sqrt(), middle, points - middle)
     return torch.logsumexp(moments.log_probability.sum(dim=1), dim=0)
 
 
@@ -117,9 +117,19 @@ def gaussian(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, T
     return (precision * ((low + high) / 2 - m)).sum(dim=0) / total, 1 / total
 
 
+def _given(low: Tensor, high: Tensor, m: Tensor, std: Tensor, W: Tensor, offsets: Tensor) -> Moments:
+    """Of every `(M_i - m) / std`, were the entry of the base `W + offset`: `(candidates, n, entries)`, float32.
+
+    What float32 cannot hold, `low - W - m`, is taken before: all else is a few standard deviations.
+    """
+    a, width = ((low - W - m) / std).float(), ((high - low) / std).float()
+    return truncated_normal(a - offsets.float()[:, None] / std.float(), width)
+
+
 def _given_points(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tensor) -> Posterior:
     """W is one of `points`, `(candidates, entries)`, ascending."""
-    moments = truncated_normal(low - points[:, None], high - points[:, None], m, v.sqrt())
+    middle, std = points[len(points) // 2], v.sqrt()
+    moments = _given(low, high, m, std, middle, points - middle)
     log_p = moments.log_probability.sum(dim=1)
     # Where the step halves at a power of two, two candidates round to one point.
     log_p[1:].masked_fill_(points[1:] == points[:-1], -torch.inf)
@@ -128,23 +138,24 @@ def _given_points(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tenso
     weight = points.gather(0, best)[0]
     others = p.scatter(0, best, 0.0)
     variance = (others * (points - weight).square()).sum(dim=0)
-    return Posterior(weight, others.sum(dim=0), variance, *_mixture(p, moments))
+    return Posterior(weight, others.sum(dim=0).double(), variance, *_mixture(p, moments, m, std))
 
 
 def _between(low: Tensor, high: Tensor, m: Tensor, v: Tensor, ends: Tensor, grid: torch.dtype | None) -> Posterior:
     """W is any number between the ends: the same sum, over evenly spaced numbers."""
-    width = (ends[1] - ends[0]) / NODES
-    places = torch.arange(NODES, dtype=low.dtype, device=low.device)[:, None] + 0.5
-    points = ends[0] + width * places
-    moments = truncated_normal(low - points[:, None], high - points[:, None], m, v.sqrt())
+    std, width = v.sqrt(), (ends[1] - ends[0]) / NODES
+    places = torch.arange(NODES, dtype=low.dtype, device=low.device)[:, None] - NODES // 2
+    middle = (ends[0] + ends[1]) / 2
+    moments = _given(low, high, m, std, middle, width * places)
     p = torch.softmax(moments.log_probability.sum(dim=1), dim=0)
-    mean = (p * points).sum(dim=0)
-    variance = (p * (points - mean).square()).sum(dim=0) + width.square() / 12
-    weight = mean if grid is None else nearest(mean, grid)
-    return Posterior(weight, torch.ones_like(weight), variance, *_mixture(p, moments))
+    offset = (p * width * places).sum(dim=0)
+    variance = (p * (width * places - offset).square()).sum(dim=0) + width.square() / 12
+    weight = middle + offset if grid is None else nearest(middle + offset, grid)
+    return Posterior(weight, torch.ones_like(weight), variance, *_mixture(p, moments, m, std))
 
 
-def _mixture(p: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+def _mixture(p: Tensor, moments: Moments, m: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of the `M_i`, `(n, entries)`, where each value of W has the probability p."""
     mean = (p[:, None] * moments.mean).sum(dim=0)
-    return mean, (p[:, None] * (moments.variance + (moments.mean - mean).square())).sum(dim=0)
+    variance = (p[:, None] * (moments.variance + (moments.mean - mean).square())).sum(dim=0)
+    return m + std * mean, std.square() * variance

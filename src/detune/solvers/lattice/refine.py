@@ -15,9 +15,11 @@ import torch
 
 from detune.solvers.base import Bits, NotRecoverable, Recovery, left_alone
 from detune.solvers.grid import lies_on, spacing
+from detune.solvers.lattice.bits import base_bits
+from detune.solvers.lattice.estimate import Estimate
 from detune.solvers.lattice.evidence import HeldOut, calibrated, log10_false_positive, misfit
 from detune.solvers.lattice.score import delta_scale, known_spaces, score_start, within
-from detune.solvers.lattice.sweep import Estimate, sweep, views
+from detune.solvers.lattice.sweep import sweep
 from detune.solvers.stack import Stack
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -25,13 +27,6 @@ HALVES = (torch.bfloat16, torch.float16)
 LEAST_GAIN = 0.003
 # A fit that knows no grid, and whose test for one has a larger bound than this, is not swept.
 HINT = 0.1
-# An entry is certain if the probability of another grid point is below DOUBT with all variances SAFETY times as large.
-DOUBT = 1e-9
-# None is in a row or column where the M_i lie outside their intervals by more than this, in squared deviations, summed.
-MOST_STRAIN = 3.0
-# What they are outside by counts from this share of a step on.
-HARMLESS = 0.01
-SAFETY = 4.0
 # Variances that least squares promises can be so many times too small.
 WIDER = 16.0
 # A start from the score is farther from the answer than one from least squares.
@@ -153,7 +148,7 @@ class Lattice:
         most = self.sweeps + (MORE_SWEEPS if coarse else 0)
         sweeps, gain = 0, math.inf
         while sweeps < most and abs(gain) >= LEAST_GAIN:
-            swept = within(sweep(stack, estimates, grid, held.used), spaces)
+            swept = within(sweep(stack, estimates, grid, held.used, self.seed + sweeps), spaces)
             estimates, gained = calibrated(held, swept, grid)
             sweeps, gain, evidence = sweeps + 1, gained - evidence, gained
             if sweeps == SIGN_AFTER and log10_false_positive(held, estimates, grid) > SIGN:
@@ -164,43 +159,24 @@ class Lattice:
     def _finish(self, stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
         """The answer, from a fit to all entries."""
         # With all entries in, the fit is better than the calibrated one by so little that a sweep settles it.
-        estimates = sweep(stack, fit.estimates, fit.grid) if fit.sweeps else fit.estimates
-        weight = torch.empty(stack.shape, dtype=torch.float64, device=stack.device)
-        certain = torch.empty(stack.shape, dtype=torch.bool, device=stack.device)
-        expected = residual = spread = rounding = 0.0
-        strained = [torch.zeros(stack.n, size, dtype=torch.float64, device=stack.device) for size in stack.shape]
-        for view in views(stack, estimates):
-            found = view.posterior(fit.grid, least_reach=1)
-            careful = replace(view, v=SAFETY * view.v).posterior(fit.grid, least_reach=1)
-            weight[view.rows] = found.weight
-            certain[view.rows] = (careful.doubt < DOUBT) & (careful.weight == found.weight)
-            expected += float(found.variance.sum())
-            outside = torch.maximum(view.low - found.weight - view.m, view.m + found.weight - view.high).clamp(min=0)
-            strain = (outside - HARMLESS * spacing(found.weight, fit.grid)).clamp(min=0).square() / view.v
-            strained[0][:, view.rows] = strain.sum(dim=2)
-            strained[1] += strain.sum(dim=1)
-            stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
-            residual += float((stored - found.weight - view.m).square().sum())
-            spread += float((stored - stored.mean(dim=0)).square().sum())
-            rounding += float((view.high - view.low).square().sum()) / 12
-        # A row of L, or of R, that has locked onto wrong points strains its line of the matrix.
-        rows, columns = (strain.amax(dim=0) > MOST_STRAIN for strain in strained)
-        certain &= ~(rows[:, None] | columns)
+        seed = self.seed + fit.sweeps
+        estimates = sweep(stack, fit.estimates, fit.grid, seed=seed) if fit.sweeps else fit.estimates
+        found = base_bits(stack, estimates, fit.grid, seed)
         # A delta that the start found to be none stays none.
         known = start.ranks if start is not None and start.ranks else (1,) * stack.n
         deltas = tuple(e.low_rank if r else e.nothing for e, r in zip(estimates, known, strict=True))
         name = str(fit.grid).removeprefix("torch.")
-        bits = Bits(fit.grid, fit.log10_false_positive, certain, expected / weight.numel())
+        bits = Bits(fit.grid, fit.log10_false_positive, found.certain, found.expected_mse)
         before = f"{start.reason}; then " if start is not None else ""
         return Recovery(
-            weight.to(stack.dtype),
+            found.weight,
             f"{start.method}+lattice" if start is not None else "lattice",
             f"{before}on the {name} grid (chance of error below 1e{math.ceil(fit.log10_false_positive)}), "
             f"{fit.sweeps} sweeps, {bits.share:.2%} of the entries certain",
             deltas,
             tuple(M_i.rank for M_i in deltas),
-            (residual / spread) ** 0.5 if spread > 0 else 0.0,
-            (residual / rounding) ** 0.5,
+            found.relative_residual,
+            found.noise_ratio,
             fit.sweeps,
             bits,
         )

@@ -16,9 +16,12 @@ from torch import Tensor
 from detune.solvers.base import LowRank
 from detune.solvers.differences import find_differences
 from detune.solvers.grid import interval, nearest, spacing
-from detune.solvers.lattice.sweep import Estimate, views
+from detune.solvers.lattice.estimate import Estimate
+from detune.solvers.lattice.view import views
 from detune.solvers.stack import Stack
 
+# Rows with about so many entries show the size of the deltas.
+SAMPLED = 1 << 20
 # Entries with the finest steps show the size of the deltas.
 FINEST = 0.03
 # Neighbouring singular values of noise differ by less than this factor; the last wider gap ends the signal.
@@ -60,11 +63,13 @@ def delta_scale(stack: Stack, grid: torch.dtype) -> float:
     the scatter of its entries about the grid, where a normal delta of size tau leaves `E cos(2 pi W_1 / step) =
     exp(-2 pi^2 tau^2 / step^2)`; solved for tau by bisection.
     """
+    every = max(1, stack.shape[0] * stack.shape[1] // SAMPLED)
+    rows = [W_i[::every].to(stack.device) for W_i in stack.matrices]
     if stack.n == 1:
-        return _scatter(stack.matrices[0].to(stack.device), grid)
+        return _scatter(rows[0], grid)
     total, count = 0.0, 0
     for i in range(stack.n):
-        pair = [stack.matrices[j % stack.n].to(stack.device) for j in (i, i + 1)]
+        pair = [rows[j % stack.n] for j in (i, i + 1)]
         ends = [interval(W_i) for W_i in pair]
         rounding = torch.stack([(high - low).square() / 12 for low, high in ends]).sum(dim=0)
         fine = rounding <= rounding.flatten()[:: max(1, rounding.numel() // 10**5)].quantile(FINEST)
@@ -111,10 +116,12 @@ def score_start(
     scores = torch.empty(stack.n, out, columns, dtype=torch.float32, device=stack.device)
     information = torch.zeros(stack.n, dtype=torch.float64, device=stack.device)
     for view in views(stack, prior):
-        found = view.posterior(grid)
-        score = found.delta / view.v * tau
+        everything = torch.arange(view.m[0].numel(), device=view.m.device)
+        v = view.variance(everything)
+        found = view.posterior(everything, v, grid)
+        score = (found.delta / v * tau).unflatten(1, view.m.shape[1:])
         scores[:, view.rows] = score.float() if used is None else (score * used[view.rows]).float()
-        information += (1 - found.delta_variance / view.v).sum(dim=(1, 2))
+        information += (1 - found.delta_variance / v).sum(dim=1)
     # In units of tau: what the score's entries say on average, between nothing and all.
     information /= out * columns
     if not bool(torch.isfinite(scores).all()):

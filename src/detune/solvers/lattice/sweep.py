@@ -4,131 +4,34 @@ The posterior of an entry sees each `M_i` through its estimate `N(m, v)`; what i
 precision `h = (1 - v_new / v) / v` at `m + (m_new - m) / (h v)`, the score's. A half sweep solves one weighted
 least-squares problem for each row of L given R. That is generalised approximate message passing (Rangan 2011, arXiv
 1010.5141) with the low-rank factors as its linear part.
+
+The r numbers of a row need no more than a few hundred entries each, so wide matrices are seen through some of their
+columns: a sweep costs in proportion to `out + in`, not to their product.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from detune.solvers.base import LowRank
-from detune.solvers.grid import interval
-from detune.solvers.lattice.posterior import Posterior, posterior
+from detune.solvers.lattice.estimate import LEAST_SIZE, Estimate
+from detune.solvers.lattice.posterior import SLACK
+from detune.solvers.lattice.truncated import one_sided, truncated_normal
+from detune.solvers.lattice.view import Settled, View, views
+from detune.solvers.random import seeded
 from detune.solvers.stack import Stack
 
-# Entries of all models that are worked on at a time.
-BLOCK_ENTRIES = 1 << 18
+# A row of L is fitted to so many entries, or so many for each of its numbers, if there are more.
+MOST_SEEN, SEEN_PER_RANK = 1024, 48
 # A measurement that says nothing still has a precision: a line without any would leave its factors free.
 LEAST_SHARE = 1e-9
-# Mean square of factors that are zero, and variance of what they give: with none there would be nothing to divide by.
-LEAST_SIZE = 1e-30
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """`M_i` and how well its entries are known: `variance[a, b] = scale (q_a p_b + p'_a q'_b)`.
-
-    Attributes:
-        left: L, `(out, r)`, float64.
-        right: R, `(in, r)`, float64; `M_i = L R^T`.
-        rows: `(2, out)`: variance `q_a` of a row's coordinates, and its weight `p'_a` in the columns' variance.
-        columns: `(2, in)`: the same for columns.
-        scale: What the variance must be multiplied by to agree with entries that were held out.
-    """
-
-    left: Tensor
-    right: Tensor
-    rows: Tensor
-    columns: Tensor
-    scale: float = 1.0
-
-    @classmethod
-    def of(cls, M_i: LowRank, variance: float) -> "Estimate":
-        """A start whose entries all have one variance; a delta of rank 0 is one of rank 1 that is zero."""
-        left, right = (f.double() if M_i.rank else f.new_zeros(len(f), 1).double() for f in (M_i.left, M_i.right))
-        rows, columns = (
-            torch.stack([torch.full_like(factor[:, 0], variance / 2), torch.ones_like(factor[:, 0])])
-            for factor in (left, right)
-        )
-        return cls(left, right, rows, columns)
-
-    @property
-    def transposed(self) -> "Estimate":
-        """Of the transposed matrix."""
-        return Estimate(self.right, self.left, self.columns, self.rows, self.scale)
-
-    @property
-    def low_rank(self) -> LowRank:
-        """The estimate itself."""
-        return LowRank(self.left, self.right)
-
-    @property
-    def nothing(self) -> LowRank:
-        """A delta of rank 0 of the same shape."""
-        return LowRank(self.left[:, :0], self.right[:, :0])
-
-    def entries(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Mean and variance of some rows, `(rows, in)` each."""
-        mean = self.left[rows] @ self.right.mT
-        variance = torch.outer(self.rows[0, rows], self.columns[1]) + torch.outer(self.rows[1, rows], self.columns[0])
-        return mean, (self.scale * variance).clamp(min=LEAST_SIZE)
-
-    def at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of single entries, `(entries,)` each."""
-        mean = (self.left[rows] * self.right[columns]).sum(dim=1)
-        variance = self.rows[0, rows] * self.columns[1, columns] + self.rows[1, rows] * self.columns[0, columns]
-        return mean, (self.scale * variance).clamp(min=LEAST_SIZE)
-
-
-@dataclass(frozen=True)
-class View:
-    """Some rows of the stack as intervals, with what the estimates say of them; all `(n, rows, in)`, float64.
-
-    Attributes:
-        rows: Which rows.
-        low: Lower ends of the intervals.
-        high: Upper ends.
-        m: Means of the `M_i`.
-        v: Their variances.
-    """
-
-    rows: slice
-    low: Tensor
-    high: Tensor
-    m: Tensor
-    v: Tensor
-
-    @classmethod
-    def of(cls, stack: Stack, estimates: Sequence[Estimate], rows: slice) -> "View":
-        """Read some rows."""
-        intervals = [interval(W_i[rows].to(stack.device)) for W_i in stack.matrices]
-        entries = [estimate.entries(rows) for estimate in estimates]
-        return cls(
-            rows,
-            torch.stack([low for low, _ in intervals]),
-            torch.stack([high for _, high in intervals]),
-            torch.stack([m for m, _ in entries]),
-            torch.stack([v for _, v in entries]),
-        )
-
-    def posterior(self, grid: torch.dtype | None, least_reach: int = 0) -> Posterior:
-        """See `detune.solvers.lattice.posterior.posterior`; its fields are `(rows, in)` and `(n, rows, in)`."""
-        low, high, m, v = (t.flatten(start_dim=1) for t in (self.low, self.high, self.m, self.v))
-        found = posterior(low, high, m, v, grid, least_reach)
-        return Posterior(*(t.unflatten(-1, self.low.shape[1:]) for t in found))
-
-
-def views(stack: Stack, estimates: Sequence[Estimate]) -> Iterator[View]:
-    """The whole stack, some rows at a time."""
-    out, columns = stack.shape
-    height = max(1, BLOCK_ENTRIES // (stack.n * columns))
-    for start in range(0, out, height):
-        yield View.of(stack, estimates, slice(start, min(start + height, out)))
+# An end of its interval that is so many standard deviations off says nothing of an M_i.
+SILENT = 4.5
 
 
 def sweep(
-    stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype | None, used: Tensor | None = None
+    stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype | None, used: Tensor | None = None, seed: int = 0
 ) -> tuple[Estimate, ...]:
     """New left factors for the right ones, then new right factors for the left ones.
 
@@ -137,30 +40,36 @@ def sweep(
         estimates: One for each.
         grid: The dtype that W lies on; None is no grid.
         used: Which entries to use, `(out, in)`, bool; None is all.
+        seed: Of the columns, and rows, that are looked at.
     """
-    estimates = half_sweep(stack, estimates, grid, used)
-    turned = half_sweep(stack.transposed, [e.transposed for e in estimates], grid, None if used is None else used.mT)
+    estimates = half_sweep(stack, estimates, grid, used, seed)
+    turned = half_sweep(
+        stack.transposed, [e.transposed for e in estimates], grid, None if used is None else used.mT, seed
+    )
     return tuple(e.transposed for e in turned)
 
 
 def half_sweep(
-    stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype | None, used: Tensor | None = None
+    stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype | None, used: Tensor | None = None, seed: int = 0
 ) -> tuple[Estimate, ...]:
     """New left factors for the right ones, row by row."""
     estimates = tuple(map(_normalised, estimates))
-    outer = [(e.right[:, :, None] * e.right[:, None, :]).flatten(start_dim=1) for e in estimates]
+    seen = seen_columns(stack, estimates, seed)
+    looked_at = estimates
+    if seen is not None:
+        stack = replace(stack, matrices=tuple(W_i.index_select(1, seen.to(W_i.device)) for W_i in stack.matrices))
+        looked_at = tuple(e.given_columns(seen) for e in estimates)
+        used = None if used is None else used[:, seen]
+    outer = [(e.right[:, :, None] * e.right[:, None, :]).flatten(start_dim=1) for e in looked_at]
     # Rows of L are as large as they have been: what the data leave open stays near zero.
     prior = [1 / e.left.square().mean(dim=0).clamp(min=LEAST_SIZE) for e in estimates]
     left = [torch.empty_like(e.left) for e in estimates]
     spread = [torch.empty_like(e.rows[0]) for e in estimates]
-    for view in views(stack, estimates):
-        found = view.posterior(grid)
-        share = (1 - found.delta_variance / view.v).clamp(min=LEAST_SHARE)
-        target = view.m + (found.delta - view.m) / share
-        precision = share / view.v
+    for view in views(stack, looked_at):
+        precision, target = _measurements(view, grid)
         if used is not None:
-            precision = precision * used[view.rows]
-        for i, estimate in enumerate(estimates):
+            precision *= used[view.rows]
+        for i, estimate in enumerate(looked_at):
             left[i][view.rows], spread[i][view.rows] = _solve_rows(
                 precision[i], target[i], estimate.right, outer[i], prior[i]
             )
@@ -168,6 +77,55 @@ def half_sweep(
         replace(e, left=L, rows=torch.stack([q, e.rows[1]]), columns=torch.stack([e.columns[0], _profile(e.right)]))
         for e, L, q in zip(estimates, left, spread, strict=True)
     )
+
+
+def _measurements(view: View, grid: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """What the entries say of the `M_i`: precisions and values, `(n, rows, in)`."""
+    precision, target = torch.zeros_like(view.m), view.m.clone()
+    if grid is None:
+        places = torch.arange(view.m[0].numel(), device=view.m.device)
+    else:
+        settled = view.settle(grid, SLACK)
+        _measure_settled(view, settled, precision.view(-1), target.view(-1))
+        places = settled.open.flatten().nonzero().squeeze(1)
+    v = view.variance(places)
+    _, _, m = view.at(places)
+    found = view.posterior(places, v, grid)
+    share = (1 - found.delta_variance / v).clamp(min=LEAST_SHARE)
+    precision.flatten(start_dim=1)[:, places] = share / v
+    target.flatten(start_dim=1)[:, places] = m + (found.delta - m) / share
+    return precision, target
+
+
+def _measure_settled(view: View, settled: Settled, precision: Tensor, target: Tensor) -> None:
+    """Fill in what the entries with one grid point say: only those near an end of their interval say anything."""
+    above = settled.weight + view.m
+    to_high = view.high - above
+    to_low = above.sub_(view.low)
+    near = (torch.minimum(to_low, to_high) < SILENT * view.deviation) & ~settled.open
+    places = near.flatten().nonzero().squeeze(1)
+    v = view.variance_of(places)
+    std = v.sqrt()
+    below, above = to_low.flatten()[places] / std, to_high.flatten()[places] / std
+    shift, share = one_sided(torch.minimum(below, above))
+    shift = torch.where(below < above, shift, -shift)
+    both = (torch.maximum(below, above) < SILENT).nonzero().squeeze(1)
+    if len(both):
+        moments = truncated_normal(-below[both], (below + above)[both])
+        shift[both], share[both] = moments.mean, 1 - moments.variance
+    share = share.clamp_(min=LEAST_SHARE)
+    precision[places] = share / v
+    target[places] += shift * std / share
+
+
+def seen_columns(stack: Stack, estimates: Sequence[Estimate], seed: int) -> Tensor | None:
+    """The columns that a half sweep looks at; None is all."""
+    columns = stack.shape[1]
+    enough = max(MOST_SEEN, SEEN_PER_RANK * max(e.left.shape[1] for e in estimates))
+    if columns <= enough:
+        return None
+    generator = seeded(seed, stack.device)
+    return torch.randperm(columns, generator=generator, device=stack.device)[:enough].sort().values
 
 
 def _normalised(estimate: Estimate) -> Estimate:

@@ -6,14 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LOG_ROOT_2_PI = math.log(2 * math.pi) / 2
 # Beyond so many standard deviations the tail is taken from its asymptote.
 FAR = 6.0
-# Intervals narrower than this many standard deviations are points.
-THIN = 1e-3
+# Below -LEAST nothing is left of the tail.
+LEAST = 35.0
+# Over intervals narrower than this the density is a parabola: differences of Phi would have no digits left.
+THIN = {torch.float64: 1e-3, torch.float32: 0.1}
 
 
 class Moments(NamedTuple):
-    """Of `x ~ N(mean, std^2)` given `low < x < high`.
+    """Of `x ~ N(0, 1)` given that it lies in an interval.
 
     Attributes:
         log_probability: Of the interval.
@@ -26,45 +29,71 @@ class Moments(NamedTuple):
     variance: Tensor
 
 
-def truncated_normal(low: Tensor, high: Tensor, mean: Tensor, std: Tensor) -> Moments:
-    """Probability, mean and variance; all arguments broadcast, float64.
+def truncated_normal(a: Tensor, width: Tensor) -> Moments:
+    """Probability, mean and variance of `x ~ N(0, 1)` given `a < x < b = a + width`.
 
-    In units of the standard deviation and mirrored so that the interval's middle is negative, `Z = Phi(b) - Phi(a)`,
-    the mean is `(phi(a) - phi(b)) / Z` and the variance `1 + (a phi(a) - b phi(b)) / Z - mean^2` (Johnson, Kotz &
-    Balakrishnan 1994, Section 13.10.1). A point has the density's value. Far out the density falls from the near end as
-    `exp(-|b| t)` does, and the moments are those of an exponential variable cut off at the interval's width.
+    Mirrored so that the interval's middle is negative, `Z = Phi(b) - Phi(a)`, the mean is `(phi(a) - phi(b)) / Z` and
+    the variance `1 + (a phi(a) - b phi(b)) / Z - mean^2` (Johnson, Kotz & Balakrishnan 1994, Section 13.10.1). Far out
+    the density falls from the near end as `exp(-|b| t)` does, and the moments are those of an exponential variable cut
+    off at the interval's width.
+
+    Args:
+        a: Lower ends, in standard deviations from the mean, float64 or float32.
+        width: Of the intervals; given apart, because `b - a` would have no digits left where they are thin. Broadcasts
+            to the shape of `a`.
     """
-    a, b = (low - mean) / std, (high - mean) / std
-    mirrored = a + b > 0
-    a, b = torch.where(mirrored, -b, a), torch.where(mirrored, -a, b)
+    mirrored = a + width / 2 > 0
+    a = torch.where(mirrored, -a - width, a)
+    b = a + width
     density_a, density_b = _density(a), _density(b)
-    Z = (_below(b) - _below(a)).clamp(min=1e-300)
-    shift = (density_a - density_b) / Z
-    variance = 1 + (a * density_a - b * density_b) / Z - shift.square()
-    log_Z = Z.log()
+    Z = (_below(b) - _below(a)).clamp_(min=torch.finfo(a.dtype).tiny)
+    mean = (density_a - density_b) / Z
+    variance = 1 + (a * density_a - b * density_b) / Z - mean.square()
+    log_Z = Z.log_()
 
-    width, middle = b - a, (a + b) / 2
-    thin = width < THIN
-    shift = torch.where(thin, middle, shift)
-    variance = torch.where(thin, width.square() / 12, variance)
-    log_Z = torch.where(thin, width.log() - middle.square() / 2 - 0.5 * math.log(2 * math.pi), log_Z)
-
+    # Far out the density falls so fast that an interval must be narrower to count as thin.
+    thin = width * (b / -FAR).clamp_(min=1) < THIN[a.dtype]
     far = ~thin & (b < -FAR)
+    special = (thin | far).flatten().nonzero().squeeze(1)
+    if len(special):
+        a, b, width = (t.flatten()[special] for t in (a, b, width.expand_as(a)))
+        chosen = thin.flatten()[special]
+        for whole, *cases in zip((log_Z, mean, variance), _thin(a + width / 2, width), _far(b, width), strict=True):
+            whole.view(-1)[special] = torch.where(chosen, *cases)
+    return Moments(log_Z, torch.where(mirrored, -mean, mean), variance.clamp_(min=0))
+
+
+def _thin(middle: Tensor, width: Tensor) -> Moments:
+    second = width.square() / 12
+    log_density = -middle.square() / 2 - LOG_ROOT_2_PI + torch.log1p((middle.square() - 1) * second / 2)
+    return Moments(width.log() + log_density, middle - middle * second, second)
+
+
+def _far(b: Tensor, width: Tensor) -> Moments:
     rate = (-b).clamp(min=1)
     kept = -torch.expm1(-rate * width)
     cut = width / kept
-    shift = torch.where(far, b - 1 / rate + cut * (1 - kept), shift)
-    variance = torch.where(far, 1 / rate.square() - cut.square() * (1 - kept), variance)
-    log_Z = torch.where(far, (kept / rate).log() - b.square() / 2 - 0.5 * math.log(2 * math.pi), log_Z)
+    return Moments(
+        (kept / rate).log() - b.square() / 2 - LOG_ROOT_2_PI,
+        b - 1 / rate + cut * (1 - kept),
+        1 / rate.square() - cut.square() * (1 - kept),
+    )
 
-    shift = torch.where(mirrored, -shift, shift)
-    return Moments(log_Z, mean + std * shift, std.square() * variance.clamp(min=0))
+
+def one_sided(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `z ~ N(0, 1)` given `z < x`: how far its mean is below zero, and by how much its variance below 1.
+
+    `h = phi(x) / Phi(x)` and `h (h + x)` (Johnson, Kotz & Balakrishnan 1994, Section 13.10.1).
+    """
+    x = x.clamp(min=-LEAST)
+    h = _density(x) / _below(x)
+    return h, h * (h + x)
 
 
 def _density(x: Tensor) -> Tensor:
-    return torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
+    return (x * x).mul_(-0.5).sub_(LOG_ROOT_2_PI).exp_()
 
 
 def _below(x: Tensor) -> Tensor:
     """Phi(x); torch.special.ndtr has no digits left in the lower tail."""
-    return torch.erfc(x / -math.sqrt(2)) / 2
+    return (x * -math.sqrt(0.5)).erfc_().mul_(0.5)

@@ -1,0 +1,69 @@
+"""What the interval fit knows of one `M_i`: its factors, and how far off each entry may be."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from detune.solvers.base import LowRank
+
+# Mean square of factors that are zero, and variance of what they give: with none there would be nothing to divide by.
+LEAST_SIZE = 1e-30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`M_i` and how well its entries are known: `variance[a, b] = scale (q_a p_b + p'_a q'_b)`.
+
+    Attributes:
+        left: L, `(out, r)`, float64.
+        right: R, `(in, r)`, float64; `M_i = L R^T`.
+        rows: `(2, out)`: variance `q_a` of a row's coordinates, and its weight `p'_a` in the columns' variance.
+        columns: `(2, in)`: the same for columns.
+        scale: What the variance must be multiplied by to agree with entries that were held out.
+    """
+
+    left: Tensor
+    right: Tensor
+    rows: Tensor
+    columns: Tensor
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, M_i: LowRank, variance: float) -> "Estimate":
+        """A start whose entries all have one variance; a delta of rank 0 is one of rank 1 that is zero."""
+        left, right = (f.double() if M_i.rank else f.new_zeros(len(f), 1).double() for f in (M_i.left, M_i.right))
+        rows, columns = (
+            torch.stack([torch.full_like(factor[:, 0], variance / 2), torch.ones_like(factor[:, 0])])
+            for factor in (left, right)
+        )
+        return cls(left, right, rows, columns)
+
+    @property
+    def transposed(self) -> "Estimate":
+        """Of the transposed matrix."""
+        return Estimate(self.right, self.left, self.columns, self.rows, self.scale)
+
+    @property
+    def low_rank(self) -> LowRank:
+        """The estimate itself."""
+        return LowRank(self.left, self.right)
+
+    @property
+    def nothing(self) -> LowRank:
+        """A delta of rank 0 of the same shape."""
+        return LowRank(self.left[:, :0], self.right[:, :0])
+
+    def mean(self, rows: slice) -> Tensor:
+        """Of some rows, `(rows, in)`."""
+        return self.left[rows] @ self.right.mT
+
+    def at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of single entries, `(entries,)` each."""
+        mean = (self.left[rows] * self.right[columns]).sum(dim=1)
+        variance = self.rows[0, rows] * self.columns[1, columns] + self.rows[1, rows] * self.columns[0, columns]
+        return mean, (self.scale * variance).clamp(min=LEAST_SIZE)
+
+    def given_columns(self, columns: Tensor) -> "Estimate":
+        """Of some of the columns."""
+        return replace(self, right=self.right[columns], columns=self.columns[:, columns])
