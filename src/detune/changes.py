@@ -10,6 +10,7 @@ from detune.clusters import split_tensor, tells, why_foreign
 from detune.family import damaged, is_shared
 from detune.solvers import NonFinite, NotLowRank, NotRecoverable, Stack
 from detune.solvers.auto import unchanged
+from detune.solvers.device import full_precision
 from detune.solvers.differences import find_differences
 from detune.solvers.intersect import check_conditions
 from detune.solvers.resemblance import Cause
@@ -69,6 +70,7 @@ class Change:
     foreign: tuple[ForeignTensor, ...] = ()
 
 
+@full_precision()
 def find_change(
     models: Sequence[Checkpoint],
     members: Sequence[int],

@@ -34,11 +34,13 @@ from detune.extraction import extracting
 from detune.family import Family, Models
 from detune.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
 from detune.solvers import SOLVERS, Mean, NotRecoverable, Recovery, Single, Solver, Stack
+from detune.solvers.device import full_precision
 from detune.walk import OnTensor
 
 logger = logging.getLogger(__name__)
 
 
+@full_precision()
 def recover_matrix(
     stack: Tensor | Sequence[Tensor],
     method: str | Solver = "auto",

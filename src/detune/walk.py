@@ -17,6 +17,7 @@ from detune.family import Family, damaged
 from detune.report import Status, TensorRow
 from detune.solvers import Bits, NonFinite
 from detune.solvers.certificate import Certificate
+from detune.solvers.device import full_precision
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def walk(
                 answer = Answer(Status.SHARED, "copy", "identical in all models")
             else:
                 try:
-                    with computing_threads(tensors[0].numel()):
+                    with full_precision(), computing_threads(tensors[0].numel()):
                         answer = on_changed(name, tensors)
                 except NonFinite as error:
                     raise damaged(name, family.models[error.model].spec) from None

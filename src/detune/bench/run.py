@@ -30,6 +30,7 @@ from detune.checkpoints import open_checkpoint
 from detune.errors import InputError
 from detune.metrics import bit_identical, squared_error
 from detune.solvers import Mean, NotRecoverable, Stack
+from detune.solvers.device import full_precision
 from detune.walk import matricise
 
 __all__ = ["Judge", "Task", "draw", "plan", "run", "run_all", "solve_layer"]
@@ -250,7 +251,7 @@ def solve_layer(layer: Layer, task: Task, device: torch.device | str = "cpu") ->
     failure = None
     memory = PeakMemory(torch.device(device))
     began = time.perf_counter()
-    with memory.watch():
+    with memory.watch(), full_precision():
         try:
             recovery = task.method.solve(stack, rank)
         except NotRecoverable as why:

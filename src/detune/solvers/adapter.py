@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank, NotLowRank
+from detune.solvers.device import full_precision
 from detune.solvers.differences import Difference, find_differences
 from detune.solvers.grid import interval
 from detune.solvers.linalg import orthonormal, thin_svd
@@ -28,6 +29,7 @@ DAMPING = 0.5
 FEWEST_VIOLATED = 1e-3
 
 
+@full_precision()
 def fit_adapter(W: Tensor, W_i: Tensor, rank: int | None = None, device: torch.device | str | None = None) -> LowRank:
     """Fit `W_i = round(W + M_i)` with `M_i` of the rank that stands over the storage noise.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import Recovery
+from detune.solvers.device import upload
 from detune.solvers.polish import Core
 from detune.solvers.stack import Stack, storage_variance
 
@@ -79,12 +80,13 @@ class _Sums:
         self.F = [Q.new_zeros(Q.shape[0], V_i.shape[1]) for V_i in V]
         U, V = ([basis.to(stack.dtype) for basis in bases] for bases in (U, V))
         Q, P = Q.to(stack.dtype), P.to(stack.dtype)
-        for start in range(0, stack.shape[0], stack.block_height):
-            rows = slice(start, start + stack.block_height)
+        height = stack.block_height
+        runs = [slice(start, start + height) for start in range(0, stack.shape[0], height)]
+        for rows, stored in zip(runs, upload(stack.matrices, runs, stack.device), strict=True):
             weight = recovery.weight[rows].to(stack.device, stack.dtype)
             total = torch.zeros_like(weight)
-            for i, (W_i, M_i) in enumerate(zip(stack.matrices, recovery.deltas, strict=True)):
-                e_i = W_i[rows].to(stack.device, stack.dtype) - weight
+            for i, (W_i, M_i) in enumerate(zip(stored, recovery.deltas, strict=True)):
+                e_i = W_i.to(stack.dtype) - weight
                 e_i -= M_i.left[rows].to(e_i) @ M_i.right.to(e_i).mT
                 self.energy += float(torch.linalg.vector_norm(e_i)) ** 2
                 total += e_i

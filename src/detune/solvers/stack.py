@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detune.errors import InputError
+from detune.solvers.device import find_device, upload
 from detune.solvers.grid import spacing
 from detune.solvers.random import seeded
 
@@ -83,10 +84,10 @@ class Stack:
             matrices: `(n, out, in)` or `n` tensors `(out, in)`, any float dtype.
             dtype: float32 or float64; by default float32 where the storage noise covers its rounding
                 (bf16 and fp16 always, large float32 matrices with small deltas), float64 elsewhere.
-            device: Where to compute; by default where the first matrix lies.
+            device: Where to compute; by default where the first matrix lies. See `find_device`.
 
         Raises:
-            InputError: Not matrices of one shape, or not floating point.
+            InputError: Not matrices of one shape, or not floating point; no such device.
         """
         tensors = tuple(W_i.detach() for W_i in matrices)
         if not tensors or not all(tensor.numel() for tensor in tensors):
@@ -106,7 +107,7 @@ class Stack:
                 raise InputError(f"matrix {i} has dtype {tensor.dtype}, expected a float dtype: dequantise it first")
         if dtype not in (None, torch.float32, torch.float64):
             raise InputError(f"compute dtype {dtype}: expected torch.float32 or torch.float64")
-        target = torch.device(device) if device is not None else tensors[0].device
+        target = find_device(device if device is not None else tensors[0].device)
         return cls(tensors, dtype or _compute_dtype(tensors), target)
 
     def require_finite(self, witness: Tensor) -> None:
@@ -162,12 +163,12 @@ class Stack:
         """All rows, block by block, in order. The memory of `centred` is reused: it is valid until the next block."""
         out, height = self.shape[0], self.block_height
         buffer = self._block_buffer(height)
-        for start in range(0, out, height):
-            rows = slice(start, min(start + height, out))
-            reference = self.matrices[0][rows].to(self.device, self.dtype)
+        runs = [slice(start, min(start + height, out)) for start in range(0, out, height)]
+        for rows, stored in zip(runs, upload(self.matrices, runs, self.device), strict=True):
+            reference = stored[0].to(self.dtype)
             centred = buffer[:, : reference.shape[0]]
-            for W_i, centred_i in zip(self.matrices[1:], centred[1:], strict=True):
-                centred_i.copy_(W_i[rows]).sub_(reference)
+            for W_i, centred_i in zip(stored[1:], centred[1:], strict=True):
+                centred_i.copy_(W_i).sub_(reference)
             offset = centred[1:].sum(dim=0).div_(self.n)
             centred[1:] -= offset
             torch.neg(offset, out=centred[0])
