@@ -119,7 +119,7 @@ class TestEveryFile:
         assert third_party(imports(file, top_level_only=True)) <= allowed
 
     def test_imports_only_what_is_declared(self, file):
-        extras = set().union(*(declared(extra) for extra in ("demo", "bench", "pack", "lpips")))
+        extras = set().union(*(declared(extra) for extra in ("demo", "bench", "pack", "cluster", "lpips")))
         assert third_party(imports(file)) <= declared("dependencies") | extras
 
 

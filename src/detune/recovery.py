@@ -29,7 +29,7 @@ from detune.checkpoints import (
 )
 from detune.clusters import Selection, select
 from detune.errors import InputError
-from detune.execution import Job, Landed, Performer, dispatch, hashes, make_units, read_changes, read_landed
+from detune.execution import Job, Landed, Performer, dispatch, hashed_by, make_units, read_changes, read_landed
 from detune.extraction import extracting
 from detune.family import Family, Models
 from detune.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
@@ -173,7 +173,7 @@ def recover(
         job = replace(job, landing=landing.directory)
         files = CheckpointFiles(family.models[0], landing.checkpoint, dtype)
         hashes = opened.enter_context(_hashing(given.models, merge_dtype, executor))
-        landed = _land(job, family, _landed_before(landing, files, target), executor, on_tensor)
+        landed = _land(job, family, landing, _landed_before(landing, files, target), executor, on_tensor)
         rows = tuple(landed[name].row for name in family.names)
         if not isinstance(solver, Mean | Single):
             _refuse_if_hopeless(rows, family.n)
@@ -200,7 +200,7 @@ def recover(
                     extractor.add(name, read_changes(landing, landed[name], extractor.kind(name)))
                 summary = extractor.finish().summary
             if mask:
-                certain = {name: landing.part(name, ".mask") for name in landed if landed[name].has_mask}
+                certain = {name: landing.part(name, ".mask") for name in family.names if landed[name].has_mask}
                 shapes = {name: family.shape(name) for name in certain}
                 write_masks(results.enter_context(new_file(mask)), certain, shapes)
             report = Report(command, inputs, rows, time.perf_counter() - started, adapters=summary)
@@ -251,7 +251,12 @@ def _landed_before(landing: Landing, files: CheckpointFiles, target: Target) -> 
 
 
 def _land(
-    job: Job, family: Family, landed: dict[str, Landed], executor: Executor | None, on_tensor: OnTensor | None
+    job: Job,
+    family: Family,
+    landing: Landing,
+    landed: dict[str, Landed],
+    executor: Executor | None,
+    on_tensor: OnTensor | None,
 ) -> dict[str, Landed]:
     """Recover what has not landed yet, here or by an executor's workers."""
 
@@ -265,7 +270,7 @@ def _land(
     missing = [name for name in family.names if name not in landed]
     if executor is None:
         fitter = ChangeFitter(family.models, job.adapters, job.rank, job.device) if job.adapters else None
-        done = Performer(job, family, fitter).perform(missing, on_tensor)
+        done = Performer(job, family, landing, fitter).perform(missing, on_tensor)
         return landed | {found.row.name: found for found in done}
     done = []
 
@@ -282,12 +287,12 @@ def _hashing(
     models: Sequence[Checkpoint], merge_dtype: torch.dtype | None, executor: Executor | None
 ) -> Iterator[list[Callable[[], dict[str, str]]]]:
     """Compute the hashes of the models' files meanwhile, where the tensors are computed."""
+    if executor is not None:
+        yield [hashed_by(executor, model, merge_dtype) for model in models]
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="detune-hash") as thread:
         try:
-            if executor is None:
-                yield [thread.submit(model.hashes).result for model in models]
-            else:
-                yield [executor.submit(hashes, absolute(model.spec), merge_dtype).result for model in models]
+            yield [thread.submit(model.hashes).result for model in models]
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
 

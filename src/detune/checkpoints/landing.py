@@ -23,6 +23,7 @@ import os
 import secrets
 import shutil
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ class Landing:
         self.checkpoint = directory / "checkpoint"
         # One file for each process: appends of several machines to one file would overwrite each other.
         self._journal = directory / "journal" / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+        self._lock = threading.Lock()
 
     def part(self, name: str, suffix: str) -> Path:
         """Where something that belongs to a tensor goes.
@@ -74,7 +76,7 @@ class Landing:
         Raises:
             OutputError: The disk refuses.
         """
-        with reported(self._journal), self._journal.open("a", encoding="utf-8") as file:
+        with self._lock, reported(self._journal), self._journal.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())

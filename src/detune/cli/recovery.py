@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 import detune
+from detune.cli.execution import Sectioned, device_at, execution_options, executor_of
 from detune.cli.options import (
     METHODS,
     device_of,
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
     from detune.report import TensorRow
 
 
-@click.command()
+@click.command(
+    cls=Sectioned,
+    sections={
+        "More results": ("adapters", "mask", "check", "as_json"),
+        "Where to compute": ("device", "workers", "scheduler", "slurm"),
+    },
+)
 @models_argument
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to make.")
 @click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How to recover.")
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
 @click.option("--mask", type=click.Path(path_type=Path), help="A .npz file to make: where each tensor is certain.")
 @click.option("--check", is_flag=True, help="Recover from parts of the models too: do they agree? From four models on.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a checkpoint, with all that is in it.")
+@execution_options
 @json_option
 def recover(
     models: tuple[str, ...],
@@ -51,18 +59,25 @@ def recover(
     mask: Path | None,
     check: bool,
     overwrite: bool,
+    workers: int | None,
+    scheduler: str | None,
+    slurm: int | None,
     as_json: bool,
 ) -> None:
-    """Write the base model of merged LoRA fine-tunes to OUT: of three or more, or fewer with --method lattice."""
+    """Write the base model of merged LoRA fine-tunes to OUT: of three or more, or fewer with --method lattice.
+
+    A run that is cut off is finished by the same command. --scheduler and --slurm need a file system that all machines
+    share, and pip install 'detune[cluster]'.
+    """
     from detune.terminal import show_adapters, show_report
 
-    with progress(quiet=as_json) as on_tensor:
+    with executor_of(workers, scheduler, slurm, device) as executor, progress(quiet=as_json) as on_tensor:
         report = detune.recover(
             models,
             out,
             method,
             rank=rank,
-            device=device_of(device),
+            device=device_at(device, elsewhere=bool(scheduler or slurm)),
             overwrite=overwrite,
             merge_dtype=merge_dtype_of(merge_dtype),
             adapters=adapters,
@@ -70,6 +85,7 @@ def recover(
             mask=mask,
             check=check,
             on_tensor=on_tensor,
+            executor=executor,
         )
     click.echo(report.to_json(), nl=False) if as_json else show_report(report, out)
     if report.adapters is not None and adapters is not None and not as_json:

@@ -10,8 +10,8 @@
 What has landed is `detune.checkpoints.landing`'s to know.
 """
 
-from detune.execution.dispatch import dispatch
-from detune.execution.job import Job, Landed, Performer, hashes, read_changes, read_landed
+from detune.execution.dispatch import dispatch, hashed_by
+from detune.execution.job import Job, Landed, Performer, read_changes, read_landed
 from detune.execution.on_dask import dask_workers, slurm_workers
 from detune.execution.processes import Processes
 from detune.execution.units import make_units
@@ -23,7 +23,7 @@ __all__ = [
     "Processes",
     "dask_workers",
     "dispatch",
-    "hashes",
+    "hashed_by",
     "make_units",
     "read_changes",
     "read_landed",

@@ -4,9 +4,11 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, as_completed
 
-from detune.checkpoints import Landing
+import torch
+
+from detune.checkpoints import Checkpoint, Landing, absolute
 from detune.errors import DetuneError
-from detune.execution.job import Job, Landed, perform, read_landed
+from detune.execution.job import Job, Landed, hashes, perform, read_landed
 
 logger = logging.getLogger(__name__)
 
@@ -91,3 +93,29 @@ def _without_landed(job: Job, units: Sequence[Unit], on_landed: Callable[[Landed
                 on_landed(found[name])
     left = [tuple(name for name in unit if name not in found) for unit in units]
     return [unit for unit in left if unit]
+
+
+def hashed_by(executor: Executor, model: Checkpoint, merge_dtype: torch.dtype | None) -> Callable[[], dict[str, str]]:
+    """Have a worker compute a model's hashes.
+
+    Args:
+        executor: Whose.
+        model: The model.
+        merge_dtype: With which it was opened.
+
+    Returns:
+        What waits for the hashes; it computes them itself where the worker was lost.
+    """
+    try:
+        future = executor.submit(hashes, absolute(model.spec), merge_dtype)
+    except BrokenExecutor:
+        return model.hashes
+
+    def result() -> dict[str, str]:
+        try:
+            return future.result()
+        except (BrokenExecutor, CancelledError):
+            logger.warning("a worker died; hashing %s here", model.spec)
+            return model.hashes()
+
+    return result

@@ -143,14 +143,15 @@ class Performer:
     Args:
         job: What to do.
         family: Its models, opened.
+        landing: Its landing.
         fitter: Where adapters are wanted.
     """
 
-    def __init__(self, job: Job, family: Family, fitter: ChangeFitter | None) -> None:
+    def __init__(self, job: Job, family: Family, landing: Landing, fitter: ChangeFitter | None) -> None:
         self._job = job
         self._family = family
         self._fitter = fitter
-        self._landing = Landing(job.landing)
+        self._landing = landing
         self._files = CheckpointFiles(family.models[0], self._landing.checkpoint, job.dtype, shared=job.shared)
 
     def perform(self, names: Iterable[str], on_tensor: OnTensor | None = None) -> list[Landed]:
@@ -284,13 +285,19 @@ def perform(job: Job, names: tuple[str, ...]) -> list[Landed]:
     """
     family = _open(job.models, job.identities, job.merge_dtype)
     fitter = _fitter(job.models, job.identities, job.merge_dtype, job.adapters, job.rank, job.device)
-    return Performer(job, family, fitter).perform(names)
+    return Performer(job, family, _landing(job.landing), fitter).perform(names)
 
 
 def hashes(spec: str, merge_dtype: torch.dtype | None) -> dict[str, str]:
     """The SHA-256 of a model's weight files, computed by an executor's worker; see `Checkpoint.hashes`."""
     with open_checkpoint(spec, merge_dtype=merge_dtype) as model:
         return model.hashes()
+
+
+# One journal for each process.
+@lru_cache(maxsize=1)
+def _landing(directory: Path) -> Landing:
+    return Landing(directory)
 
 
 # Opened once in each process, and left open for the next unit.

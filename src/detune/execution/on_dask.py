@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from typing import Any
 
 from detune.errors import DetuneError, reason_of
 
 # How long a scheduler may take to answer.
 CONNECT_SECONDS = 10
+# Keys of dask-jobqueue's configuration.
+_ARGUMENTS, _PROLOGUE = "worker-extra-args", "job-script-prologue"
 
 
 @contextmanager
@@ -24,7 +25,8 @@ def dask_workers(scheduler: str) -> Iterator[Executor]:
     Raises:
         DetuneError: Dask is not installed, or nobody answers at that address.
     """
-    distributed = _require("distributed")
+    with _required():
+        import distributed
     try:
         client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
@@ -53,14 +55,17 @@ def slurm_workers(jobs: int) -> Iterator[Executor]:
     Raises:
         DetuneError: dask-jobqueue is not installed or not configured, or Slurm refuses.
     """
-    distributed = _require("distributed")
-    jobqueue = _require("dask_jobqueue")
+    with _required():
+        import dask
+        import dask_jobqueue
+        import distributed
+    configured = {key: dask.config.get(f"jobqueue.slurm.{key}") or [] for key in (_ARGUMENTS, _PROLOGUE)}
     try:
         # The last `--nthreads` counts: tensors are recovered one at a time, on all cores together.
-        cluster = jobqueue.SLURMCluster(
+        cluster = dask_jobqueue.SLURMCluster(
             processes=1,
-            worker_extra_args=["--nthreads", "1"],
-            job_script_prologue=["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"],
+            worker_extra_args=[*configured[_ARGUMENTS], "--nthreads", "1"],
+            job_script_prologue=["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", *configured[_PROLOGUE]],
         )
     except (ValueError, TypeError, OSError) as error:
         raise DetuneError(
@@ -75,12 +80,11 @@ def slurm_workers(jobs: int) -> Iterator[Executor]:
             yield client.get_executor()
 
 
-def _require(library: str) -> Any:
-    from importlib import import_module
-
+@contextmanager
+def _required() -> Iterator[None]:
     try:
-        return import_module(library)
-    except ImportError:
+        yield
+    except ImportError as error:
         raise DetuneError(
-            f"{library} is not installed", "a cluster needs it", "pip install 'detune[cluster]'"
+            f"{error.name or 'Dask'} is not installed", "a cluster needs it", "pip install 'detune[cluster]'"
         ) from None
