@@ -9,7 +9,6 @@ from torch import Tensor
 
 from detune.solvers.grid import spacing
 from detune.solvers.lattice.estimate import Estimate
-from detune.solvers.lattice.sweep import seen_columns
 from detune.solvers.lattice.view import View, views
 from detune.solvers.stack import Stack
 
@@ -18,11 +17,12 @@ DOUBT = 1e-9
 SAFETY = 4.0
 # So many standard deviations to either side are as much.
 BEYOND_DOUBT = SAFETY**0.5 * NormalDist().inv_cdf(1 - DOUBT / 2)
-# None is in a row or column where the M_i lie outside their intervals by more than this, in squared deviations, summed.
+# None is in a row or column where the M_i lie outside their intervals by more than this, in squared deviations, summed,
+# and by more than so many standard deviations than they do in others.
 MOST_STRAIN = 3.0
+DEVIATIONS, SCATTER = 4.0, 2.4
 # What they are outside by counts from this share of a step on.
 HARMLESS = 0.01
-EVERYTHING = slice(None)
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,14 @@ class BaseBits:
     noise_ratio: float
 
 
-def base_bits(stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype, seed: int) -> BaseBits:
+def base_bits(stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype) -> BaseBits:
     """One pass over the stack.
 
     Args:
         stack: The models.
         estimates: One for each.
         grid: The dtype that W lies on.
-        seed: Of the sweep that the estimates come from.
     """
-    fitted_rows = _fitted(stack.transposed, [e.transposed for e in estimates], seed)
-    fitted_columns = _fitted(stack, estimates, seed)
     weight = torch.empty(stack.shape, dtype=stack.dtype, device=stack.device)
     certain = torch.ones(stack.shape, dtype=torch.bool, device=stack.device)
     strained_rows, strained_columns = (weight.new_zeros(stack.n, size, dtype=torch.float64) for size in stack.shape)
@@ -64,16 +61,16 @@ def base_bits(stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype, se
         weight[view.rows] = block.weight
         certain[view.rows].view(-1)[block.places] = block.certain
         rows, columns = view.lines(block.places)
-        strained_rows[:, view.rows].index_add_(1, rows, block.strain * fitted_columns[columns])
-        strained_columns.index_add_(1, columns, block.strain * fitted_rows[view.rows][rows])
+        strained_rows[:, view.rows].index_add_(1, rows, block.strain)
+        strained_columns.index_add_(1, columns, block.strain)
         expected += block.expected
         stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
         spread += float((stored - stored.mean(dim=0)).square().sum())
         residual += float(stored.sub_(block.weight).sub_(view.m).square().sum())
         rounding += float((view.high - view.low).square().sum()) / 12
     # A row of L, or of R, that has locked onto wrong points strains its line of the matrix.
-    certain[strained_rows.amax(dim=0) > MOST_STRAIN] = False
-    certain[:, strained_columns.amax(dim=0) > MOST_STRAIN] = False
+    certain[_off(strained_rows)] = False
+    certain[:, _off(strained_columns)] = False
     return BaseBits(
         weight,
         certain,
@@ -83,12 +80,14 @@ def base_bits(stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype, se
     )
 
 
-def _fitted(stack: Stack, estimates: Sequence[Estimate], seed: int) -> Tensor:
-    """Which columns the rows of L were fitted to, `(in,)`: in the others strain is as likely as not."""
-    seen = seen_columns(stack, estimates, seed)
-    fitted = torch.zeros(stack.shape[1], dtype=torch.bool, device=stack.device)
-    fitted[EVERYTHING if seen is None else seen] = True
-    return fitted
+def _off(strained: Tensor) -> Tensor:
+    """Which lines are strained more than the others, in any model, `(lines,)`.
+
+    What a line was not fitted to strains it a little: that is chance, a sum of rare contributions, whose variance is
+    some `SCATTER` times its mean.
+    """
+    usual = strained.median(dim=1, keepdim=True).values
+    return (strained > MOST_STRAIN + usual + DEVIATIONS * (SCATTER * usual).sqrt()).any(dim=0)
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,12 @@ class _Block:
         weight, places = settled.weight, settled.open.flatten().nonzero().squeeze(1)
         v = view.variance(places)
         found = view.posterior(places, v, grid, least_reach=1)
-        careful = view.posterior(places, SAFETY * v, grid, least_reach=1)
+        certain = found.doubt < DOUBT
+        asked = certain.nonzero().squeeze(1)
+        careful = view.posterior(places[asked], SAFETY * v[:, asked], grid, least_reach=1)
+        certain[asked] = (careful.doubt < DOUBT) & (careful.weight == found.weight[asked])
         weight.view(-1)[places] = found.weight
         low, high, m = view.at(places)
         outside = torch.maximum(low - found.weight - m, m + found.weight - high).clamp(min=0)
         strain = (outside - HARMLESS * spacing(found.weight, grid)).clamp(min=0).square() / v
-        certain = (careful.doubt < DOUBT) & (careful.weight == found.weight)
         return cls(weight, places, certain, strain, float(found.variance.sum()))

@@ -159,9 +159,8 @@ class Lattice:
     def _finish(self, stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
         """The answer, from a fit to all entries."""
         # With all entries in, the fit is better than the calibrated one by so little that a sweep settles it.
-        seed = self.seed + fit.sweeps
-        estimates = sweep(stack, fit.estimates, fit.grid, seed=seed) if fit.sweeps else fit.estimates
-        found = base_bits(stack, estimates, fit.grid, seed)
+        estimates = sweep(stack, fit.estimates, fit.grid, seed=self.seed + fit.sweeps) if fit.sweeps else fit.estimates
+        found = base_bits(stack, estimates, fit.grid)
         # A delta that the start found to be none stays none.
         known = start.ranks if start is not None and start.ranks else (1,) * stack.n
         deltas = tuple(e.low_rank if r else e.nothing for e, r in zip(estimates, known, strict=True))

@@ -54,7 +54,7 @@ def half_sweep(
 ) -> tuple[Estimate, ...]:
     """New left factors for the right ones, row by row."""
     estimates = tuple(map(_normalised, estimates))
-    seen = seen_columns(stack, estimates, seed)
+    seen = _seen(stack, estimates, seed)
     looked_at = estimates
     if seen is not None:
         stack = replace(stack, matrices=tuple(W_i.index_select(1, seen.to(W_i.device)) for W_i in stack.matrices))
@@ -118,7 +118,7 @@ def _measure_settled(view: View, settled: Settled, precision: Tensor, target: Te
     target[places] += shift * std / share
 
 
-def seen_columns(stack: Stack, estimates: Sequence[Estimate], seed: int) -> Tensor | None:
+def _seen(stack: Stack, estimates: Sequence[Estimate], seed: int) -> Tensor | None:
     """The columns that a half sweep looks at; None is all."""
     columns = stack.shape[1]
     enough = max(MOST_SEEN, SEEN_PER_RANK * max(e.left.shape[1] for e in estimates))

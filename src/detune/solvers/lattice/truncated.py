@@ -58,8 +58,9 @@ def truncated_normal(a: Tensor, width: Tensor) -> Moments:
     if len(special):
         a, b, width = (t.flatten()[special] for t in (a, b, width.expand_as(a)))
         chosen = thin.flatten()[special]
-        for whole, *cases in zip((log_Z, mean, variance), _thin(a + width / 2, width), _far(b, width), strict=True):
-            whole.view(-1)[special] = torch.where(chosen, *cases)
+        narrow, tail = _thin(a + width / 2, width), _far(b, width)
+        for whole, one, other in zip((log_Z, mean, variance), narrow, tail, strict=True):
+            whole.view(-1)[special] = torch.where(chosen, one, other)
     return Moments(log_Z, torch.where(mirrored, -mean, mean), variance.clamp_(min=0))
 
 
