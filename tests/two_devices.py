@@ -55,6 +55,11 @@ class Elsewhere(Tensor):
 class SecondDevice(TorchDispatchMode):
     """Lets tensors be made there."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # There is nothing to skip, and skipping imports a compiler for seconds.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
 
