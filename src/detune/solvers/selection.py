@@ -177,11 +177,11 @@ class _Search:
 
     def best(self) -> Fit:
         """The best ranks found."""
-        search, fit = self, self.start
-        for _ in range(2):
-            search = replace(self, floors=self._rounding(fit))
-            fit = search._grow(self.start)
-        return search._cleared(search._best(search._cleared(fit)))
+        first = self._grow(self.start)
+        search = replace(self, floors=self._rounding(first))
+        fit = search._cleared(search._best(search._cleared(search._grow(self.start))))
+        # Higher floors hide directions before they are fitted: the first fit may have some that stand over them.
+        return min(fit, search._cleared(first), key=self._penalised)
 
     def _cleared(self, fit: Fit) -> Fit:
         """Without what does not stand over its own model's noise, although it lowers the misfit."""
