@@ -9,6 +9,9 @@ from torch import Tensor
 from detune.solvers.base import LowRank
 from detune.solvers.stack import Block, Stack
 
+# Normal equations with a smaller pivot are solved by a pseudo-inverse.
+LEAST_PIVOT = 1e-4
+
 
 def project_right(stack: Stack, V: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """`F_i = (W_i - mean) V_i` for each model, `(out, r_i)`, `stack.factor_dtype`.
@@ -51,7 +54,11 @@ def normal_inverse(V: Sequence[Tensor]) -> Tensor:
     """
     joint = torch.cat(list(V), dim=1).double()
     normal = torch.eye(joint.shape[1], dtype=joint.dtype, device=joint.device) - joint.mT @ joint / len(V)
-    # The pseudo-inverse, not a Cholesky factor: where spaces coincide the least-norm answer is the one to give.
+    L, failed = torch.linalg.cholesky_ex(normal)
+    diagonal = L.diagonal()
+    if not failed and bool(diagonal.gt(LEAST_PIVOT).all()):
+        return torch.cholesky_inverse(L)
+    # Where spaces coincide the least-norm answer is the one to give.
     inverse: Tensor = torch.linalg.pinv(normal, hermitian=True, rtol=1e-12)
     return inverse
 
@@ -139,12 +146,19 @@ class _Accumulator:
     def add(self, block: Block, left: Sequence[Tensor]) -> None:
         """Take in the block; its centred models are used up."""
         rest = block.centred
-        self._spread += _squares(rest)
-        for rest_i, left_i, right_i in zip(rest, left, self._right, strict=False):
+        weight = self._weight[block.rows]
+        spread = _squares(rest)
+        self._spread += spread
+        if not left:
+            # The average: the rest is what there was.
+            torch.add(block.reference, block.offset, out=weight)
+            self._residual += spread
+            return
+        for rest_i, left_i, right_i in zip(rest, left, self._right, strict=True):
             rest_i.addmm_(left_i, right_i, alpha=-1)
-        mean = rest.mean(dim=0)
-        torch.add(block.reference, block.offset + mean, out=self._weight[block.rows])
-        self._residual += _squares(rest.sub_(mean))
+        moved = rest.mean(dim=0)
+        torch.add(block.reference, block.offset + moved, out=weight)
+        self._residual += _squares(rest.sub_(moved))
 
     def finish(self, deltas: tuple[LowRank, ...]) -> WStep:
         """The step, once every block is in."""

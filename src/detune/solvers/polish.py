@@ -163,26 +163,29 @@ def gauss_newton_step(
     core = Core.of(U, V)
     Q, P, a, b = core.Q, core.P, core.a, core.b
 
-    # Right-hand side -sum_i [U_i E_i + F_i V_i^T - U_i (U_i^T F_i) V_i^T], block by block.
-    left = Q.new_zeros(Q.shape[1], P.shape[0])  # (s_U, in), outside P
-    right = Q.new_zeros(Q.shape[0], P.shape[1])  # (out, s_V), outside Q
-    middle = Q.new_zeros(Q.shape[1], P.shape[1])
-    for E_i, F_i, U_i, a_i, b_i in zip(E, F, U, a, b, strict=True):
-        EP, QF = E_i @ P, Q.mT @ F_i
-        left -= a_i @ (E_i - EP @ P.mT)
-        right -= (F_i - Q @ QF) @ b_i.mT
-        middle -= a_i @ EP + (QF - a_i @ (U_i.mT @ F_i)) @ b_i.mT
+    ranks = [U_i.shape[1] for U_i in U]
+    E_all, F_all = torch.cat(list(E)), torch.cat(list(F), dim=1)
+    a_all, b_all = torch.cat(a, dim=1), torch.cat(b, dim=1)
+
+    # Right-hand side -sum_i [U_i E_i + F_i V_i^T - U_i (U_i^T F_i) V_i^T], block by block. All models go into one
+    # product: with a thin one for each, and P or Q in all of them, the cost would be cubic in their number.
+    aE, Fb = a_all @ E_all, F_all @ b_all.mT  # (s_U, in), (out, s_V)
+    aEP, QFb = aE @ P, Q.mT @ Fb
+    left = aEP @ P.mT - aE  # outside P
+    right = Q @ QFb - Fb  # outside Q
+    middle = -aEP - QFb
+    for F_i, U_i, a_i, b_i in zip(F, U, a, b, strict=True):
+        middle += a_i @ (U_i.mT @ F_i) @ b_i.mT
 
     # Delta = W - mean = Q left + right P^T + Q middle P^T.
     left = core.inverse_G_U @ left
     right = right @ core.inverse_G_V
     precision = options.cg_tolerance * noise * (len(U) * middle.numel()) ** 0.5
     middle = core.solve(middle, precision, options.cg_steps)
-    return tuple(
-        # U_i^T (W_i - W), where `right` has no part in Q, and (W_i - W) V_i, where `left` has none in P.
-        Tangent.of(E_i - a_i.mT @ (left + middle @ P.mT), F_i - (Q @ middle + right) @ b_i, U_i, V_i)
-        for E_i, F_i, U_i, V_i, a_i, b_i in zip(E, F, U, V, a, b, strict=True)
-    )
+    # U_i^T (W_i - W), where `right` has no part in Q, and (W_i - W) V_i, where `left` has none in P.
+    X = torch.split(E_all - a_all.mT @ (left + middle @ P.mT), ranks)
+    Y = torch.split(F_all - (Q @ middle + right) @ b_all, ranks, dim=1)
+    return tuple(map(Tangent.of, X, Y, U, V))
 
 
 @dataclass(frozen=True)
