@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.families import edit, plain_state, save_plain
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "detune"
 
@@ -136,7 +138,7 @@ def declared(group: str) -> set[str]:
     [
         ("detune.errors", {"torch", "transformers", "peft", "diffusers"}),
         ("detune", {"torch", "transformers", "peft", "diffusers"}),
-        ("detune.cli", {"torch", "transformers", "peft", "diffusers", "pydantic"}),
+        ("detune.cli", {"torch", "numpy", "rich", "huggingface_hub", "transformers", "peft", "diffusers", "pydantic"}),
         # What `detune bench list` needs.
         ("detune.terminal", {"torch", "transformers", "peft", "diffusers", "datasets", "pandas"}),
         ("detune.bench.subsets", {"torch", "transformers", "peft", "diffusers", "datasets", "pandas"}),
@@ -148,3 +150,25 @@ def test_importing_loads_nothing_heavy(module, absent):
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not absent & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("words", [["--help"], ["recover", "--help"], ["bench", "--help"], ["--version"]])
+def test_help_loads_only_what_prints_it(words):
+    command = [sys.executable, "-X", "importtime", "-m", "detune", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "click" in loaded
+    libraries = declared("dependencies").union(*map(declared, ("demo", "bench", "pack"))) - {"click", "detune"}
+    assert not loaded & libraries
+
+
+def test_inspecting_loads_no_library_of_models(tmp_path):
+    """torch takes a second, and transformers and what it imports several more."""
+    models = [save_plain(tmp_path / name, plain_state()) for name in "ab"]
+    edit(models[1], lambda state: state.update({"norm.weight": state["norm.weight"] + 1}))
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from detune.cli import main; main()"
+    command = [sys.executable, "-c", code, "inspect", *map(str, models)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    heavy = {"transformers", "peft", "diffusers", "datasets", "pandas", "scipy", "sympy", "sklearn", "huggingface_hub"}
+    assert "torch" in done.stdout.split()
+    assert not heavy & set(done.stdout.split())

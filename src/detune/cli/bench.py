@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from detune.cli.options import device_of, device_option
 
@@ -273,6 +272,8 @@ def _use_threads(threads: int | None) -> None:
 @contextmanager
 def _status(first: str) -> Iterator[Callable[[str], None]]:
     """What is being done, on stderr; gone when done."""
+    from rich.console import Console
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda text: click.echo(text, err=True)
@@ -284,6 +285,7 @@ def _status(first: str) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def _layers() -> Iterator[Callable[[Any, int, int | None], None]]:
     """A bar with the layer and the cell at hand, on stderr; gone when done."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)

@@ -9,6 +9,7 @@ import click
 
 import detune
 from detune.cli.execution import Sectioned, device_at, execution_options, executor_of
+from detune.cli.loading import load_torch
 from detune.cli.options import (
     METHODS,
     device_of,
@@ -153,6 +154,7 @@ def compare(recovered: str, truth: str, as_json: bool) -> None:
     """Show W-Error and the share of bit-identical entries of RECOVERED against TRUTH."""
     from detune.terminal import show_comparison
 
+    load_torch()
     comparison = detune.compare(recovered, truth)
     click.echo(comparison.to_json(), nl=False) if as_json else show_comparison(comparison)
 
@@ -175,6 +177,7 @@ def progress(quiet: bool) -> Iterator["Callable[[str, TensorRow | None], None]"]
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
+    load_torch()
     columns = (SpinnerColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("opening the models", total=None)
