@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 OnTensor = Callable[[str, TensorRow | None], None]
 
 # What the stack in work and the one read ahead may hold together, in float32 copies of the largest tensor.
-STACKS = 3
-# Matrices with fewer entries are computed on one thread.
-SHARED_OUT = 2**18
+STACKS = 2
+# Matrices with fewer entries are computed on one thread: up to 1024x1024 a second was no faster, and it may have to wait.
+SHARED_OUT = 2**20
 
 
 @dataclass(frozen=True)

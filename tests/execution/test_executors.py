@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import detune
 from detune.errors import DetuneError, InputError, OutputError
 from detune.execution import Processes, dask_workers, job, units
+from detune.execution.processes import cores
 from detune.report import Status
 from tests.cases import seeded
 from tests.families import Fine, add, delta, plain_family, plain_state, save_plain, shard, tree
@@ -111,6 +112,15 @@ def test_progress_is_told_of_every_tensor(fine, processes, tmp_path):
     assert len(seen) == 2 * len(report.tensors)
     assert {name for name, row in seen if row is None} == {row.name for row in report.tensors}
     assert {row for _, row in seen if row is not None} == set(report.tensors)
+
+
+def test_processes_share_the_cores(processes):
+    assert processes.submit(torch.get_num_threads).result() == max(1, cores() // 2)
+
+
+def test_no_workers():
+    with pytest.raises(InputError, match="0 workers: expected at least one"):
+        Processes(0)
 
 
 # --- workers that die ---

@@ -8,8 +8,8 @@ from detune.errors import DetuneError, reason_of
 
 # How long a scheduler may take to answer.
 CONNECT_SECONDS = 10
-# Keys of dask-jobqueue's configuration.
-_ARGUMENTS, _PROLOGUE = "worker-extra-args", "job-script-prologue"
+# Dask sets both to 1 where they are not set.
+_THREADS = ("export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", "export MKL_NUM_THREADS=$OMP_NUM_THREADS")
 
 
 @contextmanager
@@ -59,13 +59,22 @@ def slurm_workers(jobs: int) -> Iterator[Executor]:
         import dask
         import dask_jobqueue
         import distributed
-    configured = {key: dask.config.get(f"jobqueue.slurm.{key}") or [] for key in (_ARGUMENTS, _PROLOGUE)}
+    configured = dask.config.get("jobqueue.slurm")
+    missing = [key for key in ("cores", "memory") if configured.get(key) is None]
+    if missing:
+        raise DetuneError(
+            "cannot describe a job to Slurm",
+            f"jobqueue.slurm has no {' and no '.join(missing)}",
+            "set them in ~/.config/dask/jobqueue.yaml",
+        )
     try:
         # The last `--nthreads` counts: tensors are recovered one at a time, on all cores together.
         cluster = dask_jobqueue.SLURMCluster(
             processes=1,
-            worker_extra_args=[*configured[_ARGUMENTS], "--nthreads", "1"],
-            job_script_prologue=["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", *configured[_PROLOGUE]],
+            # Any port: several runs may start from one login node.
+            scheduler_options={"dashboard_address": ":0"},
+            worker_extra_args=[*(configured.get("worker-extra-args") or []), "--nthreads", "1"],
+            job_script_prologue=[*_THREADS, *(configured.get("job-script-prologue") or [])],
         )
     except (ValueError, TypeError, OSError) as error:
         raise DetuneError(
@@ -86,5 +95,7 @@ def _required() -> Iterator[None]:
         yield
     except ImportError as error:
         raise DetuneError(
-            f"{error.name or 'Dask'} is not installed", "a cluster needs it", "pip install 'detune[cluster]'"
+            f"{(error.name or 'dask').partition('.')[0]} is not installed",
+            "a cluster needs it",
+            "pip install 'detune[cluster]'",
         ) from None

@@ -1,0 +1,96 @@
+"""The directory in which a run's results land: one run at a time, and nothing of another's."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+
+import pytest
+
+from detune.checkpoints import claim, identity, open_checkpoint
+from detune.errors import OutputError
+from tests.families import plain_family
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_what_is_recorded_is_found_again(tmp_path):
+    with claim(tmp_path / "out", "key") as landing:
+        landing.record([{"name": "a"}, {"name": "b"}])
+    with claim(tmp_path / "out", "key") as again:
+        assert again.rows() == [{"name": "a"}, {"name": "b"}]
+        # By another process: another file.
+        again.record([{"name": "c"}])
+        assert len(list((again.directory / "journal").iterdir())) == 2
+        assert sorted(row["name"] for row in again.rows()) == ["a", "b", "c"]
+        again.clear()
+        assert again.rows() == []
+        again.remove()
+    assert names(tmp_path) == set()
+
+
+def test_another_key_starts_from_nothing_and_removes_what_was_left(tmp_path):
+    with claim(tmp_path / "out", "one") as landing:
+        landing.record([{"name": "a"}])
+    with claim(tmp_path / "other", "one"), claim(tmp_path / "out", "two") as landing:
+        assert landing.rows() == []
+        assert names(tmp_path) == {".other.recovering-one", ".out.recovering-two"}
+
+
+@pytest.mark.parametrize("key", ["one", "two"])
+def test_a_run_keeps_every_other_one_out_until_it_dies(tmp_path, key):
+    """However it dies: a lock that stayed would have to be removed by hand."""
+    program = f"""
+import os, signal, sys, pathlib
+from detune.checkpoints import claim
+with claim(pathlib.Path({str(tmp_path / "out")!r}), "one") as landing:
+    landing.record([dict(name="a")])
+    print(flush=True)
+    sys.stdin.readline()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        with pytest.raises(OutputError, match=rf"another run is writing to .*out; process {first.pid} on .*; wait"):
+            claim(tmp_path / "out", key).__enter__()
+        first.communicate(b"\n")
+    with claim(tmp_path / "out", key) as landing:
+        assert len(landing.rows()) == (1 if key == "one" else 0)
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with claim(tmp_path / "out", "key"):
+        pass
+    assert "has no file locks: see to it that no other run writes to" in caplog.text
+
+
+def test_identity_is_that_of_the_content(tmp_path):
+    fine = plain_family(tmp_path)
+    first = identity(open_checkpoint(fine.models[0]))
+    assert identity(open_checkpoint(fine.models[0])) == first
+    assert identity(open_checkpoint(fine.models[1])) != first
+    file = fine.models[0] / "model.safetensors"
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    data[len(data) // 2 : len(data) // 2 + 30_000] = bytes(30_000)
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert identity(open_checkpoint(fine.models[0])) != first
+
+
+def test_identity_of_a_merge_is_that_of_its_adapter_too(tmp_path):
+    (tmp_path / "base").mkdir()
+    fine = plain_family(tmp_path / "models")
+    first = open_checkpoint(fine.models[0])
+    # A configuration beside the weights decides what they mean.
+    before = identity(first)
+    (fine.models[0] / "config.json").write_text("{ }")
+    assert identity(first) != before
