@@ -29,7 +29,17 @@ from detune.checkpoints import (
 )
 from detune.clusters import Selection, select
 from detune.errors import InputError
-from detune.execution import Job, Landed, Performer, dispatch, hashed_by, make_units, read_changes, read_landed
+from detune.execution import (
+    Job,
+    Landed,
+    Performer,
+    Processes,
+    dispatch,
+    hashed_by,
+    make_units,
+    read_changes,
+    read_landed,
+)
 from detune.extraction import extracting
 from detune.family import Family, Models
 from detune.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
@@ -166,7 +176,7 @@ def recover(
             check,
             mask is not None,
             str(target.out) if adapters else None,
-            executor is not None,
+            executor is not None and not isinstance(executor, Processes),
         )
         landing = opened.enter_context(claim(target.out, job.key))
         opened.enter_context(_kept_for_later(landing))
@@ -225,11 +235,10 @@ def _kept_for_later(landing: Landing) -> Iterator[None]:
     """Leave what has landed for the same command to go on from, unless it is of no use."""
     try:
         yield
-    except InputError:
-        landing.remove()
-        raise
-    except BaseException:
-        if landing.rows():
+    except BaseException as error:
+        # An error with a cause is that of a disk, a network or a worker, and may be gone the next time.
+        useless = isinstance(error, InputError) and error.__cause__ is None
+        if landing.rows() and not useless:
             logger.warning("what has landed stays in %s: the same command does the rest", landing.directory)
         else:
             landing.remove()
