@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from benchmarks.hub_server import Hub, serving
 from tests.command import Ran, run_command
-from tests.hub_server import Hub, serving
 
 torch.set_num_threads(1)
 # For commands that tests start.

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.hub_server import Hub
 from detune.checkpoints import Checkpoint, Excerpt, open_checkpoint
 from detune.errors import InputError
 from tests.families import plain_family, shard
-from tests.hub_server import Hub
 
 NAMES = ("org/model-0", "org/model-1", "org/model-2")
 
