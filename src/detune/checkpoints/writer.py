@@ -86,11 +86,11 @@ class CheckpointFiles:
             tensor: Its values, on any device.
 
         Returns:
-            The tensor on the CPU; itself where nothing has to be done.
+            The tensor on the CPU, contiguous; itself where nothing has to be done.
         """
         dtype = self._infos[name].dtype
         if tensor.dtype == dtype:
-            return tensor.detach().cpu()
+            return tensor.detach().cpu().contiguous()
         stored = torch.empty(tensor.shape, dtype=dtype)
         values, flat = tensor.detach().reshape(-1), stored.view(-1)
         # In blocks: rounding takes several copies of what it rounds.
@@ -137,12 +137,10 @@ class CheckpointFiles:
         if tensor.dtype != info.dtype and not (tensor.is_floating_point() and info.dtype.is_floating_point):
             raise ValueError(f"tensor {name!r} is {tensor.dtype}, expected {info.dtype}")
         place = self._places[name]
-        values = tensor.detach().reshape(-1)
-        step = _BLOCK_BYTES // info.dtype.itemsize
+        memory = memory_of(self.as_stored(name, tensor))
         with self._opened(place.file) as descriptor:
-            for start in range(0, len(values), step):
-                block = round_to(values[start : start + step], info.dtype).cpu()
-                _write_at(descriptor, memory_of(block), place.offset + start * info.dtype.itemsize)
+            for start in range(0, len(memory), _BLOCK_BYTES):
+                _write_at(descriptor, memory[start : start + _BLOCK_BYTES], place.offset + start)
 
     def copy(self, name: str) -> None:
         """Copy one tensor of `like` byte for byte, in blocks, or in the dtype asked for if that holds it exactly.
