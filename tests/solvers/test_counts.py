@@ -1,4 +1,4 @@
-"""The solvers' work does not grow unnoticed: operations and bytes, which no machine's mood moves, against stored counts."""
+"""The solvers' work does not grow unnoticed: operations and bytes against stored counts."""
 
 import pytest
 import torch

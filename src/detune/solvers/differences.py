@@ -144,7 +144,9 @@ def find_differences(
 
 
 def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
-    """`S (W_i - W_1)` for each model, `(n, rows or a little more, in)`, S a sparse sign embedding of the rows.
+    """`S (W_i - W_1)` for all models but the first, `(n - 1, rows or a little more, in)`.
+
+    S is a sparse sign embedding of the rows.
 
     Rows that lie a multiple of the height apart share a bucket: neighbours, which often belong to one attention head
     and change together, do not. Where there are no more rows than asked for, they are taken as they are.
@@ -152,19 +154,17 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
     out, columns = stack.shape
     height = stack.block_height
     buckets = out if rows >= out else min(out, -(-rows // height) * height)
-    folded = stack.zeros(stack.n, buckets, columns)
+    folded = stack.zeros(stack.n - 1, buckets, columns)
     generator = stack.generator(seed)
     for block in stack.blocks():
         start = block.rows.start % buckets
         target = folded[:, start : start + block.reference.shape[0]]
         if buckets == out:
-            target.copy_(block.centred)
+            target.copy_(block.differences)
         else:
             signs = stack.gaussian(generator, block.reference.shape[0], 1).sign()
-            target.addcmul_(block.centred, signs)
+            target.addcmul_(block.differences, signs)
     stack.require_finite(folded.sum())
-    folded[1:] -= folded[0].clone()
-    folded[0] = 0
     return folded
 
 
@@ -172,7 +172,7 @@ class _RangeFinder:
     """Row spaces of differences, by test vectors that all of them share: the models are multiplied, not the pairs.
 
     Args:
-        matrices: `W_i - W_1`, folded, `(n, rows, in)`.
+        matrices: `W_i - W_1`, folded, for all models but the first, `(n - 1, rows, in)`.
         seed: Of the test vectors.
     """
 
@@ -188,12 +188,12 @@ class _RangeFinder:
 
     def row_space(self, i: int, j: int, noise_norm: float, expected: int) -> tuple[Tensor, Tensor]:
         """Row space and singular values of `W_i - W_j` over the noise, both float64, the rank expected or not."""
-        A = _subtract(self._matrices, i, j)
+        A = _between(self._matrices, i, j)
         limit = min(A.shape)
         while True:
             width = min(limit, _padded(expected))
             self._widen(width)
-            Q = orthonormal(_subtract(self._images, i, j)[:, :width])
+            Q = orthonormal(_between(self._images, i, j)[:, :width])
             V, S, _ = thin_svd((Q.mT @ A).mT)
             # Below this is the rounding error of the products, not the storage's.
             floor = max(noise_norm, 8 * torch.finfo(A.dtype).eps * float(S[0]))
@@ -204,22 +204,17 @@ class _RangeFinder:
 
     def _widen(self, width: int) -> None:
         """Make the images of so many test vectors, keeping those that there are."""
-        n, rows, columns = self._matrices.shape
-        before = self._images.shape[2]
+        matrices, before = self._matrices, self._images.shape[2]
         if width <= before:
             return
-        like = self._matrices
-        test = torch.randn(columns, width - before, generator=self._generator, dtype=like.dtype, device=like.device)
-        images = like.new_zeros(n, rows, width)
-        images[:, :, :before] = self._images
-        for matrix, image in zip(like[1:], images[1:], strict=True):
-            image[:, before:] = matrix @ test
-        self._images = images
+        size = matrices.shape[2], width - before
+        test = torch.randn(size, generator=self._generator, dtype=matrices.dtype, device=matrices.device)
+        self._images = torch.cat([self._images, torch.stack([matrix @ test for matrix in matrices])], dim=2)
 
 
-def _subtract(matrices: Tensor, i: int, j: int) -> Tensor:
-    """The j-th less the i-th; the first is zero."""
-    return matrices[j] if i == 0 else matrices[j] - matrices[i]
+def _between(matrices: Tensor, i: int, j: int) -> Tensor:
+    """The difference of models i and j > i, from their differences from the first."""
+    return matrices[j - 1] if i == 0 else matrices[j - 1] - matrices[i - 1]
 
 
 def _padded(rank: int) -> int:

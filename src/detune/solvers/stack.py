@@ -47,14 +47,30 @@ class Block:
     Attributes:
         rows: Which rows of the matrices these are.
         reference: `W_1` on these rows, `(rows, in)`, compute dtype.
-        offset: `mean_i W_i - W_1`, `(rows, in)`: kept apart, because it is small and `W_1` is not.
-        centred: `W_i - mean_j W_j` for every model, `(n, rows, in)`.
+        buffer: Memory for n times as much, `(n, rows, in)`: `W_i - W_1` in all but the first, until they are centred.
     """
 
     rows: slice
     reference: Tensor
-    offset: Tensor
-    centred: Tensor
+    buffer: Tensor
+
+    @property
+    def differences(self) -> Tensor:
+        """`W_i - W_1` for every model but the first, `(n - 1, rows, in)`: not to be had any more once centred."""
+        return self.buffer[1:]
+
+    @cached_property
+    def offset(self) -> Tensor:
+        """`mean_i W_i - W_1`, `(rows, in)`: kept apart, because it is small and `W_1` is not."""
+        return self.differences.sum(dim=0).div_(len(self.buffer))
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """`W_i - mean_j W_j` for every model, `(n, rows, in)`, in the memory of the differences."""
+        offset = self.offset
+        self.buffer[1:] -= offset
+        torch.neg(offset, out=self.buffer[0])
+        return self.buffer
 
 
 @dataclass(frozen=True)
@@ -160,19 +176,16 @@ class Stack:
         return min(self.shape[0], max(BLOCK_ROWS, BLOCK_ENTRIES // self.shape[1]))
 
     def blocks(self) -> Iterator[Block]:
-        """All rows, block by block, in order. The memory of `centred` is reused: it is valid until the next block."""
+        """All rows, block by block, in order. The buffer is used again: it is valid until the next block."""
         out, height = self.shape[0], self.block_height
         buffer = self._block_buffer(height)
         runs = [slice(start, min(start + height, out)) for start in range(0, out, height)]
         for rows, stored in zip(runs, upload(self.matrices, runs, self.device), strict=True):
             reference = stored[0].to(self.dtype)
-            centred = buffer[:, : reference.shape[0]]
-            for W_i, centred_i in zip(stored[1:], centred[1:], strict=True):
-                centred_i.copy_(W_i).sub_(reference)
-            offset = centred[1:].sum(dim=0).div_(self.n)
-            centred[1:] -= offset
-            torch.neg(offset, out=centred[0])
-            yield Block(rows, reference, offset, centred)
+            block = Block(rows, reference, buffer[:, : reference.shape[0]])
+            for W_i, difference in zip(stored[1:], block.differences, strict=True):
+                difference.copy_(W_i).sub_(reference)
+            yield block
 
     def _block_buffer(self, height: int) -> Tensor:
         width = self.shape[1]
