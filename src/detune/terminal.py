@@ -251,7 +251,7 @@ def _show_reading(console: Console, reading: Reading | None) -> None:
         share = 100 * reading.read_bytes / max(1, reading.total_bytes)
         console.print(
             f"looked at {reading.rows} rows of each matrix at most: read {reading.read_bytes / 1e6:.1f} MB of "
-            f"{reading.total_bytes / 1e6:.1f} MB, {share:.1f} %; --rows all reads the rest too",
+            f"{reading.total_bytes / 1e6:.1f} MB, {share:.1f} %; the rest may differ, and --rows all reads it",
             highlight=False,
             soft_wrap=True,
         )
