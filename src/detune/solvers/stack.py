@@ -68,7 +68,7 @@ class Block:
     def centred(self) -> Tensor:
         """`W_i - mean_j W_j` for every model, `(n, rows, in)`, in the memory of the differences."""
         offset = self.offset
-        self.buffer[1:] -= offset
+        self.differences.sub_(offset)
         torch.neg(offset, out=self.buffer[0])
         return self.buffer
 
