@@ -52,7 +52,8 @@ def test_shows_rows_of_matrices_and_all_of_the_rest(files):
         assert excerpt.shown_bytes(name) == shown.numel() * shown.element_size()
         assert bytes(excerpt.read_bytes(name)) == bytes(shown.contiguous().view(-1).view(torch.uint8).tolist())
         assert excerpt.read_whole(name).equal(tensor)
-    assert (excerpt.spec, excerpt.paths, excerpt.hashes()) == (whole.spec, whole.paths, whole.hashes())
+    assert (excerpt.spec, excerpt.paths) == (whole.spec, whole.paths)
+    assert excerpt.hashes() == {}  # they would have to be read from end to end
 
 
 def test_counts_what_it_reads_once_while_it_is_kept(files):
@@ -61,6 +62,8 @@ def test_counts_what_it_reads_once_while_it_is_kept(files):
     assert excerpt.read_total_bytes == 12 * 10 * 4
     excerpt.read_whole("matrix")
     assert excerpt.read_total_bytes == (12 + 30) * 10 * 4
+    assert excerpt.read_rows("matrix", [slice(2, 5)]).equal(open_checkpoint(files).read("matrix")[2:5])
+    assert excerpt.read_total_bytes == (12 + 30 + 3) * 10 * 4
 
 
 def test_keeps_a_bounded_number_of_bytes(files, monkeypatch):

@@ -138,6 +138,10 @@ class MergedCheckpoint(Checkpoint):
             names.insert(0, "adapter_config.json")
         return self._base.hashes() | {f"+{root.name}/{name}": file_hash(root / name) for name in names}
 
+    def known_hashes(self) -> dict[str, str]:
+        """See `Checkpoint.known_hashes`; none of a model that no file holds."""
+        return {}
+
     def side_files(self) -> list[Path]:
         """List the base's files that should travel to a checkpoint made like this one."""
         return self._base.side_files()

@@ -6,7 +6,7 @@ taken in a few runs, because a run is one read: the first rows, the last, and so
 matrix that was stacked from several (queries, keys and values) has its turn.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -104,9 +104,19 @@ class Excerpt(Checkpoint):
         """See `Checkpoint.content_key`."""
         return self._whole.content_key(name)
 
+    def read_rows(self, name: str, runs: Sequence[slice]) -> torch.Tensor:
+        """Read rows of the whole; see `Checkpoint.read_rows`."""
+        tensor = self._whole.read_rows(name, runs)
+        self.read_total_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
     def hashes(self) -> dict[str, str]:
-        """See `Checkpoint.hashes`."""
-        return self._whole.hashes()
+        """See `Checkpoint.hashes`; of the files that need not be read for it."""
+        return self._whole.known_hashes()
+
+    def known_hashes(self) -> dict[str, str]:
+        """See `Checkpoint.known_hashes`."""
+        return self._whole.known_hashes()
 
     def side_files(self) -> list[Path]:
         """See `Checkpoint.side_files`."""

@@ -235,6 +235,11 @@ class Checkpoint:
         """
         return {file.file: self._storage.sha256(file.file) for file in self.weight_files}
 
+    def known_hashes(self) -> dict[str, str]:
+        """The same for the files of which it is known without reading them: those on the Hub."""
+        known = {file.file: self._storage.known_sha256(file.file) for file in self.weight_files}
+        return {file: sha256 for file, sha256 in known.items() if sha256 is not None}
+
     def side_files(self) -> list[Path]:
         """List the files that should travel to a checkpoint made like this one, relative to `root`."""
         return [] if self._single_file else side_files(self.root, self._components)
