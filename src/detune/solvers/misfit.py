@@ -55,8 +55,7 @@ class Misfit:
         gained = sum(float((part * step).sum()) for part, step in zip((left, right, middle), steps, strict=True))
         distance = sum(float(step.square().sum()) for step in steps)
         outside = max(0.0, outside)
-        rounding = float(storage_variance(recovery.weight).mean()) * recovery.weight.numel()
-        distance = max(0.0, distance + outside / n**2 - rounding)
+        distance = max(0.0, distance + outside / n**2 - sums.rounding)
         return cls(max(0.0, energy - gained - outside / n), distance)
 
 
@@ -66,6 +65,7 @@ class _Sums:
     Attributes:
         energy: `sum_i |e_i|^2`.
         total_energy: `|sum_i e_i|^2`.
+        rounding: Expected energy of the rounding of W_star to its dtype.
         total_left: `Q^T sum_i e_i`.
         total_right: `sum_i e_i P`.
         E: `U_i^T e_i`.
@@ -73,25 +73,28 @@ class _Sums:
     """
 
     def __init__(self, stack: Stack, recovery: Recovery, core: Core, U: Sequence[Tensor], V: Sequence[Tensor]) -> None:
-        Q, P = core.Q, core.P
-        self.energy = self.total_energy = 0.0
-        self.total_left, self.total_right = Q.new_zeros(Q.shape[1], P.shape[0]), Q.new_zeros(Q.shape[0], P.shape[1])
-        self.E = [Q.new_zeros(U_i.shape[1], P.shape[0]) for U_i in U]
-        self.F = [Q.new_zeros(Q.shape[0], V_i.shape[1]) for V_i in V]
+        self.energy = self.total_energy = self.rounding = 0.0
+        right = [M_i.right.to(stack.device, stack.dtype).mT for M_i in recovery.deltas]
+        left = [M_i.left.to(stack.device, stack.dtype) for M_i in recovery.deltas]
         U, V = ([basis.to(stack.dtype) for basis in bases] for bases in (U, V))
-        Q, P = Q.to(stack.dtype), P.to(stack.dtype)
+        Q, P = core.Q.to(stack.dtype), core.P.to(stack.dtype)
+        out, columns = stack.shape
+        E, F = [stack.zeros(U_i.shape[1], columns) for U_i in U], [stack.zeros(out, V_i.shape[1]) for V_i in V]
+        total_left, total_right = stack.zeros(Q.shape[1], columns), stack.zeros(out, P.shape[1])
         height = stack.block_height
-        runs = [slice(start, start + height) for start in range(0, stack.shape[0], height)]
+        runs = [slice(start, start + height) for start in range(0, out, height)]
         for rows, stored in zip(runs, upload(stack.matrices, runs, stack.device), strict=True):
             weight = recovery.weight[rows].to(stack.device, stack.dtype)
+            self.rounding += float(storage_variance(recovery.weight[rows]).sum())
             total = torch.zeros_like(weight)
-            for i, (W_i, M_i) in enumerate(zip(stored, recovery.deltas, strict=True)):
-                e_i = W_i.to(stack.dtype) - weight
-                e_i -= M_i.left[rows].to(e_i) @ M_i.right.to(e_i).mT
+            for i, W_i in enumerate(stored):
+                e_i = (W_i.to(stack.dtype) - weight).addmm_(left[i][rows], right[i], alpha=-1)
                 self.energy += float(torch.linalg.vector_norm(e_i)) ** 2
                 total += e_i
-                self.E[i] += U[i][rows].mT @ e_i
-                self.F[i][rows] = (e_i @ V[i]).double()
+                E[i].addmm_(U[i][rows].mT, e_i)
+                torch.mm(e_i, V[i], out=F[i][rows])
             self.total_energy += float(torch.linalg.vector_norm(total)) ** 2
-            self.total_left += Q[rows].mT @ total
-            self.total_right[rows] = (total @ P).double()
+            total_left.addmm_(Q[rows].mT, total)
+            torch.mm(total, P, out=total_right[rows])
+        self.E, self.F = ([part.to(core.Q) for part in parts] for parts in (E, F))
+        self.total_left, self.total_right = total_left.to(core.Q), total_right.to(core.Q)

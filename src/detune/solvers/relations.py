@@ -26,6 +26,7 @@ from detune.solvers.stack import NonFinite, storage_variance
 SMALLEST = 64
 # Rows and columns looked at; more, where the rank found is a large part of them.
 FIRST_SAMPLE = 256
+MIDDLE_SAMPLE = 512
 LAST_SAMPLE = 1024
 LARGE_PART = 1 / 3
 # A singular value is signal from this multiple of the noise's largest: finite matrices scatter by some per cent.
@@ -86,7 +87,7 @@ def relate(first: Tensor, second: Tensor, seed: int = 0) -> Relation:
     Raises:
         NonFinite: One holds NaN or Inf where it was looked at.
     """
-    for size in (FIRST_SAMPLE, LAST_SAMPLE):
+    for size in (FIRST_SAMPLE, MIDDLE_SAMPLE, LAST_SAMPLE):
         relation = _relate([sample(matrix, size, seed) for matrix in (first, second)])
         if relation.rank <= LARGE_PART * min(size, *first.shape) or max(first.shape) <= size:
             break
