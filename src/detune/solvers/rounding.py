@@ -130,9 +130,11 @@ def _leverage(core: Core, rows: Tensor, columns: Tensor) -> Tensor:
     On the core A is taken for the Kronecker product that preconditions it.
     """
     n = len(core.a)
-    Q, P = core.Q[rows], core.P[columns]
-    u, v = ((basis @ inverse * basis).sum(dim=1) for basis, inverse in ((Q, core.inverse_G_U), (P, core.inverse_G_V)))
-    q, p = Q.square().sum(dim=1), P.square().sum(dim=1)
+    u, v = (
+        (basis @ inverse * basis).sum(dim=1)[places]
+        for basis, inverse, places in ((core.Q, core.inverse_G_U, rows), (core.P, core.inverse_G_V, columns))
+    )
+    q, p = core.Q.square().sum(dim=1)[rows], core.P.square().sum(dim=1)[columns]
     diagonal = ((1 - q) * (1 - p) - 1) / n + u * (1 - p) + (1 - q) * v + n * u * v
     spread = diagonal.clamp(min=0)
     return spread / spread.mean().clamp(min=torch.finfo(spread.dtype).tiny)
