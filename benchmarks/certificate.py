@@ -23,8 +23,7 @@ from detune.solvers.stack import storage_variance
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BAND = 0.3
-# Without the search for a grid: `benchmarks/bits.py` is about that.
-SOLVER = Auto(lattice=None)
+SOLVER = Auto()
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,14 @@ class Bits:
             on it; the test's bound, not an estimate.
         certain: Where the weight is the base's, bit for bit, `(out, in)`, bool.
         expected_mse: Mean squared error of the weight that the rest is expected to leave, per entry.
+        carriers: About how many entries share that error: its logarithm scatters by `0.43 / sqrt(carriers)`.
     """
 
     grid: torch.dtype
     log10_false_positive: float
     certain: Tensor
     expected_mse: float
+    carriers: float
 
     @property
     def share(self) -> float:

@@ -40,6 +40,8 @@ from detune.solvers.stack import SMALL_ENTRIES, Stack
 
 # Noise alone reaches 1, and a little more where the fit bends to it.
 CLEAR = 1.1
+# A direction that only a fit with the lowest floors has is real from so many of its own floors on.
+SURE = 1.3
 # Directions up to this many floors are taken out and put back at the end; a little more in each round.
 DOUBTFUL = 1.9
 MORE_DOUBTFUL = 0.25
@@ -180,12 +182,12 @@ class _Search:
         first = self._grow(self.start)
         search = replace(self, floors=self._rounding(first))
         fit = search._cleared(search._best(search._cleared(search._grow(self.start))))
-        # Higher floors hide directions before they are fitted: the first fit may have some that stand over them.
-        return min(fit, search._cleared(first), key=self._penalised)
+        # Higher floors hide directions before they are fitted: the first fit may have some that stand well over them.
+        return min(fit, search._cleared(first, SURE), key=self._penalised)
 
-    def _cleared(self, fit: Fit) -> Fit:
-        """Without what does not stand over its own model's noise, although it lowers the misfit."""
-        while below := self._doubtful(fit, 1.0):
+    def _cleared(self, fit: Fit, least: float = 1.0) -> Fit:
+        """Without what stands over its own model's noise by less, although it lowers the misfit."""
+        while below := self._doubtful(fit, least):
             fit = self._fit(_without(fit, below[:1]))
         return fit
 

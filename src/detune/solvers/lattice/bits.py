@@ -1,5 +1,6 @@
 """The answer once the `M_i` are known on a grid: the base's bits, and which of them are certain."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from detune.solvers.grid import spacing
 from detune.solvers.lattice.estimate import Estimate
+from detune.solvers.lattice.sweep import MOST_SEEN, sweep
 from detune.solvers.lattice.view import View, views
+from detune.solvers.random import seeded
 from detune.solvers.stack import Stack
 
 # An entry is certain if the probability of another grid point is below DOUBT with all variances SAFETY times as large.
@@ -21,6 +24,9 @@ BEYOND_DOUBT = SAFETY**0.5 * NormalDist().inv_cdf(1 - DOUBT / 2)
 # and by more than so many standard deviations than they do in others.
 MOST_STRAIN = 3.0
 DEVIATIONS, SCATTER = 4.0, 2.4
+# With fewer entries of a line for each of its numbers than this, entries are answered by what has not seen them.
+FEW_ENTRIES = 32
+FOLDS = 8
 # What they are outside by counts from this share of a step on.
 HARMLESS = 0.01
 
@@ -33,6 +39,7 @@ class BaseBits:
         weight: `(out, in)`, compute dtype.
         certain: Where it is certain, `(out, in)`, bool.
         expected_mse: Mean squared error per entry that the others are expected to leave.
+        carriers: About how many entries share that error.
         relative_residual: As in `Recovery`.
         noise_ratio: As there.
     """
@@ -40,41 +47,80 @@ class BaseBits:
     weight: Tensor
     certain: Tensor
     expected_mse: float
+    carriers: float
     relative_residual: float
     noise_ratio: float
 
 
-def base_bits(stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype) -> BaseBits:
-    """One pass over the stack.
+@dataclass(frozen=True)
+class Part:
+    """Entries of the stack, and estimates that answer for them.
+
+    Attributes:
+        estimates: One for each model.
+        entries: Which entries, `(out, in)`, bool; None is all.
+    """
+
+    estimates: Sequence[Estimate]
+    entries: Tensor | None = None
+
+
+def cross_fitted(
+    stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype, seed: int
+) -> tuple[tuple[Estimate, ...], list[Part]]:
+    """Estimates from all entries, and for each entry estimates that have not seen it.
+
+    A row that has few entries for each of its numbers bends to every one of them: what it then says of an entry is
+    that entry's own word, and wrong grid points confirm themselves. So each of a few parts of such a matrix is answered
+    by a sweep over the others. Where entries are many it makes no difference, and is not done.
+    """
+    whole = sweep(stack, estimates, grid, seed=seed)
+    out, width = stack.shape
+    widest = max(e.left.shape[1] for e in estimates)
+    if min(out, width, MOST_SEEN) >= FEW_ENTRIES * widest:
+        return whole, [Part(whole)]
+    drawn = torch.randint(FOLDS, stack.shape, generator=seeded(seed, stack.device), device=stack.device)
+    folds = [drawn == fold for fold in range(FOLDS)]
+    return whole, [Part(sweep(stack, estimates, grid, ~fold, seed), fold) for fold in folds]
+
+
+def base_bits(stack: Stack, parts: Sequence[Part], grid: torch.dtype) -> BaseBits:
+    """One pass over the stack for each part.
 
     Args:
         stack: The models.
-        estimates: One for each.
+        parts: All entries, each once.
         grid: The dtype that W lies on.
     """
     weight = torch.empty(stack.shape, dtype=stack.dtype, device=stack.device)
     certain = torch.ones(stack.shape, dtype=torch.bool, device=stack.device)
     strained_rows, strained_columns = (weight.new_zeros(stack.n, size, dtype=torch.float64) for size in stack.shape)
-    expected = residual = spread = rounding = 0.0
-    for view in views(stack, estimates):
-        block = _Block.of(view, grid)
-        weight[view.rows] = block.weight
-        certain[view.rows].view(-1)[block.places] = block.certain
-        rows, columns = view.lines(block.places)
-        strained_rows[:, view.rows].index_add_(1, rows, block.strain)
-        strained_columns.index_add_(1, columns, block.strain)
-        expected += block.expected
-        stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
-        spread += float((stored - stored.mean(dim=0)).square().sum())
-        residual += float(stored.sub_(block.weight).sub_(view.m).square().sum())
-        rounding += float((view.high - view.low).square().sum()) / 12
+    expected = scatter = residual = spread = rounding = 0.0
+    for part in parts:
+        for view in views(stack, part.estimates):
+            entries = slice(None) if part.entries is None else part.entries[view.rows]
+            block = _Block.of(view, grid, part.entries)
+            weight[view.rows][entries] = block.weight[entries].to(weight.dtype)
+            certain[view.rows].view(-1)[block.places] = block.certain
+            rows, columns = view.lines(block.places)
+            strained_rows[:, view.rows].index_add_(1, rows, block.strain)
+            strained_columns.index_add_(1, columns, block.strain)
+            expected += block.expected
+            scatter += block.scatter
+            stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
+            left = stored - block.weight - view.m
+            spread += float((stored - stored.mean(dim=0))[:, entries].square().sum())
+            residual += float(left[:, entries].square().sum())
+            rounding += float((view.high - view.low)[:, entries].square().sum()) / 12
     # A row of L, or of R, that has locked onto wrong points strains its line of the matrix.
-    certain[_off(strained_rows)] = False
-    certain[:, _off(strained_columns)] = False
+    off_rows, off_columns = _off(strained_rows), _off(strained_columns)
+    certain[off_rows] = False
+    certain[:, off_columns] = False
     return BaseBits(
         weight,
         certain,
         expected / weight.numel(),
+        expected**2 / scatter if scatter else math.inf,
         (residual / spread) ** 0.5 if spread > 0 else 0.0,
         (residual / rounding) ** 0.5,
     )
@@ -100,6 +146,7 @@ class _Block:
         certain: Which of these are, `(entries,)`, bool.
         strain: By how many squared deviations each `M_i` lies outside its interval there, `(n, entries)`.
         expected: Sum of the squared errors to expect.
+        scatter: Variance of that sum.
     """
 
     weight: Tensor
@@ -107,10 +154,13 @@ class _Block:
     certain: Tensor
     strain: Tensor
     expected: float
+    scatter: float
 
     @classmethod
-    def of(cls, view: View, grid: torch.dtype) -> "_Block":
+    def of(cls, view: View, grid: torch.dtype, entries: Tensor | None) -> "_Block":
         settled = view.settle(grid, BEYOND_DOUBT)
+        if entries is not None:
+            settled.open.logical_and_(entries[view.rows])
         weight, places = settled.weight, settled.open.flatten().nonzero().squeeze(1)
         v = view.variance(places)
         found = view.posterior(places, v, grid, least_reach=1)
@@ -120,6 +170,9 @@ class _Block:
         certain[asked] = (careful.doubt < DOUBT) & (careful.weight == found.weight[asked])
         weight.view(-1)[places] = found.weight
         low, high, m = view.at(places)
+        step = spacing(found.weight, grid)
         outside = torch.maximum(low - found.weight - m, m + found.weight - high).clamp(min=0)
-        strain = (outside - HARMLESS * spacing(found.weight, grid)).clamp(min=0).square() / v
-        return cls(weight, places, certain, strain, float(found.variance.sum()))
+        strain = (outside - HARMLESS * step).clamp(min=0).square() / v
+        # An error is a step, or none: the variance of its square is about the mean times the step's.
+        scatter = float((found.variance * torch.maximum(step.square(), found.variance)).sum())
+        return cls(weight, places, certain, strain, float(found.variance.sum()), scatter)

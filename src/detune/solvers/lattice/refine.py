@@ -15,7 +15,7 @@ import torch
 
 from detune.solvers.base import Bits, NotRecoverable, Recovery, left_alone
 from detune.solvers.grid import lies_on, spacing
-from detune.solvers.lattice.bits import base_bits
+from detune.solvers.lattice.bits import base_bits, cross_fitted
 from detune.solvers.lattice.estimate import Estimate
 from detune.solvers.lattice.evidence import HeldOut, calibrated, log10_false_positive, misfit
 from detune.solvers.lattice.score import delta_scale, known_spaces, score_start, within
@@ -158,14 +158,13 @@ class Lattice:
 
     def _finish(self, stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
         """The answer, from a fit to all entries."""
-        # With all entries in, the fit is better than the calibrated one by so little that a sweep settles it.
-        estimates = sweep(stack, fit.estimates, fit.grid, seed=self.seed + fit.sweeps) if fit.sweeps else fit.estimates
-        found = base_bits(stack, estimates, fit.grid)
+        estimates, parts = cross_fitted(stack, fit.estimates, fit.grid, self.seed + fit.sweeps)
+        found = base_bits(stack, parts, fit.grid)
         # A delta that the start found to be none stays none.
         known = start.ranks if start is not None and start.ranks else (1,) * stack.n
         deltas = tuple(e.low_rank if r else e.nothing for e, r in zip(estimates, known, strict=True))
         name = str(fit.grid).removeprefix("torch.")
-        bits = Bits(fit.grid, fit.log10_false_positive, found.certain, found.expected_mse)
+        bits = Bits(fit.grid, fit.log10_false_positive, found.certain, found.expected_mse, found.carriers)
         before = f"{start.reason}; then " if start is not None else ""
         return Recovery(
             found.weight,
