@@ -335,6 +335,16 @@ def test_bad_options_exit_with_2(command, family, out, words, says):
     assert os.listdir(out.parent) == []
 
 
+@pytest.mark.parametrize("verb", ["inspect", "recover"])
+def test_what_is_wrong_on_the_hub_is_one_line(command, hub, out, verb):
+    plain_family(hub.root / "org")
+    words = ["--out", out] if verb == "recover" else []
+    models = ["org/model-0", "org/model-1", "org/model-2@v9"]
+    says = ["'org/model-2' has no revision 'v9' on the Hub; it answered 404", "give a branch, a tag or a commit"]
+    assert_refused(command(verb, *models, *words), says)
+    assert os.listdir(out.parent) == []
+
+
 def test_inspect_and_family_say_how_much_they_read(command, family):
     for verb in ("inspect", "family"):
         ran = command(verb, *family.specs, "--rows", "64")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from detune.checkpoints.layout import SIDE_SUFFIXES, component_dirs, pick_weights, weight_map
 from detune.errors import InputError, reason_of
@@ -57,11 +58,12 @@ class Repository:
     commit: str
     files: Mapping[str, HubFile]
 
-    def download(self, wanted: Collection[str]) -> Path:
+    def download(self, wanted: Collection[str], *, quietly: bool = False) -> Path:
         """Bring files into the local cache.
 
         Args:
             wanted: Their paths.
+            quietly: Without a bar of progress, which a terminal shows otherwise.
 
         Returns:
             The directory of the snapshot.
@@ -70,18 +72,30 @@ class Repository:
             InputError: They cannot be downloaded.
         """
         import huggingface_hub
+        from huggingface_hub.utils import tqdm
+
+        class Bar(tqdm):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                # None is: where there is a terminal.
+                super().__init__(*args, **{**options, "disable": quietly or None})  # type: ignore[no-untyped-call]
 
         self._share(wanted)
         try:
             # By the name that was given, so that the cache knows it when there is no network.
-            path = huggingface_hub.snapshot_download(self.name, revision=self.revision, allow_patterns=list(wanted))
+            path = huggingface_hub.snapshot_download(
+                self.name,
+                revision=self.revision,
+                allow_patterns=list(wanted),
+                tqdm_class=Bar,
+            )
         except Exception as error:
             raise _explain(self.hub_id, error) from error
         return Path(path)
 
     def download_side_files(self) -> Path:
         """The same for the small files: configuration, indices of shards, tokenizer."""
-        return self.download([name for name in self.files if PurePosixPath(name).suffix in SIDE_SUFFIXES])
+        small = [name for name in self.files if PurePosixPath(name).suffix in SIDE_SUFFIXES]
+        return self.download(small, quietly=True)
 
     def weights(self, root: Path) -> list[str]:
         """Choose the weight files that a loader would read.
@@ -214,19 +228,19 @@ def _explain(hub_id: str, error: Exception) -> InputError:
     if isinstance(error, errors.GatedRepoError):
         return InputError(
             f"{name!r} is gated on the Hub",
-            reason_of(error),
+            _answer(error),
             "accept its terms on its page, and log in with `hf auth login`",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return InputError(
             f"{name!r} has no revision {revision!r} on the Hub",
-            reason_of(error),
+            _answer(error),
             "give a branch, a tag or a commit",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return InputError(
             f"{hub_id!r} is not an existing path, and the Hub shows no such repository",
-            reason_of(error),
+            _answer(error),
             "check the spelling; if it is private, log in with `hf auth login` or set HF_TOKEN",
         )
     return InputError(
@@ -234,3 +248,10 @@ def _explain(hub_id: str, error: Exception) -> InputError:
         f"{type(error).__name__}: {reason_of(error)}",
         "check the connection and HF_HUB_OFFLINE, or give a local directory",
     )
+
+
+def _answer(error: Exception) -> str:
+    """What the Hub answered, in its own words where it has any."""
+    status = getattr(getattr(error, "response", None), "status_code", "an error")
+    said = getattr(error, "server_message", None)
+    return f"it answered {status}" + (f", {said}" if said else "")
