@@ -72,7 +72,7 @@ class Repository:
             InputError: They cannot be downloaded.
         """
         import huggingface_hub
-        from huggingface_hub.utils import tqdm
+        from huggingface_hub.utils.tqdm import tqdm
 
         class Bar(tqdm):
             def __init__(self, *args: Any, **options: Any) -> None:
