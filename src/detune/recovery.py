@@ -1,18 +1,16 @@
 """The pipeline: tensors of a family, one at a time, through a solver into the writer and the report."""
 
-import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from detune.adapter_changes import ChangeFitter
 from detune.checkpoints import (
     Checkpoint,
     CheckpointFiles,
@@ -32,13 +30,13 @@ from detune.errors import InputError
 from detune.execution import (
     Job,
     Landed,
-    Performer,
     Processes,
-    dispatch,
-    hashed_by,
-    make_units,
+    hashing,
+    kept_for_later,
+    land,
+    landed_before,
     read_changes,
-    read_landed,
+    require_unchanged,
 )
 from detune.extraction import extracting
 from detune.family import Family, Models
@@ -46,8 +44,6 @@ from detune.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
 from detune.solvers import SOLVERS, Mean, NotRecoverable, Recovery, Single, Solver, Stack
 from detune.solvers.device import full_precision
 from detune.walk import OnTensor
-
-logger = logging.getLogger(__name__)
 
 
 @full_precision()
@@ -179,11 +175,11 @@ def recover(
             executor is not None and not isinstance(executor, Processes),
         )
         landing = opened.enter_context(claim(target.out, job.key))
-        opened.enter_context(_kept_for_later(landing))
+        opened.enter_context(kept_for_later(landing))
         job = replace(job, landing=landing.directory)
         files = CheckpointFiles(family.models[0], landing.checkpoint, dtype)
-        hashes = opened.enter_context(_hashing(given.models, merge_dtype, executor))
-        landed = _land(job, family, landing, _landed_before(landing, files, target), executor, on_tensor)
+        hashes = opened.enter_context(hashing(given.models, merge_dtype, executor))
+        landed = land(job, family, landing, landed_before(landing, files, target), executor, on_tensor)
         rows = tuple(landed[name].row for name in family.names)
         if not isinstance(solver, Mean | Single):
             _refuse_if_hopeless(rows, family.n)
@@ -191,7 +187,7 @@ def recover(
             InputRow(model.spec, hashed(), selection.reason(i))
             for i, (model, hashed) in enumerate(zip(given.models, hashes, strict=True))
         )
-        _require_unchanged(job, family)
+        require_unchanged(job, family)
         command = {
             "name": "recover",
             "argv": sys.argv,
@@ -201,23 +197,37 @@ def recover(
             "check": check,
             "merge_dtype": str(merge_dtype) if merge_dtype else None,
         }
-        # What is entered first is finished last: there are no adapters and no mask without their base.
-        with ExitStack() as results:
-            summary = None
-            if adapters:
-                extractor = results.enter_context(extracting(family.models, adapters, base=str(target.out)))
-                for name in family.names:
-                    extractor.add(name, read_changes(landing, landed[name], extractor.kind(name)))
-                summary = extractor.finish().summary
-            if mask:
-                certain = {name: landing.part(name, ".mask") for name in family.names if landed[name].has_mask}
-                shapes = {name: family.shape(name) for name in certain}
-                write_masks(results.enter_context(new_file(mask)), certain, shapes)
-            report = Report(command, inputs, rows, time.perf_counter() - started, adapters=summary)
-            files.finish({"detune.json": report.to_json().encode()})
-            with reported(target.out, files.needed_bytes):
-                move_into_place(landing.checkpoint, target.out, target.check)
+        report = Report(command, inputs, rows, time.perf_counter() - started)
+        report = _write_results(landing, landed, files, report, family, target, adapters, mask)
         landing.remove()
+    return report
+
+
+def _write_results(
+    landing: Landing,
+    landed: Mapping[str, Landed],
+    files: CheckpointFiles,
+    report: Report,
+    family: Family,
+    target: Target,
+    adapters: str | Path | None,
+    mask: str | Path | None,
+) -> Report:
+    """Put what has landed together, and everything in its place; the report with what the adapters give back."""
+    # What is entered first is finished last: there are no adapters and no mask without their base.
+    with ExitStack() as results:
+        if adapters:
+            extractor = results.enter_context(extracting(family.models, adapters, base=str(target.out)))
+            for name in family.names:
+                extractor.add(name, read_changes(landing, landed[name], extractor.kind(name)))
+            report = replace(report, adapters=extractor.finish().summary)
+        if mask:
+            certain = {name: landing.part(name, ".mask") for name in family.names if landed[name].has_mask}
+            shapes = {name: family.shape(name) for name in certain}
+            write_masks(results.enter_context(new_file(mask)), certain, shapes)
+        files.finish({"detune.json": report.to_json().encode()})
+        with reported(target.out, files.needed_bytes):
+            move_into_place(landing.checkpoint, target.out, target.check)
     return report
 
 
@@ -228,89 +238,6 @@ def _check_targets(target: Target, adapters: str | Path | None, mask: str | Path
         check_new(Path(adapters).expanduser().resolve())
     if mask:
         check_new(Path(mask).expanduser().resolve(), directory=False)
-
-
-@contextmanager
-def _kept_for_later(landing: Landing) -> Iterator[None]:
-    """Leave what has landed for the same command to go on from, unless it is of no use."""
-    try:
-        yield
-    except BaseException as error:
-        # An error with a cause is that of a disk, a network or a worker, and may be gone the next time.
-        useless = isinstance(error, InputError) and error.__cause__ is None
-        if landing.rows() and not useless:
-            logger.warning("what has landed stays in %s: the same command does the rest", landing.directory)
-        else:
-            landing.remove()
-        raise
-
-
-def _landed_before(landing: Landing, files: CheckpointFiles, target: Target) -> dict[str, Landed]:
-    """What an earlier run of the same command left, once there are files to go on with."""
-    landed = read_landed(landing)
-    if not files.prepare() and landed:
-        logger.warning("%s has lost files: starting over", landing.directory)
-        landing.clear()
-        files.prepare()
-        landed = {}
-    if landed:
-        logger.info("%d tensors have landed before", len(landed))
-    target.require_space(files.needed_bytes - files.stored_bytes(landed))
-    return landed
-
-
-def _land(
-    job: Job,
-    family: Family,
-    landing: Landing,
-    landed: dict[str, Landed],
-    executor: Executor | None,
-    on_tensor: OnTensor | None,
-) -> dict[str, Landed]:
-    """Recover what has not landed yet, here or by an executor's workers."""
-
-    def tell(found: Landed) -> None:
-        if on_tensor:
-            on_tensor(found.row.name, None)
-            on_tensor(found.row.name, found.row)
-
-    for found in landed.values():
-        tell(found)
-    missing = [name for name in family.names if name not in landed]
-    if executor is None:
-        fitter = ChangeFitter(family.models, job.adapters, job.rank, job.device) if job.adapters else None
-        done = Performer(job, family, landing, fitter).perform(missing, on_tensor)
-        return landed | {found.row.name: found for found in done}
-    done = []
-
-    def land(found: Landed) -> None:
-        done.append(found)
-        tell(found)
-
-    dispatch(executor, job, make_units(family, missing), land)
-    return landed | {found.row.name: found for found in done}
-
-
-@contextmanager
-def _hashing(
-    models: Sequence[Checkpoint], merge_dtype: torch.dtype | None, executor: Executor | None
-) -> Iterator[list[Callable[[], dict[str, str]]]]:
-    """Compute the hashes of the models' files meanwhile, where the tensors are computed."""
-    if executor is not None:
-        yield [hashed_by(executor, model, merge_dtype) for model in models]
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="detune-hash") as thread:
-        try:
-            yield [thread.submit(model.hashes).result for model in models]
-        finally:
-            thread.shutdown(wait=False, cancel_futures=True)
-
-
-def _require_unchanged(job: Job, family: Family) -> None:
-    if tuple(map(identity, family.models)) != job.identities:
-        raise InputError(
-            "a model has changed since the run began", "its files have other content, sizes or times", "run it again"
-        )
 
 
 def make_solver(method: str | Solver) -> Solver:
