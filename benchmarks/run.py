@@ -19,7 +19,6 @@ COMMANDS = {
     "minilm": [],
     "random_matrices": [],
     "closed_form": ["--iterations", "60"],
-    "checkpoint": [],
     "side_by_side": [],
     "floor": [],
     "growth": ["docs/growth.png"],

@@ -93,7 +93,7 @@ def against_published(timed: int) -> None:
 
 
 def make(folder: Path, layers: int, n: int) -> None:
-    """Write the merges of one random base."""
+    """Write a random base and its merges."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -119,6 +119,7 @@ def make(folder: Path, layers: int, n: int) -> None:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
+    _save(base, config, folder / "base")
     for i in range(n):
         model = dict(base)
         for name, W in base.items():
@@ -126,10 +127,14 @@ def make(folder: Path, layers: int, n: int) -> None:
                 # rms of the delta: 1 % of that of W.
                 left, right = torch.randn(W.shape[0], RANK, generator=generator), normal(RANK, W.shape[1])
                 model[name] = torch.addmm(W.float(), left, right, alpha=0.01 / math.sqrt(RANK)).bfloat16()
-        path = folder / f"model-{i}"
-        path.mkdir()
-        save_file(model, path / "model.safetensors", metadata={"format": "pt"})
-        (path / "config.json").write_text(json.dumps(config))
+        _save(model, config, folder / f"model-{i}")
+
+
+def _save(tensors: dict[str, torch.Tensor], config: dict[str, object], folder: Path) -> None:
+    """An ordinary checkpoint directory."""
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def run(command: list[str], threads: int) -> Run:
@@ -179,10 +184,20 @@ def against_averages(options: argparse.Namespace) -> None:
         for _ in range(options.repeats):
             for name, command in compared.items():
                 runs[name].append(run(command, options.threads))
+                if len(runs[name]) == options.repeats and name in options.methods.split(","):
+                    print(f"  {name:9} {accuracy(Path(command[-1]), folder / 'base')}")
                 shutil.rmtree(command[-1])
         report(runs, options)
     finally:
         shutil.rmtree(folder)
+
+
+def accuracy(recovered: Path, base: Path) -> str:
+    """What `detune compare` says of an answer."""
+    command = [sys.executable, "-m", "detune", "compare", str(recovered), str(base), "--json"]
+    summary = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["summary"]
+    identical = 100 * summary["bit_identical"]
+    return f"mean W-Error {summary['mean_w_error']:.2f} over what was tuned, {identical:.1f} % of all entries identical"
 
 
 def report(runs: dict[str, list[Run]], options: argparse.Namespace) -> None:
@@ -219,7 +234,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=4, help="of the published method that are timed")
     parser.add_argument("--methods", default="intersect,auto", help="beside mean")
     parser.add_argument("--mergekit", default=os.environ.get("MERGEKIT"), help="path of mergekit-yaml")
-    parser.add_argument("--folder", help="where the checkpoints are made; (models + 1) * layers * 0.44 GB")
+    parser.add_argument("--folder", help="where the checkpoints are made; (models + 2) * layers * 0.44 GB")
     parser.add_argument("--skip", choices=["published", "checkpoints"])
     options = parser.parse_args()
     if "intersect" not in options.methods.split(","):
