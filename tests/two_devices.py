@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 # A device that torch knows and no tensor of ours is on otherwise.
 THERE = torch.device("meta")
@@ -65,24 +64,48 @@ class SecondDevice(TorchDispatchMode):
 
 
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    there = any(isinstance(tensor, Elsewhere) for tensor in tensors)
-    device = kwargs.get("device")
-    if not there and device is None:
+    found = Found()
+    held_args = found.held(args)
+    held_kwargs = {key: found.held(value) for key, value in kwargs.items()} if kwargs else kwargs
+    device, there = kwargs.get("device"), found.there
+    if device is None and not there:
         return func(*args, **kwargs)
-    if there and func not in CROSSES and any(t.ndim for t in tensors if not isinstance(t, Elsewhere)):
-        raise RuntimeError(f"{func} mixes devices: {[(type(t).__name__, tuple(t.shape)) for t in tensors]}")
+    if there and found.here and func not in CROSSES:
+        raise RuntimeError(f"{func} mixes devices: {[type(arg).__name__ for arg in args]}")
     if device is not None:
         there = torch.device(device) == THERE
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+        held_kwargs["device"] = torch.device("cpu")
     elif func in CROSSES:
         there = isinstance(args[0], Elsewhere)
-    held_args, held_kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.held, (args, kwargs))
     result = func(*held_args, **held_kwargs)
     if not there or func is aten._local_scalar_dense.default:
         return result
-    result = tree_map_only(Tensor, Elsewhere, result)
+    result = moved(result)
     return return_and_correct_aliasing(func, args, kwargs, result) if aliases(func) else result
+
+
+class Found:
+    """What the arguments of an operation are, by the way of taking them back to the CPU."""
+
+    def __init__(self) -> None:
+        self.there = self.here = False
+
+    def held(self, value: Any) -> Any:
+        if isinstance(value, Elsewhere):
+            self.there = True
+            return value.held
+        if isinstance(value, Tensor):
+            # Numbers may be anywhere.
+            self.here |= value.ndim > 0
+        elif isinstance(value, list | tuple):
+            return type(value)([self.held(item) for item in value])
+        return value
+
+
+def moved(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return Elsewhere(result)
+    return type(result)([moved(item) for item in result]) if isinstance(result, list | tuple) else result
 
 
 @cache
