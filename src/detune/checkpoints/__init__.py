@@ -1,4 +1,4 @@
-"""Checkpoints on disk: lazy reading, streaming writing, and LoRA adapters, as factors or merged on the fly.
+"""Checkpoints on disk or on the Hub: lazy reading, streaming writing, LoRA adapters as factors or merged on the fly.
 
 This layer knows files only. Nothing here computes with weights, except for the merge of an adapter.
 """

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from detune.checkpoints.headers import PICKLE_SUFFIXES
 from detune.checkpoints.layout import SIDE_SUFFIXES, component_dirs, pick_weights, weight_map
 from detune.errors import InputError, reason_of
 
@@ -193,7 +194,7 @@ def cached_snapshot(hub_id: str, why: InputError) -> Path:
 
     Args:
         hub_id: `org/name` or `org/name@revision`.
-        why: The reason for not asking the Hub, raised where the cache has nothing.
+        why: The reason for not asking the Hub, raised where the cache has no weights of it.
 
     Returns:
         The directory of the snapshot.
@@ -206,9 +207,13 @@ def cached_snapshot(hub_id: str, why: InputError) -> Path:
     name, _, revision = hub_id.partition("@")
     logger.debug("%s; trying the cache", why)
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, local_files_only=True))
+        root = Path(huggingface_hub.snapshot_download(name, revision=revision or None, local_files_only=True))
     except Exception:
         raise why from None
+    # A repository that was read in part has left its small files there, and no more.
+    if not any(file.suffix in (".safetensors", *PICKLE_SUFFIXES) for file in root.rglob("*")):
+        raise why
+    return root
 
 
 def _link(known: Path, new: Path) -> None:
