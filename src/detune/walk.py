@@ -17,6 +17,7 @@ from detune.family import Family, damaged
 from detune.report import Status, TensorRow
 from detune.solvers import Bits, NonFinite
 from detune.solvers.certificate import Certificate
+from detune.solvers.grid import name_of
 from detune.solvers.device import full_precision
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Answer:
         return TensorRow(
             name,
             shape,
-            ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+            ", ".join(dict.fromkeys(name_of(dtype) for dtype in dtypes)),
             self.status,
             self.method,
             self.reason,
@@ -64,7 +65,7 @@ class Answer:
             certificate.undetermined if certificate else None,
             certificate.predicted_w_error if certificate else None,
             certificate.agreement if certificate else None,
-            str(bits.grid).removeprefix("torch.") if bits else None,
+            name_of(bits.grid) if bits else None,
             bits.log10_false_positive if bits else None,
             bits.share if bits else None,
             seconds,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from detune.solvers.agreement import Solve, disagreement
 from detune.solvers.base import LowRank, Recovery
+from detune.solvers.grid import name_of
 from detune.solvers.identifiability import ErrorTraces, error_traces
 from detune.solvers.linalg import thin_svd
 from detune.solvers.misfit import Misfit
@@ -115,7 +116,7 @@ def _of_bits(recovery: Recovery) -> Certificate:
     """The base's grid decides what the ranks leave open."""
     bits = recovery.bits
     assert bits is not None
-    name = str(bits.grid).removeprefix("torch.")
+    name = name_of(bits.grid)
     chance = f"off that grid with a probability below 1e{math.ceil(bits.log10_false_positive)}"
     if bool(bits.certain.all()):
         return Certificate(Verdict.EXACT, f"every entry is certain on the base's {name} grid; {chance}", 0)

@@ -14,6 +14,16 @@ from torch import Tensor
 EXPONENT = 0x7FF0000000000000
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype as people write it.
+
+    Example:
+        >>> name_of(torch.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 class Interval(NamedTuple):
     """The reals that round to stored values.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from detune.solvers.base import Bits, NotRecoverable, Recovery, left_alone
-from detune.solvers.grid import lies_on, spacing
+from detune.solvers.grid import lies_on, name_of, spacing
 from detune.solvers.lattice.bits import base_bits, cross_fitted
 from detune.solvers.lattice.estimate import Estimate
 from detune.solvers.lattice.evidence import HeldOut, calibrated, log10_false_positive, misfit
@@ -115,7 +115,7 @@ class Lattice:
             finely = [torch.finfo(W_i.dtype).eps < torch.finfo(grid).eps for W_i in stack.matrices]
             chosen = [on and fine for on, fine in zip(on_it, finely, strict=True)]
             if any(chosen) and (stack.n == 1 or not all(on_it)):
-                model, name = chosen.index(True), str(grid).removeprefix("torch.")
+                model, name = chosen.index(True), name_of(grid)
                 return left_alone(stack, model, f"model {model} has every entry on the {name} grid")
         return None
 
@@ -163,7 +163,7 @@ class Lattice:
         # A delta that the start found to be none stays none.
         known = start.ranks if start is not None and start.ranks else (1,) * stack.n
         deltas = tuple(e.low_rank if r else e.nothing for e, r in zip(estimates, known, strict=True))
-        name = str(fit.grid).removeprefix("torch.")
+        name = name_of(fit.grid)
         bits = Bits(fit.grid, fit.log10_false_positive, found.certain, found.expected_mse, found.carriers)
         before = f"{start.reason}; then " if start is not None else ""
         return Recovery(
@@ -221,7 +221,7 @@ def _as_rounded(stack: Stack) -> Stack:
 
 
 def _unsettled(fit: Fit) -> str:
-    name = str(fit.grid).removeprefix("torch.")
+    name = name_of(fit.grid)
     return (
         f"the base lies on the {name} grid (chance of error below 1e{math.ceil(fit.log10_false_positive)}), but "
         f"{fit.misfit:.2%} of the entries held out fit no point of it after {fit.sweeps} sweeps; "
@@ -230,7 +230,7 @@ def _unsettled(fit: Fit) -> str:
 
 
 def _why_not(stack: Stack, grids: Sequence[torch.dtype]) -> str:
-    names = ", ".join(str(grid).removeprefix("torch.") for grid in grids)
+    names = ", ".join(name_of(grid) for grid in grids)
     return (
         f"no grid of the base shows in {stack.n} model{'s' * (stack.n != 1)} (tried: {names}); "
         "the base was stored more finely than that, or the deltas are too large against its steps, or the models as "
