@@ -17,8 +17,8 @@ from detune.family import Family, damaged
 from detune.report import Status, TensorRow
 from detune.solvers import Bits, NonFinite
 from detune.solvers.certificate import Certificate
-from detune.solvers.grid import name_of
 from detune.solvers.device import full_precision
+from detune.solvers.grid import name_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ OnTensor = Callable[[str, TensorRow | None], None]
 
 # What the stack in work and the one read ahead may hold together, in float32 copies of the largest tensor.
 STACKS = 2
-# Matrices with fewer entries are computed on one thread: up to 1024x1024 a second was no faster, and it may have to wait.
+# Matrices with fewer entries are computed on one thread: up to 1024x1024 a second was no faster, and may have to wait.
 SHARED_OUT = 2**20
 
 
