@@ -40,6 +40,8 @@ from detune.solvers.stack import SMALL_ENTRIES, Stack
 
 # Noise alone reaches 1, and a little more where the fit bends to it.
 CLEAR = 1.1
+# For a model that has none so far: models of a set that left a matrix alone are rare.
+FIRST = 1.05
 # A direction that only a fit with the lowest floors has is real from so many of its own floors on.
 SURE = 1.3
 # Directions up to this many floors are taken out and put back at the end; a little more in each round.
@@ -297,8 +299,9 @@ class _Search:
         return self._fit(V) if self._allowed([V_i.shape[1] for V_i in V]) else None
 
     def _penalised(self, fit: Fit) -> float:
-        """J in units of the floor's square."""
-        return fit.misfit / self.floor**2 + CLEAR**2 * sum(fit.ranks)
+        """J in units of the floor's square; that a model changed something costs a little less than how much."""
+        changed = sum(rank > 0 for rank in fit.ranks)
+        return fit.misfit / self.floor**2 + CLEAR**2 * (sum(fit.ranks) - changed) + FIRST**2 * changed
 
     def _claims(self, fit: Fit, least: float = CLEAR) -> list[Claim]:
         """What the residuals show above so many floors, the strongest first."""
@@ -313,7 +316,7 @@ class _Search:
                 values, vectors = torch.linalg.eigh(Z @ Z.mT)
             for value, u in zip(values.flip(0), vectors.mT.flip(0), strict=True):
                 strength = float(value.clamp(min=0).sqrt()) / self.floors[i]
-                if strength <= least:
+                if strength <= (least if fit.ranks[i] else NEARLY):
                     break
                 v = right.whiten(u[None] @ Z, i)[0]
                 claims.append(Claim(strength, i, u, v / v.norm()))
