@@ -11,6 +11,10 @@ from detune.solvers.device import upload
 from detune.solvers.polish import Core
 from detune.solvers.stack import Stack, storage_variance
 
+# An average leaves residuals that sum to zero but for its rounding: a sum of less than this share of their energy is
+# not looked at closer.
+NEGLIGIBLE = 1e-6
+
 
 @dataclass(frozen=True)
 class Misfit:
@@ -87,14 +91,18 @@ class _Sums:
             weight = recovery.weight[rows].to(stack.device, stack.dtype)
             self.rounding += float(storage_variance(recovery.weight[rows]).sum())
             total = torch.zeros_like(weight)
+            energy = 0.0
             for i, W_i in enumerate(stored):
                 e_i = (W_i.to(stack.dtype) - weight).addmm_(left[i][rows], right[i], alpha=-1)
-                self.energy += float(torch.linalg.vector_norm(e_i)) ** 2
+                energy += float(torch.linalg.vector_norm(e_i)) ** 2
                 total += e_i
                 E[i].addmm_(U[i][rows].mT, e_i)
                 torch.mm(e_i, V[i], out=F[i][rows])
-            self.total_energy += float(torch.linalg.vector_norm(total)) ** 2
-            total_left.addmm_(Q[rows].mT, total)
-            torch.mm(total, P, out=total_right[rows])
+            total_energy = float(torch.linalg.vector_norm(total)) ** 2
+            self.energy += energy
+            self.total_energy += total_energy
+            if total_energy > NEGLIGIBLE * energy:
+                total_left.addmm_(Q[rows].mT, total)
+                torch.mm(total, P, out=total_right[rows])
         self.E, self.F = ([part.to(core.Q) for part in parts] for parts in (E, F))
         self.total_left, self.total_right = total_left.to(core.Q), total_right.to(core.Q)
