@@ -370,7 +370,9 @@ def test_a_scheduler_that_goes_away(fine, alone, tmp_path):
     scheduler = """
 import distributed, time
 if __name__ == "__main__":
-    cluster = distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0")
+    cluster = distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0"
+    )
     print(cluster.scheduler_address, flush=True)
     time.sleep(600)
 """
