@@ -66,9 +66,10 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Run:
-    """Wall seconds and peak memory of a process."""
+    """Wall seconds, processor seconds and peak memory of a process."""
 
     seconds: float
+    processor_seconds: float
     peak_bytes: int
 
 
@@ -145,7 +146,7 @@ def run(command: list[str], threads: int) -> Run:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
-    return Run(time.perf_counter() - began, usage.ru_maxrss * 1024)
+    return Run(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
@@ -203,11 +204,12 @@ def accuracy(recovered: Path, base: Path) -> str:
 def report(runs: dict[str, list[Run]], options: argparse.Namespace) -> None:
     """Print what was measured, as ratios."""
     for name, measured in runs.items():
-        seconds, peak = [each.seconds for each in measured], max(each.peak_bytes for each in measured)
+        peak, processor = max(each.peak_bytes for each in measured), min(each.processor_seconds for each in measured)
         ratios = [a.seconds / b.seconds for a, b in zip(measured, runs["mean"], strict=True)]
         print(
-            f"  {name:9} median {median(seconds):7.2f} s, least {min(seconds):7.2f} s, peak {peak / 1e6:6.0f} MB, "
-            f"time / mean: median {median(ratios):5.2f}, of the least {min(seconds) / _least(runs['mean']):5.2f}"
+            f"  {name:9} {_least(measured):7.2f} s, {_least(measured) / _least(runs['mean']):5.2f} times mean's "
+            f"(run by run, median: {median(ratios):5.2f}); processor {processor:7.2f} s, "
+            f"{processor / min(each.processor_seconds for each in runs['mean']):5.2f} times; peak {peak / 1e6:6.0f} MB"
         )
     closed = runs["intersect"]
     at_most = 1.3 if options.models < 8 else 2.0
