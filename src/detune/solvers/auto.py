@@ -54,7 +54,7 @@ class Auto:
         try:
             return self.lattice.refine(stack, found, rank)
         except NoGrid:
-            return found
+            return self.lattice.without_grid(stack, found)
 
     def _without_grid(self, stack: Stack, rank: int | None) -> Recovery:
         best = self._solve(stack, rank, fold=True)

@@ -47,6 +47,8 @@ TAIL = 0.1
 MOST_DISAGREEMENT = 10.0
 # Entries of deltas below this many times the noise's variance are rounded alike in all models.
 ALIKE = 144.0
+# Intervals leave no less than this share of the error of least squares.
+MOST_SAVED = 0.05
 # With fewer directions the error scatters by more than a factor of two (two standard deviations of its logarithm).
 FEW = 16.0
 # Wrong entries of a base on a grid come one by one: with fewer that share the error, its logarithm scatters as much.
@@ -139,7 +141,14 @@ def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: fl
         reason = f"the data cannot see changes of the weight in a space of dimension {null}"
         return Certificate(Verdict.NOT_DETERMINED, reason, null)
     evidence = _Evidence.of(stack, recovery, core, spaces, stored)
-    mse = rounded_mse(recovery, core, [W_i.dtype for W_i in stack.matrices], stored, evidence.mse, evidence.averaged)
+    mse = rounded_mse(
+        recovery,
+        core,
+        [W_i.dtype for W_i in stack.matrices],
+        stored,
+        evidence.mse,
+        min(evidence.mse, evidence.averaged),
+    )
     # Storing takes or adds the same share, whichever way the error was found.
     agreement = _log10(mse * disagreed / evidence.mse) if disagreed and evidence.mse else None
     doubt = evidence.doubt(mse)
@@ -167,6 +176,7 @@ class _Evidence:
         variances: Of the models' storage noise, `(n,)`.
         excess: Variance found in the misfit over the storage noise's. Directions below the noise are in it.
         computed: Variance of the rounding errors of the computation.
+        saved: What the answer's mean squared error is below that of least squares.
         rounded: Whether the weight is in the dtype it will be stored in.
         entries: Of the matrix.
     """
@@ -178,6 +188,7 @@ class _Evidence:
     variances: Tensor
     excess: float
     computed: float
+    saved: float
     rounded: bool
     entries: int
 
@@ -200,19 +211,21 @@ class _Evidence:
             variances,
             _excess(misfit, traces, variances),
             computed,
+            recovery.saved_mse,
             torch.finfo(recovery.weight.dtype).eps >= torch.finfo(stored).eps,
             entries,
         )
 
     @property
     def averaged(self) -> float:
-        """Mean squared error of the mean of n rounding errors: the least that there can be."""
+        """Mean squared error of the mean of n rounding errors: the least that least squares can do."""
         return self.excess * float(self.variances.sum()) / len(self.variances) ** 2
 
     @property
     def noise(self) -> float:
-        """Mean squared error that the noise leaves at the maximum-likelihood answer."""
-        return self.excess * float((self.variances * self.traces.weight).sum()) / self.entries
+        """Mean squared error that the noise leaves at the most likely answer."""
+        least_squares = self.excess * float((self.variances * self.traces.weight).sum()) / self.entries
+        return max(least_squares - self.saved, least_squares * MOST_SAVED)
 
     @property
     def distance(self) -> float:
@@ -221,6 +234,9 @@ class _Evidence:
         A weight that was rounded as coarsely as it will be stored may already be the base's own: then the step is as
         long as the noise.
         """
+        if self.saved:
+            # Least squares is not the aim.
+            return 0.0
         distance = self.misfit.distance / self.entries
         return max(0.0, distance - self.noise) if self.rounded else distance
 

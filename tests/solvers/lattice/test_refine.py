@@ -95,6 +95,17 @@ def test_nothing_certain_is_wrong(n, delta, merge, seed):
         assert problem.certain_and_wrong(recovery) == 0
 
 
+@pytest.mark.parametrize("delta", [3.0, 30.0])
+def test_merges_that_were_rounded_twice(delta):
+    """PEFT's safe_merge rounds the delta to bf16 before the sum: what it adds is taken for an error of the `M_i`."""
+    problem = OnGridProblem((128, 96), rank=2, n=4, delta=delta, merge=torch.bfloat16)
+    twice = Stack.of([(problem.W + M_i.bfloat16().double()).bfloat16() for M_i in problem.deltas])
+    recovery = Auto().solve(twice)
+    assert recovery.bits is not None
+    assert problem.right(recovery.weight) > 0.93
+    assert problem.certain_and_wrong(recovery) == 0
+
+
 class TestUntouched:
     W = nearest(0.02 * normal(seeded(), 64, 48), torch.bfloat16)
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from detune.solvers.base import LowRank
+from detune.solvers.base import LowRank, Recovery
+from detune.solvers.stack import Stack
 
 # Mean square of factors that are zero, and variance of what they give: with none there would be nothing to divide by.
 LEAST_SIZE = 1e-30
@@ -67,3 +68,19 @@ class Estimate:
     def given_columns(self, columns: Tensor) -> "Estimate":
         """Of some of the columns."""
         return replace(self, right=self.right[columns], columns=self.columns[:, columns])
+
+
+def from_recovery(stack: Stack, start: Recovery | None) -> tuple[Estimate, ...] | None:
+    """Estimates from a least-squares fit, whose entries have about the variance `noise^2 r (d + k) / d k`.
+
+    The noise is that of the model less the mean of the others: a fine model's `M_i` is no better known than their W.
+    """
+    if start is None or not any(M_i.rank for M_i in start.deltas):
+        return None
+    out, columns = stack.shape
+    own = stack.noise.square()
+    noise = own + (own.sum() - own) / max(1, stack.n - 1) ** 2
+    return tuple(
+        Estimate.of(M_i, float(variance) * max(1, M_i.rank) * (out + columns) / (out * columns))
+        for M_i, variance in zip(start.deltas, noise, strict=True)
+    )

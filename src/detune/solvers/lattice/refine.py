@@ -16,8 +16,9 @@ import torch
 from detune.solvers.base import Bits, NotRecoverable, Recovery, left_alone
 from detune.solvers.grid import lies_on, name_of, spacing
 from detune.solvers.lattice.bits import base_bits, cross_fitted
-from detune.solvers.lattice.estimate import Estimate
+from detune.solvers.lattice.estimate import Estimate, from_recovery
 from detune.solvers.lattice.evidence import HeldOut, calibrated, log10_false_positive, misfit
+from detune.solvers.lattice.off_grid import between_intervals
 from detune.solvers.lattice.score import delta_scale, known_spaces, score_start, within
 from detune.solvers.lattice.sweep import sweep
 from detune.solvers.stack import Stack
@@ -37,6 +38,8 @@ MOST_STEPS = 8.0
 SIGN_AFTER, SIGN = 5, -1.0
 # More misfits than this share of the entries held out: the fit has not found the M_i.
 MOST_MISFITS = 1e-3
+# Least squares that leaves more times the rounding noise than this has not explained the models.
+MOST_NOISE = 1.2
 # Deltas below so many steps of the models' grid do not show in least squares, which takes rounding for noise.
 FINE = 1.5
 
@@ -105,6 +108,23 @@ class Lattice:
                 return self._finish(stack, start, fit)
         raise NoGrid(_why_not(stack, self.grids))
 
+    def without_grid(self, stack: Stack, start: Recovery) -> Recovery:
+        """The base between the intervals of the models' rounding, where no grid shows.
+
+        The start is returned as it is where rounding is so fine that it does not matter, where it is so coarse that
+        least squares does not see the deltas, and where the start leaves more than rounding explains.
+
+        Args:
+            stack: The models.
+            start: A least-squares recovery of them.
+        """
+        rounded = _as_rounded(stack)
+        dtypes = {W_i.dtype for W_i in rounded.matrices}
+        coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        if not dtypes & set(HALVES) or not any(start.ranks) or (start.noise_ratio or 0.0) > MOST_NOISE:
+            return start
+        return start if _is_coarse(rounded, coarsest) else between_intervals(rounded, start, self.seed)
+
     def untouched(self, stack: Stack) -> Recovery | None:
         """The matrix, or vector, of a finely stored model whose every entry lies on a coarser grid.
 
@@ -129,7 +149,7 @@ class Lattice:
     ) -> Fit | None:
         """Sweep on one grid, the entries held out left alone. None where no delta shows on it."""
         spaces = None
-        estimates, coarse = _from_recovery(stack, start), _is_coarse(stack, grid)
+        estimates, coarse = from_recovery(stack, start), _is_coarse(stack, grid)
         if estimates is None and not coarse and stack.n > 2:
             return None
         if estimates is None or coarse:
@@ -178,22 +198,6 @@ class Lattice:
             fit.sweeps,
             bits,
         )
-
-
-def _from_recovery(stack: Stack, start: Recovery | None) -> tuple[Estimate, ...] | None:
-    """Estimates from a least-squares fit, whose entries have about the variance `noise^2 r (d + k) / d k`.
-
-    The noise is that of the model less the mean of the others: a fine model's `M_i` is no better known than their W.
-    """
-    if start is None or not any(M_i.rank for M_i in start.deltas):
-        return None
-    out, columns = stack.shape
-    own = stack.noise.square()
-    noise = own + (own.sum() - own) / max(1, stack.n - 1) ** 2
-    return tuple(
-        Estimate.of(M_i, float(variance) * max(1, M_i.rank) * (out + columns) / (out * columns))
-        for M_i, variance in zip(start.deltas, noise, strict=True)
-    )
 
 
 def _shows(held: HeldOut, estimates: Sequence[Estimate], grid: torch.dtype) -> bool:
