@@ -116,12 +116,9 @@ def test_some_rows_say_what_all_of_them_do(tmp_path):
     models = tall_family(tmp_path)
     whole, part = detune.inspect(models), detune.inspect(models, rows=96)
     for ours, theirs in zip(part.tensors, whole.tensors, strict=True):
-        assert (ours.name, ours.shape, ours.status, ours.ranks) == (
-            theirs.name,
-            theirs.shape,
-            theirs.status,
-            theirs.ranks,
-        )
+        assert (ours.name, ours.shape, ours.ranks) == (theirs.name, theirs.shape, theirs.ranks)
+        # Bits on a grid have fewer entries to be judged by, and so a more cautious verdict.
+        assert ours.status == theirs.status or (ours.grid, ours.status) == ("bfloat16", Status.APPROXIMATE)
     assert whole.reading is None
     read = [96 * 96 * 2, 96 * 32 * 9 * 4, 96 * 64 * 2, 300 * 4]
     total = [400 * 96 * 2, 300 * 32 * 9 * 4, 500 * 64 * 2, 300 * 4]
