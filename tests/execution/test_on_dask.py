@@ -35,10 +35,11 @@ def test_dask_that_is_not_installed(monkeypatch, workers):
 
 SBATCH = """#!{python}
 import os, subprocess, sys
-# Slurm's part: give the job its cores, and run it somewhere else.
+# Slurm's part: take a copy of the script, give the job its cores, and run it somewhere else.
+script = open(sys.argv[-1]).read()
 environment = os.environ | {{"SLURM_CPUS_PER_TASK": "3"}}
 log = open({log!r}, "w")
-process = subprocess.Popen(["sh", sys.argv[-1]], env=environment, stdout=log, stderr=log, start_new_session=True)
+process = subprocess.Popen(["sh", "-c", script], env=environment, stdout=log, stderr=log, start_new_session=True)
 print("Submitted batch job", process.pid)
 """
 SCANCEL = """#!{python}
