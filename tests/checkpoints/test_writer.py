@@ -262,7 +262,9 @@ def test_disk_full_while_writing(like: Checkpoint, out: Path, monkeypatch: pytes
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, refuse)
-    with pytest.raises(OutputError, match=r"no space left for .*(needs \d+ bytes and \d+ are available|No space left on device); free"):
+    with pytest.raises(
+        OutputError, match=r"no space left for .*(needs \d+ bytes and \d+ are available|No space left on device); free"
+    ):
         copy_all(like, out)
     monkeypatch.undo()
     assert os.listdir(out.parent) == []

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import NotRecoverable, Recovery, left_alone
+from detune.solvers.descent import downhill
 from detune.solvers.differences import SIGNAL, Difference, find_differences
 from detune.solvers.fit import w_step, w_step_given_rows
 from detune.solvers.intersect import Unsplittable, find_spaces, untranspose
@@ -15,14 +16,14 @@ from detune.solvers.lattice import HALVES, Lattice, NoGrid
 from detune.solvers.polish import Polish
 from detune.solvers.selection import select_ranks
 from detune.solvers.spectral import Spectral
-from detune.solvers.stack import Stack
+from detune.solvers.stack import SMALL_ENTRIES, Stack
 
 # A residual of more than this many times the storage noise is not storage noise.
 FLOOR_RATIO = 2.0
 # Where the rank is told, singular values of differences are looked for down to this share of the storage noise.
 BELOW_NOISE = 0.5
 # Unless the residual is storage noise already.
-AT_FLOOR = 1.1
+AT_FLOOR = 1.03
 # Ranks whose weakest singular value stands so many times over the noise are not searched for others.
 CLEAR = 8.0
 
@@ -89,7 +90,10 @@ class Auto:
         if any(_in_doubt(difference) for difference in differences.by_pair.values()):
             spaces = select_ranks(spaces, rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
-        step, steps = w_step(spaces.stack, polished.deltas), polished.steps
+        small = stack.shape[0] * stack.shape[1] <= SMALL_ENTRIES
+        # Full steps wander where some direction is as good as undetermined; shorter ones look at all of the stack.
+        deltas = polished.deltas if polished.converged or not small else downhill(spaces.stack, spaces.bases)
+        step, steps = w_step(spaces.stack, deltas), polished.steps
         method = "intersect+polish"
         if step.noise_ratio > FLOOR_RATIO:
             # Directions that are noise make the step ill-conditioned: it must not spoil a better start. One that

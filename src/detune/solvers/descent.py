@@ -16,9 +16,12 @@ from detune.solvers.base import LowRank
 from detune.solvers.fit import solve_given_rows
 from detune.solvers.linalg import orthonormal
 from detune.solvers.polish import Polish, Tangent, gauss_newton_step
+from detune.solvers.stack import Stack
 
 # Shares of a step that are tried, longest first.
 STEP_LENGTHS = (1.0, 0.4, 0.15, 0.05)
+# A misfit that changes by less than this share of the largest squared singular value of noise is as good as it gets.
+ENOUGH = 3e-3
 # Every step solves a linear problem that is wrong anyway: conjugate gradients need not solve it to the last digit.
 INNER = Polish(cg_tolerance=0.1, cg_steps=30)
 
@@ -60,6 +63,25 @@ class Fit:
     def ranks(self) -> tuple[int, ...]:
         """The rank of each delta."""
         return tuple(M_i.rank for M_i in self.deltas)
+
+
+def downhill(stack: Stack, V: Sequence[Tensor]) -> tuple[LowRank, ...]:
+    """The deltas of least misfit, for a stack small enough to be held in float64.
+
+    Args:
+        stack: The models.
+        V: Orthonormal row spaces to start from, `(in, r_i)`.
+    """
+    noise = float(stack.noise.square().mean().sqrt())
+    floor = noise * (stack.shape[0] ** 0.5 + stack.shape[1] ** 0.5)
+    return descend(centred(stack), [V_i.double() for V_i in V], noise, ENOUGH * floor**2).deltas
+
+
+def centred(stack: Stack) -> Tensor:
+    """`W_i - mean`, `(n, out, in)`, float64: differences first, which are exact or nearly so."""
+    matrices = torch.stack([W_i.to(stack.device, torch.float64) for W_i in stack.matrices])
+    differences = matrices - matrices[0]
+    return differences.sub_(differences.mean(dim=0))
 
 
 def descend(centred: Tensor, V: Sequence[Tensor], noise: float, enough: float, max_steps: int = 25) -> Fit:

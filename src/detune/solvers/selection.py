@@ -31,7 +31,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from detune.solvers.descent import Fit, descend
+from detune.solvers.descent import ENOUGH, Fit, centred, descend
 from detune.solvers.differences import find_differences
 from detune.solvers.fit import normal_inverse
 from detune.solvers.intersect import Spaces, intersect
@@ -164,20 +164,18 @@ class _Search:
     @classmethod
     def of(cls, stack: Stack, V: Sequence[Tensor], most: int) -> "_Search | None":
         """Measure the noise and fit the start; None where that fit is not down to the noise."""
-        matrices = torch.stack([W_i.to(stack.device, torch.float64) for W_i in stack.matrices])
-        centred = matrices - matrices[0]
-        centred -= centred.mean(dim=0)
+        differences = centred(stack)
         noise = float(stack.noise.square().mean().sqrt())
         spectrum = noise_spectrum(stack)
         floor = float(spectrum[0])
-        start = descend(centred, V, noise, _enough(floor))
+        start = descend(differences, V, noise, ENOUGH * floor**2)
         # Rounding on the way to the merge is in the residual too; outliers do not move the median.
         middles = [float(torch.linalg.svdvals(Z).median()) for Z in _whitened_residuals(start)]
         excess = max(1.0, median(middles) / float(spectrum.median()))
         degrees = (stack.n - 1) * stack.shape[0] * stack.shape[1]
         if excess > BAD_FIT or start.misfit > (BAD_START * excess * noise) ** 2 * degrees:
             return None
-        return cls(stack, centred, noise, floor * excess, (floor * excess,) * stack.n, most, start)
+        return cls(stack, differences, noise, floor * excess, (floor * excess,) * stack.n, most, start)
 
     def best(self) -> Fit:
         """The best ranks found."""
@@ -293,7 +291,7 @@ class _Search:
         return None
 
     def _fit(self, V: Sequence[Tensor]) -> Fit:
-        return descend(self.centred, V, self.noise, _enough(self.floor))
+        return descend(self.centred, V, self.noise, ENOUGH * self.floor**2)
 
     def _fit_allowed(self, V: Sequence[Tensor]) -> Fit | None:
         return self._fit(V) if self._allowed([V_i.shape[1] for V_i in V]) else None
@@ -456,8 +454,3 @@ def _strongest_by_model(claims: Sequence[Claim]) -> list[Claim]:
     for claim in claims:
         first.setdefault(claim.model, claim)
     return list(first.values())
-
-
-def _enough(floor: float) -> float:
-    """A misfit that changes by less than this says nothing about a direction."""
-    return 3e-3 * floor**2

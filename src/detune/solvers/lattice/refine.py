@@ -112,7 +112,8 @@ class Lattice:
         """The base between the intervals of the models' rounding, where no grid shows.
 
         The start is returned as it is where rounding is so fine that it does not matter, where it is so coarse that
-        least squares does not see the deltas, and where the start leaves more than rounding explains.
+        least squares does not see the deltas, where a model seems to have none (W would lie around points of that
+        model's grid, and look as if it were on it), and where the start leaves more than rounding explains.
 
         Args:
             stack: The models.
@@ -121,7 +122,7 @@ class Lattice:
         rounded = _as_rounded(stack)
         dtypes = {W_i.dtype for W_i in rounded.matrices}
         coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-        if not dtypes & set(HALVES) or not any(start.ranks) or (start.noise_ratio or 0.0) > MOST_NOISE:
+        if not dtypes & set(HALVES) or not all(start.ranks) or (start.noise_ratio or 0.0) > MOST_NOISE:
             return start
         return start if _is_coarse(rounded, coarsest) else between_intervals(rounded, start, self.seed)
 
