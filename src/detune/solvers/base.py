@@ -86,7 +86,7 @@ class Bits:
     @property
     def share(self) -> float:
         """The share of entries that are certain."""
-        return float(self.certain.double().mean())
+        return int(self.certain.count_nonzero()) / self.certain.numel()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from detune.solvers.lattice.view import views
 from detune.solvers.stack import Stack
 
 # Rows with about so many entries show the size of the deltas.
-SAMPLED = 1 << 20
+SAMPLED = 1 << 18
 # Entries with the finest steps show the size of the deltas.
 FINEST = 0.03
 # Neighbouring singular values of noise differ by less than this factor; the last wider gap ends the signal.
