@@ -157,20 +157,20 @@ def test_what_two_models_left_alone_is_exact_by_assumption():
 
 
 @pytest.mark.parametrize(
-    ("certain", "carriers", "verdict", "predicted"),
+    ("certain", "foreseeable", "verdict", "predicted"),
     [
-        (1.0, math.inf, Verdict.EXACT, None),
-        (0.9, 100.0, Verdict.FLOOR, -8.0),
-        (0.9, 3.0, Verdict.APPROXIMATE, -8.0),
-        (0.0, 100.0, Verdict.APPROXIMATE, -8.0),
+        (1.0, 1.0, Verdict.EXACT, None),
+        (0.9, 0.99, Verdict.FLOOR, -8.0),
+        (0.9, 0.6, Verdict.APPROXIMATE, -8.0),
+        (0.0, 0.99, Verdict.APPROXIMATE, -8.0),
     ],
 )
-def test_bits_speak_for_themselves(certain, carriers, verdict, predicted):
+def test_bits_speak_for_themselves(certain, foreseeable, verdict, predicted):
     given = problem()
     stack = Stack.of(given.stack)
     mask = torch.zeros(given.W_star.shape, dtype=torch.bool).flatten()
     mask[: int(certain * mask.numel())] = True
-    bits = Bits(torch.bfloat16, -30.0, mask.reshape(given.W_star.shape), 1e-8, carriers)
+    bits = Bits(torch.bfloat16, -30.0, mask.reshape(given.W_star.shape), 1e-8, foreseeable)
     certificate = certify(stack, replace(NO_GRID.solve(stack), bits=bits))
     assert certificate.verdict is verdict
     assert certificate.undetermined == 0

@@ -73,15 +73,16 @@ class Bits:
         log10_false_positive: Logarithm of the probability that a base off that grid would have looked as if it were
             on it; the test's bound, not an estimate.
         certain: Where the weight is the base's, bit for bit, `(out, in)`, bool.
-        expected_mse: Mean squared error of the weight that the rest is expected to leave, per entry.
-        carriers: About how many entries share that error: its logarithm scatters by `0.43 / sqrt(carriers)`.
+        expected_mse: Mean squared error of the weight that the rest is expected to leave, per entry; the median.
+        foreseeable: The probability that the error is within a factor of two of that: where a few entries with long
+            steps decide, it is chance.
     """
 
     grid: torch.dtype
     log10_false_positive: float
     certain: Tensor
     expected_mse: float
-    carriers: float
+    foreseeable: float
 
     @property
     def share(self) -> float:

@@ -51,8 +51,8 @@ ALIKE = 144.0
 MOST_SAVED = 0.05
 # With fewer directions the error scatters by more than a factor of two (two standard deviations of its logarithm).
 FEW = 16.0
-# Wrong entries of a base on a grid come one by one: with fewer that share the error, its logarithm scatters as much.
-CARRIERS = 10.0
+# On a base's grid the error must be within a factor of two of the prediction with this probability.
+FORESEEABLE = 0.95
 
 
 class Verdict(StrEnum):
@@ -126,8 +126,8 @@ def _of_bits(recovery: Recovery) -> Certificate:
         reason = f"the base lies on the {name} grid, {chance}; but no entry is certain"
         return Certificate(Verdict.APPROXIMATE, reason, 0, _log10(bits.expected_mse))
     reason = f"{100 * bits.share:.4g} % of the entries are certain on the base's {name} grid; {chance}"
-    if bits.carriers < CARRIERS:
-        reason += f"; about {max(1, round(bits.carriers))} of the others carry the error: its size is known to a factor"
+    if bits.foreseeable < FORESEEABLE:
+        reason += "; how many of the others with long steps are wrong is chance: the error is known to a factor only"
         return Certificate(Verdict.APPROXIMATE, reason, 0, _log10(bits.expected_mse))
     return Certificate(Verdict.FLOOR, reason, 0, _log10(bits.expected_mse))
 

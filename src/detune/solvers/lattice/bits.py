@@ -1,6 +1,5 @@
 """The answer once the `M_i` are known on a grid: the base's bits, and which of them are certain."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from detune.solvers.grid import spacing
 from detune.solvers.lattice.estimate import Estimate
-from detune.solvers.lattice.sweep import MOST_SEEN, sweep
+from detune.solvers.lattice.sweep import sweep
 from detune.solvers.lattice.view import View, views
 from detune.solvers.random import seeded
 from detune.solvers.stack import Stack
@@ -25,8 +24,12 @@ BEYOND_DOUBT = SAFETY**0.5 * NormalDist().inv_cdf(1 - DOUBT / 2)
 MOST_STRAIN = 3.0
 DEVIATIONS, SCATTER = 4.0, 2.4
 # With fewer entries of a line for each of its numbers than this, entries are answered by what has not seen them.
-FEW_ENTRIES = 32
+FEW_ENTRIES = 64
 FOLDS = 8
+# Steps of so many powers of two around 1 are told apart.
+EXPONENTS = 128
+# Of the number of wrong entries.
+DRAWS = 4000
 # What they are outside by counts from this share of a step on.
 HARMLESS = 0.01
 
@@ -39,7 +42,7 @@ class BaseBits:
         weight: `(out, in)`, compute dtype.
         certain: Where it is certain, `(out, in)`, bool.
         expected_mse: Mean squared error per entry that the others are expected to leave.
-        carriers: About how many entries share that error.
+        foreseeable: The probability that the error is within a factor of two of that.
         relative_residual: As in `Recovery`.
         noise_ratio: As there.
     """
@@ -47,7 +50,7 @@ class BaseBits:
     weight: Tensor
     certain: Tensor
     expected_mse: float
-    carriers: float
+    foreseeable: float
     relative_residual: float
     noise_ratio: float
 
@@ -77,7 +80,7 @@ def cross_fitted(
     whole = sweep(stack, estimates, grid, seed=seed)
     out, width = stack.shape
     widest = max(e.left.shape[1] for e in estimates)
-    if min(out, width, MOST_SEEN) >= FEW_ENTRIES * widest:
+    if min(out, width) >= FEW_ENTRIES * widest:
         return whole, [Part(whole)]
     drawn = torch.randint(FOLDS, stack.shape, generator=seeded(seed, stack.device), device=stack.device)
     folds = [drawn == fold for fold in range(FOLDS)]
@@ -95,7 +98,8 @@ def base_bits(stack: Stack, parts: Sequence[Part], grid: torch.dtype) -> BaseBit
     weight = torch.empty(stack.shape, dtype=stack.dtype, device=stack.device)
     certain = torch.ones(stack.shape, dtype=torch.bool, device=stack.device)
     strained_rows, strained_columns = (weight.new_zeros(stack.n, size, dtype=torch.float64) for size in stack.shape)
-    expected = scatter = residual = spread = rounding = 0.0
+    wrong = strained_rows.new_zeros(EXPONENTS)
+    residual = spread = rounding = 0.0
     for part in parts:
         for view in views(stack, part.estimates):
             entries = slice(None) if part.entries is None else part.entries[view.rows]
@@ -105,8 +109,7 @@ def base_bits(stack: Stack, parts: Sequence[Part], grid: torch.dtype) -> BaseBit
             rows, columns = view.lines(block.places)
             strained_rows[:, view.rows].index_add_(1, rows, block.strain)
             strained_columns.index_add_(1, columns, block.strain)
-            expected += block.expected
-            scatter += block.scatter
+            wrong += block.wrong
             stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
             left = stored - block.weight - view.m
             spread += float((stored - stored.mean(dim=0))[:, entries].square().sum())
@@ -119,11 +122,32 @@ def base_bits(stack: Stack, parts: Sequence[Part], grid: torch.dtype) -> BaseBit
     return BaseBits(
         weight,
         certain,
-        expected / weight.numel(),
-        expected**2 / scatter if scatter else math.inf,
+        *_outlook(wrong.cpu(), weight.numel()),
         (residual / spread) ** 0.5 if spread > 0 else 0.0,
         (residual / rounding) ** 0.5,
     )
+
+
+def _exponent(step: Tensor) -> Tensor:
+    """Of a power of two, as an index."""
+    return (torch.frexp(step)[1] + EXPONENTS // 2).clamp(0, EXPONENTS - 1).long()
+
+
+def _outlook(wrong: Tensor, entries: int) -> tuple[float, float]:
+    """The median of the mean squared error, and the probability to be within a factor of two of it.
+
+    Wrong entries come one by one, and those with the longest steps weigh most: their numbers are Poisson numbers.
+
+    Args:
+        wrong: How many of each step to expect, by its exponent.
+        entries: Of the matrix.
+    """
+    exponents = torch.arange(EXPONENTS, dtype=torch.float64) - EXPONENTS // 2 - 1
+    draws = torch.poisson(wrong.expand(DRAWS, -1), generator=seeded(0))
+    sums = (draws * torch.exp2(2 * exponents)).sum(dim=1)
+    median = float(sums.median())
+    near = (sums >= median / 2) & (sums <= 2 * median)
+    return median / entries, float(near.double().mean())
 
 
 def _off(strained: Tensor) -> Tensor:
@@ -145,16 +169,14 @@ class _Block:
         places: The entries that had to be looked at, in the flattened rows; all others are certain.
         certain: Which of these are, `(entries,)`, bool.
         strain: By how many squared deviations each `M_i` lies outside its interval there, `(n, entries)`.
-        expected: Sum of the squared errors to expect.
-        scatter: Variance of that sum.
+        wrong: How many wrong entries of each step to expect, by the step's exponent, `(EXPONENTS,)`.
     """
 
     weight: Tensor
     places: Tensor
     certain: Tensor
     strain: Tensor
-    expected: float
-    scatter: float
+    wrong: Tensor
 
     @classmethod
     def of(cls, view: View, grid: torch.dtype, entries: Tensor | None) -> "_Block":
@@ -173,6 +195,8 @@ class _Block:
         step = spacing(found.weight, grid)
         outside = torch.maximum(low - found.weight - m, m + found.weight - high).clamp(min=0)
         strain = (outside - HARMLESS * step).clamp(min=0).square() / v
-        # An error is a step, or none: the variance of its square is about the mean times the step's.
-        scatter = float((found.variance * torch.maximum(step.square(), found.variance)).sum())
-        return cls(weight, places, certain, strain, float(found.variance.sum()), scatter)
+        # An error is a step, or a few of them where W is as good as continuous.
+        counts = (found.variance / step.square()).clamp(max=1.0)
+        unit = torch.maximum(step, found.variance.sqrt())
+        wrong = counts.new_zeros(EXPONENTS).index_add_(0, _exponent(unit), counts)
+        return cls(weight, places, certain, strain, wrong)
