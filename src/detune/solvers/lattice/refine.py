@@ -190,8 +190,7 @@ class Lattice:
         return Recovery(
             found.weight,
             f"{start.method}+lattice" if start is not None else "lattice",
-            f"{before}on the {name} grid (chance of error below 1e{math.ceil(fit.log10_false_positive)}), "
-            f"{fit.sweeps} sweeps, {bits.share:.2%} of the entries certain",
+            f"{before}{fit.sweeps} sweeps on the {name} grid",
             deltas,
             tuple(M_i.rank for M_i in deltas),
             found.relative_residual,
