@@ -127,7 +127,7 @@ def _of_bits(recovery: Recovery) -> Certificate:
         return Certificate(Verdict.APPROXIMATE, reason, 0, _log10(bits.expected_mse))
     reason = f"{100 * bits.share:.4g} % of the entries are certain on the base's {name} grid; {chance}"
     if bits.foreseeable < FORESEEABLE:
-        reason += "; which of the few others with long steps are wrong is chance, so the error is known to a factor only"
+        reason += "; which of the others with long steps are wrong is chance, so the error is known to a factor"
         return Certificate(Verdict.APPROXIMATE, reason, 0, _log10(bits.expected_mse))
     return Certificate(Verdict.FLOOR, reason, 0, _log10(bits.expected_mse))
 
