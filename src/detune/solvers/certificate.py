@@ -53,6 +53,8 @@ MOST_SAVED = 0.05
 FEW = 16.0
 # On a base's grid the error must be within a factor of two of the prediction with this probability.
 FORESEEABLE = 0.95
+# Where least squares amplifies noise by more than this, the errors of the M_i are not independent.
+CLOSE_SPACES = 1.2
 
 
 class Verdict(StrEnum):
@@ -107,14 +109,14 @@ def certify(
     if recovery.method == "unchanged":
         return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
     if recovery.bits is not None:
-        return _of_bits(recovery)
+        return _of_bits(stack, recovery)
     if not recovery.deltas:
         return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
     disagreed = None if check is None else disagreement(stack, check)
     return _of_fit(stack, recovery, stored or recovery.weight.dtype, disagreed)
 
 
-def _of_bits(recovery: Recovery) -> Certificate:
+def _of_bits(stack: Stack, recovery: Recovery) -> Certificate:
     """The base's grid decides what the ranks leave open."""
     bits = recovery.bits
     assert bits is not None
@@ -129,7 +131,27 @@ def _of_bits(recovery: Recovery) -> Certificate:
     if bits.foreseeable < FORESEEABLE:
         reason += "; which of the others with long steps are wrong is chance, so the error is known to a factor"
         return Certificate(Verdict.APPROXIMATE, reason, 0, _log10(bits.expected_mse))
+    amplified = _amplified(stack, recovery)
+    if amplified > CLOSE_SPACES:
+        reason += (
+            f"; the adapters' spaces are close to each other, which amplifies noise {amplified:.2g} times: errors that "
+            "many entries share do not show in each"
+        )
+        return Certificate(Verdict.APPROXIMATE, reason, 0, _log10(bits.expected_mse))
     return Certificate(Verdict.FLOOR, reason, 0, _log10(bits.expected_mse))
+
+
+def _amplified(stack: Stack, recovery: Recovery) -> float:
+    """Root of the error of least squares over that of an average; 1 where there are no three models to solve for."""
+    if stack.n < 3:
+        return 1.0
+    spaces = [_Space.of(M_i) for M_i in recovery.deltas]
+    core = Core.of([space.U for space in spaces], [space.V for space in spaces])
+    if undetermined(core, *_blurs(stack, spaces)):
+        return 1.0
+    variances = stack.noise.square().to(core.Q.device)
+    error = float((variances * error_traces(core).weight).sum()) / recovery.weight.numel()
+    return math.sqrt(error * stack.n**2 / float(variances.sum()))
 
 
 def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: float | None) -> Certificate:

@@ -30,6 +30,8 @@ LEAST_GAIN = 0.003
 HINT = 0.1
 # Variances that least squares promises can be so many times too small.
 WIDER = 16.0
+# So many sweeps more are granted to a fit while more of what was held out than this share fits no grid point.
+PATIENCE, UNSETTLED = 12, 5e-4
 # A start from the score is farther from the answer than one from least squares.
 MORE_SWEEPS = 8
 # Deltas of more steps than this do not show modulo the step.
@@ -37,7 +39,7 @@ MOST_STEPS = 8.0
 # A fit that is to come to something shows a sign of the grid, 1 in 10 by chance, after some sweeps.
 SIGN_AFTER, SIGN = 5, -1.0
 # More misfits than this share of the entries held out: the fit has not found the M_i.
-MOST_MISFITS = 1e-3
+MOST_MISFITS = 3e-3
 # Least squares that leaves more times the rounding noise than this has not explained the models.
 MOST_NOISE = 1.2
 # Deltas below so many steps of the models' grid do not show in least squares, which takes rounding for noise.
@@ -168,7 +170,9 @@ class Lattice:
         estimates, evidence = calibrated(held, estimates, grid)
         most = self.sweeps + (MORE_SWEEPS if coarse else 0)
         sweeps, gain = 0, math.inf
-        while sweeps < most and abs(gain) >= LEAST_GAIN:
+        while abs(gain) >= LEAST_GAIN and (
+            sweeps < most or (sweeps < most + PATIENCE and misfit(held, estimates, grid) > UNSETTLED)
+        ):
             swept = within(sweep(stack, estimates, grid, held.used, self.seed + sweeps), spaces)
             estimates, gained = calibrated(held, swept, grid)
             sweeps, gain, evidence = sweeps + 1, gained - evidence, gained
