@@ -69,3 +69,13 @@ class TestDirectionsBelowTheNoise:
         problem = make_problem(self.REGIME, seeded(seed))
         answer, closed = (recover_matrix(problem.stack, method) for method in ("auto", "intersect"))
         assert problem.error(answer.weight) < 1.1 * problem.error(closed.weight)
+
+
+def test_does_not_run_off_where_spaces_nearly_coincide():
+    """Deltas a hundred times too large, with a base as far off, fit these models better than the true ones do."""
+    generator = seeded(1235)
+    regime = Regime(shape=(128, 96), ranks=(8, 9, 6, 4), decay=4.0, scale=0.01, shared_rows=0.97, dtype=torch.float16)
+    for _ in range(3):
+        problem = make_problem(regime, generator)
+        answer = recover_matrix(problem.stack)
+        assert problem.error(answer.weight) < 1

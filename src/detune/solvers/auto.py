@@ -1,5 +1,7 @@
 """What a user gets without thinking."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import ClassVar
@@ -7,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detune.solvers.base import NotRecoverable, Recovery, left_alone
+from detune.solvers.base import LowRank, NotRecoverable, Recovery, left_alone
 from detune.solvers.descent import downhill
 from detune.solvers.differences import SIGNAL, Difference, find_differences
-from detune.solvers.fit import w_step, w_step_given_rows
-from detune.solvers.intersect import Unsplittable, find_spaces, untranspose
+from detune.solvers.fit import WStep, w_step, w_step_given_rows
+from detune.solvers.intersect import Spaces, Unsplittable, find_spaces, untranspose
 from detune.solvers.lattice import HALVES, Lattice, NoGrid
-from detune.solvers.polish import Polish
+from detune.solvers.polish import Polish, Polished
 from detune.solvers.selection import select_ranks
 from detune.solvers.spectral import Spectral
 from detune.solvers.stack import SMALL_ENTRIES, Stack
@@ -24,6 +26,8 @@ FLOOR_RATIO = 2.0
 BELOW_NOISE = 0.5
 # Unless the residual is storage noise already.
 AT_FLOOR = 1.03
+# Deltas so many times as large as those of the closed form have run off along what the data leave open.
+RAN_OFF = 2.0
 # Ranks whose weakest singular value stands so many times over the noise are not searched for others.
 CLEAR = 8.0
 
@@ -90,16 +94,12 @@ class Auto:
         if any(_in_doubt(difference) for difference in differences.by_pair.values()):
             spaces = select_ranks(spaces, rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
-        small = stack.shape[0] * stack.shape[1] <= SMALL_ENTRIES
-        # Full steps wander where some direction is as good as undetermined; shorter ones look at all of the stack.
-        deltas = polished.deltas if polished.converged or not small else downhill(spaces.stack, spaces.bases)
-        step, steps = w_step(spaces.stack, deltas), polished.steps
-        method = "intersect+polish"
-        if step.noise_ratio > FLOOR_RATIO:
+        step, method, steps = _best_step(spaces, polished), "intersect+polish", polished.steps
+        if step is None or step.noise_ratio > FLOOR_RATIO:
             # Directions that are noise make the step ill-conditioned: it must not spoil a better start. One that
             # wandered off fits the data better than the start and the base worse.
             start = w_step_given_rows(spaces.stack, spaces.bases)
-            if not (polished.converged and step.noise_ratio <= start.noise_ratio):
+            if step is None or not (polished.converged and step.noise_ratio <= start.noise_ratio):
                 step, method, steps = start, "intersect", 0
         step = untranspose(step) if spaces.transposed else step
         return Recovery(
@@ -113,6 +113,28 @@ class Auto:
             step.noise_ratio,
             steps,
         )
+
+
+def _best_step(spaces: Spaces, polished: Polished) -> WStep | None:
+    """The W-step at the polished deltas, or at better ones where they did not converge; None where all ran off.
+
+    Full steps wander where some direction is as good as undetermined. Shorter ones, which only matrices small enough
+    get, lower the misfit, but may do so by deltas a hundred times as large as the models differ.
+    """
+    if polished.converged:
+        return w_step(spaces.stack, polished.deltas)
+    options = [polished.deltas]
+    if spaces.stack.shape[0] * spaces.stack.shape[1] <= SMALL_ENTRIES:
+        options.append(downhill(spaces.stack, spaces.bases))
+    most = RAN_OFF * _size(w_step_given_rows(spaces.stack, spaces.bases).deltas)
+    steps = [w_step(spaces.stack, deltas) for deltas in options if _size(deltas) <= most]
+    return min(steps, key=lambda step: step.noise_ratio, default=None)
+
+
+def _size(deltas: Sequence[LowRank]) -> float:
+    """The largest Frobenius norm."""
+    squares = [float(((M_i.left.mT @ M_i.left) * (M_i.right.mT @ M_i.right)).sum()) for M_i in deltas]
+    return math.sqrt(max(0.0, *squares))
 
 
 def _in_doubt(difference: Difference) -> bool:

@@ -204,6 +204,8 @@ class _Search:
         for M_i, dtype in zip(fit.deltas, self.stack.rounded_dtypes, strict=True):
             exact = W_star.to(dtype).double() + M_i.dense()
             error = exact.to(dtype).double() - exact
+            # Deltas so large that they overflow are no deltas: the fit has run off along what the data leave open.
+            error = error.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
             floors.append(max(self.floor, float(torch.linalg.matrix_norm(error, 2))))
         return tuple(floors)
 
