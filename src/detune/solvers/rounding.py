@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import Recovery
-from detune.solvers.grid import spacing
+from detune.solvers.grid import interval, spacing
 from detune.solvers.polish import Core
 from detune.solvers.random import seeded
 
@@ -51,7 +51,7 @@ def rounded_mse(
     generator = seeded(seed, recovery.weight.device)
     rows, columns = _entries(recovery.weight, generator)
     weight = recovery.weight[rows, columns].double()
-    spread = (max(0.0, mse - averaged) * _leverage(core, rows, columns)).sqrt()
+    between = recovery.saved_mse > 0
     entries = torch.stack(
         [(M_i.left[rows].double() * M_i.right[columns].double()).sum(dim=1) for M_i in recovery.deltas]
     )
@@ -62,12 +62,15 @@ def rounded_mse(
         draw(weight.shape, generator=generator, dtype=weight.dtype, device=weight.device)
         for draw in (torch.rand, torch.randn)
     )
-    if stored == torch.float64:
-        return _in_float64(weight, steps, spread * normal, generator)
     base = weight + reach * (uniform - 0.5)
-    off = _Stored.simulate(base, entries, dtypes, spread * normal, stored)
+    if between:
+        averaged = float((_answer(base, entries, dtypes, between) - base).square().mean())
+    rest = normal * (max(0.0, mse - averaged) * _leverage(core, rows, columns)).sqrt()
+    if stored == torch.float64:
+        return _in_float64(weight, steps, rest, generator)
+    off = _Stored.simulate(base, entries, dtypes, rest, stored, between)
     if _on_grid(recovery.weight, weight, stored, off):
-        return _Stored.simulate(base.to(stored).double(), entries, dtypes, spread * normal, stored).mse
+        return _Stored.simulate(base.to(stored).double(), entries, dtypes, rest, stored, between).mse
     return off.mse
 
 
@@ -90,7 +93,13 @@ class _Stored(NamedTuple):
 
     @classmethod
     def simulate(
-        cls, base: Tensor, deltas: Tensor, dtypes: Sequence[torch.dtype], rest: Tensor, stored: torch.dtype
+        cls,
+        base: Tensor,
+        deltas: Tensor,
+        dtypes: Sequence[torch.dtype],
+        rest: Tensor,
+        stored: torch.dtype,
+        between: bool,
     ) -> "_Stored":
         """Merge, average, and store.
 
@@ -100,10 +109,20 @@ class _Stored(NamedTuple):
             dtypes: Of the models.
             rest: The part of the answer's error that is not its own rounding.
             stored: The dtype of the answer.
+            between: Whether the answer is the middle between the models' intervals, not their mean.
         """
-        models = torch.stack([(base + M_i).to(dtype).double() for M_i, dtype in zip(deltas, dtypes, strict=True)])
-        answer = (models - deltas).mean(dim=0) + rest
+        answer = _answer(base, deltas, dtypes, between) + rest
         return cls(float((answer.to(stored).double() - base).square().mean()), _distances(answer, stored))
+
+
+def _answer(base: Tensor, deltas: Tensor, dtypes: Sequence[torch.dtype], between: bool) -> Tensor:
+    """What known deltas give: the mean of the models, or the middle of what their rounding intervals have in common."""
+    models = [(base + M_i).to(dtype) for M_i, dtype in zip(deltas, dtypes, strict=True)]
+    if not between:
+        return (torch.stack([W_i.double() for W_i in models]) - deltas).mean(dim=0)
+    ends = [interval(W_i) for W_i in models]
+    low = (torch.stack([low for low, _ in ends]) - deltas).amax(dim=0)
+    return (low + (torch.stack([high for _, high in ends]) - deltas).amin(dim=0)) / 2
 
 
 def _distances(values: Tensor, dtype: torch.dtype) -> Tensor:
