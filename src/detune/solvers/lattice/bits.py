@@ -10,7 +10,7 @@ from torch import Tensor
 from detune.solvers.grid import spacing
 from detune.solvers.lattice.estimate import Estimate
 from detune.solvers.lattice.sweep import sweep
-from detune.solvers.lattice.view import View, views
+from detune.solvers.lattice.view import Residual, View, views
 from detune.solvers.random import seeded
 from detune.solvers.stack import Stack
 
@@ -99,7 +99,7 @@ def base_bits(stack: Stack, parts: Sequence[Part], grid: torch.dtype) -> BaseBit
     certain = torch.ones(stack.shape, dtype=torch.bool, device=stack.device)
     strained_rows, strained_columns = (weight.new_zeros(stack.n, size, dtype=torch.float64) for size in stack.shape)
     wrong = strained_rows.new_zeros(EXPONENTS)
-    residual = spread = rounding = 0.0
+    residual = Residual()
     for part in parts:
         for view in views(stack, part.estimates):
             entries = slice(None) if part.entries is None else part.entries[view.rows]
@@ -110,11 +110,7 @@ def base_bits(stack: Stack, parts: Sequence[Part], grid: torch.dtype) -> BaseBit
             strained_rows[:, view.rows].index_add_(1, rows, block.strain)
             strained_columns.index_add_(1, columns, block.strain)
             wrong += block.wrong
-            stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
-            left = stored - block.weight - view.m
-            spread += float((stored - stored.mean(dim=0))[:, entries].square().sum())
-            residual += float(left[:, entries].square().sum())
-            rounding += float((view.high - view.low)[:, entries].square().sum()) / 12
+            residual.add(stack, view, block.weight, entries)
     # A row of L, or of R, that has locked onto wrong points strains its line of the matrix.
     off_rows, off_columns = _off(strained_rows), _off(strained_columns)
     certain[off_rows] = False
@@ -123,8 +119,8 @@ def base_bits(stack: Stack, parts: Sequence[Part], grid: torch.dtype) -> BaseBit
         weight,
         certain,
         *_outlook(wrong.cpu(), weight.numel()),
-        (residual / spread) ** 0.5 if spread > 0 else 0.0,
-        (residual / rounding) ** 0.5,
+        residual.relative,
+        residual.noise_ratio,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from detune.solvers.base import Recovery
 from detune.solvers.lattice.estimate import Estimate, from_recovery
 from detune.solvers.lattice.sweep import sweep
-from detune.solvers.lattice.view import views
+from detune.solvers.lattice.view import Residual, views
 from detune.solvers.stack import Stack
 
 
@@ -30,24 +30,21 @@ def between_intervals(stack: Stack, start: Recovery, seed: int) -> Recovery:
     assert before is not None
     estimates = sweep(stack, before, None, seed=seed)
     weight = torch.empty(stack.shape, dtype=stack.dtype, device=stack.device)
-    variance = residual = spread = rounding = 0.0
+    variance, residual = 0.0, Residual()
     for view in views(stack, estimates):
         places = torch.arange(view.m[0].numel(), device=stack.device)
         found = view.posterior(places, view.variance(places), None)
         weight[view.rows] = found.weight.unflatten(0, view.m.shape[1:]).to(weight.dtype)
         variance += float(found.variance.sum())
-        stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
-        spread += float((stored - stored.mean(dim=0)).square().sum())
-        residual += float(stored.sub_(weight[view.rows]).sub_(view.m).square().sum())
-        rounding += float((view.high - view.low).square().sum()) / 12
+        residual.add(stack, view, weight[view.rows])
     return replace(
         start,
         weight=weight,
         method=f"{start.method}+intervals",
         reason=f"{start.reason}; then the mean of what the models' rounding leaves of each entry",
         deltas=tuple(e.low_rank for e in estimates),
-        relative_residual=(residual / spread) ** 0.5 if spread > 0 else 0.0,
-        noise_ratio=(residual / rounding) ** 0.5,
+        relative_residual=residual.relative,
+        noise_ratio=residual.noise_ratio,
         saved_mse=max(0.0, _least_squares_mse(stack, before) - variance / weight.numel()),
     )
 

@@ -5,6 +5,7 @@ beyond `g + M_i` that they say nothing new of the `M_i`. They are told by a few 
 their posterior.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,3 +132,36 @@ def views(stack: Stack, estimates: Sequence[Estimate]) -> Iterator[View]:
     height = max(1, BLOCK_ENTRIES // (stack.n * columns))
     for start in range(0, out, height):
         yield View.of(stack, estimates, slice(start, min(start + height, out)))
+
+
+@dataclass
+class Residual:
+    """What an answer leaves of the models, added up view by view: the figures of a `Recovery`."""
+
+    squares: float = 0.0
+    spread: float = 0.0
+    rounding: float = 0.0
+
+    def add(self, stack: Stack, view: View, weight: Tensor, entries: Tensor | slice = slice(None)) -> None:
+        """Take in some rows.
+
+        Args:
+            stack: The models.
+            view: Of the rows.
+            weight: The answer there, `(rows, in)`.
+            entries: Which of them count, `(rows, in)`, bool; all by default.
+        """
+        stored = torch.stack([W_i[view.rows].to(stack.device, torch.float64) for W_i in stack.matrices])
+        self.spread += float((stored - stored.mean(dim=0))[:, entries].square().sum())
+        self.squares += float((stored - weight - view.m)[:, entries].square().sum())
+        self.rounding += float((view.high - view.low)[:, entries].square().sum()) / 12
+
+    @property
+    def relative(self) -> float:
+        """`Recovery.relative_residual`."""
+        return math.sqrt(self.squares / self.spread) if self.spread > 0 else 0.0
+
+    @property
+    def noise_ratio(self) -> float:
+        """`Recovery.noise_ratio`."""
+        return math.sqrt(self.squares / self.rounding)
