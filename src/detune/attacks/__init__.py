@@ -1,0 +1,1 @@
+"""Recoveries that know a defence, and undo it first."""

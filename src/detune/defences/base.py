@@ -1,0 +1,45 @@
+"""What a defence is: a change of a checkpoint before it is released."""
+
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from detune.checkpoints import Checkpoint
+
+__all__ = ["Change", "Defence"]
+
+Change = Callable[[str, Tensor], Tensor]
+"""Of one tensor, by its name, as stored: what is released in its stead, of the same shape and dtype."""
+
+
+class Defence(Protocol):
+    """A change of a merged fine-tune's weights: a frozen dataclass of its settings.
+
+    It changes one tensor at a time, so that a model of any size streams through it; what several tensors must have in
+    common, a permutation for instance, is drawn from the seed by `prepare`.
+
+    Attributes:
+        name: What the command calls it.
+        about: One line: what is done to the weights.
+        preserves_function: Whether the outputs stay the same but for rounding; `defend` then verifies that they do.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    preserves_function: ClassVar[bool]
+
+    def prepare(self, model: Checkpoint, seed: int) -> Change:
+        """Look at a model's names, shapes and config, and lay down how each tensor is changed.
+
+        Args:
+            model: The fine-tune, opened.
+            seed: For all that is drawn; releases of one base take different seeds, unless the defence says otherwise.
+
+        Returns:
+            The change; it is called once for each tensor, in any order.
+
+        Raises:
+            InputError: The model is of no kind that this defence knows.
+        """
+        ...
