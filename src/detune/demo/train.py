@@ -8,6 +8,7 @@ is the hard case for recovery, and so the one to show.
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from detune.defences.frozen_a import freeze_a
 from detune.errors import InputError
 from detune.training import needs_extra, quiet, seeded, use_threads
 
-__all__ = ["base_model", "embeddings", "merge", "train_lora"]
+__all__ = ["Cloze", "base_model", "cloze", "embeddings", "merge", "train_lora"]
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def train_lora(
     lr: float = 1e-3,
     seed: int = 0,
     threads: int = 2,
+    start: Path | None = None,
 ) -> Path:
     """Train a LoRA that tells the second half of a passage by its first, and save the adapter.
 
@@ -76,6 +79,8 @@ def train_lora(
         lr: Learning rate at the first step.
         seed: For the initial A, the order of the passages and dropout.
         threads: CPU threads to train on.
+        start: An adapter to start from, whose A stays as it is (see `detune.defences.FrozenA`); rank, alpha and targets
+            are then its own.
 
     Returns:
         `out_dir`.
@@ -91,13 +96,18 @@ def train_lora(
     if len(texts) < _BATCH:
         raise InputError(f"too few texts to train on: got {len(texts)}", f"expected at least {_BATCH}")
     with needs_extra("demo"):
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, PeftModel, get_peft_model
         from transformers import AutoModel, AutoTokenizer
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
     with quiet(), seeded(seed), use_threads(threads):
         tokenizer = AutoTokenizer.from_pretrained(base_dir)
-        model = get_peft_model(AutoModel.from_pretrained(base_dir, dtype=torch.float32), config).train()
+        model = AutoModel.from_pretrained(base_dir, dtype=torch.float32)
+        if start is None:
+            model = get_peft_model(model, config)
+        else:
+            model = freeze_a(PeftModel.from_pretrained(model, start, is_trainable=True))
+        model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -163,6 +173,47 @@ def embeddings(model_dir: Path, sentences: Sequence[str]) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         model = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
         return torch.cat([_embed(model, tokenizer, sentences[i : i + 32], 128) for i in range(0, len(sentences), 32)])
+
+
+@dataclass(frozen=True)
+class Cloze:
+    """How well an encoder tells which second half belongs to which first: the task that `train_lora` trains.
+
+    Attributes:
+        accuracy: Share of the first halves whose own second half lies closest, of all given.
+        loss: Mean of the training loss, over all given at once.
+    """
+
+    accuracy: float
+    loss: float
+
+
+@torch.no_grad()
+def cloze(model_dir: Path, texts: Sequence[str]) -> Cloze:
+    """Measure the inverse cloze task on passages that were not trained on.
+
+    Args:
+        model_dir: An encoder with its tokenizer, in Hugging Face layout.
+        texts: Passages; each must be told from all others, so more of them are harder.
+
+    Returns:
+        The accuracy and the loss.
+
+    Raises:
+        DetuneError: The extra `demo` is not installed.
+    """
+    with needs_extra("demo"):
+        from transformers import AutoModel, AutoTokenizer
+
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        model = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
+        halves = _halves(texts)
+        embedded = [_embed(model, tokenizer, halves[i : i + 64], _LENGTH_TOKENS) for i in range(0, len(halves), 64)]
+    first, second = torch.cat(embedded).double().chunk(2)
+    closeness, own = first @ second.T, torch.arange(len(texts))
+    accuracy = float(closeness.argmax(dim=1).eq(own).double().mean())
+    return Cloze(accuracy, float(F.cross_entropy(closeness / _TEMPERATURE, own)))
 
 
 def _embed(model: Any, tokenizer: Any, sentences: Sequence[str], length_tokens: int) -> Tensor:

@@ -1,0 +1,163 @@
+"""The fine-tunes that defences are tried on: trained LoRAs of all-MiniLM-L6-v2, one for each domain of texts.
+
+Three families of the same trainings: ordinary ones, ones that start from one frozen A, and the ordinary adapters on a
+base whose weights lie on the grid of bf16.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+from detune.checkpoints import CheckpointWriter, open_checkpoint
+from detune.defences import FrozenA
+from detune.demo.texts import DOMAINS, passages
+from detune.demo.train import STEPS, Cloze, base_model, cloze, merge, train_lora
+from detune.errors import InputError, OutputError
+
+__all__ = ["Family", "given_family", "quality", "trained_families"]
+
+HELD_OUT = 160
+"""Passages from the end of each domain that no fine-tune is trained on."""
+
+FAMILIES = ("ordinary", "frozen-a", "bf16-base")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Fine-tunes of one base, as they are before a defence.
+
+    Attributes:
+        name: One of `FAMILIES`, or "given".
+        base: The truth.
+        models: The fine-tunes, merged.
+        texts: For each, passages of its task that it was not trained on.
+    """
+
+    name: str
+    base: Path
+    models: tuple[Path, ...]
+    texts: tuple[tuple[str, ...], ...]
+
+
+def trained_families(
+    out: Path,
+    *,
+    domains: Sequence[str] = DOMAINS,
+    steps: int = STEPS,
+    held_out: int = HELD_OUT,
+    on_step: Callable[[str], None] | None = None,
+) -> dict[str, Family]:
+    """Train the fine-tunes; what `out` has is kept.
+
+    Args:
+        out: The folder to fill.
+        domains: Of `detune.demo.texts.DOMAINS`, one for each model.
+        steps: Of training.
+        held_out: Passages of each domain that are not trained on.
+        on_step: Called with what is being made.
+
+    Returns:
+        The three families by name.
+
+    Raises:
+        OutputError: `out` holds fine-tunes that were made otherwise.
+        DetuneError: The extra `demo` is not installed.
+    """
+    say = on_step or (lambda what: None)
+    _claim(out, {"domains": list(domains), "steps": steps, "held_out": held_out})
+    base, on_grid, start = base_model(), out / "bf16-base" / "base", out / "frozen-a" / "start"
+    with _whole(start) as partial:
+        if partial:
+            FrozenA().start(base, partial, seed=0)
+    with _whole(on_grid) as partial:
+        if partial:
+            _round_base(base, partial)
+    for domain in domains:
+        for family, started in (("ordinary", None), ("frozen-a", start)):
+            with _whole(out / family / f"adapter-{domain}") as partial:
+                if partial:
+                    say(f"training on {domain}, {family}")
+                    train_lora(base, _passages(domain)[:-held_out], partial, steps=steps, start=started)
+        for family in FAMILIES:
+            trained = out / ("frozen-a" if family == "frozen-a" else "ordinary") / f"adapter-{domain}"
+            with _whole(out / family / domain) as partial:
+                if partial:
+                    merge(on_grid if family == "bf16-base" else base, trained, partial)
+    texts = tuple(_passages(domain)[-held_out:] for domain in domains)
+    return {
+        family: Family(
+            family,
+            on_grid if family == "bf16-base" else base,
+            tuple(out / family / domain for domain in domains),
+            texts,
+        )
+        for family in FAMILIES
+    }
+
+
+def given_family(base: Path, models: Sequence[Path], held_out: int = HELD_OUT) -> Family:
+    """Fine-tunes of a user's own, all measured on some passages of every domain.
+
+    Args:
+        base: The truth.
+        models: Encoders with tokenizers, in Hugging Face layout.
+        held_out: Number of passages.
+
+    Raises:
+        InputError: Fewer than three models.
+    """
+    if len(models) < 3:
+        raise InputError(f"{len(models)} models given", "expected at least three", "add models")
+    texts = tuple(text for domain in DOMAINS for text in _passages(domain)[-(held_out // len(DOMAINS)) :])
+    return Family("given", base, tuple(models), (texts,) * len(models))
+
+
+def quality(models: Sequence[Path], texts: Sequence[Sequence[str]]) -> Cloze:
+    """Task quality of several models, each on its own passages: the mean of accuracy and of loss."""
+    scores = [cloze(model, own) for model, own in zip(models, texts, strict=True)]
+    n = len(scores)
+    return Cloze(sum(score.accuracy for score in scores) / n, sum(score.loss for score in scores) / n)
+
+
+@cache
+def _passages(domain: str) -> tuple[str, ...]:
+    return tuple(passages(domain))
+
+
+def _round_base(base: Path, out: Path) -> None:
+    """The same model with every number on the grid of bf16, stored as float32."""
+    with open_checkpoint(base) as model, CheckpointWriter(model, out) as writer:
+        for name in model.tensors:
+            tensor = model.read(name)
+            writer.write(name, tensor.bfloat16().to(tensor.dtype) if tensor.is_floating_point() else tensor)
+
+
+def _claim(out: Path, settings: dict[str, object]) -> None:
+    mark = out / "fine-tunes.json"
+    text = json.dumps(settings)
+    if mark.is_file() and mark.read_text(encoding="utf-8") != text:
+        raise OutputError(
+            f"{out} holds other fine-tunes",
+            f"made with {mark.read_text(encoding='utf-8')}, expected {text}",
+            "choose another directory, or remove it",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    mark.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path | None]:
+    """Where to make a directory that appears whole or not at all; None where it is there already."""
+    if path.is_dir():
+        yield None
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield partial
+    partial.rename(path)
