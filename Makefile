@@ -10,10 +10,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.detune-installed
+DOCS_STAMP := $(VENV)/.docs-installed
 LPIPS_VENV := .venv-lpips
 LPIPS_STAMP := $(LPIPS_VENV)/.detune-installed
 
-.PHONY: test test-lpips demo lint bench lowra clean
+.PHONY: test test-lpips demo docs lint bench lowra clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -24,6 +25,10 @@ test-lpips: $(LPIPS_STAMP)
 
 demo: $(STAMP)
 	$(BIN)/detune demo
+
+# Into site/; any warning is an error.
+docs: $(DOCS_STAMP)
+	$(BIN)/python .ci/site.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,7 +43,7 @@ lowra: $(STAMP)
 
 # Only what this Makefile made: an environment that was given by VENV= stays.
 clean:
-	rm -rf .venv $(LPIPS_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(LPIPS_VENV) build dist site .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(wildcard .ci src tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 
 # A torch that is already there was chosen for the machine's GPU: without a pin pip leaves it alone.
@@ -47,6 +52,10 @@ $(STAMP): pyproject.toml constraints.txt
 	if $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; \
 	then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[bench,dev]'
+	touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[docs]'
 	touch $@
 
 # torchvision without its requirements, lest pip exchange the torch that is there for the one it was built with.
