@@ -56,7 +56,7 @@ THIRD_PARTY = {
 }
 
 # What a part may import although it belongs to an extra: the command asks for it before it gets there.
-NEEDED_ANYWAY = {"bench": {"filelock", "pydantic"}}
+NEEDED_ANYWAY = {"bench": {"filelock", "pydantic"}, "audit": {"pydantic"}}
 
 # Where a distribution is not imported by its own name.
 IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL"}
@@ -124,7 +124,7 @@ class TestEveryFile:
         assert third_party(imports(file, top_level_only=True)) <= allowed
 
     def test_imports_only_what_is_declared(self, file):
-        extras = set().union(*(declared(extra) for extra in ("demo", "bench", "pack", "cluster", "lpips")))
+        extras = set().union(*(declared(extra) for extra in ("demo", "bench", "pack", "audit", "cluster", "lpips")))
         assert third_party(imports(file)) <= declared("dependencies") | extras
 
 
@@ -161,7 +161,7 @@ def test_help_loads_only_what_prints_it(words):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "click" in loaded
-    libraries = declared("dependencies").union(*map(declared, ("demo", "bench", "pack"))) - {"click", "detune"}
+    libraries = declared("dependencies").union(*map(declared, ("demo", "bench", "pack", "audit"))) - {"click", "detune"}
     assert not loaded & libraries
 
 
