@@ -14,9 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "build" / "pages"
 
-# Files outside docs/ that are pages of the site; the home page says what the README says.
-FROM_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-ELSEWHERE = FROM_ROOT | {"README.md": "index.md"}
+# Files outside docs/ that are pages of the site.
+FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)(?P<path>[^)#\s]+)")
 
@@ -38,8 +37,8 @@ def moved(link: str, source: Path, page: Path) -> str:
     if not target.is_file():
         sys.exit(f"{source.relative_to(ROOT)}: the link {link} leads to no file")
     name = target.relative_to(ROOT).as_posix()
-    if name in ELSEWHERE:
-        there = PAGES / ELSEWHERE[name]
+    if name in FROM_ROOT:
+        there = PAGES / FROM_ROOT[name]
     elif target.is_relative_to(ROOT / "docs"):
         there = PAGES / target.relative_to(ROOT / "docs")
     else:
