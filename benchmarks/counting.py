@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from detune.solvers import SOLVERS, Solver, Stack
 from detune.solvers.auto import Auto
+from detune.solvers.certificate import certify
 
 STORED = Path(__file__).parent / "counts.json"
 # Operations of a factorisation over `long * short^2` (Golub & Van Loan, Matrix Computations, 4th edition).
@@ -69,11 +70,18 @@ class Problem:
         return models
 
 
+def _certified(solver: Solver) -> Callable[[Stack], object]:
+    """What `recover` does with a matrix: the answer, and the judgement of it."""
+    return lambda stack: certify(stack, solver.solve(stack), torch.bfloat16)
+
+
 # `auto` without its search for bits, which has a cost of its own.
-METHODS: dict[str, Solver] = {
-    "mean": SOLVERS["mean"](),
-    "intersect": SOLVERS["intersect"](),
-    "auto": Auto(lattice=None),
+METHODS: dict[str, Callable[[Stack], object]] = {
+    "mean": SOLVERS["mean"]().solve,
+    "intersect": SOLVERS["intersect"]().solve,
+    "intersect, certified": _certified(SOLVERS["intersect"]()),
+    "auto": Auto(lattice=None).solve,
+    "auto, certified": _certified(Auto(lattice=None)),
 }
 WATCHED = {
     f"{method} {problem}": (method, problem)
@@ -124,7 +132,7 @@ def count_watched(name: str) -> Counts:
     """What a method does with one of the problems of `WATCHED`."""
     method, problem = WATCHED[name]
     models = problem.models()
-    return count(lambda: METHODS[method].solve(Stack.of(models)))
+    return count(lambda: METHODS[method](Stack.of(models)))
 
 
 def stored() -> dict[str, Counts]:
@@ -141,7 +149,7 @@ def main() -> None:
     for name, counts in found.items():
         then = before.get(name, counts)
         print(
-            f"{name:30} {counts.flops / 1e9:7.3f} GFLOP ({counts.flops / max(1, then.flops):.3f} of the stored) "
+            f"{name:42} {counts.flops / 1e9:7.3f} GFLOP ({counts.flops / max(1, then.flops):.3f} of the stored) "
             f"{counts.bytes / 1e6:7.0f} MB touched ({counts.bytes / then.bytes:.3f})"
         )
     if store:

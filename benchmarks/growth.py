@@ -64,20 +64,20 @@ class Point:
 
 
 def measure(method: str, grows: str, at: int) -> Point:
-    """One solver on one problem, in this process."""
+    """One solver and the judgement of its answer, on one problem, in this process."""
     torch.set_num_threads(1)
     problem = SERIES[grows][at]
-    models, solver = problem.models(), METHODS[method]
+    models, work = problem.models(), METHODS[method]
     # Forget the peak of making the problem.
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     seconds = math.inf
     for _ in range(REPEATS):
         began = time.perf_counter()
-        solver.solve(Stack.of(models))
+        work(Stack.of(models))
         seconds = min(seconds, time.perf_counter() - began)
     memory = _resident("VmHWM") - before
-    counts = count(lambda: solver.solve(Stack.of(models)))
+    counts = count(lambda: work(Stack.of(models)))
     size = {"d": problem.out, "r": problem.rank, "n": problem.n}[grows]
     return Point(method, grows, size, seconds, memory, counts.flops, counts.bytes)
 
@@ -91,7 +91,7 @@ def _resident(what: str) -> int:
 def solver_points() -> Iterator[Point]:
     """A process for each, which starts with little memory."""
     for grows, problems in SERIES.items():
-        for method in ("intersect", "auto"):
+        for method in ("intersect, certified", "auto, certified"):
             for at in range(len(problems)):
                 command = [sys.executable, __file__, "--one", method, grows, str(at)]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=_environment())

@@ -87,7 +87,7 @@ def against_published(timed: int) -> None:
         seconds = math.inf
         for _ in range(3):
             began = time.perf_counter()
-            METHODS["intersect"].solve(Stack.of(models))
+            METHODS["intersect"](Stack.of(models))
             seconds = min(seconds, time.perf_counter() - began)
         print(
             f"  {setting.subset:22} {setting.problem!s:21} {setting.iterations:5} iterations {published:8.1f} s, "

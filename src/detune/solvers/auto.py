@@ -112,6 +112,7 @@ class Auto:
             step.relative_residual,
             step.noise_ratio,
             steps,
+            residuals=step.residuals,
         )
 
 

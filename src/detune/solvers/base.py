@@ -91,6 +91,32 @@ class Bits:
 
 
 @dataclass(frozen=True)
+class Residuals:
+    """What a fit for given row or column spaces leaves, `e_i = W_i - W_star - M_i`.
+
+    The normal equations hold exactly: `sum_i e_i = 0`, and `e_i V_i = 0` where row spaces are given.
+
+    Attributes:
+        weight: `W_star`, the very tensor: of an answer that was changed since, these say nothing.
+        deltas: The `M_i`.
+        energy: `sum_i |e_i|^2`.
+        products: What need not vanish, `M_i.left^T e_i` for each model, `(r_i, in)`, compute dtype; where column spaces
+            are given, `M_i.right^T e_i^T`, `(r_i, out)`.
+        transposed: Whether column spaces were given.
+    """
+
+    weight: Tensor
+    deltas: tuple[LowRank, ...]
+    energy: float
+    products: tuple[Tensor, ...]
+    transposed: bool = False
+
+    def are_of(self, recovery: "Recovery") -> bool:
+        """Whether an answer is still the one that they were seen of."""
+        return self.weight is recovery.weight and self.deltas is recovery.deltas
+
+
+@dataclass(frozen=True)
 class Recovery:
     """A solver's answer for one matrix.
 
@@ -106,6 +132,7 @@ class Recovery:
         steps: Iterations used; 0 for a closed form.
         bits: Where the base was found to lie on a grid: which, and which entries are certain. None where it was not.
         saved_mse: By how much the weight's mean squared error per entry is below that of least squares.
+        residuals: Where the last step has seen them: they save the certificate a pass over the models.
     """
 
     weight: Tensor
@@ -118,6 +145,7 @@ class Recovery:
     steps: int = 0
     bits: Bits | None = None
     saved_mse: float = 0.0
+    residuals: Residuals | None = None
 
 
 def left_alone(stack: Stack, model: int, sign: str) -> Recovery:

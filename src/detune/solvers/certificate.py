@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from detune.solvers.agreement import Solve, disagreement
-from detune.solvers.base import LowRank, Recovery
+from detune.solvers.base import Recovery
 from detune.solvers.grid import name_of
 from detune.solvers.identifiability import ErrorTraces, error_traces
-from detune.solvers.linalg import thin_svd
 from detune.solvers.misfit import Misfit
 from detune.solvers.nullspace import undetermined
 from detune.solvers.polish import Core
 from detune.solvers.rounding import rounded_mse
+from detune.solvers.space import Space
 from detune.solvers.stack import Stack
 from detune.solvers.unseen import unseen_directions
 
@@ -30,8 +30,6 @@ MOST_LEFT = 2.0
 MOST_COMPUTED = 1.2
 # Factors are computed to this many units of float64's precision.
 COMPUTED = 32.0
-# Singular values below this share of a delta's largest are rounding.
-ROUNDING = 1e-13
 # The noise that rounding must leave is known as well as if so many entries had been seen.
 PRIOR = 30.0
 # A direction shows from this multiple of the noise's largest singular value.
@@ -145,7 +143,7 @@ def _amplified(stack: Stack, recovery: Recovery) -> float:
     """Root of the error of least squares over that of an average; 1 where there are no three models to solve for."""
     if stack.n < 3:
         return 1.0
-    spaces = [_Space.of(M_i) for M_i in recovery.deltas]
+    spaces = [Space.of(M_i) for M_i in recovery.deltas]
     core = Core.of([space.U for space in spaces], [space.V for space in spaces])
     if undetermined(core, *_blurs(stack, spaces)):
         return 1.0
@@ -156,7 +154,7 @@ def _amplified(stack: Stack, recovery: Recovery) -> float:
 
 def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: float | None) -> Certificate:
     """From the operator at the recovered spaces, the misfit and the storage noise."""
-    spaces = tuple(_Space.of(M_i) for M_i in recovery.deltas)
+    spaces = tuple(Space.of(M_i) for M_i in recovery.deltas)
     core = Core.of([space.U for space in spaces], [space.V for space in spaces])
     null = undetermined(core, *_blurs(stack, spaces))
     if null:
@@ -203,7 +201,7 @@ class _Evidence:
         entries: Of the matrix.
     """
 
-    spaces: tuple["_Space", ...]
+    spaces: tuple[Space, ...]
     core: Core
     traces: ErrorTraces
     misfit: Misfit
@@ -216,11 +214,11 @@ class _Evidence:
 
     @classmethod
     def of(
-        cls, stack: Stack, recovery: Recovery, core: Core, spaces: tuple["_Space", ...], stored: torch.dtype
+        cls, stack: Stack, recovery: Recovery, core: Core, spaces: tuple[Space, ...], stored: torch.dtype
     ) -> "_Evidence":
         """Gather it."""
         traces = error_traces(core)
-        misfit = Misfit.of(stack, recovery, core, [space.U for space in spaces], [space.V for space in spaces])
+        misfit = Misfit.of(stack, recovery, core, spaces)
         variances = stack.noise.square().to(core.Q.device)
         entries = recovery.weight.numel()
         energy = sum(float(space.S.square().sum()) for space in spaces) / (stack.n * entries)
@@ -336,30 +334,7 @@ class _Evidence:
         return max(by_side)
 
 
-@dataclass(frozen=True)
-class _Space:
-    """A recovered delta as `U diag(S) V^T`, float64.
-
-    Attributes:
-        U: `(out, r)`.
-        S: Descending, `(r,)`.
-        V: `(in, r)`.
-    """
-
-    U: Tensor
-    S: Tensor
-    V: Tensor
-
-    @classmethod
-    def of(cls, M_i: LowRank) -> "_Space":
-        """Directions that rounding alone gave are dropped."""
-        A, S_A, B = thin_svd(M_i.left.double())
-        U, S, V = torch.linalg.svd((S_A[:, None] * B.mT) @ M_i.right.double().mT, full_matrices=False)
-        kept = S.gt(ROUNDING * S[:1])
-        return cls(A @ U[:, kept], S[kept], V.mT[:, kept])
-
-
-def _blurs(stack: Stack, spaces: Sequence[_Space]) -> tuple[list[Tensor], list[Tensor]]:
+def _blurs(stack: Stack, spaces: Sequence[Space]) -> tuple[list[Tensor], list[Tensor]]:
     """The expected squared error of every basis vector, of columns and of rows: `sigma_i^2 size / s^2`.
 
     To first order noise N turns a singular vector v by `N^T u / s` outside its space.

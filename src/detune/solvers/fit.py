@@ -1,12 +1,12 @@
 """Passes over the full matrices that the solvers share: projections, and the last step to the answer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from detune.solvers.base import LowRank
+from detune.solvers.base import LowRank, Residuals
 from detune.solvers.stack import Block, Stack
 
 # Normal equations with a smaller pivot are solved by a pseudo-inverse.
@@ -84,12 +84,14 @@ class WStep:
         deltas: The `M_i` it was made with.
         relative_residual: `sqrt(sum_i |W_i - weight - M_i|^2 / sum_i |W_i - mean|^2)`.
         noise_ratio: Root of the residual over what storage rounding alone leaves after the fit.
+        residuals: What is left, where the deltas are the best for the spaces given.
     """
 
     weight: Tensor
     deltas: tuple[LowRank, ...]
     relative_residual: float
     noise_ratio: float
+    residuals: Residuals | None = None
 
 
 def w_step(stack: Stack, deltas: Sequence[LowRank]) -> WStep:
@@ -126,11 +128,15 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
     ranks = [V_i.shape[1] for V_i in V]
     inverse = normal_inverse(V).to(stack.dtype)
     F = stack.zeros(stack.shape[0], sum(ranks))
+    products = tuple(stack.zeros(r, stack.shape[1]) for r in ranks)
     for block in stack.blocks():
         projected = torch.cat([centred_i @ V_i for centred_i, V_i in zip(block.centred, right, strict=True)], dim=1)
         torch.mm(projected, inverse, out=F[block.rows])
-        accumulator.add(block, torch.split(F[block.rows], ranks, dim=1))
-    return accumulator.finish(tuple(map(LowRank, torch.split(F.double(), ranks, dim=1), V)))
+        left = torch.split(F[block.rows], ranks, dim=1)
+        for product, left_i, rest_i in zip(products, left, accumulator.add(block, left), strict=True):
+            product.addmm_(left_i.mT, rest_i)
+    step = accumulator.finish(tuple(map(LowRank, torch.split(F.double(), ranks, dim=1), V)))
+    return replace(step, residuals=Residuals(step.weight, step.deltas, accumulator.residual, products))
 
 
 class _Accumulator:
@@ -143,8 +149,13 @@ class _Accumulator:
         self._residual = torch.zeros((), dtype=torch.float64, device=stack.device)
         self._spread = torch.zeros_like(self._residual)
 
-    def add(self, block: Block, left: Sequence[Tensor]) -> None:
-        """Take in the block; its centred models are used up."""
+    @property
+    def residual(self) -> float:
+        """`sum_i |W_i - weight - M_i|^2` so far."""
+        return float(self._residual)
+
+    def add(self, block: Block, left: Sequence[Tensor]) -> Tensor:
+        """Take in the block, whose centred models are used up, and return what is left of them, `(n, rows, in)`."""
         rest = block.centred
         weight = self._weight[block.rows]
         spread = _squares(rest)
@@ -153,18 +164,19 @@ class _Accumulator:
             # The average: the rest is what there was.
             torch.add(block.reference, block.offset, out=weight)
             self._residual += spread
-            return
+            return rest
         for rest_i, left_i, right_i in zip(rest, left, self._right, strict=True):
             rest_i.addmm_(left_i, right_i, alpha=-1)
         moved = rest.mean(dim=0)
         torch.add(block.reference, block.offset + moved, out=weight)
         self._residual += _squares(rest.sub_(moved))
+        return rest
 
     def finish(self, deltas: tuple[LowRank, ...]) -> WStep:
         """The step, once every block is in."""
         stack = self._stack
         stack.require_finite(self._residual)
-        residual, spread = float(self._residual), float(self._spread)
+        residual, spread = self.residual, float(self._spread)
         # Float64 models are as finely rounded as the computation: its own rounding, some eps of the deltas, is in the
         # residual too.
         out, columns = stack.shape

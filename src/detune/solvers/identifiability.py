@@ -9,8 +9,10 @@ for storage noise `N_i` (`detune.solvers.polish`). With independent entries of v
 traces fall apart as A does: outside both joint spans, on either side, and a core.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,9 @@ from detune.solvers.random import seeded
 # A core of this many unknowns is decomposed; a larger one is probed.
 DENSE = 700
 PROBES = 8
+# Fewer do, from this many on, where by their scatter the standard error of the whole is below this share.
+FEWEST_PROBES = 2
+CLOSE_ENOUGH = 0.01
 # Conjugate gradients for the probes stop at this share of the right-hand side.
 PRECISION = 1e-4
 
@@ -92,17 +97,20 @@ def error_traces(core: Core, seed: int = 0) -> ErrorTraces:
     """
     n = len(core.a)
     (d, s_U), (k, s_V) = core.Q.shape, core.P.shape
-    weight, image, squares, solved = _dense_traces(core) if s_U * s_V <= DENSE else _probed_traces(core, seed)
     outside = float((d - s_U) * (k - s_V)) / n
-    weight, image, squares = weight + outside / n, image + outside, squares + outside / n
+    weight, image = (core.Q.new_full((n,), part) for part in (outside / n, outside))
+    squares = outside / n
     ranks = torch.tensor([a_i.shape[1] for a_i in core.a], dtype=torch.float64, device=core.Q.device)
     for inverse, coordinates, times in ((core.inverse_G_U, core.a, k - s_V), (core.inverse_G_V, core.b, d - s_U)):
         squared = inverse @ inverse
         weight = weight + times * torch.stack([squared.trace() - (c_i * (squared @ c_i)).sum() for c_i in coordinates])
         image = image + times * torch.stack([inverse.trace() - (c_i * (inverse @ c_i)).sum() for c_i in coordinates])
         squares += times * float(squared.trace())
+    dense = s_U * s_V <= DENSE
+    inner = _dense_traces(core) if dense else _probed_traces(core, float(weight.sum()), seed)
+    weight, image, squares = weight + inner.weight, image + inner.image, squares + inner.squares
     free = (d - ranks) * (k - ranks) - image
-    return ErrorTraces(weight, free.clamp(min=0), float(weight.sum()) ** 2 / squares, solved)
+    return ErrorTraces(weight, free.clamp(min=0), float(weight.sum()) ** 2 / squares, inner.solved)
 
 
 def _dense_traces(core: Core) -> _CoreTraces:
@@ -114,18 +122,36 @@ def _dense_traces(core: Core) -> _CoreTraces:
     return _CoreTraces((shares / values.square()).sum(1), (shares / values).sum(1), float(values.pow(-2).sum()))
 
 
-def _probed_traces(core: Core, seed: int) -> _CoreTraces:
-    """With random signs z (Hutchinson 1990): `E z^T B z = tr(B)`."""
+def _probed_traces(core: Core, outside: float, seed: int) -> _CoreTraces:
+    """With random signs z (Hutchinson 1990): `E z^T B z = tr(B)`.
+
+    Args:
+        core: The operator.
+        outside: What the core's share of the error, `sum_i tr(A^-1 A_i A^-1)`, is added to: it need not be known better
+            than the whole.
+        seed: Of the probes.
+    """
     n, shape = len(core.a), (core.Q.shape[1], core.P.shape[1])
-    weight, image = core.Q.new_zeros(n), core.Q.new_zeros(n)
-    squares = left = 0.0
+    weights: list[Tensor] = []
+    images: list[Tensor] = []
+    squares: list[float] = []
+    left = 0.0
     generator = seeded(seed, core.Q.device)
-    for _ in range(PROBES):
+    while len(weights) < PROBES and not _settled(weights, outside):
         probe = torch.randint(0, 2, shape, generator=generator, device=core.Q.device).to(core.Q.dtype) * 2 - 1
         solved = core.solve(probe, PRECISION * probe.numel() ** 0.5)
         left = max(left, float((probe - core.apply(solved)).square().mean()))
-        squares += float(solved.square().sum()) / PROBES
+        squares.append(float(solved.square().sum()))
         moved = [core.project(i, solved) for i in range(n)]
-        weight += torch.stack([moved_i.square().sum() for moved_i in moved]) / PROBES
-        image += torch.stack([(moved_i * probe).sum() for moved_i in moved]) / PROBES
-    return _CoreTraces(weight, image, squares, left <= (10 * PRECISION) ** 2)
+        weights.append(torch.stack([moved_i.square().sum() for moved_i in moved]))
+        images.append(torch.stack([(moved_i * probe).sum() for moved_i in moved]))
+    solved_well = left <= (10 * PRECISION) ** 2
+    return _CoreTraces(torch.stack(weights).mean(0), torch.stack(images).mean(0), fmean(squares), solved_well)
+
+
+def _settled(weights: Sequence[Tensor], outside: float) -> bool:
+    """Whether more probes would not change the whole."""
+    if len(weights) < FEWEST_PROBES:
+        return False
+    totals = [float(weight.sum()) for weight in weights]
+    return stdev(totals) / math.sqrt(len(totals)) <= CLOSE_ENOUGH * (outside + fmean(totals))

@@ -75,6 +75,7 @@ class Intersect:
             tuple(M_i.rank for M_i in step.deltas),
             step.relative_residual,
             step.noise_ratio,
+            residuals=step.residuals,
         )
 
 
@@ -131,7 +132,10 @@ def intersect(differences: Differences, ranks: tuple[int, ...]) -> Spaces:
 def untranspose(step: WStep) -> WStep:
     """The step of a transposed stack, turned back."""
     deltas = tuple(LowRank(M_i.right, M_i.left) for M_i in step.deltas)
-    return replace(step, weight=step.weight.mT, deltas=deltas)
+    weight, residuals = step.weight.mT, step.residuals
+    if residuals is not None:
+        residuals = replace(residuals, weight=weight, deltas=deltas, transposed=not residuals.transposed)
+    return replace(step, weight=weight, deltas=deltas, residuals=residuals)
 
 
 def _widest_triple(ranks: tuple[int, ...]) -> int:

@@ -1,0 +1,38 @@
+"""A recovered delta by its spaces and singular values."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detune.solvers.base import LowRank
+from detune.solvers.linalg import orthonormal
+
+__all__ = ["Space"]
+
+# Singular values below this share of a delta's largest are rounding.
+ROUNDING = 1e-13
+
+
+@dataclass(frozen=True)
+class Space:
+    """A recovered delta as `U diag(S) V^T`, float64.
+
+    Attributes:
+        U: `(out, r)`.
+        S: Descending, `(r,)`.
+        V: `(in, r)`.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    @classmethod
+    def of(cls, M_i: LowRank) -> "Space":
+        """Directions that rounding alone gave are dropped."""
+        left, right = M_i.left.double(), M_i.right.double()
+        Q, P = orthonormal(left), orthonormal(right)
+        U, S, V = torch.linalg.svd((Q.mT @ left) @ (P.mT @ right).mT)
+        kept = S.gt(ROUNDING * S[:1])
+        return cls(Q @ U[:, kept], S[kept], P @ V.mT[:, kept])
