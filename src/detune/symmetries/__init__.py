@@ -1,1 +1,92 @@
-"""Changes of a transformer's weights that leave its outputs as they are."""
+"""Changes of a transformer's weights that leave its outputs as they are.
+
+What an architecture allows is told by its config and the names of its tensors; each has a file here and a row in
+`ARCHITECTURES`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detune.errors import InputError
+from detune.symmetries import bert, llama, vit
+from detune.symmetries.action import Action, act
+from detune.symmetries.base import Attention, Describe, FeedForward, Layer, NormInto
+from detune.symmetries.frame import Actions, HeadFrame, NeuronFrame, NormFrame, complex_blocks, expand, join
+
+__all__ = [
+    "ARCHITECTURES",
+    "Action",
+    "Actions",
+    "Attention",
+    "FeedForward",
+    "HeadFrame",
+    "Layer",
+    "NeuronFrame",
+    "NormFrame",
+    "NormInto",
+    "act",
+    "complex_blocks",
+    "expand",
+    "find_layers",
+    "join",
+    "read_layers",
+]
+
+# By `model_type` of a config. XLM-R and its like are RoBERTa; Mistral is Llama with a window.
+ARCHITECTURES: dict[str, Describe] = {
+    "bert": bert.describe,
+    "roberta": bert.describe,
+    "vit": vit.describe,
+    "llama": llama.describe,
+    "mistral": llama.describe,
+}
+
+
+def find_layers(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> tuple[Layer, ...]:
+    """The layers of a model, with what is free in each.
+
+    Args:
+        config: Its `config.json`.
+        shapes: Of its tensors, by name; names may have a prefix, as in checkpoints of a model with a head.
+
+    Returns:
+        The layers, the first one first.
+
+    Raises:
+        InputError: The architecture is not known here, or the tensors are not those of its config.
+    """
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise InputError(
+            f"no symmetries are known of model_type {kind!r}",
+            f"known are {', '.join(ARCHITECTURES)}",
+            "add a file in detune/symmetries and a row in ARCHITECTURES",
+        )
+    layers = ARCHITECTURES[kind](config, shapes)
+    for layer in layers:
+        layer.check(shapes)
+    return layers
+
+
+def read_layers(directory: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[Layer, ...]:
+    """The same for a checkpoint on disk.
+
+    Args:
+        directory: Where its `config.json` is.
+        shapes: Of its tensors, by name.
+
+    Raises:
+        InputError: There is none, or see `find_layers`.
+    """
+    path = directory / "config.json"
+    try:
+        config = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"cannot read {path}",
+            f"{type(error).__name__}, expected the config that tells the architecture",
+            "give a model's directory as save_pretrained wrote it",
+        ) from error
+    return find_layers(config, shapes)
