@@ -176,7 +176,7 @@ def draw(series: list[list[Point]], path: Path) -> None:
                     [point.size / first.size for point in points],
                     [value / values[0] for value in values],
                     marker="o",
-                    linestyle="--" if first.method == "auto" else "-",
+                    linestyle="--" if first.method.startswith("auto") else "-",
                     label=f"{first.method}, {first.grows}: {slope:.2f}",
                 )
         axis.set(title=f"{title} (exponent)", xlabel="size, relative to the smallest")

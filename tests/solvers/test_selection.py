@@ -8,7 +8,8 @@ import torch
 from detune.solvers import Stack
 from detune.solvers.differences import find_differences
 from detune.solvers.intersect import find_spaces
-from detune.solvers.selection import noise_spectrum, select_ranks, weakest_directions
+from detune.solvers.proposals import weakest_directions
+from detune.solvers.selection import noise_spectrum, select_ranks
 from tests.cases import Regime, make_problem, normal, orthogonal, seeded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,17 +11,9 @@ where the floor is the largest singular value of one model's storage noise: a di
 explains more than noise can. For one matrix this is hard thresholding of its singular values at tau (Bunea, She &
 Wegkamp 2011, arXiv 1004.2995, Section 2; Gavish & Donoho 2014, arXiv 1305.5870, for the lowest such tau).
 
-Two tests propose what to try, both from the fit for given row spaces, where `Pi` projects onto what is left when
-every row of W and every `F_i` of `M_i = F_i V_i^T` is free, and `A_i` is its i-th diagonal block:
-
-- add: `R_i A_i^{-1/2}`, R_i the residual of model i, is white noise when nothing is missing. A singular value is by
-  how much a new direction of model i lowers the root of the misfit (Rao's score test).
-- drop: `F_i (N^{-1}_ii)^{-1/2}`, N the normal matrix: its smallest singular value is by how much the misfit's root
-  rises without that direction (Wald's test).
-
-Several models can claim one missing direction almost equally well, and the greedy choice is then sometimes wrong. So
-at the end all directions that are not far above tau are taken out at once and put back one at a time, the best by
-the misfit itself first.
+What to try is proposed by the tests of `detune.solvers.proposals`. Several models can claim one missing direction almost
+equally well, and the greedy choice is then sometimes wrong. So at the end all directions that are not far above tau are
+taken out at once and put back one at a time, the best by the misfit itself first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,9 +25,17 @@ from torch import Tensor
 
 from detune.solvers.descent import ENOUGH, Fit, centred, descend
 from detune.solvers.differences import find_differences
-from detune.solvers.fit import normal_inverse
 from detune.solvers.intersect import Spaces, intersect
-from detune.solvers.linalg import joint_basis, orthonormal
+from detune.solvers.proposals import (
+    Claim,
+    Doubt,
+    claims_of,
+    doubts_of,
+    granted,
+    strongest_by_model,
+    whitened_residuals,
+    without,
+)
 from detune.solvers.stack import SMALL_ENTRIES, Stack
 
 # Noise alone reaches 1, and a little more where the fit bends to it.
@@ -50,8 +50,6 @@ MORE_DOUBTFUL = 0.25
 ROUNDS = 4
 # From this round on, twice.
 DEEPER = 2
-# A direction that two models show, up to this cos^2 on both sides, is one direction.
-SAME = 0.3
 # Claims of at least this share of the strongest are granted together.
 STRONG = 0.5
 # Where a search from the differences as they are ends in doubt, they are cut at these multiples of the noise too.
@@ -72,46 +70,6 @@ BAD_FIT = 4.0
 BAD_START = 10.0
 # Models whose noise differs by more than this are not weighed as they should be.
 UNEQUAL_NOISE = 2.0
-# Whitening amplifies no more than this.
-LEAST_SHARE = 0.02
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A direction that a model's residual shows over the noise.
-
-    Attributes:
-        strength: By how many floors it lowers the root of the misfit.
-        model: The model.
-        u: Unit left vector, `(out,)`.
-        v: Unit right vector, `(in,)`.
-    """
-
-    strength: float
-    model: int
-    u: Tensor
-    v: Tensor
-
-    def same_as(self, other: "Claim") -> bool:
-        """Whether it may be the other model's direction showing through."""
-        return self.model != other.model and (
-            float(self.u @ other.u) ** 2 > SAME or float(self.v @ other.v) ** 2 > SAME
-        )
-
-
-@dataclass(frozen=True)
-class Doubt:
-    """The direction of a model that explains least.
-
-    Attributes:
-        strength: By how many floors the root of the misfit rises without it.
-        model: The model.
-        without: The model's row space without it, `(in, r_i - 1)`.
-    """
-
-    strength: float
-    model: int
-    without: Tensor
 
 
 def select_ranks(spaces: Spaces, rank: int | None = None) -> Spaces:
@@ -170,7 +128,7 @@ class _Search:
         floor = float(spectrum[0])
         start = descend(differences, V, noise, ENOUGH * floor**2)
         # Rounding on the way to the merge is in the residual too; outliers do not move the median.
-        middles = [float(torch.linalg.svdvals(Z).median()) for Z in _whitened_residuals(start)]
+        middles = [float(torch.linalg.svdvals(Z).median()) for Z in whitened_residuals(start)]
         excess = max(1.0, median(middles) / float(spectrum.median()))
         degrees = (stack.n - 1) * stack.shape[0] * stack.shape[1]
         if excess > BAD_FIT or start.misfit > (BAD_START * excess * noise) ** 2 * degrees:
@@ -188,7 +146,7 @@ class _Search:
     def _cleared(self, fit: Fit, least: float = 1.0) -> Fit:
         """Without what stands over its own model's noise by less, although it lowers the misfit."""
         while below := self._doubtful(fit, least):
-            fit = self._fit(_without(fit, below[:1]))
+            fit = self._fit(without(fit, below[:1]))
         return fit
 
     def _rounding(self, fit: Fit) -> tuple[float, ...]:
@@ -219,9 +177,9 @@ class _Search:
             doubtful = self._doubtful(fit, DOUBTFUL + MORE_DOUBTFUL * round_)
             if not doubtful:
                 break
-            fewer = self._fit(_without(fit, doubtful))
+            fewer = self._fit(without(fit, doubtful))
             if round_ >= DEEPER:
-                fewer = self._fit(_without(fewer, self._doubtful(fewer, DOUBTFUL)))
+                fewer = self._fit(without(fewer, self._doubtful(fewer, DOUBTFUL)))
             again = self._grow(fewer, careful=True)
             if self._penalised(again) < self._penalised(fit):
                 fit = again
@@ -264,30 +222,30 @@ class _Search:
 
     def _moves(self, fit: Fit, careful: bool) -> Iterator[list[Tensor]]:
         """Row spaces to try next, the most promising first."""
-        claims = self._claims(fit)
-        granted: list[Claim] = []
+        claims = claims_of(fit, self.floors, CLEAR, NEARLY)
+        together: list[Claim] = []
         for claim in claims:
-            if claim.strength >= STRONG * claims[0].strength and not any(map(claim.same_as, granted)):
-                granted.append(claim)
-        if len(granted) > 1 and not careful:
-            yield _with(fit, granted)
-        for claim in _strongest_by_model(claims)[:3]:
-            yield _with(fit, [claim])
-        for doubt in self._doubts(fit)[:2]:
+            if claim.strength >= STRONG * claims[0].strength and not any(map(claim.same_as, together)):
+                together.append(claim)
+        if len(together) > 1 and not careful:
+            yield granted(fit, together)
+        for claim in strongest_by_model(claims)[:3]:
+            yield granted(fit, [claim])
+        for doubt in doubts_of(fit, self.floors)[:2]:
             if doubt.strength < DOUBTFUL:
-                yield _without(fit, [doubt])
+                yield without(fit, [doubt])
 
     def _exchanged(self, fit: Fit, unsure: float) -> Fit | None:
         """A better fit with a weak claim granted or a doubtful direction given to another model; None without one."""
-        for claim in _strongest_by_model(self._claims(fit, NEARLY))[:3]:
-            moved = self._fit_allowed(_with(fit, [claim]))
+        for claim in strongest_by_model(claims_of(fit, self.floors, NEARLY, NEARLY))[:3]:
+            moved = self._fit_allowed(granted(fit, [claim]))
             if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
                 return moved
         for doubt in self._doubtful(fit, unsure)[:MOST_EXCHANGED]:
-            fewer = self._fit(_without(fit, [doubt]))
-            claims = [claim for claim in self._claims(fewer, NEARLY) if claim.model != doubt.model]
-            for claim in _strongest_by_model(claims)[:3]:
-                moved = self._fit_allowed(_with(fewer, [claim]))
+            fewer = self._fit(without(fit, [doubt]))
+            claims = [claim for claim in claims_of(fewer, self.floors, NEARLY, NEARLY) if claim.model != doubt.model]
+            for claim in strongest_by_model(claims)[:3]:
+                moved = self._fit_allowed(granted(fewer, [claim]))
                 if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
                     return moved
         return None
@@ -303,73 +261,9 @@ class _Search:
         changed = sum(rank > 0 for rank in fit.ranks)
         return fit.misfit / self.floor**2 + CLEAR**2 * (sum(fit.ranks) - changed) + FIRST**2 * changed
 
-    def _claims(self, fit: Fit, least: float = CLEAR) -> list[Claim]:
-        """What the residuals show above so many floors, the strongest first."""
-        claims = []
-        right = _Whitener.of(fit.V)
-        for i, Z in enumerate(_whitened_residuals(fit)):
-            if Z.shape[0] > Z.shape[1]:
-                # The smaller Gram matrix.
-                values, vectors = torch.linalg.eigh(Z.mT @ Z)
-                vectors = Z @ vectors / values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
-            else:
-                values, vectors = torch.linalg.eigh(Z @ Z.mT)
-            for value, u in zip(values.flip(0), vectors.mT.flip(0), strict=True):
-                strength = float(value.clamp(min=0).sqrt()) / self.floors[i]
-                if strength <= (least if fit.ranks[i] else NEARLY):
-                    break
-                v = right.whiten(u[None] @ Z, i)[0]
-                claims.append(Claim(strength, i, u, v / v.norm()))
-        return sorted(claims, key=lambda claim: -claim.strength)
-
     def _doubtful(self, fit: Fit, below: float) -> list[Doubt]:
         """The weakest directions of fewer floors than that."""
-        return [doubt for doubt in self._doubts(fit) if doubt.strength < below]
-
-    def _doubts(self, fit: Fit) -> list[Doubt]:
-        """Every model's weakest direction, the most doubtful first."""
-        spaces = list(zip(fit.deltas, fit.U, fit.V, strict=True))
-        by_row = weakest_directions(fit.V, [M_i.left @ (M_i.right.mT @ V_i) for M_i, _, V_i in spaces])
-        by_column = weakest_directions(fit.U, [M_i.right @ (M_i.left.mT @ U_i) for M_i, U_i, _ in spaces])
-        doubts = []
-        for i in by_row:
-            row, column = by_row[i], by_column[i]
-            if row.rise <= column.rise:
-                without = row.others
-            else:
-                M_i = fit.deltas[i]
-                without = orthonormal(M_i.right @ (M_i.left.mT @ column.others)) if M_i.rank > 1 else row.others
-            doubts.append(Doubt(min(row.rise, column.rise) / self.floors[i], i, without))
-        return sorted(doubts, key=lambda doubt: doubt.strength)
-
-
-@dataclass(frozen=True)
-class Weakest:
-    """The direction of one space that explains least.
-
-    Attributes:
-        rise: By how much the root of the misfit rises without it.
-        others: Basis of the rest of the space.
-    """
-
-    rise: float
-    others: Tensor
-
-
-def weakest_directions(V: Sequence[Tensor], F: Sequence[Tensor]) -> dict[int, Weakest]:
-    """Wald's test for every model that has a direction, from the fit `M_i = F_i V_i^T` for given spaces V."""
-    ranks = [V_i.shape[1] for V_i in V]
-    inverse = torch.split(normal_inverse(V), ranks)
-    found = {}
-    for i, (F_i, V_i, rows) in enumerate(zip(F, V, inverse, strict=True)):
-        if not ranks[i]:
-            continue
-        values, X = torch.linalg.eigh(torch.split(rows, ranks, dim=1)[i])
-        root = (X * values.clamp(min=1e-12).rsqrt()) @ X.mT
-        _, S, Yh = torch.linalg.svd(F_i @ root, full_matrices=False)
-        rest = torch.linalg.qr((root @ Yh[-1])[:, None], mode="complete")[0][:, 1:]
-        found[i] = Weakest(float(S[-1]), V_i @ rest)
-    return found
+        return [doubt for doubt in doubts_of(fit, self.floors) if doubt.strength < below]
 
 
 def noise_spectrum(stack: Stack, seed: int = 0) -> Tensor:
@@ -388,71 +282,3 @@ def noise_spectrum(stack: Stack, seed: int = 0) -> Tensor:
     scale = float(stack.noise.square().mean().sqrt() / stack.noise[0])
     spectrum: Tensor = torch.linalg.svdvals(uniform * deviation * (12**0.5 * scale))
     return spectrum
-
-
-@dataclass(frozen=True)
-class _Whitener:
-    """What `A_i^{-1/2}` is made of, for all models.
-
-    With G the i-th block row of the centred block-diagonal V, `A_i = (1 - 1/n) I - G N^{-1} G^T`.
-
-    Attributes:
-        P: Orthonormal basis of all spaces.
-        coordinates: `P^T V_i`.
-        inverse: `N^{-1}`.
-    """
-
-    P: Tensor
-    coordinates: tuple[Tensor, ...]
-    inverse: Tensor
-
-    @classmethod
-    def of(cls, V: Sequence[Tensor]) -> "_Whitener":
-        """For orthonormal spaces V."""
-        P = joint_basis(V)
-        return cls(P, tuple(P.mT @ V_i for V_i in V), normal_inverse(V))
-
-    def whiten(self, R: Tensor, model: int) -> Tensor:
-        """`R A_i^{-1/2}`."""
-        n = len(self.coordinates)
-        G = torch.cat([(j == model) * c_j - c_j / n for j, c_j in enumerate(self.coordinates)], dim=1)
-        outside = 1 - 1 / n
-        core = outside * torch.eye(len(G), dtype=G.dtype, device=G.device) - G @ self.inverse @ G.mT
-        values, X = torch.linalg.eigh(core)
-        roots = torch.where(values > LEAST_SHARE, values.clamp(min=LEAST_SHARE).rsqrt(), 0.0)
-        onto = self.P @ X
-        inside = R @ onto
-        whitened: Tensor = (R - inside @ onto.mT) * outside**-0.5 + (inside * roots) @ onto.mT
-        return whitened
-
-
-def _whitened_residuals(fit: Fit) -> list[Tensor]:
-    """Every `R_i` whitened on both sides: white where nothing is missing, but for the directions that the fit took."""
-    n = len(fit.V)
-    right, left = _Whitener.of(fit.V), _Whitener.of(fit.U)
-    return [left.whiten(right.whiten(fit.residual[i], i).mT, i).mT * (1 - 1 / n) ** 0.5 for i in range(n)]
-
-
-def _with(fit: Fit, claims: Sequence[Claim]) -> list[Tensor]:
-    """The row spaces with the claimed directions."""
-    V = list(fit.V)
-    for claim in claims:
-        new = claim.v - V[claim.model] @ (V[claim.model].mT @ claim.v)
-        V[claim.model] = torch.cat([V[claim.model], (new / new.norm())[:, None]], dim=1)
-    return V
-
-
-def _without(fit: Fit, doubts: Sequence[Doubt]) -> list[Tensor]:
-    """The row spaces without the doubtful directions."""
-    V = list(fit.V)
-    for doubt in doubts:
-        V[doubt.model] = doubt.without
-    return V
-
-
-def _strongest_by_model(claims: Sequence[Claim]) -> list[Claim]:
-    """Each model's first claim, in the order given."""
-    first: dict[int, Claim] = {}
-    for claim in claims:
-        first.setdefault(claim.model, claim)
-    return list(first.values())
