@@ -11,9 +11,9 @@ where the floor is the largest singular value of one model's storage noise: a di
 explains more than noise can. For one matrix this is hard thresholding of its singular values at tau (Bunea, She &
 Wegkamp 2011, arXiv 1004.2995, Section 2; Gavish & Donoho 2014, arXiv 1305.5870, for the lowest such tau).
 
-What to try is proposed by the tests of `detune.solvers.proposals`. Several models can claim one missing direction almost
-equally well, and the greedy choice is then sometimes wrong. So at the end all directions that are not far above tau are
-taken out at once and put back one at a time, the best by the misfit itself first.
+What to try is proposed by the tests of `detune.solvers.proposals`. Several models can claim one missing direction
+almost equally well, and the greedy choice is then sometimes wrong. So at the end all directions that are not far above
+tau are taken out at once and put back one at a time, the best by the misfit itself first.
 """
 
 from collections.abc import Iterator, Sequence
