@@ -11,6 +11,7 @@ import click
 
 import detune
 from detune.cli.adapters import extract, pack, unpack
+from detune.cli.audit import audit
 from detune.cli.bench import bench
 from detune.cli.options import METHODS
 from detune.cli.recovery import compare, demo, family, inspect, recover
@@ -35,7 +36,7 @@ def cli(verbose: int) -> None:
         os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
 
-for command in (recover, inspect, family, compare, extract, pack, unpack, demo, bench):
+for command in (recover, inspect, family, compare, audit, extract, pack, unpack, demo, bench):
     cli.add_command(command)
 
 

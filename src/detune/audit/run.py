@@ -1,0 +1,250 @@
+"""The audit: what an outsider gets from the releases, one more at a time."""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from detune.audit.assumptions import ASSUMPTIONS, Evidence, check_assumptions
+from detune.audit.behaviour import Judge
+from detune.audit.findings import FINDINGS, curve_of, find, verdict_of
+from detune.audit.naming import places
+from detune.audit.record import AuditReport, Behaviour, Invocation, ModelEntry, TensorEntry, Tool, Unchanged
+from detune.audit.spectra import spectrum
+from detune.audit.trial import Trial
+from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
+from detune.clusters import Clusters, best_reference, find_clusters, why_foreign, why_left_out
+from detune.errors import InputError
+from detune.extraction import fits
+from detune.family import Family, Models, damaged, is_shared, misfit
+from detune.recovery import make_solver
+from detune.report import Status, versions
+from detune.solvers import Solver
+from detune.solvers.resemblance import Cause
+from detune.walk import Answer, OnTensor, walk
+
+__all__ = ["audit"]
+
+# Spectra are shown of so many matrices.
+SPECTRA = 6
+
+
+def audit(
+    models: Sequence[str | Path],
+    base: str | Path | None = None,
+    *,
+    method: str | Solver = "auto",
+    rank: int | None = None,
+    inputs: str | Path | None = None,
+    weights_only: bool = False,
+    device: torch.device | str | None = None,
+    merge_dtype: torch.dtype | None = None,
+    on_tensor: OnTensor | None = None,
+) -> AuditReport:
+    """Recover the base as an outsider would, from the first release, from the first two, and so on.
+
+    One tensor's stack is in memory at a time. The models are not changed; where they are run, the recovered one is
+    written to a temporary directory.
+
+    Args:
+        models: The releases, in the order in which they go out; see `detune.checkpoints.open_checkpoint`.
+        base: What they were fine-tuned from, to measure against; None goes by the certificate's prediction.
+        method: The recovery with three releases and more: a name in `detune.solvers.SOLVERS`, or a solver. With fewer,
+            and no matter which, the base's grid is tried (`lattice`), because nothing else can work.
+        rank: The most that any adapter's rank can be; None finds it.
+        inputs: What the models are run on, as `detune.bench.behaviour` takes it; None takes some English sentences.
+        weights_only: Whether not to run the models.
+        device: Where to compute; None is the CPU.
+        merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
+        on_tensor: For progress: called with the name of each tensor and None when it is begun, with its row when done.
+
+    Returns:
+        The report; `detune.audit.page.render` makes a page of it.
+
+    Raises:
+        InputError: A model cannot be read, or has another architecture; nothing was changed; the base is another's.
+
+    Example:
+        >>> audit(["ft-a", "ft-b", "ft-c"], base="base").verdict.headline  # doctest: +SKIP
+        'These 3 releases give the base away.'
+    """
+    started = time.perf_counter()
+    trial = Trial(make_solver(method), rank, device)
+    with ExitStack() as opened:
+        given = opened.enter_context(Models(models, merge_dtype))
+        truth = opened.enter_context(open_checkpoint(base)) if base is not None else None
+        members = _members(given.models)
+        family = opened.enter_context(Family([given.models[i] for i in members.places]))
+        if truth is not None:
+            _require_base(truth, family.models)
+        judge = None if weights_only else Judge(family.models[0], truth, Path(inputs) if inputs is not None else None)
+        tensors, unchanged, behaviour = _try_all(family, truth, trial, judge, on_tensor)
+        if not tensors:
+            raise InputError(
+                f"{family.models[0].spec} is the base", "no tensor differs from it", "give fine-tunes of the base"
+            )
+        entries = tuple(
+            ModelEntry(spec=m.spec, sha256=m.hashes(), left_out=members.why(i)) for i, m in enumerate(given.models)
+        )
+        base_entry = ModelEntry(spec=truth.spec, sha256=truth.hashes()) if truth is not None else None
+    curve = curve_of([entry for entry in tensors if entry.is_matrix], family.n)
+    left_out = [entry.left_out for entry in entries if entry.left_out is not None]
+    evidence = Evidence(
+        len(entries), family.n, members.clusters, left_out, [entry for entry in tensors if entry.is_matrix]
+    )
+    return AuditReport(
+        tool=Tool(versions=versions()),
+        invocation=Invocation(
+            argv=tuple(sys.argv),
+            method=method if isinstance(method, str) else repr(method),
+            rank=rank,
+            device=str(device or "cpu"),
+            seconds=time.perf_counter() - started,
+        ),
+        base=base_entry,
+        models=entries,
+        verdict=verdict_of(tensors, curve, unchanged, behaviour, truth is not None),
+        rules=(*ASSUMPTIONS, *FINDINGS),
+        results=(*check_assumptions(evidence), *find(tensors, curve, unchanged, entries, behaviour)),
+        curve=curve,
+        unchanged=unchanged,
+        tensors=tensors,
+        behaviour=behaviour,
+    )
+
+
+@dataclass(frozen=True)
+class _Members:
+    """The releases that are recovered from.
+
+    Attributes:
+        places: Among those given.
+        clusters: How they were grouped; None for a single one.
+        reasons: Why the others are left out, by place.
+    """
+
+    places: tuple[int, ...]
+    clusters: Clusters | None
+    reasons: dict[int, str]
+
+    def why(self, place: int) -> str | None:
+        """Why a release is left out; None where it is not."""
+        return self.reasons.get(place)
+
+
+def _members(models: Sequence[Checkpoint]) -> _Members:
+    """The largest set of releases that fit together and share a source; of equal ones the first."""
+    if len(models) == 1:
+        return _Members((0,), None, {})
+    reference, fitting = best_reference(models)
+    misfits = {i: misfit(models[reference], models[i]) for i in range(len(models)) if i not in fitting}
+    if len(fitting) == 1:
+        raise next(why for why in misfits.values() if why is not None)
+    found = find_clusters([models[i] for i in fitting]).placed(fitting)
+    reasons = {i: str(why) for i, why in misfits.items()}
+    reasons |= {i: why_left_out(models, found, i) for cluster in found.clusters[1:] for i in cluster}
+    return _Members(found.clusters[0], found, reasons)
+
+
+def _require_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    """Refuse a base of another architecture, or with other weights altogether.
+
+    One that releases differ from at full rank is taken: they may have been defended.
+    """
+    for model in models:
+        unfit = [name for name in model.tensors if not fits(base, model, name)]
+        if unfit:
+            info = base.tensors.get(unfit[0])
+            raise InputError(
+                f"{base.spec} is not the base of {model.spec}",
+                f"tensor {unfit[0]!r} is {'missing' if info is None else f'{list(info.shape)}'}, "
+                f"expected {list(model.tensors[unfit[0]].shape)}",
+                "give the base that it was fine-tuned from",
+            )
+    pair = (base, models[0])
+    found = find_clusters(pair, tuple(models[0].tensors))
+    if len(found.clusters) == 1:
+        return
+    foreign = found.foreign(1, (0,))
+    resemblance = why_foreign(pair, 1, 0, foreign[len(foreign) // 2])
+    if resemblance.cause is Cause.UNRELATED:
+        raise InputError(
+            f"{base.spec} is not the base of {models[0].spec}",
+            f"their weights are unrelated in {len(foreign)} of {len(found.splits)} matrices, first {foreign[0]!r}",
+            "give the base that it was fine-tuned from",
+        )
+
+
+def _try_all(
+    family: Family, base: Checkpoint | None, trial: Trial, judge: Judge | None, on_tensor: OnTensor | None
+) -> tuple[tuple[TensorEntry, ...], Unchanged, Behaviour]:
+    """Every tensor, one at a time; then the recovered model, if it can be run."""
+    place_of = places(family.names)
+    entries: list[TensorEntry] = []
+    same: list[str] = []
+    differing: list[str] = []
+    with ExitStack() as opened:
+        writer = None
+        if judge is not None and judge.is_ready:
+            folder = Path(opened.enter_context(TemporaryDirectory(prefix="detune-audit-"))) / "recovered"
+            writing = opened.enter_context(ExitStack())
+            writer = writing.enter_context(CheckpointWriter(family.models[0], folder))
+
+        def keep(name: str) -> None:
+            same.append(name)
+            if base is not None and not is_shared((base, family.models[0]), name):
+                differing.append(name)
+            if writer is not None:
+                writer.copy(name)
+
+        def attempt(name: str, tensors: tuple[Tensor, ...]) -> Answer:
+            truth = base.read(name) if base is not None else None
+            if truth is not None and truth.is_floating_point() and not bool(torch.isfinite(truth).all()):
+                raise damaged(name, base.spec if base is not None else "")
+            if (
+                truth is not None
+                and family.n == 1
+                and tensors[0].dtype == truth.dtype
+                and torch.equal(tensors[0], truth)
+            ):
+                keep(name)
+                return Answer(Status.SHARED, "copy", "as the base has it")
+            tried = trial.run(name, place_of[name], tensors, truth)
+            entries.append(tried.entry)
+            if writer is not None:
+                writer.write(name, tried.weight)
+            return tried.answer
+
+        walk(family, keep, attempt, on_tensor)
+        tensors = _with_spectra(entries, family) if family.n > 1 else tuple(entries)
+        unchanged = Unchanged(
+            tensors=len(same), entries=sum(math.prod(family.shape(name)) for name in same), differing=tuple(differing)
+        )
+        if judge is None:
+            return tensors, unchanged, Behaviour(note="not run: the weights alone were asked for")
+        if writer is None or not entries:
+            return tensors, unchanged, Behaviour(note=judge.note)
+        writing.close()
+        return tensors, unchanged, judge.judge(folder)
+
+
+def _with_spectra(entries: Sequence[TensorEntry], family: Family) -> tuple[TensorEntry, ...]:
+    """The entries, some matrices over the depth of the model with the spectrum of a difference."""
+    matrices = [entry.name for entry in entries if entry.is_matrix]
+    count = min(SPECTRA, len(matrices))
+    chosen = {matrices[round(k * (len(matrices) - 1) / max(1, count - 1))] for k in range(count)}
+    return tuple(
+        entry.model_copy(
+            update={"spectrum": spectrum([m.read(entry.name) for m in family.models[:2]], entry.outcomes[-1].ranks)}
+        )
+        if entry.name in chosen
+        else entry
+        for entry in entries
+    )

@@ -1,0 +1,42 @@
+"""The singular values of a difference: a low rank is a cliff in them."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from detune.audit.record import Spectrum
+from detune.solvers import Stack
+from detune.training import seeded
+from detune.walk import matricise
+
+__all__ = ["spectrum"]
+
+# Of larger matrices the leading values are estimated.
+EXACT_UP_TO = 1024
+# Values shown: so many times the rank, within these bounds.
+TIMES, LEAST, MOST = 2, 48, 256
+
+
+def spectrum(tensors: Sequence[Tensor], ranks: Sequence[int]) -> Spectrum:
+    """The largest singular values of `W_2 - W_1 = M_2 - M_1`.
+
+    Args:
+        tensors: Of two releases, as stored.
+        ranks: Found for them; empty where none were.
+
+    Reference:
+        Halko, Martinsson & Tropp 2011 (arXiv 0909.4061), Algorithm 5.1, for the estimate.
+    """
+    stack = Stack.of([matricise(tensor) for tensor in tensors[:2]])
+    difference = stack.matrices[1].double() - stack.matrices[0].double()
+    rank = sum(ranks[:2]) if ranks else None
+    shown = min(*difference.shape, max(LEAST, MOST if rank is None else min(MOST, TIMES * rank)))
+    if min(difference.shape) <= EXACT_UP_TO:
+        values = torch.linalg.svdvals(difference)
+    else:
+        with seeded(0):
+            _, values, _ = torch.svd_lowrank(difference, q=min(*difference.shape, shown + shown // 2), niter=2)
+    noise = math.hypot(*(float(stack.noise_norm(i, stack.shape[0])) for i in range(2)))
+    return Spectrum(values=tuple(values[:shown].tolist()), rank=rank, noise=noise)

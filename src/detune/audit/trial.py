@@ -1,0 +1,210 @@
+"""One tensor, given to an outsider by one release after the other."""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from detune.audit.naming import Place
+from detune.audit.record import Outcome, TensorEntry
+from detune.metrics import bit_identical
+from detune.metrics.w_error import squared_error
+from detune.report import Status
+from detune.solvers import Mean, OnGrid, Single, Solver, Stack
+from detune.solvers.grid import lies_on, name_of, spacing
+from detune.solvers.lattice import HALVES
+from detune.solvers.stack import storage_variance
+from detune.solving import solve_tensor
+from detune.walk import Answer, matricise
+
+# Fewer releases than this leave a difference that splits in infinitely many ways: only a grid can decide.
+ENOUGH = 3
+# Deltas of more steps of the base's grid than this do not show modulo the step; the method itself gives up at 8.
+MOST_STEPS = 100.0
+# An error of so many times what storing a release rounds off is at the storage floor.
+AT_FLOOR = 2.0
+# An error so many times smaller than the change made by fine-tuning gives the base away.
+CLOSER = 100.0
+SURE = (Status.SHARED, Status.EXACT, Status.FLOOR)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of one tensor.
+
+    Attributes:
+        answer: Of all releases.
+        weight: The recovered values, in the tensor's shape.
+        entry: For the report.
+    """
+
+    answer: Answer
+    weight: Tensor
+    entry: TensorEntry
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a tensor is recovered from any number of releases.
+
+    Attributes:
+        solver: For three releases and more.
+        rank: The most that any adapter's rank can be; None finds it.
+        device: Where to compute.
+    """
+
+    solver: Solver
+    rank: int | None = None
+    device: torch.device | str | None = None
+
+    def run(self, name: str, place: Place, tensors: Sequence[Tensor], truth: Tensor | None) -> Tried:
+        """Recover a tensor from the first release, from the first two, and so on.
+
+        All of them come first: what they show of the deltas tells whether fewer have to be tried at all.
+
+        Args:
+            name: Its qualified name.
+            place: Where it lies in the model.
+            tensors: Of every release, as stored.
+            truth: The base's; None where that is not given.
+        """
+        figures = _Figures.of(tensors, truth)
+        outcomes = []
+        for k in range(len(tensors), 0, -1):
+            began = time.perf_counter()
+            found, guess = self._solve(tensors[:k], figures)
+            if k == len(tensors):
+                answer, weight = found, guess
+                if truth is None and answer.status in SURE:
+                    figures = _Figures.of(tensors, weight)
+            outcomes.append(_outcome(k, found, guess, truth, figures, time.perf_counter() - began))
+        entry = TensorEntry(
+            name=name,
+            block=place.block,
+            depth=place.depth,
+            kind=place.kind,
+            shape=tuple(tensors[0].shape),
+            dtype=", ".join(dict.fromkeys(name_of(tensor.dtype) for tensor in tensors)),
+            is_matrix=tensors[0].is_floating_point() and min(matricise(tensors[0]).shape) > 1,
+            change=figures.change,
+            noise=figures.noise,
+            outcomes=tuple(reversed(outcomes)),
+        )
+        return Tried(answer, weight, entry)
+
+    def _solve(self, tensors: Sequence[Tensor], figures: "_Figures") -> tuple[Answer, Tensor]:
+        """The answer, and the values as they would be stored."""
+        n = len(tensors)
+        if n > 1 and all(_same(tensors[0], tensor) for tensor in tensors[1:]):
+            return Answer(Status.SHARED, "copy", f"identical in {n} releases"), tensors[0]
+        if n < ENOUGH and figures.show_no_grid(n):
+            return self._average(tensors, figures)
+        solver = self.solver if n >= max(ENOUGH, self.solver.min_models) else OnGrid()
+        answer, weight = solve_tensor(tuple(tensors), solver, self.rank, self.device)
+        return answer, _stored(weight, tensors[0])
+
+    def _average(self, tensors: Sequence[Tensor], figures: "_Figures") -> tuple[Answer, Tensor]:
+        """What is left where the search for a grid is known to fail: it can take seconds to say so."""
+        reason = (
+            f"the changes are {min(figures.steps):.2g} steps of the base's {figures.grid} grid and more; "
+            f"beyond {MOST_STEPS:.0f} steps a grid shows nothing"
+        )
+        solver = Single() if len(tensors) == 1 else Mean()
+        found = solver.solve(Stack.of([matricise(tensor) for tensor in tensors], device=self.device))
+        return Answer(Status.NOT_DETERMINED, found.method, reason), _stored(found.weight, tensors[0])
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """How large the releases' changes of a tensor are.
+
+    Attributes:
+        change: Root mean square over all releases; None where the base's values are not known.
+        noise: Root mean square of what storing the releases rounded off.
+        steps: Of each release, in steps of the base's grid; empty where they are not known.
+        grid: Its name.
+    """
+
+    change: float | None
+    noise: float
+    steps: tuple[float, ...] = ()
+    grid: str = ""
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], known: Tensor | None) -> "_Figures":
+        """Measure them.
+
+        Args:
+            tensors: Of every release.
+            known: The base's values, as far as they are known.
+        """
+        if not tensors[0].is_floating_point():
+            return cls(None, 0.0)
+        noise = _rms(
+            storage_variance(tensor[:: max(1, len(tensor) // 64)]).mean() for tensor in map(matricise, tensors)
+        )
+        if known is None:
+            return cls(None, noise)
+        changes = [squared_error(tensor, known) ** 0.5 for tensor in tensors]
+        finest = min((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+        grid = next((half for half in HALVES if lies_on(known, half)), finest)
+        step = float(spacing(matricise(known)[::16], grid).median())
+        return cls(_rms(change**2 for change in changes), noise, tuple(c / step for c in changes), name_of(grid))
+
+    def show_no_grid(self, releases: int) -> bool:
+        """Whether no grid can show in the first of the releases."""
+        return bool(self.steps) and min(self.steps[:releases]) > MOST_STEPS
+
+
+def is_given_away(status: Status, error: float | None, change: float | None, noise: float) -> bool:
+    """Whether a tensor counts as given away.
+
+    Against the base: its error is at the storage floor, or a hundredth of what fine-tuning changed. Without the base
+    the certificate is believed.
+
+    Args:
+        status: What the recovery says.
+        error: Root mean square, against the base; None without it.
+        change: Of the releases.
+        noise: What storing the releases rounded off.
+    """
+    if error is None:
+        return status in SURE
+    return error <= max(AT_FLOOR * noise, (change or 0.0) / CLOSER)
+
+
+def _outcome(
+    models: int, answer: Answer, weight: Tensor, truth: Tensor | None, figures: _Figures, seconds: float
+) -> Outcome:
+    mse = None if truth is None else squared_error(weight, truth)
+    certificate = answer.certificate
+    return Outcome(
+        models=models,
+        verdict=str(answer.status),
+        method=answer.method,
+        reason=answer.reason,
+        ranks=answer.ranks,
+        undetermined=certificate.undetermined if certificate else None,
+        grid=name_of(answer.bits.grid) if answer.bits else None,
+        predicted_w_error=certificate.predicted_w_error if certificate else None,
+        w_error=math.log10(mse) if mse else None,
+        identical=None if truth is None else bit_identical(weight, truth),
+        given_away=is_given_away(answer.status, None if mse is None else mse**0.5, figures.change, figures.noise),
+        seconds=seconds,
+    )
+
+
+def _stored(weight: Tensor, like: Tensor) -> Tensor:
+    return weight.cpu().reshape(like.shape).to(like.dtype)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def _rms(squares: Iterable[float | Tensor]) -> float:
+    return math.sqrt(fmean(map(float, squares)))

@@ -1,0 +1,124 @@
+"""`audit`: what a release would give away."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from detune.cli.loading import load_torch
+from detune.cli.options import (
+    METHODS,
+    device_of,
+    device_option,
+    json_option,
+    merge_dtype_of,
+    merge_option,
+    models_argument,
+    rank_option,
+)
+from detune.cli.recovery import progress
+
+if TYPE_CHECKING:
+    from detune.audit import AuditReport
+
+
+@click.command()
+@models_argument
+@click.option("--base", help="What they were fine-tuned from, to measure against. Without it, errors are predicted.")
+@click.option("--out", type=click.Path(path_type=Path), help="A directory to make with audit.html and audit.json.")
+@click.option("--html", type=click.Path(path_type=Path), help="A file to make: the page alone.")
+@click.option("--inputs", type=click.Path(path_type=Path), help="What to run the models on; see docs/bench.md.")
+@click.option("--weights-only", is_flag=True, help="Do not run the models.")
+@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="From three releases on.")
+@rank_option
+@device_option
+@merge_option
+@json_option
+def audit(
+    models: tuple[str, ...],
+    base: str | None,
+    out: Path | None,
+    html: Path | None,
+    inputs: Path | None,
+    weights_only: bool,
+    method: str,
+    rank: int | None,
+    device: str,
+    merge_dtype: str,
+    as_json: bool,
+) -> None:
+    """Show what releases of one base give of it away: by how many of them, how closely, and why.
+
+    Give them in the order in which they go out. The recovery is run as an outsider would, with the first release, with
+    the first two, and so on. Needs pip install 'detune[audit]'.
+    """
+    from detune.training import needs_extra
+
+    load_torch()
+    from detune.checkpoints import new_directory, new_file
+
+    with ExitStack() as opened:
+        # What cannot be written is said before anything is computed.
+        folder = opened.enter_context(new_directory(out)) if out is not None else None
+        page = opened.enter_context(new_file(html)) if html is not None else None
+        on_tensor = opened.enter_context(progress(quiet=as_json))
+        with needs_extra("audit"):
+            from detune.audit import audit as run
+            from detune.audit.page import render
+        report = run(
+            models,
+            base,
+            method=method,
+            rank=rank,
+            inputs=inputs,
+            weights_only=weights_only,
+            device=device_of(device),
+            merge_dtype=merge_dtype_of(merge_dtype),
+            on_tensor=on_tensor,
+        )
+        if folder is not None:
+            (folder / "audit.json").write_text(report.to_json(), encoding="utf-8")
+            (folder / "audit.html").write_text(render(report), encoding="utf-8")
+        if page is not None:
+            page.write_text(render(report), encoding="utf-8")
+    click.echo(report.to_json(), nl=False) if as_json else _show(report, out / "audit.html" if out else html)
+
+
+def _show(report: "AuditReport", page: Path | None) -> None:
+    """Print the curve, what the recovery rests on, and the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from detune.audit.assumptions import ASSUMPTIONS
+
+    console = Console(markup=False, highlight=False)
+    columns = ("releases", "given away", *(("W-Error", "identical bits") if report.base else ()), "predicted")
+    table = Table(*columns, box=None, pad_edge=False)
+    for point in report.curve:
+        measured = (
+            "" if point.w_error is None else f"{point.w_error:.2f}",
+            "" if point.identical is None else f"{100 * point.identical:.2f} %",
+        )
+        predicted = "" if point.predicted_w_error is None else f"{point.predicted_w_error:.2f}"
+        given_away = f"{point.given_away} of {report.verdict.matrices}"
+        table.add_row(str(point.models), given_away, *(measured if report.base else ()), predicted)
+    console.print(table)
+    console.print()
+    assumed = {rule.id for rule in ASSUMPTIONS}
+    titles = {rule.id: rule.title for rule in report.rules}
+    marks = {True: "yes", False: "no ", None: "?  "}
+    for result in report.results:
+        if result.rule_id in assumed:
+            console.print(f"{marks[result.holds]} {titles[result.rule_id]}: {result.message}", soft_wrap=True)
+    for model in report.models:
+        if model.left_out is not None:
+            console.print(f"left out {model.spec}: {model.left_out}", soft_wrap=True)
+    console.print()
+    console.print(report.verdict.headline, style="bold", soft_wrap=True)
+    for sentence in (*report.verdict.sentences, *report.verdict.next_steps):
+        console.print(sentence, soft_wrap=True)
+    if report.behaviour.note:
+        console.print(f"Outputs: {report.behaviour.note}", soft_wrap=True)
+    if page is not None:
+        console.print(f"wrote {page} in {report.invocation.seconds:.1f} s", soft_wrap=True)
