@@ -1,45 +1,17 @@
-"""The charts of the page, as plotly figures.
+"""The charts of the page, as plotly figures."""
 
-Colours are the names of the page's CSS variables, so that its script can give them their values in light, in dark and
-on paper. Every text that comes from a model is escaped: plotly takes some HTML in labels.
-"""
-
-import html
 import math
 from dataclasses import dataclass
-from typing import Any
 
+from detune.audit.drawing import DASHES, SERIES, SYMBOLS, Chart, label, minus, new_figure, to_json
 from detune.audit.naming import short_names
 from detune.audit.record import AuditReport, Outcome, TensorEntry
 from detune.training import needs_extra
 
-__all__ = ["Chart", "charts", "error_of"]
+__all__ = ["charts", "error_of"]
 
-# A label holds so many characters.
-LONGEST = 40
 # The prediction is meant to be this close, in log10.
 CLOSE = 0.3
-SERIES = tuple(f"var(--series-{k})" for k in range(1, 7))
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One chart of the page.
-
-    Attributes:
-        id: Of its element.
-        title: Its heading.
-        caption: What it shows, for those who do not see it too.
-        figure: For plotly.js: data and layout.
-        choices: Labels of the traces of which one is shown at a time; empty where all are.
-    """
-
-    id: str
-    title: str
-    caption: str
-    figure: dict[str, Any]
-    choices: tuple[str, ...] = ()
 
 
 def charts(report: AuditReport) -> tuple[Chart, ...]:
@@ -72,7 +44,7 @@ def _curve(report: AuditReport) -> Chart | None:
     predicted = [point.predicted_w_error for point in curve]
     started = _fine_tuned(report)
     known = [value for value in (*errors, *predicted, started) if value is not None]
-    figure = _figure(height=400)
+    figure = new_figure(height=400)
     if report.base is not None:
         spread = [point for point in curve if point.best is not None and point.worst is not None]
         figure.add_scatter(
@@ -133,11 +105,11 @@ def _curve(report: AuditReport) -> Chart | None:
     figure.update_yaxes(title_text="W-Error (log10 of mean squared error)")
     told = "; ".join(
         f"{point.models}: {point.given_away} of {matrices}"
-        + (f", W-Error {_minus(error)}" if (error := point.w_error if report.base else point.predicted_w_error) else "")
+        + (f", W-Error {minus(error)}" if (error := point.w_error if report.base else point.predicted_w_error) else "")
         for point in curve
     )
     caption = f"Matrices given away by the number of releases: {told}. Lower is closer to the base."
-    return Chart("curve", "How many releases does it take?", caption, _json(figure))
+    return Chart("curve", "How many releases does it take?", caption, to_json(figure))
 
 
 def _heat_map(report: AuditReport) -> Chart | None:
@@ -154,13 +126,13 @@ def _heat_map(report: AuditReport) -> Chart | None:
     ]
     started = _fine_tuned(report)
     low, high = min(every, default=-20.0), max([*every, *([started] if started is not None else [])], default=0.0)
-    figure = _figure(height=150 + 46 * len(names))
+    figure = new_figure(height=150 + 46 * len(names))
     for models in range(1, len(report.curve) + 1):
         rows = [[_cell(report, cells.get((kind, depth)), models, low) for depth in depths] for kind in names]
         figure.add_trace(
             go.Heatmap(
                 x=[str(depth) for depth in depths],
-                y=[_label(name) for name in names.values()],
+                y=[label(name) for name in names.values()],
                 z=[[cell.value for cell in row] for row in rows],
                 text=[[cell.text for cell in row] for row in rows],
                 customdata=[[cell.told for cell in row] for row in rows],
@@ -196,10 +168,10 @@ def _heat_map(report: AuditReport) -> Chart | None:
     )
     kinds = ", ".join(names.values())
     caption = f"W-Error of each fine-tuned matrix, by block and kind ({kinds})" + (
-        f"; with all releases {_minus(worst)} at most." if worst is not None else "."
+        f"; with all releases {minus(worst)} at most." if worst is not None else "."
     )
     choices = tuple(str(models) for models in range(1, len(report.curve) + 1))
-    return Chart("map", "Where in the model?", caption, _json(figure), choices)
+    return Chart("map", "Where in the model?", caption, to_json(figure), choices)
 
 
 @dataclass(frozen=True)
@@ -216,8 +188,8 @@ def _cell(report: AuditReport, entry: TensorEntry | None, models: int, exact: fl
         return _Cell(None, "", "not fine-tuned")
     outcome = entry.outcomes[models - 1]
     error = exact if _is_exact(report, outcome) else error_of(report, outcome)
-    text = "exact" if _is_exact(report, outcome) else "–" if error is None else _minus(error)
-    told = f"{_label(entry.name, 80)}<br>{text}, {outcome.verdict}, by {_label(outcome.method)}"
+    text = "exact" if _is_exact(report, outcome) else "–" if error is None else minus(error)
+    told = f"{label(entry.name, 80)}<br>{text}, {outcome.verdict}, by {label(outcome.method)}"
     return _Cell(error, text, told)
 
 
@@ -225,23 +197,23 @@ def _spectra(report: AuditReport) -> Chart | None:
     shown = [entry for entry in report.matrices if entry.spectrum is not None]
     if not shown:
         return None
-    figure = _figure(height=420)
+    figure = new_figure(height=420)
     names = short_names(dict.fromkeys(entry.kind for entry in shown))
     noise = 0.0
     for k, entry in enumerate(shown):
         spectrum = entry.spectrum
         assert spectrum is not None
         noise = max(noise, spectrum.noise)
-        label = _label(names[entry.kind] if entry.depth is None else f"{entry.depth}, {names[entry.kind]}")
+        named = label(names[entry.kind] if entry.depth is None else f"{entry.depth}, {names[entry.kind]}")
         colour = SERIES[k % len(SERIES)]
         figure.add_scatter(
             x=list(range(1, len(spectrum.values) + 1)),
             y=[value if value > 0 else None for value in spectrum.values],
             mode="lines",
             line={"color": colour, "width": 2, "dash": DASHES[k % len(DASHES)]},
-            name=label,
+            name=named,
             legendgroup=str(k),
-            hovertemplate=f"{label}<br>singular value %{{x}}: %{{y:.2e}}<extra></extra>",
+            hovertemplate=f"{named}<br>singular value %{{x}}: %{{y:.2e}}<extra></extra>",
         )
         if spectrum.rank and spectrum.rank <= len(spectrum.values):
             figure.add_scatter(
@@ -251,7 +223,7 @@ def _spectra(report: AuditReport) -> Chart | None:
                 marker={"color": colour, "size": 11, "symbol": "circle-open", "line": {"width": 2.5}},
                 legendgroup=str(k),
                 showlegend=False,
-                hovertemplate=f"{label}<br>ranks add up to {spectrum.rank}<extra></extra>",
+                hovertemplate=f"{named}<br>ranks add up to {spectrum.rank}<extra></extra>",
             )
     figure.add_hline(y=noise, line={"color": "var(--muted)", "dash": "dot", "width": 1.5})
     figure.add_annotation(
@@ -267,7 +239,7 @@ def _spectra(report: AuditReport) -> Chart | None:
     figure.update_yaxes(title_text="size", type="log", exponentformat="power", dtick=2)
     cliff = f" The rings are where the ranks found add up: {', '.join(map(str, ranks))}." * bool(ranks)
     caption = f"Singular values of the second release minus the first, in {len(shown)} of the matrices.{cliff}"
-    return Chart("spectra", "What gives the ranks away?", caption, _json(figure))
+    return Chart("spectra", "What gives the ranks away?", caption, to_json(figure))
 
 
 def _scatter(report: AuditReport) -> Chart | None:
@@ -279,7 +251,7 @@ def _scatter(report: AuditReport) -> Chart | None:
     ]
     if report.base is None or not points:
         return None
-    figure = _figure(height=420)
+    figure = new_figure(height=420)
     values = [value for _, _, predicted, true in points for value in (predicted, true)]
     low, high = min(values) - 0.4, max(values) + 0.4
     figure.add_scatter(
@@ -292,15 +264,14 @@ def _scatter(report: AuditReport) -> Chart | None:
         hoverinfo="skip",
         name=f"within {CLOSE}",
     )
-    symbols = ("circle", "square", "diamond", "triangle-up", "cross", "x")
     for k, models in enumerate(dict.fromkeys(models for models, *_ in points)):
         chosen = [point for point in points if point[0] == models]
         figure.add_scatter(
             x=[predicted for _, _, predicted, _ in chosen],
             y=[true for *_, true in chosen],
-            customdata=[_label(name, 80) for _, name, _, _ in chosen],
+            customdata=[label(name, 80) for _, name, _, _ in chosen],
             mode="markers",
-            marker={"size": 9, "symbol": symbols[k % len(symbols)], "color": SERIES[k % len(SERIES)], "opacity": 0.85},
+            marker={"size": 9, "symbol": SYMBOLS[k % len(SYMBOLS)], "color": SERIES[k % len(SERIES)], "opacity": 0.85},
             name=f"{models} release{'s' * (models > 1)}",
             hovertemplate="%{customdata}<br>predicted %{x:.2f}, true %{y:.2f}<extra></extra>",
         )
@@ -312,58 +283,10 @@ def _scatter(report: AuditReport) -> Chart | None:
         f"What the certificate predicts without the base, against the truth: {close} of {len(points)} within {CLOSE}, "
         f"all within {worst:.2f}."
     )
-    return Chart("scatter", "Would an outsider know how close it is?", caption, _json(figure))
-
-
-def _figure(height: int) -> Any:
-    import plotly.graph_objects as go
-
-    axis = {
-        "gridcolor": "var(--line)",
-        "linecolor": "var(--line)",
-        "zeroline": False,
-        "fixedrange": True,
-        "title": {"font": {"size": 13}, "standoff": 12},
-        "automargin": True,
-        "ticks": "",
-    }
-    return go.Figure(
-        layout={
-            "template": {"layout": {"annotationdefaults": {"showarrow": False}}},
-            "height": height,
-            "autosize": True,
-            "margin": {"l": 8, "r": 12, "t": 34, "b": 8},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"color": "var(--ink-soft)", "size": 13, "family": "var(--font)"},
-            "hoverlabel": {"bgcolor": "var(--ink)", "bordercolor": "var(--ink)", "font": {"color": "var(--paper)"}},
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
-            "dragmode": False,
-            "xaxis": axis,
-            "yaxis": axis,
-        }
-    )
+    return Chart("scatter", "Would an outsider know how close it is?", caption, to_json(figure))
 
 
 def _fine_tuned(report: AuditReport) -> float | None:
     """The W-Error of the releases themselves."""
     changes = [2 * math.log10(entry.change) for entry in report.matrices if entry.change]
     return sum(changes) / len(changes) if changes else None
-
-
-def _json(figure: Any) -> dict[str, Any]:
-    import json
-
-    made: dict[str, Any] = json.loads(figure.to_json())
-    return made
-
-
-def _minus(error: float) -> str:
-    return f"{error:.1f}".replace("-", "−")
-
-
-def _label(text: str, longest: int = LONGEST) -> str:
-    """A text of a model's as plotly shows it: shortened in the middle, and without HTML."""
-    if len(text) > longest:
-        text = f"{text[: longest // 2]}…{text[-longest // 2 :]}"
-    return html.escape(text)
