@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-
 from detune.checkpoints import CheckpointWriter, open_checkpoint
 from detune.defences import FrozenA
 from detune.demo.texts import DOMAINS, passages

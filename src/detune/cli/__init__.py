@@ -13,6 +13,7 @@ import detune
 from detune.cli.adapters import extract, pack, unpack
 from detune.cli.audit import audit
 from detune.cli.bench import bench
+from detune.cli.defend import defend
 from detune.cli.options import METHODS
 from detune.cli.recovery import compare, demo, family, inspect, recover
 from detune.errors import DetuneError
@@ -36,7 +37,7 @@ def cli(verbose: int) -> None:
         os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
 
-for command in (recover, inspect, family, compare, audit, extract, pack, unpack, demo, bench):
+for command in (recover, inspect, family, compare, audit, extract, pack, unpack, demo, defend, bench):
     cli.add_command(command)
 
 

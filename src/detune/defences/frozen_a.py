@@ -76,7 +76,7 @@ class FrozenA:
             generator = torch.Generator().manual_seed(seed)
             for name, parameter in model.named_parameters():
                 if ".lora_A." in name:
-                    parameter.data.copy_(_orthonormal_rows(*parameter.shape, generator))
+                    parameter.data.copy_(_orthonormal_rows(parameter.shape[0], parameter.shape[1], generator))
             model.save_pretrained(str(partial))
             # A card without content, but with the base's place on this machine.
             (partial / "README.md").unlink(missing_ok=True)

@@ -7,6 +7,7 @@ is the hard case for recovery, and so the one to show.
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,12 +181,16 @@ class Cloze:
     """How well an encoder tells which second half belongs to which first: the task that `train_lora` trains.
 
     Attributes:
-        accuracy: Share of the first halves whose own second half lies closest, of all given.
-        loss: Mean of the training loss, over all given at once.
+        hits: For each passage the probability that its own second half is closer than those of seven others, drawn at
+            random: a batch of the training. `(passages,)`, float64.
     """
 
-    accuracy: float
-    loss: float
+    hits: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """The mean of the hits; 1/8 is chance."""
+        return float(self.hits.mean())
 
 
 @torch.no_grad()
@@ -194,14 +199,18 @@ def cloze(model_dir: Path, texts: Sequence[str]) -> Cloze:
 
     Args:
         model_dir: An encoder with its tokenizer, in Hugging Face layout.
-        texts: Passages; each must be told from all others, so more of them are harder.
+        texts: At least eight passages.
 
     Returns:
-        The accuracy and the loss.
+        The hits: of c passages whose second half is less close, all seven others are drawn with the probability
+        `binom(c, 7) / binom(passages - 1, 7)`.
 
     Raises:
+        InputError: Fewer than eight passages.
         DetuneError: The extra `demo` is not installed.
     """
+    if len(texts) < _BATCH:
+        raise InputError(f"too few texts to tell apart: got {len(texts)}", f"expected at least {_BATCH}")
     with needs_extra("demo"):
         from transformers import AutoModel, AutoTokenizer
 
@@ -211,9 +220,11 @@ def cloze(model_dir: Path, texts: Sequence[str]) -> Cloze:
         halves = _halves(texts)
         embedded = [_embed(model, tokenizer, halves[i : i + 64], _LENGTH_TOKENS) for i in range(0, len(halves), 64)]
     first, second = torch.cat(embedded).double().chunk(2)
-    closeness, own = first @ second.T, torch.arange(len(texts))
-    accuracy = float(closeness.argmax(dim=1).eq(own).double().mean())
-    return Cloze(accuracy, float(F.cross_entropy(closeness / _TEMPERATURE, own)))
+    closeness = first @ second.T
+    beaten = (closeness < closeness.diagonal()[:, None]).sum(dim=1).tolist()
+    others = _BATCH - 1
+    chances = [math.comb(c, others) / math.comb(len(texts) - 1, others) for c in beaten]
+    return Cloze(torch.tensor(chances, dtype=torch.float64))
 
 
 def _embed(model: Any, tokenizer: Any, sentences: Sequence[str], length_tokens: int) -> Tensor:

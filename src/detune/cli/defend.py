@@ -1,0 +1,114 @@
+"""`detune defend`: a subcommand for each defence. Each parses and calls one public function of `detune.defences`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from detune.cli.options import json_option
+
+if TYPE_CHECKING:
+    from detune.defences import Defended
+
+ABOUT = {
+    "bf16": "round every weight to bfloat16",
+    "fp16": "round every weight to float16",
+    "int8": "quantise linear layers to 8 bits, a scale for each output channel",
+    "nf4": "quantise linear layers to 4 bits, the NF4 of QLoRA",
+    "noise": "add Gaussian noise to the weights of linear layers",
+    "quiet-noise": "add Gaussian noise in the input directions that cost the model least",
+    "padding": "add a matrix of more than half the full rank in the input directions that cost least",
+    "dither": "add one step's uniform noise, so that no weight lies on the base's grid",
+    "permutation": "neurons and heads in another order in each release",
+    "rotation": "another basis of queries with keys, and of values with outputs, in each release",
+    "rescaling": "another share of each scale in the norm and in the layer after it",
+    "frozen-a": "write the adapter that all fine-tunes of a base must start from, with its A frozen",
+}
+"""What `detune.defences.DEFENCES` has, and the one that comes before the training; a test holds them together."""
+
+SETTINGS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "noise": (
+        click.option("--size", type=click.FloatRange(min=0), help="Standard deviation as a share of the matrix's rms."),
+    ),
+    "quiet-noise": (
+        click.option("--texts", required=True, type=click.Path(path_type=Path), help="A file, a text on each line."),
+        click.option("--size", type=click.FloatRange(min=0), help="Root mean square as a share of the matrix's own."),
+    ),
+    "padding": (
+        click.option("--texts", required=True, type=click.Path(path_type=Path), help="A file, a text on each line."),
+        click.option("--size", type=click.FloatRange(min=0), help="Root mean square as a share of the matrix's own."),
+    ),
+    "dither": (
+        click.option("--grid", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of the base."),
+        click.option("--steps", type=click.FloatRange(min=0), help="Width in steps of the grid."),
+    ),
+    "nf4": (click.option("--block", type=click.IntRange(min=2), help="Weights with one scale."),),
+}
+
+
+@click.group(epilog="Releasing fewer than three models is a defence as well. docs/defences.md has what each is worth.")
+def defend() -> None:
+    """Change a fine-tune before it is released, so that several do not give their base away.
+
+    IN is never changed, and nothing in OUT tells how it was made.
+    """
+
+
+def _command(name: str) -> click.Command:
+    """The subcommand of a defence: what is not said is as the defence has it."""
+
+    @click.argument("model", metavar="IN")
+    @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+    @click.option("--seed", type=click.IntRange(min=0), help="By default one that nobody can guess; keep it secret.")
+    @json_option
+    def run(model: str, out: Path, seed: int | None, as_json: bool, **settings: Any) -> None:
+        from detune.cli.loading import load_torch
+
+        load_torch()
+        from detune.defences import DEFENCES
+        from detune.defences import defend as defend_model
+
+        given = {key: value for key, value in settings.items() if value is not None}
+        report = defend_model(DEFENCES[name](**given), model, out, seed)
+        click.echo(report.to_json(), nl=False) if as_json else _show(report)
+
+    for option in reversed(SETTINGS.get(name, ())):
+        run = option(run)
+    return click.command(name, help=f"{ABOUT[name].capitalize()}: IN as OUT.", short_help=ABOUT[name])(run)
+
+
+for _name in ABOUT:
+    if _name != "frozen-a":
+        defend.add_command(_command(_name))
+
+
+@defend.command("frozen-a", short_help=ABOUT["frozen-a"])
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--rank", default=16, show_default=True, type=click.IntRange(min=1), help="LoRA rank.")
+@click.option("--alpha", default=32, show_default=True, type=click.IntRange(min=1), help="LoRA alpha.")
+@click.option("--targets", default="query,value", show_default=True, help="Names of the linear layers to train.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of A; it is no secret.")
+def frozen_a(base: Path, out: Path, rank: int, alpha: int, targets: str, seed: int) -> None:
+    """Write a PEFT adapter of BASE to OUT, from which every fine-tune must start, with A frozen.
+
+    In training: freeze_a(PeftModel.from_pretrained(base, OUT, is_trainable=True)).
+    """
+    from detune.cli.loading import load_torch
+
+    load_torch()
+    from detune.defences import FrozenA
+
+    names = tuple(target.strip() for target in targets.split(",") if target.strip())
+    click.echo(f"wrote {FrozenA(rank, alpha, names).start(base, out, seed)}: train from it with detune's freeze_a")
+
+
+def _show(report: "Defended") -> None:
+    click.echo(f"wrote {report.out}: {report.changed} of {report.tensors} tensors changed, ", nl=False)
+    click.echo(f"by {report.relative_change:.2g} of their size; seed {report.seed}")
+    if report.preservation is not None:
+        kept = report.preservation
+        click.echo(f"the same function: outputs of up to {kept.largest_output:.2g} ", nl=False)
+        click.echo(f"differ by at most {kept.largest_difference:.1e}; ", nl=False)
+        click.echo(f"rounding every weight once more changes them by {kept.rounding_difference:.1e}")
