@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from detune.cli.leaderboard import leaderboard
 from detune.cli.options import device_of, device_option
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ def bench() -> None:
 
     with needs_extra("bench"):
         import pydantic  # noqa: F401
+
+
+bench.add_command(leaderboard)
 
 
 @bench.command("list")

@@ -1,0 +1,31 @@
+"""The leaderboard of defences: entries as JSON, each against a frozen set of attacks, and a page made of them."""
+
+from detune.bench.leaderboard.attack_sets import ATTACK_SETS, LATEST
+from detune.bench.leaderboard.entry import (
+    Attacked,
+    Entry,
+    Making,
+    Task,
+    Utility,
+    read_entries,
+    read_entry,
+    write_entry,
+)
+from detune.bench.leaderboard.page import LOSS_BOUND, build_page, ranked, write_page
+
+__all__ = [
+    "ATTACK_SETS",
+    "LATEST",
+    "LOSS_BOUND",
+    "Attacked",
+    "Entry",
+    "Making",
+    "Task",
+    "Utility",
+    "build_page",
+    "ranked",
+    "read_entries",
+    "read_entry",
+    "write_entry",
+    "write_page",
+]

@@ -1,0 +1,126 @@
+"""The leaderboard's page: `docs/leaderboard.md`, where the part between two marks is made of the entries."""
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+
+from detune.bench.leaderboard.attack_sets import ATTACK_SETS
+from detune.bench.leaderboard.entry import Entry
+from detune.errors import InputError, OutputError
+
+__all__ = ["BEGIN", "END", "LOSS_BOUND", "build_page", "ranked", "write_page"]
+
+LOSS_BOUND = 0.01
+"""The share of task quality that a defence may cost and still have a rank."""
+
+BEGIN, END = "<!-- entries: made by `detune bench leaderboard build` -->", "<!-- end of entries -->"
+
+
+def ranked(entries: Mapping[Path, Entry]) -> list[tuple[int | None, Path, Entry]]:
+    """The entries of one task, best hidden first, with their ranks.
+
+    Verified entries within `LOSS_BOUND` have a rank, by the W-Error of the attack that comes closest. The others stand
+    where they would, without one; those that cost too much stand last.
+    """
+    order = sorted(
+        entries.items(), key=lambda item: (item[1].utility.loss > LOSS_BOUND, -item[1].worst_w_error, item[1].name)
+    )
+    rows: list[tuple[int | None, Path, Entry]] = []
+    rank = 0
+    for file, entry in order:
+        counts = entry.status == "verified" and entry.utility.loss <= LOSS_BOUND
+        rank += counts
+        rows.append((rank if counts else None, file, entry))
+    return rows
+
+
+def build_page(entries: Mapping[Path, Entry], page: Path) -> str:
+    """The page's text with the entries between its marks; the file is left as it is.
+
+    Args:
+        entries: By file; links lead there.
+        page: The page as it is.
+
+    Raises:
+        InputError: It cannot be read, or lacks the marks.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {page}", str(error.strerror), "run this in a checkout, or give --page") from None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InputError(f"{page} has no place for entries", f"expected the lines {BEGIN} and {END}", "add them")
+    made = "\n".join(_sections(entries, page.parent)) if entries else "There are no entries yet.\n"
+    return f"{before}{BEGIN}\n\n{made}\n{END}{after}"
+
+
+def write_page(entries: Mapping[Path, Entry], page: Path) -> None:
+    """Write it.
+
+    Raises:
+        InputError: It cannot be read, or lacks the marks.
+        OutputError: It cannot be written.
+    """
+    text = build_page(entries, page)
+    try:
+        page.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {page}", str(error.strerror), "choose another place") from None
+
+
+def _sections(entries: Mapping[Path, Entry], folder: Path) -> Iterator[str]:
+    def task_of(item: tuple[Path, Entry]) -> tuple[str, str]:
+        return item[1].attack_set, item[1].task.model_dump_json()
+
+    for _, group in groupby(sorted(entries.items(), key=task_of), key=task_of):
+        rows = ranked(dict(group))
+        first = rows[0][2]
+        yield f"### {first.task.base}: {first.task.models} models, {first.task.fine_tunes}\n"
+        release = f"{first.task.release_w_error:.2f}"
+        yield f"Attacks: {first.attack_set}. W-Error of a release as it is, undefended: {release}.\n"
+        yield from _table(
+            ("rank", "defence", "worst attack", "its W-Error", "times closer", "quality lost", "status", "by"),
+            [
+                (
+                    str(rank or "–"),
+                    f"[{entry.name}]({file.relative_to(folder).as_posix()})",
+                    entry.worst_attack,
+                    f"{entry.worst_w_error:.2f}",
+                    _times(entry.times_closer),
+                    f"{100 * entry.utility.loss:.2f} %",
+                    entry.status,
+                    _by(entry),
+                )
+                for rank, file, entry in rows
+            ],
+        )
+        yield "What each attack gets, W-Error:\n"
+        attacks = list(ATTACK_SETS[first.attack_set])
+        yield from _table(
+            ("defence", *attacks),
+            [(entry.name, *(_figure(entry, attack) for attack in attacks)) for _, _, entry in rows],
+        )
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{' --- |' * len(head)}"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+    yield ""
+
+
+def _figure(entry: Entry, attack: str) -> str:
+    w_error = entry.attacks[attack].w_error
+    text = "no answer" if w_error is None else f"{w_error:.2f}"
+    return f"**{text}**" if attack == entry.worst_attack else text
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.1f}" if factor < 100 else f"{float(f'{factor:.1e}'):,.0f}"
+
+
+def _by(entry: Entry) -> str:
+    names = ", ".join(entry.authors)
+    return f"[{names}]({entry.link})" if entry.link else names
