@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from detune.audit.record import Outcome, Result, Rule, TensorEntry
 from detune.audit.trial import ENOUGH
 from detune.clusters import STRANGER, Clusters
+from detune.report import Status
 from detune.solvers.resemblance import Cause
 
 __all__ = ["ASSUMPTIONS", "Evidence", "check_assumptions"]
@@ -177,6 +178,9 @@ def _uniqueness(evidence: Evidence) -> Checked:
         return False, (
             f"{len(lost)} of {_matrices(len(known))} hold directions that the releases cannot tell, {max(lost)} at most"
         )
+    doubtful = sum(outcome.verdict == Status.APPROXIMATE for _, outcome in evidence.outcomes)
+    if doubtful:
+        return None, f"{doubtful} of {_matrices(len(known))} came out approximate, so directions may hide"
     return True, f"no direction is undetermined in {_matrices(len(known))}"
 
 

@@ -189,7 +189,7 @@ def verdict_of(
     else:
         level = "error"
         headline = f"{these} give{'s' * (n == 1)} the base away."
-    sentences = [_counted(final, matrices, release, n)]
+    sentences = [_counted(final, matrices, release, n, has_base)]
     sentences += _closeness(tensors, curve, has_base)
     sentences += _shares(tensors, unchanged)
     sentences += _same_outputs(behaviour)
@@ -204,8 +204,10 @@ def verdict_of(
     )
 
 
-def _counted(final: int, matrices: int, release: int | None, n: int) -> str:
-    counted = f"{final} of {_count(matrices, 'fine-tuned matrix')} come{'s' * (final == 1)} back"
+def _counted(final: int, matrices: int, release: int | None, n: int, has_base: bool) -> str:
+    # One release alone does not tell which matrices were fine-tuned.
+    noun = "fine-tuned matrix" if has_base or n > 1 else "matrix"
+    counted = f"{final} of {_count(matrices, noun)} come{'s' * (final == 1)} back"
     if release is None:
         return f"{counted}."
     if release == 1:

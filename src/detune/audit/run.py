@@ -76,6 +76,8 @@ def audit(
         'These 3 releases give the base away.'
     """
     started = time.perf_counter()
+    if not models:
+        raise InputError("no model given", "an audit is of one release at least", "add models")
     trial = Trial(make_solver(method), rank, device)
     with ExitStack() as opened:
         given = opened.enter_context(Models(models, merge_dtype))

@@ -1,0 +1,70 @@
+import json
+import os
+
+import pytest
+
+from detune.audit import AuditReport
+from tests.families import tree
+
+
+def test_a_page_and_json_are_written(command, fine, tmp_path):
+    ran = command("audit", *fine.models, "--base", fine.base, "--out", tmp_path / "out")
+    assert ran.code == 0
+    assert "These 4 releases give the base away." in ran.out
+    assert "4 of 4 fine-tuned matrices come back; release 3 was the one too many." in ran.out
+    assert sorted(tree(tmp_path / "out")) == ["audit.html", "audit.json"]
+    report = AuditReport.model_validate_json((tmp_path / "out" / "audit.json").read_bytes())
+    assert report.invocation.argv[:2] == ("detune", "audit")
+    assert (tmp_path / "out" / "audit.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_page_alone(command, fine, tmp_path):
+    ran = command("audit", *fine.models, "--html", tmp_path / "page.html", "--weights-only")
+    assert ran.code == 0
+    assert f"wrote {tmp_path / 'page.html'}" in ran.out
+    assert "By the certificate" in ran.out
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_json_goes_to_the_standard_output(command, fine):
+    ran = command("audit", *fine.models[:3], "--json", "--method", "intersect")
+    assert ran.code == 0
+    assert json.loads(ran.out)["invocation"]["method"] == "intersect"
+    assert AuditReport.model_validate_json(ran.out).verdict.one_too_many == 3
+
+
+@pytest.mark.parametrize(("option", "name"), [("--out", "out"), ("--html", "page.html")])
+def test_what_is_there_is_not_overwritten(command, fine, tmp_path, option, name):
+    target = tmp_path / name
+    if option == "--out":
+        target.mkdir()
+        (target / "mine").write_text("kept")
+    else:
+        target.write_text("kept")
+    ran = command("audit", *fine.models, option, target)
+    assert ran.code == 2
+    assert ran.err.startswith(f"detune: error: {target} exists; expected a new")
+    assert b"kept" in tree(tmp_path).values()
+
+
+def test_where_nothing_can_be_written(command, fine, tmp_path):
+    (tmp_path / "file").write_text("")
+    ran = command("audit", *fine.models, "--out", tmp_path / "file" / "out")
+    assert ran.code == 2
+    assert ran.err.startswith(f"detune: error: cannot write {tmp_path / 'file' / 'out'}")
+    assert ran.err.count("\n") == 1
+
+
+def test_an_error_leaves_nothing_behind(command, fine, tmp_path):
+    ran = command("audit", *fine.models, "nowhere", "--out", tmp_path / "out")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == (
+        "detune: error: no such model: 'nowhere'; neither an existing path nor a Hub id org/name; check the spelling\n"
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_model_is_a_matter_of_usage(command):
+    ran = command("audit")
+    assert ran.code == 2
+    assert "Missing argument 'MODEL...'" in ran.err
