@@ -16,6 +16,7 @@ from detune.solvers.fit import WStep, w_step, w_step_given_rows
 from detune.solvers.intersect import Spaces, Unsplittable, find_spaces, untranspose
 from detune.solvers.lattice import HALVES, Lattice, NoGrid
 from detune.solvers.polish import Polish, Polished
+from detune.solvers.principal import with_principal_part
 from detune.solvers.selection import select_ranks
 from detune.solvers.spectral import Spectral
 from detune.solvers.stack import SMALL_ENTRIES, Stack
@@ -53,7 +54,7 @@ class Auto:
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Choose and solve; see `Solver.solve`. The reason says which and why."""
-        found = self._without_grid(stack, rank)
+        found = with_principal_part(self._without_grid(stack, rank))
         if self.lattice is None or not found.deltas:
             return found
         try:

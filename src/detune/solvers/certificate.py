@@ -19,7 +19,8 @@ from detune.solvers.identifiability import ErrorTraces, error_traces
 from detune.solvers.misfit import Misfit
 from detune.solvers.nullspace import undetermined
 from detune.solvers.polish import Core
-from detune.solvers.rounding import rounded_mse
+from detune.solvers.principal import lacks_principal_part
+from detune.solvers.rounding import StoredError, rounded_mse
 from detune.solvers.space import Space
 from detune.solvers.stack import Stack
 from detune.solvers.unseen import unseen_directions
@@ -45,6 +46,10 @@ TAIL = 0.1
 MOST_DISAGREEMENT = 10.0
 # Entries of deltas below this many times the noise's variance are rounded alike in all models.
 ALIKE = 144.0
+# An error that is known to a factor of 1.6 is known no better than to this once it is stored: then it is not known.
+STEEP = 2.8
+# Errors within this factor of each other are the same.
+CLOSE = 2.0
 # Intervals leave no less than this share of the error of least squares.
 MOST_SAVED = 0.05
 # With fewer directions the error scatters by more than a factor of two (two standard deviations of its logarithm).
@@ -52,7 +57,7 @@ FEW = 16.0
 # On a base's grid the error must be within a factor of two of the prediction with this probability.
 FORESEEABLE = 0.95
 # Where least squares amplifies noise by more than this, the errors of the M_i are not independent.
-CLOSE_SPACES = 1.2
+CLOSE_SPACES = 1.12
 
 
 class Verdict(StrEnum):
@@ -160,8 +165,13 @@ def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: fl
     if null:
         reason = f"the data cannot see changes of the weight in a space of dimension {null}"
         return Certificate(Verdict.NOT_DETERMINED, reason, null)
+    if lacks_principal_part(recovery):
+        reason = (
+            "the adapters are nearly the same, and the weight is empty where they are: a part of the base is in them"
+        )
+        return Certificate(Verdict.NOT_DETERMINED, reason)
     evidence = _Evidence.of(stack, recovery, core, spaces, stored)
-    mse = rounded_mse(
+    rounded = rounded_mse(
         recovery,
         core,
         [W_i.dtype for W_i in stack.matrices],
@@ -169,9 +179,10 @@ def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: fl
         evidence.mse,
         min(evidence.mse, evidence.averaged),
     )
+    mse = rounded.mse
     # Storing takes or adds the same share, whichever way the error was found.
     agreement = _log10(mse * disagreed / evidence.mse) if disagreed and evidence.mse else None
-    doubt = evidence.doubt(mse)
+    doubt = evidence.doubt(rounded)
     if doubt is None and disagreed and disagreed > MOST_DISAGREEMENT * evidence.mse:
         times = (disagreed / evidence.mse) ** 0.5
         doubt = f"recoveries from parts of the models disagree {times:.2g} times as much as predicted"
@@ -270,8 +281,9 @@ class _Evidence:
         """Root of the error over the least that there can be."""
         return math.sqrt(self.noise / self.averaged) if self.averaged else 1.0
 
-    def doubt(self, mse: float) -> str | None:
-        """Why the prediction, of the weight as it will be stored, may be too good; None where there is no reason."""
+    def doubt(self, rounded: StoredError) -> str | None:
+        """Why the prediction, of the weight as it will be stored, may be wrong; None where there is no reason."""
+        mse = rounded.mse
         if _excess(self.misfit, self.traces, self.variances + self.computed) <= MOST_LEFT**2:
             if self.excess > MOST_COMPUTED**2 and self.computed > MOST_DISTANT * float(self.variances.mean()):
                 return "the rounding of the computation, not of the models, is what limits the answer"
@@ -290,6 +302,13 @@ class _Evidence:
             return (
                 "rounding brings most entries to the base's own numbers; how many it does not, depends on directions "
                 "that do not show"
+            )
+        if mse > STEEP * rounded.if_less:
+            return "rounding brings many entries to the base's own numbers; how many, cannot be predicted that closely"
+        if rounded.otherwise is not None and not 1 / CLOSE < rounded.otherwise / mse < CLOSE:
+            return (
+                "the data do not tell whether the base was stored in that dtype; "
+                f"W-Error {math.log10(rounded.otherwise):.2f} if it was"
             )
         if self.rounded and self._weakest_delta < ALIKE * float(self.variances.mean()):
             return "deltas hardly exceed a unit in the last place: the models round alike, and that cannot be simulated"
