@@ -51,6 +51,7 @@ class Regime:
         scale: Root mean square of an `M_i` of full scale, where W has 1.
         shared_rows: Share of the row factors that all models have in common, as LoRAs of one seed do.
         dtype: Storage dtype.
+        blocks: Each `M_i` is a sum of so many Kronecker products as its rank says, the first factors of this shape.
     """
 
     shape: tuple[int, int] = (72, 60)
@@ -59,6 +60,17 @@ class Regime:
     scale: float = 0.1
     shared_rows: float = 0.0
     dtype: torch.dtype = torch.float64
+    blocks: tuple[int, int] | None = None
+
+    def change_of_basis(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random orthogonal matrices for columns and rows that leave the regime what it is."""
+        if self.blocks is None:
+            return orthogonal(generator, self.shape[0]), orthogonal(generator, self.shape[1])
+        left, right = (
+            torch.kron(orthogonal(generator, part), orthogonal(generator, size // part))
+            for size, part in zip(self.shape, self.blocks, strict=True)
+        )
+        return left, right
 
 
 REGIMES = {
@@ -71,6 +83,8 @@ REGIMES = {
     "one seed": Regime(shared_rows=0.97),
     "many models": Regime(ranks=(4,) * 6),
     "high ranks": Regime(shape=(40, 120), ranks=(17, 17, 17)),
+    "Kronecker products": Regime(blocks=(6, 5), ranks=(1, 1, 1)),
+    "sums of two Kronecker products": Regime(blocks=(6, 5), ranks=(2, 2, 2, 2), dtype=torch.float32),
     "float32": Regime(shape=(96, 80), scale=0.01, dtype=torch.float32),
     "bfloat16": Regime(shape=(160, 128), scale=0.3, ranks=(3,) * 6, dtype=torch.bfloat16),
     "float16": Regime(shape=(160, 128), scale=0.1, ranks=(3,) * 5, dtype=torch.float16),
@@ -114,6 +128,9 @@ CASES = (
     Case("intersect", "float32", 1e-3, 1e-3),
     Case("intersect", "bfloat16", 1e-1, 1e-1),
     Case("intersect", "float16", 1e-1, 1e-1),
+    Case("kronecker", "plain", 1e-12, 1e-12),
+    Case("kronecker", "Kronecker products", 1e-12, 1e-12),
+    Case("kronecker", "sums of two Kronecker products", 1e-4, 1e-4),
     Case("lattice", "plain", 1e-12, 1e-12),
     Case("lattice", "mixed ranks", 1e-12, 1e-12),
     Case("lattice", "one model unchanged", 1e-12, 1e-12),
@@ -135,6 +152,8 @@ CASES = (
 
 def make_problem(regime: Regime, generator: torch.Generator) -> Problem:
     """Draw a problem: Gaussian W, deltas with Haar-like spaces and the regime's singular values."""
+    if regime.blocks is not None:
+        return _make_kronecker(regime, generator)
     out, columns = regime.shape
     W_star = normal(generator, out, columns)
     common = normal(generator, columns, max(regime.ranks))
@@ -147,6 +166,19 @@ def make_problem(regime: Regime, generator: torch.Generator) -> Problem:
         deltas.append(regime.scale * (out * columns / max(1, r)) ** 0.5 * (U * sigma) @ V.mT)
     stack = torch.stack([W_star + M_i for M_i in deltas]).to(regime.dtype)
     return Problem(W_star, tuple(deltas), stack)
+
+
+def _make_kronecker(regime: Regime, generator: torch.Generator) -> Problem:
+    (out, columns), (a, b) = regime.shape, regime.blocks
+    W_star = normal(generator, out, columns)
+    deltas = []
+    for r in regime.ranks:
+        terms = [
+            torch.kron(normal(generator, a, b), normal(generator, out // a, columns // b) * regime.scale / r**0.5)
+            for _ in range(r)
+        ]
+        deltas.append(torch.stack(terms).sum(dim=0))
+    return Problem(W_star, tuple(deltas), torch.stack([W_star + M_i for M_i in deltas]).to(regime.dtype))
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:

@@ -3,6 +3,7 @@
 from detune.solvers.auto import Auto
 from detune.solvers.base import Bits, LowRank, NotLowRank, NotRecoverable, Recovery, Solver
 from detune.solvers.intersect import Intersect
+from detune.solvers.kronecker import Kronecker
 from detune.solvers.mean import Mean
 from detune.solvers.on_grid import OnGrid
 from detune.solvers.single import Single
@@ -13,6 +14,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "auto": Auto,
     "lattice": OnGrid,
     "intersect": Intersect,
+    "kronecker": Kronecker,
     "spectral": Spectral,
     "mean": Mean,
     "single": Single,
@@ -23,6 +25,7 @@ __all__ = [
     "Auto",
     "Bits",
     "Intersect",
+    "Kronecker",
     "LowRank",
     "Mean",
     "NonFinite",

@@ -16,6 +16,7 @@ from detune.solvers.agreement import Solve, disagreement
 from detune.solvers.base import Recovery
 from detune.solvers.grid import name_of
 from detune.solvers.identifiability import ErrorTraces, error_traces
+from detune.solvers.kronecker import Rearranged, arrange_back, as_solved
 from detune.solvers.misfit import Misfit
 from detune.solvers.nullspace import undetermined
 from detune.solvers.polish import Core
@@ -109,6 +110,9 @@ def certify(
     Returns:
         The certificate.
     """
+    arranged = as_solved(stack, recovery)
+    if arranged is not None:
+        return certify(*arranged, stored, check and _of_rearranged(check, recovery))
     if recovery.method == "unchanged":
         return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
     if recovery.bits is not None:
@@ -117,6 +121,18 @@ def certify(
         return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
     disagreed = None if check is None else disagreement(stack, check)
     return _of_fit(stack, recovery, stored or recovery.weight.dtype, disagreed)
+
+
+def _of_rearranged(check: Solve, recovery: Recovery) -> Solve:
+    """The same for models that were rearranged."""
+    first = recovery.deltas[0]
+    assert isinstance(first, Rearranged)
+
+    def solve(part: Stack) -> Recovery:
+        matrices = tuple(arrange_back(W_i, first.blocks, first.shape) for W_i in part.matrices)
+        return check(Stack(matrices, part.dtype, part.device))
+
+    return solve
 
 
 def _of_bits(stack: Stack, recovery: Recovery) -> Certificate:
