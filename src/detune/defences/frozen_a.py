@@ -29,7 +29,8 @@ class FrozenA:
     another is to train again or to lose the part outside.
 
     Attributes:
-        rank: LoRA rank r: of every row of W, r of its dimensions are hidden.
+        rank: LoRA rank r: of every row of W, r of its dimensions are hidden. B alone has as many numbers as A and B of an
+            ordinary LoRA of half the rank.
         alpha: The change is `alpha / rank · B A`.
         targets: Names of the linear layers to train, as PEFT's `target_modules`.
 
@@ -41,8 +42,8 @@ class FrozenA:
     name: ClassVar[str] = "frozen-a"
     about: ClassVar[str] = "write the adapter that all fine-tunes of a base must start from, with its A frozen"
 
-    rank: int = 16
-    alpha: int = 32
+    rank: int = 32
+    alpha: int = 64
     targets: tuple[str, ...] = ("query", "value")
 
     def start(self, base: Path, out: Path, seed: int) -> Path:

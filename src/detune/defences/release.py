@@ -138,7 +138,7 @@ def _check(target: Path, model: Checkpoint) -> None:
     for path in (path.resolve() for path in model.paths):
         if target == path or target.is_relative_to(path):
             raise OutputError(
-                f"{target} is the model itself, or lies inside it", f"expected another place than {path}", "choose one"
+                f"{target} is the model itself, or lies inside it", "expected a new directory elsewhere", "choose another"
             )
     check_new(target)
 

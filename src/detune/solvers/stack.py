@@ -5,7 +5,7 @@ Differences are taken before anything is multiplied: `W_i - W_1` is exact or nea
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -81,11 +81,14 @@ class Stack:
         matrices: `n` tensors `(out, in)`, in their stored float dtypes, which may differ.
         dtype: The dtype of every computation, float32 or float64.
         device: Where it computes; blocks are moved there as they are read.
+        told_noise: Root mean square of each model's noise where it is known to be more than storage's: somebody added
+            some, or rounded to fewer values than the dtype has. Empty where it is the rounding to the dtype.
     """
 
     matrices: tuple[Tensor, ...]
     dtype: torch.dtype
     device: torch.device
+    told_noise: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -168,7 +171,7 @@ class Stack:
     @cached_property
     def transposed(self) -> "Stack":
         """The same stack with rows and columns exchanged; nothing is copied."""
-        return Stack(tuple(W_i.mT for W_i in self.matrices), self.dtype, self.device)
+        return replace(self, matrices=tuple(W_i.mT for W_i in self.matrices))
 
     @property
     def block_height(self) -> int:
@@ -208,12 +211,17 @@ class Stack:
 
     @cached_property
     def _variances(self) -> list[Tensor]:
-        """Storage variance of some rows of each model, `(rows, in)`, float64."""
+        """Noise variance of some rows of each model, `(rows, in)`, float64."""
+        if self.told_noise:
+            return [
+                torch.full_like(_sample(W_i), noise**2, dtype=torch.float64)
+                for W_i, noise in zip(self.matrices, self.told_noise, strict=True)
+            ]
         return [storage_variance(sample) for sample in _as_rounded([_sample(W_i) for W_i in self.matrices])]
 
     @cached_property
     def noise(self) -> Tensor:
-        """Root mean square of each model's storage rounding error, `(n,)`, float64."""
+        """Root mean square of each model's noise, `(n,)`, float64: of storage rounding, if nothing else was told."""
         return torch.stack([variance.mean().sqrt() for variance in self._variances])
 
     @cached_property

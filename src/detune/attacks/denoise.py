@@ -1,0 +1,113 @@
+"""Noise that is more than storage's: measured in the differences, and then known to the recovery.
+
+`detune recover` takes rounding to the dtype for the only noise. Where a defence has added some, or has rounded to fewer
+values, every difference of two releases has full rank to it. But noise of independent entries is known by its
+spectrum: the bulk of a difference's singular values lies as the law of Marchenko & Pastur says, and its median tells
+the size. What stands over the bulk's edge are the adapters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from detune.attacks.rebuild import rebuild
+from detune.attacks.relevance import Split, split_off
+from detune.solvers import Auto, Intersect, Mean, NotRecoverable, Stack
+from detune.solvers.differences import ring
+from detune.solvers.linalg import orthonormal
+
+__all__ = ["Denoise", "best_split", "denoised", "with_measured_noise"]
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """Measure the noise, cut the differences at its edge, split the adapters off, average over the releases.
+
+    What cannot be told from noise stays in the mean. The best that can be had is the noise over the root of the number
+    of releases.
+
+    Reference:
+        Gavish & Donoho, "The optimal hard threshold for singular values is 4/√3", 2014 (arXiv 1305.5870): the size of
+        the noise by the median singular value.
+    """
+
+    name: ClassVar[str] = "denoise"
+    about: ClassVar[str] = "measures noise by the bulk of the differences' spectra, and recovers above it"
+    min_models: ClassVar[int] = 3
+
+    def run(self, models: Sequence[Path], out: Path) -> None:
+        """Recover; see `Attack.run`."""
+        rebuild(models, out, self.min_models, denoised)
+
+
+def denoised(stack: Stack) -> Tensor:
+    """One matrix, recovered with its noise measured."""
+    stack = with_measured_noise(stack)
+    return best_split(stack).weight if stack.told_noise else _recovered(stack)
+
+
+def best_split(stack: Stack) -> Split:
+    """The more credible of two splits: from what each model has of its own, and from the closed form.
+
+    Where the noise is small beside the adapters, spaces that nearly coincide are told apart by the closed form alone:
+    taking turns would take for ever.
+
+    Args:
+        stack: The models, their noise told.
+    """
+    splits = [split_off(stack)]
+    try:
+        deltas = Intersect().solve(stack).deltas
+    except NotRecoverable:
+        return splits[0]
+    if any(M_i.rank for M_i in deltas):
+        splits.append(split_off(stack, [orthonormal(M_i.right.double()) for M_i in deltas]))
+    return min(splits, key=lambda split: split.cost)
+
+
+def _recovered(stack: Stack) -> Tensor:
+    try:
+        return Auto(lattice=None).solve(stack).weight
+    except NotRecoverable:
+        return Mean().solve(stack).weight
+
+
+def with_measured_noise(stack: Stack) -> Stack:
+    """The stack with the noise that its differences show, where it is more than storage's.
+
+    Args:
+        stack: At least two models, whose noise is of one size.
+    """
+    sizes = []
+    for i, j in ring(stack.n)[: stack.n]:
+        difference = stack.matrices[i].double() - stack.matrices[j].double()
+        values = torch.linalg.svdvals(difference)
+        sizes.append(float(values.median()) / (_median_singular_value(*sorted(stack.shape)) * 2**0.5))
+    noise = median(sizes)
+    # A few percent more than storage's are the error of the measurement, or adapters of high rank.
+    if noise <= 2 * float(stack.noise.max()):
+        return stack
+    return replace(stack, told_noise=(noise,) * stack.n)
+
+
+@cache
+def _median_singular_value(short: int, long: int) -> float:
+    """The median singular value of a matrix of independent entries of variance one, by the law of Marchenko & Pastur.
+
+    The density of the squares over `long`, with `b = short / long`, is `sqrt((x_+ - x)(x - x_-)) / (2 pi b x)` between
+    `x_± = (1 ± sqrt b)^2`.
+    """
+    b = short / long
+    low, high = (1 - b**0.5) ** 2, (1 + b**0.5) ** 2
+    # Evenly spaced angles: their density has no pole where the law's has one.
+    angle = torch.linspace(0, torch.pi, 20001, dtype=torch.float64)
+    x = (low + high) / 2 - (high - low) / 2 * angle.cos()
+    density = angle.sin().square() / x.clamp(min=1e-12)
+    mass = density.cumsum(dim=0)
+    return float((x[int(torch.searchsorted(mass, mass[-1] / 2))] * long).sqrt())
