@@ -6,6 +6,7 @@ from detune.solvers.intersect import Intersect
 from detune.solvers.kronecker import Kronecker
 from detune.solvers.mean import Mean
 from detune.solvers.on_grid import OnGrid
+from detune.solvers.row_scales import RowScales
 from detune.solvers.single import Single
 from detune.solvers.spectral import Spectral
 from detune.solvers.stack import NonFinite, Stack
@@ -15,6 +16,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "lattice": OnGrid,
     "intersect": Intersect,
     "kronecker": Kronecker,
+    "scaled": RowScales,
     "spectral": Spectral,
     "mean": Mean,
     "single": Single,
@@ -33,6 +35,7 @@ __all__ = [
     "NotRecoverable",
     "OnGrid",
     "Recovery",
+    "RowScales",
     "Single",
     "Solver",
     "Spectral",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.agreement import Solve, disagreement
-from detune.solvers.base import Recovery
+from detune.solvers.base import LowRank, Recovery
 from detune.solvers.grid import name_of
 from detune.solvers.identifiability import ErrorTraces, error_traces
 from detune.solvers.kronecker import Rearranged, arrange_back, as_solved
@@ -22,6 +22,7 @@ from detune.solvers.nullspace import undetermined
 from detune.solvers.polish import Core
 from detune.solvers.principal import lacks_principal_part
 from detune.solvers.rounding import StoredError, rounded_mse
+from detune.solvers.row_scales import Scaled, as_one_scale
 from detune.solvers.space import Space
 from detune.solvers.stack import Stack
 from detune.solvers.unseen import unseen_directions
@@ -113,6 +114,9 @@ def certify(
     arranged = as_solved(stack, recovery)
     if arranged is not None:
         return certify(*arranged, stored, check and _of_rearranged(check, recovery))
+    on_scale = as_one_scale(stack, recovery)
+    if on_scale is not None:
+        return _but_for_scales(*on_scale, recovery.deltas)
     if recovery.method == "unchanged":
         return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
     if recovery.bits is not None:
@@ -121,6 +125,17 @@ def certify(
         return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
     disagreed = None if check is None else disagreement(stack, check)
     return _of_fit(stack, recovery, stored or recovery.weight.dtype, disagreed)
+
+
+def _but_for_scales(stack: Stack, recovery: Recovery, deltas: Sequence[LowRank]) -> Certificate:
+    """An answer that is good for its rows' directions and not for their lengths."""
+    scales, rest, null = len(deltas[0].scale) if isinstance(deltas[0], Scaled) else 0, "", 0
+    if any(recovery.ranks):
+        found = certify(stack, recovery, torch.float64)
+        error = "" if found.predicted_w_error is None else f", W-Error {found.predicted_w_error:.2f}"
+        rest, null = f"; but for them: {found.verdict}{error}", found.undetermined or 0
+    reason = f"the lengths of {scales} rows or columns are a guess{rest}"
+    return Certificate(Verdict.NOT_DETERMINED, reason, scales + null)
 
 
 def _of_rearranged(check: Solve, recovery: Recovery) -> Solve:
