@@ -51,6 +51,7 @@ class Regime:
         scale: Root mean square of an `M_i` of full scale, where W has 1.
         shared_rows: Share of the row factors that all models have in common, as LoRAs of one seed do.
         dtype: Storage dtype.
+        changed: Each `M_i` is a random choice of this share of the entries.
         blocks: Each `M_i` is a sum of so many Kronecker products as its rank says, the first factors of this shape.
     """
 
@@ -60,10 +61,14 @@ class Regime:
     scale: float = 0.1
     shared_rows: float = 0.0
     dtype: torch.dtype = torch.float64
+    changed: float = 0.0
     blocks: tuple[int, int] | None = None
 
     def change_of_basis(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random orthogonal matrices for columns and rows that leave the regime what it is."""
+        if self.changed:
+            left, right = (torch.eye(size)[torch.randperm(size, generator=generator)].double() for size in self.shape)
+            return left, right
         if self.blocks is None:
             return orthogonal(generator, self.shape[0]), orthogonal(generator, self.shape[1])
         left, right = (
@@ -83,6 +88,7 @@ REGIMES = {
     "one seed": Regime(shared_rows=0.97),
     "many models": Regime(ranks=(4,) * 6),
     "high ranks": Regime(shape=(40, 120), ranks=(17, 17, 17)),
+    "few entries": Regime(changed=0.03, ranks=(1,) * 5),
     "Kronecker products": Regime(blocks=(6, 5), ranks=(1, 1, 1)),
     "sums of two Kronecker products": Regime(blocks=(6, 5), ranks=(2, 2, 2, 2), dtype=torch.float32),
     "float32": Regime(shape=(96, 80), scale=0.01, dtype=torch.float32),
@@ -131,6 +137,7 @@ CASES = (
     Case("kronecker", "plain", 1e-12, 1e-12),
     Case("kronecker", "Kronecker products", 1e-12, 1e-12),
     Case("kronecker", "sums of two Kronecker products", 1e-4, 1e-4),
+    Case("sparse", "few entries", 1e-1, 1e-13),
     Case("scaled", "plain", 1e-12, 1e-12),
     Case("scaled", "mixed ranks", 1e-12, 1e-12),
     Case("scaled", "float32", 1e-4, 1e-4),
@@ -157,6 +164,8 @@ def make_problem(regime: Regime, generator: torch.Generator) -> Problem:
     """Draw a problem: Gaussian W, deltas with Haar-like spaces and the regime's singular values."""
     if regime.blocks is not None:
         return _make_kronecker(regime, generator)
+    if regime.changed:
+        return _make_sparse(regime, generator)
     out, columns = regime.shape
     W_star = normal(generator, out, columns)
     common = normal(generator, columns, max(regime.ranks))
@@ -181,6 +190,15 @@ def _make_kronecker(regime: Regime, generator: torch.Generator) -> Problem:
             for _ in range(r)
         ]
         deltas.append(torch.stack(terms).sum(dim=0))
+    return Problem(W_star, tuple(deltas), torch.stack([W_star + M_i for M_i in deltas]).to(regime.dtype))
+
+
+def _make_sparse(regime: Regime, generator: torch.Generator) -> Problem:
+    W_star = normal(generator, *regime.shape)
+    deltas = []
+    for _ in regime.ranks:
+        chosen = torch.rand(regime.shape, generator=generator, dtype=torch.float64) < regime.changed
+        deltas.append(regime.scale * chosen * normal(generator, *regime.shape))
     return Problem(W_star, tuple(deltas), torch.stack([W_star + M_i for M_i in deltas]).to(regime.dtype))
 
 

@@ -8,6 +8,7 @@ from detune.solvers.mean import Mean
 from detune.solvers.on_grid import OnGrid
 from detune.solvers.row_scales import RowScales
 from detune.solvers.single import Single
+from detune.solvers.sparse import Sparse
 from detune.solvers.spectral import Spectral
 from detune.solvers.stack import NonFinite, Stack
 
@@ -17,6 +18,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "intersect": Intersect,
     "kronecker": Kronecker,
     "scaled": RowScales,
+    "sparse": Sparse,
     "spectral": Spectral,
     "mean": Mean,
     "single": Single,
@@ -38,6 +40,7 @@ __all__ = [
     "RowScales",
     "Single",
     "Solver",
+    "Sparse",
     "Spectral",
     "Stack",
 ]

@@ -133,6 +133,7 @@ class Recovery:
         bits: Where the base was found to lie on a grid: which, and which entries are certain. None where it was not.
         saved_mse: By how much the weight's mean squared error per entry is below that of least squares.
         residuals: Where the last step has seen them: they save the certificate a pass over the models.
+        agreed: Where at least two models have the weight's bits, `(out, in)`, bool: for methods that ask for no more.
     """
 
     weight: Tensor
@@ -146,6 +147,7 @@ class Recovery:
     bits: Bits | None = None
     saved_mse: float = 0.0
     residuals: Residuals | None = None
+    agreed: Tensor | None = None
 
 
 def left_alone(stack: Stack, model: int, sign: str) -> Recovery:

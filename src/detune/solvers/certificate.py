@@ -119,12 +119,23 @@ def certify(
         return _but_for_scales(*on_scale, recovery.deltas)
     if recovery.method == "unchanged":
         return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
+    if recovery.agreed is not None:
+        return _of_votes(recovery.agreed)
     if recovery.bits is not None:
         return _of_bits(stack, recovery)
     if not recovery.deltas:
         return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
     disagreed = None if check is None else disagreement(stack, check)
     return _of_fit(stack, recovery, stored or recovery.weight.dtype, disagreed)
+
+
+def _of_votes(agreed: Tensor) -> Certificate:
+    """Entries that models share by no accident."""
+    missing = int(agreed.logical_not().count_nonzero())
+    if not missing:
+        return Certificate(Verdict.EXACT, "the base's own bits, if models agree by no accident", 0)
+    reason = f"{missing} of {agreed.numel()} entries are in no two models; the others are the base's own bits"
+    return Certificate(Verdict.NOT_DETERMINED, reason, missing)
 
 
 def _but_for_scales(stack: Stack, recovery: Recovery, deltas: Sequence[LowRank]) -> Certificate:
