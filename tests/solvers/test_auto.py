@@ -5,7 +5,9 @@ from benchmarks.certificate import draw
 from detune import recover_matrix
 from detune.metrics import w_error
 from detune.solvers import Auto, Mean, NotLowRank, Spectral, Stack
-from tests.cases import Regime, make_problem, seeded
+from detune.solvers.auto import FEW_DIRECTIONS
+from detune.solvers.selection import select_ranks
+from tests.cases import Regime, make_problem, normal, seeded
 
 
 def lora(generator, out, columns, rank, size):
@@ -79,3 +81,21 @@ def test_does_not_run_off_where_spaces_nearly_coincide(monkeypatch):
     mean = Mean().solve(Stack.of(problem.models))
     answer = recover_matrix(problem.models, Auto(lattice=None))
     assert w_error(answer.weight, problem.W) < w_error(mean.weight, problem.W) - 2
+
+
+def test_noise_just_above_the_storage_noise_is_not_searched_for_ranks(monkeypatch):
+    """One model from a source that is hardly another: its noise would be taken for ranks one by one, for minutes."""
+    problem = make_problem(Regime(shape=(96, 96), ranks=(4, 4, 4), scale=1e-3, dtype=torch.float32), seeded())
+    models = [W_i.float() for W_i in problem.stack]
+    noise = float(Stack.of(models).noise[2])
+    models[2] = (models[2].double() + 2.5 * noise * normal(seeded(1), *problem.W_star.shape)).float()
+    searched = []
+
+    def watched(spaces, rank):
+        searched.append(max(V_i.shape[1] for V_i in spaces.bases))
+        return select_ranks(spaces, rank)
+
+    monkeypatch.setattr("detune.solvers.auto.select_ranks", watched)
+    recovery = Auto().solve(Stack.of(models))
+    assert max(searched, default=0) <= 4 + FEW_DIRECTIONS
+    assert w_error(recovery.weight, problem.W_star) < -12

@@ -1,11 +1,13 @@
 """What storing does to the error, against doing it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from detune.solvers import LowRank, Recovery
 from detune.solvers.polish import Core
-from detune.solvers.rounding import rounded_mse
+from detune.solvers.rounding import StoredError, rounded_mse
 from tests.cases import Regime, make_problem, normal, rms, seeded
 from tests.solvers.test_polish import spaces
 
@@ -30,7 +32,7 @@ def answer(on_grid: bool, share: float) -> tuple[Recovery, Core, torch.Tensor, f
 @pytest.mark.parametrize("on_grid", [True, False])
 def test_equals_what_rounding_does(on_grid, share):
     recovery, core, W, averaged = answer(on_grid, share)
-    predicted = rounded_mse(recovery, core, [torch.bfloat16] * N, torch.bfloat16, averaged * (1 + share), averaged)
+    predicted = rounded_mse(recovery, core, [torch.bfloat16] * N, torch.bfloat16, averaged * (1 + share), averaged).mse
     true = rms(recovery.weight.bfloat16().double() - W) ** 2
     assert predicted == pytest.approx(true, rel=0.35)
 
@@ -38,10 +40,39 @@ def test_equals_what_rounding_does(on_grid, share):
 def test_a_base_off_the_grid_loses_by_rounding_and_one_on_it_gains():
     for on_grid in (True, False):
         recovery, core, _, averaged = answer(on_grid, 0.3)
-        predicted = rounded_mse(recovery, core, [torch.bfloat16] * N, torch.bfloat16, averaged * 1.3, averaged)
+        predicted = rounded_mse(recovery, core, [torch.bfloat16] * N, torch.bfloat16, averaged * 1.3, averaged).mse
         assert (predicted < averaged) == on_grid
 
 
 def test_a_finer_dtype_changes_nothing():
     recovery, core, _, averaged = answer(False, 0.3)
-    assert rounded_mse(recovery, core, [torch.bfloat16] * N, torch.float32, averaged, averaged) == averaged
+    assert rounded_mse(recovery, core, [torch.bfloat16] * N, torch.float32, averaged, averaged).mse == averaged
+
+
+def rounded(recovery: Recovery, core: Core, mse: float, averaged: float) -> StoredError:
+    return rounded_mse(recovery, core, [torch.bfloat16] * N, torch.bfloat16, mse, averaged)
+
+
+def test_a_smaller_error_is_undone_more_often():
+    """On the grid the error that is left falls faster than the error before; off it, rounding adds the same to both."""
+    on, core, _, averaged = answer(True, 1.0)
+    found = rounded(on, core, averaged * 2, averaged)
+    assert found.mse > 1.9 * found.if_less
+    off, core, _, averaged = answer(False, 1.0)
+    found = rounded(off, core, averaged * 2, averaged)
+    assert found.mse < 1.3 * found.if_less
+
+
+def test_too_few_entries_do_not_tell_whether_the_base_was_on_the_grid():
+    for on_grid in (True, False):
+        recovery, core, _, averaged = answer(on_grid, 0.3)
+        assert rounded(recovery, core, averaged * 1.3, averaged).otherwise is None
+        few = replace(
+            recovery,
+            weight=recovery.weight[:8, :8],
+            deltas=tuple(LowRank(M_i.left[:8], M_i.right[:8]) for M_i in recovery.deltas),
+        )
+        small = replace(core, Q=core.Q[:8], P=core.P[:8])
+        found = rounded(few, small, averaged * 1.3, averaged)
+        assert found.otherwise is not None
+        assert found.otherwise < found.mse

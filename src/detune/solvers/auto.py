@@ -31,6 +31,9 @@ AT_FLOOR = 1.03
 RAN_OFF = 2.0
 # Ranks whose weakest singular value stands so many times over the noise are not searched for others.
 CLEAR = 8.0
+# Nor are they where more directions than these, or an eighth of all, stand less than so many times over it.
+JUST_ABOVE = 2.0
+FEW_DIRECTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Auto:
             _check_solvable(stack, differences.ranks)
             recovery = self.spectral.solve(stack, rank or max(differences.ranks))
             return replace(recovery, reason=f"{why}; so {recovery.reason}")
-        if any(_in_doubt(difference) for difference in differences.by_pair.values()):
+        found = differences.by_pair.values()
+        if any(map(_in_doubt, found)) and not any(_is_crowded(each, differences.stack) for each in found):
             spaces = select_ranks(spaces, rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
         step, method, steps = _best_step(spaces, polished), "intersect+polish", polished.steps
@@ -143,6 +147,15 @@ def _in_doubt(difference: Difference) -> bool:
     """Whether the rank of a difference ends near the noise, where more may lie hidden."""
     S = difference.singular_values
     return bool(len(S)) and float(S[-1]) < CLEAR * difference.noise_norm
+
+
+def _is_crowded(difference: Difference, stack: Stack) -> bool:
+    """Whether so many directions stand just above the noise that they are noise of another kind than storage's.
+
+    A search would take them for ranks one by one.
+    """
+    just_above = difference.singular_values.lt(JUST_ABOVE * difference.noise_norm)
+    return int(just_above.sum()) > max(FEW_DIRECTIONS, min(stack.shape) // 8)
 
 
 def unchanged(stack: Stack) -> Recovery | None:

@@ -5,6 +5,7 @@ stored in that dtype itself: then an answer closer than half a unit in the last 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,25 @@ from detune.solvers.random import seeded
 
 # Enough entries to know the average of what rounding does.
 SAMPLED = 1 << 14
-# Standard errors by which the answer must be closer to the dtype's numbers than by chance.
+# Standard errors by which the answer must be closer to the dtype's numbers than by chance, or further off than on them.
 SURE = 6.0
+# Errors are predicted to about this, as a logarithm.
+KNOWN_TO = 0.2
+
+
+@dataclass(frozen=True)
+class StoredError:
+    """What storing leaves of an error, and how sure that is.
+
+    Attributes:
+        mse: Mean squared error per entry of the stored weight.
+        if_less: The same if the error before had been less, by as much as it is known to.
+        otherwise: The same if the base had been on the grid instead of off it, where the data cannot tell; else None.
+    """
+
+    mse: float
+    if_less: float
+    otherwise: float | None = None
 
 
 def rounded_mse(
@@ -29,7 +47,7 @@ def rounded_mse(
     mse: float,
     averaged: float,
     seed: int = 0,
-) -> float:
+) -> StoredError:
     """The mean squared error per entry that an answer has once its weight is stored.
 
     Simulated on some entries: a base is rounded with every delta, the mean of the n rounding errors is taken, and the
@@ -47,7 +65,7 @@ def rounded_mse(
     """
     if torch.finfo(stored).eps < min(torch.finfo(dtype).eps for dtype in dtypes):
         # Nothing is lost, and nothing undone.
-        return mse
+        return StoredError(mse, mse * 10**-KNOWN_TO)
     generator = seeded(seed, recovery.weight.device)
     rows, columns = _entries(recovery.weight, generator)
     weight = recovery.weight[rows, columns].double()
@@ -65,18 +83,31 @@ def rounded_mse(
     base = weight + reach * (uniform - 0.5)
     if between:
         averaged = float((_answer(base, entries, dtypes, between) - base).square().mean())
-    rest = normal * (max(0.0, mse - averaged) * _leverage(core, rows, columns)).sqrt()
+    leverage = _leverage(core, rows, columns)
+
+    def rest(error: float) -> Tensor:
+        return normal * (max(0.0, error - averaged) * leverage).sqrt()
+
+    less = mse * 10**-KNOWN_TO
     if stored == torch.float64:
-        return _in_float64(weight, steps, rest, generator)
-    off = _Stored.simulate(base, entries, dtypes, rest, stored, between)
-    if _on_grid(recovery.weight, weight, stored, off):
-        return _Stored.simulate(base.to(stored).double(), entries, dtypes, rest, stored, between).mse
-    return off.mse
+        own = torch.rand(steps.shape, generator=generator, dtype=weight.dtype, device=weight.device) - 0.5
+        return StoredError(*(_in_float64(weight, steps, rest(error), own) for error in (mse, less)))
+
+    def simulate(base: Tensor, error: float) -> _Stored:
+        return _Stored.simulate(base, entries, dtypes, rest(error), stored, between)
+
+    off, on_grid = simulate(base, mse), base.to(stored).double()
+    on = simulate(on_grid, mse)
+    coarse = torch.finfo(recovery.weight.dtype).eps >= torch.finfo(stored).eps
+    # An estimate in the dtype itself says nothing: then the base is taken to have been stored in it too.
+    found = _distances(weight, stored)
+    if coarse or _closer(found, off.distances):
+        return StoredError(on.mse, simulate(on_grid, less).mse)
+    return StoredError(off.mse, simulate(base, less).mse, None if _closer(on.distances, found) else on.mse)
 
 
-def _in_float64(weight: Tensor, steps: Tensor, rest: Tensor, generator: torch.Generator) -> float:
+def _in_float64(weight: Tensor, steps: Tensor, rest: Tensor, uniform: Tensor) -> float:
     """The same for a base in the dtype of the computation, where rounding cannot be simulated by doing it."""
-    uniform = torch.rand(steps.shape, generator=generator, dtype=weight.dtype, device=weight.device) - 0.5
     error = (uniform * steps).mean(dim=0) + rest
     ulp = spacing(weight, torch.float64)
     return float((torch.round(error / ulp) * ulp).square().mean())
@@ -129,18 +160,14 @@ def _distances(values: Tensor, dtype: torch.dtype) -> Tensor:
     return ((values.to(dtype).double() - values) / spacing(values, dtype)).square()
 
 
-def _on_grid(weight: Tensor, sampled: Tensor, stored: torch.dtype, off: _Stored) -> bool:
-    """Whether the base was a number of the dtype that its estimate will be stored in.
+def _closer(one: Tensor, other: Tensor) -> bool:
+    """Whether the first distances are surely the smaller: by six standard errors of their means.
 
-    Then, where its error is below half a unit, the estimate is closer to such a number than one of a base that was not:
-    by six standard errors of the mean square distance. An estimate in the dtype itself says nothing; then the base is
-    taken to have been stored in it too.
+    A base that was a number of the dtype that its estimate will be stored in shows by that: where its error is below
+    half a unit, the estimate is closer to such a number than one of a base that was not.
     """
-    if torch.finfo(weight.dtype).eps >= torch.finfo(stored).eps:
-        return True
-    found = _distances(sampled, stored)
-    error = ((found.var() + off.distances.var()) / len(found)).sqrt()
-    return bool(off.distances.mean() - found.mean() > SURE * error)
+    error = ((one.var() + other.var()) / len(one)).sqrt()
+    return bool(other.mean() - one.mean() > SURE * error)
 
 
 def _leverage(core: Core, rows: Tensor, columns: Tensor) -> Tensor:
