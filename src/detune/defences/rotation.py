@@ -51,7 +51,9 @@ def _orthogonal(heads: Attention, generator: Generator) -> Tensor:
     """Uniform over the orthogonal matrices, one for each group (Mezzadri 2007, arXiv math-ph/0609050)."""
     gaussian = torch.randn(heads.groups, heads.width, heads.width, generator=generator, dtype=torch.float64)
     Q, R = torch.linalg.qr(gaussian)
-    return Q * R.diagonal(dim1=1, dim2=2).sign()[:, None, :]
+    signs: Tensor = R.diagonal(dim1=1, dim2=2).sign()
+    signed: Tensor = Q * signs.unsqueeze(1)
+    return signed
 
 
 def _angles(heads: Attention, generator: Generator) -> Tensor:

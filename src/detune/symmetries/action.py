@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["Action", "act"]
@@ -25,12 +26,30 @@ class Action:
     scale: Tensor | None = None
 
     @property
-    def is_exact(self) -> bool:
-        """Whether it only moves numbers."""
+    def only_moves(self) -> bool:
+        """Whether numbers stay as they are, in other places."""
         return self.blocks is None and self.scale is None
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether no number is rounded: they are moved, and multiplied by powers of two."""
+        blocks_exact = self.blocks is None or (
+            bool((self.blocks != 0).sum(dim=2).le(1).all()) and _are_powers_of_two(self.blocks[self.blocks != 0])
+        )
+        return blocks_exact and (self.scale is None or _are_powers_of_two(self.scale))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it does nothing."""
+        parts = (
+            self.order is None or torch.equal(self.order, torch.arange(len(self.order))),
+            self.blocks is None or bool((self.blocks == torch.eye(self.blocks.shape[1])).all()),
+            self.scale is None or bool((self.scale == 1).all()),
+        )
+        return all(parts)
+
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Act on a tensor: of any dtype where the action is exact, else float64."""
+        """Act on a tensor: of any dtype where numbers only move, else float64."""
         if self.order is not None:
             tensor = tensor.index_select(self.dim, self.order)
         moved = tensor.movedim(self.dim, 0)
@@ -49,7 +68,11 @@ def act(actions: Iterable[Action], tensor: Tensor) -> Tensor:
         The tensor in its own dtype where its numbers were only moved, bit for bit; else in float64, to be rounded once.
     """
     actions = tuple(actions)
-    result = tensor if all(action.is_exact for action in actions) else tensor.double()
+    result = tensor if all(action.only_moves for action in actions) else tensor.double()
     for action in actions:
         result = action(result)
     return result.contiguous()
+
+
+def _are_powers_of_two(values: Tensor) -> bool:
+    return bool((torch.frexp(values).mantissa.abs() == 0.5).all())

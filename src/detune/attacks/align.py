@@ -1,0 +1,101 @@
+"""Function-preserving symmetries, undone: every release is brought into the first one's hidden bases, then recovered.
+
+Nothing but the releases is needed: two fine-tunes of one base are so much alike that one tells how the other was
+turned.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from detune.attacks.denoise import denoised
+from detune.attacks.frames import find_actions
+from detune.attacks.rebuild import rebuild
+from detune.checkpoints import Checkpoint, CheckpointWriter
+from detune.errors import InputError
+from detune.family import Family
+from detune.recovery import recover
+from detune.symmetries import Action, Actions, act, read_layers
+
+__all__ = ["Align", "align"]
+
+
+@dataclass(frozen=True)
+class Align:
+    """Match neurons and heads, undo rotations and scales, then recover.
+
+    Where numbers only had to be moved, `detune recover` does the rest, bits and all. Where weights were turned or
+    scaled they have been rounded more often than `recover` expects, and the noise is measured.
+    """
+
+    name: ClassVar[str] = "align"
+    about: ClassVar[str] = "matches neurons and heads, undoes rotations and scales, then recovers; knows symmetries"
+    min_models: ClassVar[int] = 3
+
+    def run(self, models: Sequence[Path], out: Path) -> None:
+        """Recover; see `Attack.run`."""
+        if len(models) < self.min_models:
+            raise InputError(f"{len(models)} releases", f"expected at least {self.min_models}", "add models")
+        parent = out.expanduser().resolve().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.aligned-", dir=parent) as folder:
+            aligned = align(models, Path(folder))
+            if all(release.is_exact for release in aligned):
+                recover([release.path for release in aligned], out)
+            else:
+                rebuild([release.path for release in aligned], out, self.min_models, denoised)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A release in the first one's frame.
+
+    Attributes:
+        path: The checkpoint; the release itself where nothing had to be done.
+        is_exact: Whether its numbers were at most moved, or scaled by powers of two.
+    """
+
+    path: Path
+    is_exact: bool
+
+
+def align(models: Sequence[Path], folder: Path) -> tuple[Aligned, ...]:
+    """Write each release but the first as it would be in the hidden bases of the first.
+
+    Args:
+        models: The releases.
+        folder: Where the copies go; of each release one layer is in memory at a time.
+
+    Returns:
+        The releases, the first as it is.
+
+    Raises:
+        InputError: They do not fit together, or their architecture is not known.
+    """
+    aligned = [Aligned(Path(models[0]), True)]
+    with Family(models) as family:
+        first, *others = family.models
+        layers = read_layers(first.root, {name: info.shape for name, info in first.tensors.items()})
+        for i, (path, other) in enumerate(zip(models[1:], others, strict=True), start=1):
+            actions: dict[str, tuple[Action, ...]] = {}
+            for layer in layers:
+                actions |= find_actions(layer, first, other)
+            if actions:
+                copy = folder / str(i)
+                is_exact = all(action.is_exact for done in actions.values() for action in done)
+                aligned.append(Aligned(_write(other, actions, copy), is_exact))
+            else:
+                aligned.append(Aligned(Path(path), True))
+    return tuple(aligned)
+
+
+def _write(release: Checkpoint, actions: Actions, copy: Path) -> Path:
+    with CheckpointWriter(release, copy) as writer:
+        for name in release.tensors:
+            if name in actions:
+                writer.write(name, act(actions[name], release.read(name)))
+            else:
+                writer.copy(name)
+    return copy

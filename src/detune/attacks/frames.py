@@ -1,0 +1,162 @@
+"""The frame of one release's layer, seen from another's."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from detune.attacks.groups import Complex, Group, Invertible, Orthogonal
+from detune.attacks.matching import match_heads, match_neurons
+from detune.attacks.procrustes import Side, fit
+from detune.checkpoints import Checkpoint
+from detune.solvers.relations import Kind, relate
+from detune.symmetries import Actions, HeadFrame, Layer, NeuronFrame, NormFrame, NormInto, act, join
+
+__all__ = ["find_actions"]
+
+# Scales of norms and what is behind them are found in turn; each is right to rounding after the other is.
+_ROUNDS = 2
+# All entries this close to zero or a power of two, in eps of the dtype: they are it. The rounding of a release that was
+# scaled by anything else shows more.
+_CLOSE = 8.0
+
+
+def find_actions(layer: Layer, first: Checkpoint, other: Checkpoint) -> Actions:
+    """What brings a layer of one release into the hidden bases of another.
+
+    Args:
+        layer: What is free in it.
+        first: The release whose frame is wanted.
+        other: The one to be changed.
+
+    Returns:
+        What to do to each tensor of the other; empty where the frames are the same.
+    """
+    pair = _Pair(layer, first, other)
+    norms = {part: NormFrame(scale) for part in layer.norms if (scale := pair.norm_ratio(part)) is not None}
+    pair = pair.with_norms(norms)
+    frame = _Frames(pair.match_heads(), pair.match_neurons())
+    frame = pair.fit_inside(frame)
+    for _ in range(_ROUNDS if norms else 0):
+        norms = {part: NormFrame(pair.fit_norm(part, frame)) for part in norms}
+        pair = pair.with_norms(norms)
+        frame = pair.fit_inside(frame)
+    moved = [norm.actions(part) for part, norm in norms.items() if not bool((norm.scale == 1).all())]
+    actions = join([frame.heads.actions(layer.attention), frame.neurons.actions(layer.feed_forward), *moved])
+    found = {name: tuple(action for action in done if not action.is_identity) for name, done in actions.items()}
+    return {name: done for name, done in found.items() if done and name in other.tensors}
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """What is inside a layer, apart from its norms."""
+
+    heads: HeadFrame
+    neurons: NeuronFrame
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One layer of two releases.
+
+    Attributes:
+        layer: What is free in it.
+        first: The release whose frame is wanted.
+        other: The one to be changed.
+        columns: What is done to the columns of each weight of the other, on account of norms before it.
+    """
+
+    layer: Layer
+    first: Checkpoint
+    other: Checkpoint
+    columns: Actions = field(default_factory=dict)
+
+    def target(self, module: str) -> Tensor:
+        return self.first.read(f"{module}.weight")
+
+    def source(self, module: str) -> Tensor:
+        """In the units that the first release has before it."""
+        name = f"{module}.weight"
+        return act(self.columns.get(name, ()), self.other.read(name))
+
+    def with_norms(self, norms: dict[NormInto, NormFrame]) -> "_Pair":
+        return replace(self, columns=join(norm.actions(part) for part, norm in norms.items()))
+
+    def norm_ratio(self, part: NormInto) -> Tensor | None:
+        """The scale that a norm's own weights tell; None where they are equal."""
+        mine, theirs = (checkpoint.read(f"{part.norm}.weight").double() for checkpoint in (self.first, self.other))
+        return None if torch.equal(mine, theirs) else torch.where((mine == 0) | (theirs == 0), 1.0, mine / theirs)
+
+    def match_neurons(self) -> NeuronFrame:
+        part = self.layer.feed_forward
+        gated = part.gate is not None
+        modules = [part.up, *([part.gate] if part.gate is not None else [])]
+        targets, sources = ([*map(read, modules), read(part.down).mT] for read in (self.target, self.source))
+        return NeuronFrame(match_neurons(targets, sources, [gated, *([False] * gated), gated]))
+
+    def match_heads(self) -> HeadFrame:
+        part = self.layer.attention
+
+        def heads(read: Callable[[str], Tensor]) -> list[Tensor]:
+            rows = [read(part.query), read(part.key), read(part.value), read(part.output).mT]
+            return [matrix.reshape(-1, part.width, matrix.shape[1]) for matrix in rows]
+
+        return HeadFrame(match_heads(heads(self.target), heads(self.source)))
+
+    def fit_inside(self, frame: _Frames) -> _Frames:
+        """Bases of keys and values, and scales of gated neurons, for orders that are known."""
+        heads, neurons = self.layer.attention, self.layer.feed_forward
+        ordered = HeadFrame(frame.heads.order).actions(heads)
+        any_basis: tuple[Group, ...] = (Orthogonal(), Invertible())
+        of_keys: tuple[Group, ...] = (Complex(),) if heads.rotary else any_basis
+        keys = self._fit(ordered, heads.query, heads.key, heads.groups, heads.width, of_keys)
+        values = self._fit(ordered, heads.value, heads.output, heads.groups, heads.width, any_basis)
+        scale = None
+        if neurons.gate is not None:
+            in_place = NeuronFrame(frame.neurons.order).actions(neurons)
+            blocks = self._fit(in_place, neurons.up, neurons.down, neurons.width, 1, (Invertible(),))
+            scale = None if blocks is None else blocks.flatten()
+        return _Frames(HeadFrame(frame.heads.order, keys, values), NeuronFrame(frame.neurons.order, scale))
+
+    def _fit(
+        self, ordered: Actions, one: str, other: str, blocks: int, width: int, groups: Sequence[Group]
+    ) -> Tensor | None:
+        """What acts on the rows of one module and, inverted, on the rows or columns of the other; None is nothing."""
+        targets = [self.target(module) for module in (one, other)]
+        sources = [act(ordered[f"{module}.weight"], self.source(module)) for module in (one, other)]
+        if all(
+            relate(target, source.to(target.dtype)).kind is not Kind.FULL_RANK
+            for target, source in zip(targets, sources, strict=True)
+        ):
+            return None
+        if ordered[f"{other}.weight"][0].dim == 1:
+            targets[1], sources[1] = targets[1].mT, sources[1].mT
+        sides = [
+            Side.of(target, source, blocks, width, is_dual=is_dual)
+            for target, source, is_dual in zip(targets, sources, (False, True), strict=True)
+        ]
+        for group in groups:
+            found = fit(sides, group)
+            if found.at_noise:
+                break
+        return _snapped(found.A, targets[0].dtype)
+
+    def fit_norm(self, part: NormInto, frame: _Frames) -> Tensor:
+        """The scale that the columns of all readers tell."""
+        rows = join([frame.heads.actions(self.layer.attention), frame.neurons.actions(self.layer.feed_forward)])
+        sides = []
+        for reader in part.readers:
+            name = f"{reader}.weight"
+            source = act(rows[name], self.other.read(name))
+            sides.append(Side.of(self.target(reader).mT, source.mT, part.channels, 1))
+        columns = fit(sides, Invertible()).A
+        return 1 / _snapped(columns, self.first.tensors[f"{part.readers[0]}.weight"].dtype).flatten()
+
+
+def _snapped(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros and powers of two where all entries are as good as that: then nothing is rounded again."""
+    powers = torch.where(matrices.abs() < 0.25 * matrices.abs().amax(dim=-1, keepdim=True), 0.0, matrices)
+    powers = torch.where(powers == 0, powers, powers.sign() * powers.abs().log2().round().exp2())
+    off = (matrices - powers).abs().amax() / matrices.abs().amax()
+    return powers if float(off) <= _CLOSE * torch.finfo(dtype).eps else matrices
