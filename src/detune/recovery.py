@@ -41,7 +41,7 @@ from detune.execution import (
 from detune.extraction import extracting
 from detune.family import Family, Models
 from detune.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
-from detune.solvers import SOLVERS, Mean, NotRecoverable, Recovery, Single, Solver, Stack
+from detune.solvers import ANY_RANK, SOLVERS, Mean, NotRecoverable, Recovery, Single, Solver, Stack
 from detune.solvers.device import full_precision
 from detune.walk import OnTensor
 
@@ -117,7 +117,7 @@ def recover(
     done lands in a hidden directory beside it; a run that is cut off is finished by calling it again.
 
     Models that do not share a source with most are left out, and the report says so; the first of the others gives the
-    layout. `mean` and `single` take the models as they are.
+    layout. `mean`, `single`, `kronecker`, `scaled` and `sparse` take the models as they are.
 
     Args:
         models: Directories, files, Hub ids or `BASE+ADAPTER`; see `detune.checkpoints.open_checkpoint`.
@@ -254,8 +254,8 @@ def make_solver(method: str | Solver) -> Solver:
 
 
 def _select(models: Sequence[Checkpoint], solver: Solver) -> Selection:
-    """The models that share a base; an average is of all that it is asked for."""
-    if len(models) < 2 or isinstance(solver, Mean | Single):
+    """The models that share a base; all, where the method asks for no low ranks to tell."""
+    if len(models) < 2 or isinstance(solver, ANY_RANK):
         return Selection(tuple(range(len(models))))
     return select(models, solver.min_models)
 

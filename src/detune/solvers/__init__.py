@@ -24,7 +24,11 @@ SOLVERS: dict[str, type[Solver]] = {
     "single": Single,
 }
 
+# Solvers of models that may differ at full rank: whether such models share a base, low ranks do not tell.
+ANY_RANK = (Kronecker, RowScales, Sparse, Mean, Single)
+
 __all__ = [
+    "ANY_RANK",
     "SOLVERS",
     "Auto",
     "Bits",
