@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from detune.audit import trial as trial_module
 from detune.audit.naming import Place
 from detune.audit.trial import Trial, is_given_away
 from detune.report import Status
@@ -44,3 +47,20 @@ def test_a_release_that_stores_in_another_dtype_is_no_copy():
     tried = Trial(Auto()).run("layer.0.query", PLACE, [W, W.bfloat16(), W.clone()], None)
     assert tried.entry.outcomes[1].verdict != "shared"
     assert tried.entry.dtype == "float32, bfloat16"
+
+
+def test_what_fewer_releases_give_away_stays_given_away(monkeypatch):
+    """A certificate may doubt a later answer: nobody has to use all releases."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(96, 80, generator=generator)
+    tensors = [W + torch.randn(96, 2, generator=generator) @ torch.randn(2, 80, generator=generator) for _ in range(4)]
+    real = trial_module.solve_tensor
+
+    def doubtful(tensors, *options):
+        answer, weight = real(tensors, *options)
+        return (replace(answer, status=Status.APPROXIMATE) if len(tensors) == 4 else answer), weight
+
+    monkeypatch.setattr(trial_module, "solve_tensor", doubtful)
+    outcomes = Trial(Auto()).run("layer.0.query", PLACE, tensors, None).entry.outcomes
+    assert [outcome.verdict for outcome in outcomes[2:]] == ["to the storage floor", "approximate"]
+    assert [outcome.given_away for outcome in outcomes] == [False, False, True, True]

@@ -40,7 +40,7 @@ ASSUMPTIONS = (
     Rule(
         id="rank-sums",
         title="The ranks leave room",
-        help="The closed form needs r1 + r2 + r3 <= max(out, in) and ri + rj <= min(out, in).",
+        help="The closed form needs r1 + r2 + r3 ≤ max(out, in) and ri + rj ≤ min(out, in).",
     ),
     Rule(
         id="uniqueness",
@@ -178,7 +178,7 @@ def _uniqueness(evidence: Evidence) -> Checked:
         return False, (
             f"{len(lost)} of {_matrices(len(known))} hold directions that the releases cannot tell, {max(lost)} at most"
         )
-    doubtful = sum(outcome.verdict == Status.APPROXIMATE for _, outcome in evidence.outcomes)
+    doubtful = sum(outcome.verdict == Status.APPROXIMATE and not outcome.given_away for _, outcome in evidence.outcomes)
     if doubtful:
         return None, f"{doubtful} of {_matrices(len(known))} came out approximate, so directions may hide"
     return True, f"no direction is undetermined in {_matrices(len(known))}"
@@ -189,7 +189,7 @@ def _precision(evidence: Evidence) -> Checked:
     if not ratios:
         return None, "the size of the changes is not known"
     dtypes = ", ".join(dict.fromkeys(entry.dtype for entry in evidence.matrices))
-    return min(ratios) >= CLEAR, f"they are {min(ratios):,.3g} times the rounding of {dtypes}, and more"
+    return min(ratios) >= CLEAR, f"they are {_digits(min(ratios))} times the rounding of {dtypes}, and more"
 
 
 def _coarse_base(evidence: Evidence) -> Checked:
@@ -213,6 +213,11 @@ def _side(entry: TensorEntry) -> tuple[int, int]:
     for size in entry.shape[1:]:
         columns *= size
     return min(rows, columns), max(rows, columns)
+
+
+def _digits(times: float) -> str:
+    """A ratio to two digits."""
+    return f"{float(f'{times:.2g}'):,.0f}" if times >= 10 else f"{times:.2g}"
 
 
 def _matrices(count: int) -> str:

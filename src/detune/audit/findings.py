@@ -28,7 +28,7 @@ FINDINGS = (
         title="A matrix is given away",
         help=f"Against the base: the error is within {AT_FLOOR:.0f} times the rounding of the releases, or "
         f"{CLOSER:.0f} times smaller than what fine-tuning changed. Without the base: the certificate says exact, or "
-        "to the storage floor.",
+        "to the storage floor. What fewer releases give away stays so with more.",
     ),
     Rule(
         id="one-too-many",
@@ -234,10 +234,12 @@ def _closeness(tensors: Sequence[TensorEntry], curve: Sequence[CurvePoint], has_
     sentences = []
     if exact:
         sentences.append(f"{_count(exact, 'matrix')} {'are' if exact > 1 else 'is'} exact, to the last bit.")
-    if ratios:
+    times = 10 ** fmean(ratios) if ratios else 0.0
+    if times >= AT_FLOOR:
         prefix = "The" if has_base else "By the certificate, the"
-        times = _round(10 ** fmean(ratios))
-        sentences.append(f"{prefix} recovered weights are {times} times closer to the base than the fine-tuned ones.")
+        sentences.append(
+            f"{prefix} recovered weights are {_round(times)} times closer to the base than the fine-tuned ones."
+        )
     return sentences
 
 
@@ -247,8 +249,8 @@ def _shares(tensors: Sequence[TensorEntry], unchanged: Unchanged) -> list[str]:
     total = unchanged.entries + sum(size for _, size in entries)
     share = 100 * open_ / total
     shown = "All" if open_ == total else f"{min(share, 99.9):.1f} % of all"
-    which = f"{unchanged.entries:,} of them were never fine-tuned" if unchanged.entries else "all were fine-tuned"
-    return [f"{shown} {total:,} weights of the base are open; {which}."] if open_ else []
+    never = f"; {unchanged.entries:,} of them were never fine-tuned" if unchanged.entries else ""
+    return [f"{shown} {total:,} weights of the base are open{never}."] if open_ else []
 
 
 def _same_outputs(behaviour: Behaviour) -> list[str]:

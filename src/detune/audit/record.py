@@ -93,7 +93,7 @@ class Outcome(_Record):
         predicted_w_error: `log10` of the mean squared error to expect, without the truth.
         w_error: The same against the base; None where there is none, or where all entries are equal.
         identical: Share of the entries that have the base's bits; None without the base.
-        given_away: Whether the tensor counts as given away.
+        given_away: Whether the tensor counts as given away, by so many releases or by fewer of them.
         seconds: Time taken.
     """
 

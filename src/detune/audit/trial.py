@@ -92,7 +92,7 @@ class Trial:
             is_matrix=tensors[0].is_floating_point() and min(matricise(tensors[0]).shape) > 1,
             change=figures.change,
             noise=figures.noise,
-            outcomes=tuple(reversed(outcomes)),
+            outcomes=_gathered(reversed(outcomes)),
         )
         return Tried(answer, weight, entry)
 
@@ -196,6 +196,15 @@ def _outcome(
         given_away=is_given_away(answer.status, None if mse is None else mse**0.5, figures.change, figures.noise),
         seconds=seconds,
     )
+
+
+def _gathered(outcomes: Iterable[Outcome]) -> tuple[Outcome, ...]:
+    """The outcomes in order. Whoever has more releases can still do with fewer: what is given away stays so."""
+    gathered: list[Outcome] = []
+    for outcome in outcomes:
+        before = bool(gathered) and gathered[-1].given_away
+        gathered.append(outcome.model_copy(update={"given_away": before or outcome.given_away}))
+    return tuple(gathered)
 
 
 def _stored(weight: Tensor, like: Tensor) -> Tensor:
