@@ -5,9 +5,10 @@ fine-tunes of a set start from one seed, as fine-tunes of one script do: what a 
 """
 
 import contextlib
+import copy
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,14 @@ class Method:
     Attributes:
         config: The `PeftConfig` of a fine-tune, by its place in the set.
         lr: AdamW's rate at the first step.
-        changes: Which tensors, by the ends of their names.
+        solver: What `detune recover --method` recovers it by.
+        rank: What `--rank` is told; None finds it.
     """
 
     config: Callable[[int], Any]
     lr: float = 1e-3
-    changes: str = "weight"
+    solver: str = "auto"
+    rank: int | None = None
 
 
 def config(name: str, **options: Any) -> Callable[[int], Any]:
@@ -67,20 +70,20 @@ METHODS: dict[str, Method] = {
     "PiSSA": Method(config("LoraConfig", r=8, lora_alpha=8, init_lora_weights="pissa"), lr=1e-4),
     "OLoRA": Method(config("LoraConfig", r=8, lora_alpha=8, init_lora_weights="olora"), lr=1e-4),
     "LoHa": Method(config("LoHaConfig", r=3, alpha=3), lr=3e-3),
-    "LoKr": Method(config("LoKrConfig", r=4, alpha=4), lr=3e-3),
-    "HRA": Method(config("HRAConfig", r=8)),
+    "LoKr": Method(config("LoKrConfig", r=4, alpha=4), lr=3e-3, solver="kronecker"),
+    "HRA": Method(config("HRAConfig", r=8), solver="intersect", rank=8),
     "VeRA": Method(config("VeraConfig", r=32, projection_prng_key=0), lr=1e-2),
     "RandLoRA": Method(config("RandLoraConfig", r=8, randlora_alpha=16, projection_prng_key=0), lr=1e-2),
-    "DoRA": Method(config("LoraConfig", r=8, lora_alpha=16, use_dora=True)),
+    "DoRA": Method(config("LoraConfig", r=8, lora_alpha=16, use_dora=True), solver="scaled"),
     "HiRA": Method(config("HiraConfig", r=8), lr=1e-2),
-    "IA3": Method(config("IA3Config", feedforward_modules=["value"]), lr=1e-2),
+    "IA3": Method(config("IA3Config", feedforward_modules=["value"]), lr=1e-2, solver="scaled"),
     "RoAd": Method(config("RoadConfig", group_size=32), lr=3e-3),
     "OFT": Method(config("OFTConfig", oft_block_size=16)),
     "BOFT": Method(config("BOFTConfig", boft_block_size=8)),
     "MiSS": Method(config("MissConfig", r=8)),
     "C3A": Method(config("C3AConfig", block_size=16), lr=3e-3),
-    "SHiRA": Method(shira, lr=1e-3),
-    "SHiRA, one mask": Method(config("ShiraConfig", r=4)),
+    "SHiRA": Method(shira, solver="sparse"),
+    "SHiRA, one mask": Method(config("ShiraConfig", r=4), solver="sparse"),
     "FourierFT": Method(config("FourierFTConfig", n_frequency=500), lr=1e-2),
     "FourierFT, own frequencies": Method(fourier, lr=1e-2),
     "full": Method(config("FullConfig"), lr=1e-4),
@@ -159,12 +162,52 @@ def tiny_set(
     for index in range(count):
         with seeded(1):
             base = Layers(width)
-        with seeded(100 + index):
-            teacher = Layers(width).requires_grad_(False)
-            inputs = torch.randn(64, width)
-
-        def loss(model: nn.Module, step: int) -> Tensor:
-            return F.mse_loss(model(inputs), teacher(inputs))
-
-        models.append(weights(fine_tune(base, method, index, steps, loss)))
+        models.append(weights(fine_tune(base, method, index, steps, _lesson(100 + index, width))))
     return truth, models
+
+
+def _lesson(seed: int, width: int) -> Callable[[nn.Module, int], Tensor]:
+    """How far a model is from another base."""
+    with seeded(seed):
+        teacher, inputs = Layers(width), torch.randn(64, width)
+        outputs = teacher(inputs).detach()
+    return lambda model, step: F.mse_loss(model(inputs), outputs)
+
+
+def minilm_set(method: Method, count: int, steps: int = 12) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """all-MiniLM-L6-v2 and fine-tunes of it, each on passages of a subject of its own: the demo's task, fewer steps.
+
+    Returns:
+        The base's matrices, and each fine-tune's.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    from detune.demo.texts import DOMAINS, passages
+    from detune.demo.train import base_model
+
+    with quiet(), use_threads(1):
+        tokenizer = AutoTokenizer.from_pretrained(base_model())
+
+        pristine = AutoModel.from_pretrained(base_model(), dtype=torch.float32)
+        truth = weights(pristine)
+        models = []
+        for index, domain in enumerate(list(DOMAINS)[:count]):
+            loss = _cloze(tokenizer, passages(domain))
+            models.append(weights(fine_tune(copy.deepcopy(pristine), method, index, steps, loss)))
+    return truth, models
+
+
+def _cloze(tokenizer: Any, texts: list[str]) -> Callable[[nn.Module, int], Tensor]:
+    """Which second half of eight passages belongs to which first half."""
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        batch = [texts[(8 * step + i) % len(texts)].split() for i in range(8)]
+        halves = [" ".join(words[: len(words) // 2]) for words in batch]
+        halves += [" ".join(words[len(words) // 2 :]) for words in batch]
+        tokens = tokenizer(halves, padding=True, truncation=True, max_length=24, return_tensors="pt")
+        mask = tokens["attention_mask"].unsqueeze(-1).float()
+        states = model(**tokens).last_hidden_state
+        first, second = F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1).chunk(2)
+        return F.cross_entropy(first @ second.T / 0.05, torch.arange(8))
+
+    return loss
