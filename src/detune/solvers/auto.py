@@ -18,6 +18,7 @@ from detune.solvers.lattice import HALVES, Lattice, NoGrid
 from detune.solvers.polish import Polish, Polished
 from detune.solvers.principal import with_principal_part
 from detune.solvers.selection import select_ranks
+from detune.solvers.space import Space
 from detune.solvers.spectral import Spectral
 from detune.solvers.stack import SMALL_ENTRIES, Stack
 
@@ -74,13 +75,14 @@ class Auto:
         for signal in (SIGNAL, *below, 2 * SIGNAL, 4 * SIGNAL, 8 * SIGNAL):
             if not best.method.startswith("intersect"):
                 break
-            if (best.noise_ratio or 0.0) <= (AT_FLOOR if signal == BELOW_NOISE else FLOOR_RATIO):
+            at_floor = (best.noise_ratio or 0.0) <= (AT_FLOOR if signal == BELOW_NOISE else FLOOR_RATIO)
+            if at_floor and not _fits_noise(best, stack):
                 continue
             try:
                 again = self._solve(stack, rank, fold=False, signal=signal)
             except NotRecoverable:
                 break
-            best = min(best, again, key=lambda r: r.noise_ratio or 0.0)
+            best = min(best, again, key=lambda r: (_fits_noise(r, stack), r.noise_ratio or 0.0))
         return best
 
     def _solve(self, stack: Stack, rank: int | None, fold: bool, signal: float = SIGNAL) -> Recovery:
@@ -96,7 +98,8 @@ class Auto:
             recovery = self.spectral.solve(stack, rank or max(differences.ranks))
             return replace(recovery, reason=f"{why}; so {recovery.reason}")
         found = differences.by_pair.values()
-        if any(map(_in_doubt, found)) and not any(_is_crowded(each, differences.stack) for each in found):
+        crowded = any(_is_crowded(each.singular_values, each.noise_norm, stack) for each in found)
+        if any(map(_in_doubt, found)) and not crowded:
             spaces = select_ranks(spaces, rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
         step, method, steps = _best_step(spaces, polished), "intersect+polish", polished.steps
@@ -149,13 +152,23 @@ def _in_doubt(difference: Difference) -> bool:
     return bool(len(S)) and float(S[-1]) < CLEAR * difference.noise_norm
 
 
-def _is_crowded(difference: Difference, stack: Stack) -> bool:
+def _is_crowded(singular_values: Tensor, noise_norm: float, stack: Stack) -> bool:
     """Whether so many directions stand just above the noise that they are noise of another kind than storage's.
 
     A search would take them for ranks one by one.
     """
-    just_above = difference.singular_values.lt(JUST_ABOVE * difference.noise_norm)
-    return int(just_above.sum()) > max(FEW_DIRECTIONS, min(stack.shape) // 8)
+    just_above = int(singular_values.lt(JUST_ABOVE * noise_norm).sum())
+    return just_above > max(FEW_DIRECTIONS, min(stack.shape) // 8)
+
+
+def _fits_noise(recovery: Recovery, stack: Stack) -> bool:
+    """Whether some delta is such noise: the better it fits, the worse the base."""
+    rows = stack.shape[0]
+    return any(
+        _is_crowded(Space.of(M_i).S, SIGNAL * 2**0.5 * float(stack.noise_norm(i, rows)), stack)
+        for i, M_i in enumerate(recovery.deltas)
+        if M_i.rank > FEW_DIRECTIONS
+    )
 
 
 def unchanged(stack: Stack) -> Recovery | None:
