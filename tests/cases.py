@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detune.solvers.frozen_factors import draw_factors
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -51,6 +53,7 @@ class Regime:
         scale: Root mean square of an `M_i` of full scale, where W has 1.
         shared_rows: Share of the row factors that all models have in common, as LoRAs of one seed do.
         dtype: Storage dtype.
+        frozen: Each `M_i` scales the rows and directions of VeRA's factors, of its rank and of this seed.
         changed: Each `M_i` is a random choice of this share of the entries.
         blocks: Each `M_i` is a sum of so many Kronecker products as its rank says, the first factors of this shape.
     """
@@ -61,11 +64,15 @@ class Regime:
     scale: float = 0.1
     shared_rows: float = 0.0
     dtype: torch.dtype = torch.float64
+    frozen: int | None = None
     changed: float = 0.0
     blocks: tuple[int, int] | None = None
 
     def change_of_basis(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random orthogonal matrices for columns and rows that leave the regime what it is."""
+        """Random orthogonal matrices for columns and rows that leave the regime what it is; none where it is fixed."""
+        if self.frozen is not None:
+            left, right = (torch.eye(size, dtype=torch.float64) for size in self.shape)
+            return left, right
         if self.changed:
             left, right = (torch.eye(size)[torch.randperm(size, generator=generator)].double() for size in self.shape)
             return left, right
@@ -88,6 +95,7 @@ REGIMES = {
     "one seed": Regime(shared_rows=0.97),
     "many models": Regime(ranks=(4,) * 6),
     "high ranks": Regime(shape=(40, 120), ranks=(17, 17, 17)),
+    "frozen factors": Regime(frozen=0, ranks=(20, 20, 20), dtype=torch.float32),
     "few entries": Regime(changed=0.03, ranks=(1,) * 5),
     "Kronecker products": Regime(blocks=(6, 5), ranks=(1, 1, 1)),
     "sums of two Kronecker products": Regime(blocks=(6, 5), ranks=(2, 2, 2, 2), dtype=torch.float32),
@@ -138,6 +146,7 @@ CASES = (
     Case("kronecker", "Kronecker products", 1e-12, 1e-12),
     Case("kronecker", "sums of two Kronecker products", 1e-4, 1e-4),
     Case("sparse", "few entries", 1e-1, 1e-13),
+    Case("vera", "frozen factors", 1e-4, 1e-4),
     Case("scaled", "plain", 1e-12, 1e-12),
     Case("scaled", "mixed ranks", 1e-12, 1e-12),
     Case("scaled", "float32", 1e-4, 1e-4),
@@ -166,6 +175,8 @@ def make_problem(regime: Regime, generator: torch.Generator) -> Problem:
         return _make_kronecker(regime, generator)
     if regime.changed:
         return _make_sparse(regime, generator)
+    if regime.frozen is not None:
+        return _make_frozen(regime, generator)
     out, columns = regime.shape
     W_star = normal(generator, out, columns)
     common = normal(generator, columns, max(regime.ranks))
@@ -190,6 +201,16 @@ def _make_kronecker(regime: Regime, generator: torch.Generator) -> Problem:
             for _ in range(r)
         ]
         deltas.append(torch.stack(terms).sum(dim=0))
+    return Problem(W_star, tuple(deltas), torch.stack([W_star + M_i for M_i in deltas]).to(regime.dtype))
+
+
+def _make_frozen(regime: Regime, generator: torch.Generator) -> Problem:
+    W_star = normal(generator, *regime.shape)
+    A, B = draw_factors(regime.shape, regime.ranks[0], regime.frozen)
+    deltas = []
+    for r in regime.ranks:
+        b, c = normal(generator, regime.shape[0], 1), 1 + 0.3 * normal(generator, r)
+        deltas.append(regime.scale * (b * B * c) @ A)
     return Problem(W_star, tuple(deltas), torch.stack([W_star + M_i for M_i in deltas]).to(regime.dtype))
 
 

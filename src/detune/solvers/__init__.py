@@ -2,6 +2,7 @@
 
 from detune.solvers.auto import Auto
 from detune.solvers.base import Bits, LowRank, NotLowRank, NotRecoverable, Recovery, Solver
+from detune.solvers.frozen_factors import FrozenFactors
 from detune.solvers.intersect import Intersect
 from detune.solvers.kronecker import Kronecker
 from detune.solvers.mean import Mean
@@ -19,19 +20,21 @@ SOLVERS: dict[str, type[Solver]] = {
     "kronecker": Kronecker,
     "scaled": RowScales,
     "sparse": Sparse,
+    "vera": FrozenFactors,
     "spectral": Spectral,
     "mean": Mean,
     "single": Single,
 }
 
 # Solvers of models that may differ at full rank: whether such models share a base, low ranks do not tell.
-ANY_RANK = (Kronecker, RowScales, Sparse, Mean, Single)
+ANY_RANK = (Kronecker, RowScales, Sparse, FrozenFactors, Mean, Single)
 
 __all__ = [
     "ANY_RANK",
     "SOLVERS",
     "Auto",
     "Bits",
+    "FrozenFactors",
     "Intersect",
     "Kronecker",
     "LowRank",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from detune.solvers.agreement import Solve, disagreement
 from detune.solvers.base import LowRank, Recovery
+from detune.solvers.frozen_factors import Frozen, expected_mse
 from detune.solvers.grid import name_of
 from detune.solvers.identifiability import ErrorTraces, error_traces
 from detune.solvers.kronecker import Rearranged, arrange_back, as_solved
@@ -119,6 +120,8 @@ def certify(
         return _but_for_scales(*on_scale, recovery.deltas)
     if recovery.method == "unchanged":
         return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
+    if recovery.deltas and isinstance(recovery.deltas[0], Frozen):
+        return _of_frozen(stack, recovery)
     if recovery.agreed is not None:
         return _of_votes(recovery.agreed)
     if recovery.bits is not None:
@@ -127,6 +130,18 @@ def certify(
         return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
     disagreed = None if check is None else disagreement(stack, check)
     return _of_fit(stack, recovery, stored or recovery.weight.dtype, disagreed)
+
+
+def _of_frozen(stack: Stack, recovery: Recovery) -> Certificate:
+    """What known factors leave unknown is far less than a rank: the misfit and draws of noise tell."""
+    predicted = _log10(expected_mse(stack, recovery))
+    left = recovery.noise_ratio or 0.0
+    if left > MOST_LEFT:
+        reason = f"{left:.2g} times the storage noise is left: adapters of these factors do not explain the data"
+        return Certificate(Verdict.APPROXIMATE, reason, 0, predicted)
+    return Certificate(
+        Verdict.FLOOR, "the only answer with these factors; storage noise is all that is left", 0, predicted
+    )
 
 
 def _of_votes(agreed: Tensor) -> Certificate:
