@@ -22,6 +22,9 @@ from detune.solvers import Auto, Intersect, Mean, NotRecoverable, Stack
 from detune.solvers.differences import ring
 from detune.solvers.linalg import orthonormal
 
+# Differences whose noise is measured; one would do, were all noise alike.
+PAIRS = 3
+
 __all__ = ["Denoise", "best_split", "denoised", "with_measured_noise"]
 
 
@@ -85,7 +88,7 @@ def with_measured_noise(stack: Stack) -> Stack:
         stack: At least two models, whose noise is of one size.
     """
     sizes = []
-    for i, j in ring(stack.n)[: stack.n]:
+    for i, j in ring(stack.n)[:PAIRS]:
         difference = stack.matrices[i].double() - stack.matrices[j].double()
         values = torch.linalg.svdvals(difference)
         sizes.append(float(values.median()) / (_median_singular_value(*sorted(stack.shape)) * 2**0.5))

@@ -25,8 +25,8 @@ from detune.solvers import Stack
 __all__ = ["Split", "split_off"]
 
 TURNS = 25
-# What would be divided by nothing: a direction that has shrunk this far is gone.
-GONE = 1e6
+# A direction whose prior weighs this much more than its data is gone.
+GONE = 1e3
 # Singular values of a model's own deviation are followed from this share of the noise's edge on.
 FOLLOWED = 0.7
 MOST = 64
@@ -64,9 +64,8 @@ def split_off(stack: Stack, V: Sequence[Tensor] | None = None, turns: int = TURN
         return _split(mean, centred, torch.zeros_like(centred), noise, 0)
     prior = [torch.zeros(V_i.shape[1], dtype=torch.float64) for V_i in V]
     for _ in range(turns):
-        U, sizes = _normalise(_regress(centred, V, prior))
-        V, sizes = _normalise(_regress(centred.mT, U, _relevance(sizes, stack.shape[1], noise)))
-        prior = _relevance(sizes, stack.shape[0], noise)
+        U, prior = _relevant(_regress(centred, V, prior), stack.shape[1], noise)
+        V, prior = _relevant(_regress(centred.mT, U, prior), stack.shape[0], noise)
     F = _regress(centred, V, prior)
     deltas = torch.stack([F_i @ V_i.mT for F_i, V_i in zip(F, V, strict=True)])
     taken = sum(float((1 / (1 + weight)).sum()) for weight in prior) * sum(stack.shape)
@@ -82,11 +81,11 @@ def _split(mean: Tensor, centred: Tensor, deltas: Tensor, noise: float, taken: f
 def _leading(X_i: Tensor, noise: float) -> Tensor:
     """The right singular vectors of a deviation that may be more than noise, `(in, q)`."""
     edge = noise * sum(size**0.5 for size in X_i.shape)
-    values, vectors = torch.linalg.eigh(X_i.mT @ X_i)
-    count = min(MOST, int(values.clamp(min=0).sqrt().gt(FOLLOWED * edge).sum()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, values, V = torch.svd_lowrank(X_i, q=min(MOST, *X_i.shape), niter=4)
     # The bulk itself reaches to the edge: none is followed where the first does not stand over it.
-    first = float(values[-1].clamp(min=0).sqrt())
-    leading: Tensor = vectors.flip(1)[:, : count if first > edge else 0]
+    leading: Tensor = V[:, : int(values.gt(FOLLOWED * edge).sum()) if float(values[0]) > edge else 0]
     return leading
 
 
@@ -101,17 +100,20 @@ def _regress(centred: Tensor, V: Sequence[Tensor], prior: Sequence[Tensor]) -> l
     return list(solved.split([V_i.shape[1] for V_i in V], dim=1))
 
 
-def _normalise(F: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Orthonormal bases of factors, along their principal directions, with the sizes along them."""
-    bases, sizes = [], []
+def _relevant(F: Sequence[Tensor], entries: int, noise: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Orthonormal bases of factors, along principal directions that are not gone, and `sigma^2 / tau_ij^2` of each.
+
+    Args:
+        F: The factors.
+        entries: Of the other side's vectors.
+        noise: Its root mean square.
+    """
+    bases, prior = [], []
     for F_i in F:
         Q, R = torch.linalg.qr(F_i)
-        left, size, _ = torch.linalg.svd(R)
-        bases.append(Q @ left)
-        sizes.append(size)
-    return bases, sizes
-
-
-def _relevance(sizes: Sequence[Tensor], entries: int, noise: float) -> list[Tensor]:
-    """`sigma^2 / tau_ij^2`."""
-    return [(noise**2 * entries / size.square().clamp(min=1e-300)).clamp(max=GONE) for size in sizes]
+        left, sizes, _ = torch.linalg.svd(R)
+        weights = noise**2 * entries / sizes.square().clamp(min=1e-300)
+        kept = weights < GONE
+        bases.append((Q @ left)[:, kept])
+        prior.append(weights[kept])
+    return bases, prior

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from detune.checkpoints import CheckpointWriter, open_checkpoint
 from detune.defences import FrozenA
@@ -80,8 +83,9 @@ def trained_families(
     with _whole(on_grid) as partial:
         if partial:
             _round_base(base, partial)
+    trainings: dict[str, dict[str, Any]] = {"ordinary": {}, "frozen-a": {"start": start, "lr": FROZEN_LR}}
     for domain in domains:
-        for family, options in (("ordinary", {}), ("frozen-a", {"start": start, "lr": FROZEN_LR})):
+        for family, options in trainings.items():
             with _whole(out / family / f"adapter-{domain}") as partial:
                 if partial:
                     say(f"training on {domain}, {family}")
@@ -120,11 +124,9 @@ def given_family(base: Path, models: Sequence[Path], held_out: int = HELD_OUT) -
     return Family("given", base, tuple(models), (texts,) * len(models))
 
 
-def quality(models: Sequence[Path], texts: Sequence[Sequence[str]]) -> Cloze:
-    """Task quality of several models, each on its own passages: the mean of accuracy and of loss."""
-    scores = [cloze(model, own) for model, own in zip(models, texts, strict=True)]
-    n = len(scores)
-    return Cloze(sum(score.accuracy for score in scores) / n, sum(score.loss for score in scores) / n)
+def quality(models: tuple[Path, ...], texts: tuple[tuple[str, ...], ...]) -> Cloze:
+    """Task quality of several models, each on its own passages: the hits of all of them."""
+    return Cloze(torch.cat([cloze(model, own).hits for model, own in zip(models, texts, strict=True)]))
 
 
 @cache
