@@ -1,6 +1,6 @@
 """Every fine-tuning method of PEFT that merges: what its merges give away of the base, and by which command.
 
-all-MiniLM-L6-v2, query and value of every layer, 3, 5 and 8 fine-tunes of 12 steps from one seed on subjects of their
+all-MiniLM-L6-v2, query and value of every layer, 3, 5 and 8 fine-tunes of 6 steps from one seed on subjects of their
 own, merged by `merge_and_unload` in float32. W-Error is the mean over the matrices of three layers; "up to scale" is
 the same with every row, or column, of the answer brought to the length of the truth's.
 """

@@ -174,7 +174,7 @@ def _lesson(seed: int, width: int) -> Callable[[nn.Module, int], Tensor]:
     return lambda model, step: F.mse_loss(model(inputs), outputs)
 
 
-def minilm_set(method: Method, count: int, steps: int = 12) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+def minilm_set(method: Method, count: int, steps: int = 6) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """all-MiniLM-L6-v2 and fine-tunes of it, each on passages of a subject of its own: the demo's task, fewer steps.
 
     Returns:

@@ -7,26 +7,26 @@ must be assumed is said in `Certificate.reason`, and in the section on the certi
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from detune.solvers.agreement import Solve, disagreement
-from detune.solvers.base import LowRank, Recovery
-from detune.solvers.frozen_factors import Frozen, expected_mse
+from detune.solvers.base import Recovery
 from detune.solvers.grid import name_of
 from detune.solvers.identifiability import ErrorTraces, error_traces
-from detune.solvers.kronecker import Rearranged, arrange_back, as_solved
 from detune.solvers.misfit import Misfit
 from detune.solvers.nullspace import undetermined
 from detune.solvers.polish import Core
 from detune.solvers.principal import lacks_principal_part
 from detune.solvers.rounding import StoredError, rounded_mse
-from detune.solvers.row_scales import Scaled, as_one_scale
 from detune.solvers.space import Space
 from detune.solvers.stack import Stack
+from detune.solvers.structured import certify_structured
 from detune.solvers.unseen import unseen_directions
+from detune.solvers.verdict import Certificate, Verdict
+
+__all__ = ["Certificate", "Verdict", "certify"]
 
 # A misfit of more than this many times the storage noise's (root mean square) is not storage noise.
 MOST_LEFT = 2.0
@@ -63,41 +63,6 @@ FORESEEABLE = 0.95
 CLOSE_SPACES = 1.12
 
 
-class Verdict(StrEnum):
-    """What an answer is worth."""
-
-    EXACT = "exact"
-    """The base's own bits."""
-    FLOOR = "to the storage floor"
-    """As close as the rounding of the models lets any method come; the predicted W-Error says how close."""
-    APPROXIMATE = "approximate"
-    """The prediction may be too good: the reason says why."""
-    NOT_DETERMINED = "not determined"
-    """The data do not hold the answer, or part of it."""
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What is known of an answer's error.
-
-    Attributes:
-        verdict: In two words.
-        reason: In one sentence.
-        undetermined: Dimension of the space of changes of W that the data cannot see; 0 is unique. None where the
-            method has no model of the deltas.
-        predicted_w_error: `log10` of the mean squared error per entry to expect of the weight once it is stored; None
-            where there is none (exact) or no telling (not determined).
-        agreement: The same figure from the disagreement of recoveries from parts of the models; None where they were
-            not made.
-    """
-
-    verdict: Verdict
-    reason: str
-    undetermined: int | None = None
-    predicted_w_error: float | None = None
-    agreement: float | None = None
-
-
 def certify(
     stack: Stack, recovery: Recovery, stored: torch.dtype | None = None, check: Solve | None = None
 ) -> Certificate:
@@ -112,68 +77,17 @@ def certify(
     Returns:
         The certificate.
     """
-    arranged = as_solved(stack, recovery)
-    if arranged is not None:
-        return certify(*arranged, stored, check and _of_rearranged(check, recovery))
-    on_scale = as_one_scale(stack, recovery)
-    if on_scale is not None:
-        return _but_for_scales(*on_scale, recovery.deltas)
+    structured = certify_structured(stack, recovery, stored, check, certify)
+    if structured is not None:
+        return structured
     if recovery.method == "unchanged":
         return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
-    if recovery.deltas and isinstance(recovery.deltas[0], Frozen):
-        return _of_frozen(stack, recovery)
-    if recovery.agreed is not None:
-        return _of_votes(recovery.agreed)
     if recovery.bits is not None:
         return _of_bits(stack, recovery)
     if not recovery.deltas:
         return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
     disagreed = None if check is None else disagreement(stack, check)
     return _of_fit(stack, recovery, stored or recovery.weight.dtype, disagreed)
-
-
-def _of_frozen(stack: Stack, recovery: Recovery) -> Certificate:
-    """What known factors leave unknown is far less than a rank: the misfit and draws of noise tell."""
-    predicted = _log10(expected_mse(stack, recovery))
-    left = recovery.noise_ratio or 0.0
-    if left > MOST_LEFT:
-        reason = f"{left:.2g} times the storage noise is left: adapters of these factors do not explain the data"
-        return Certificate(Verdict.APPROXIMATE, reason, 0, predicted)
-    return Certificate(
-        Verdict.FLOOR, "the only answer with these factors; storage noise is all that is left", 0, predicted
-    )
-
-
-def _of_votes(agreed: Tensor) -> Certificate:
-    """Entries that models share by no accident."""
-    missing = int(agreed.logical_not().count_nonzero())
-    if not missing:
-        return Certificate(Verdict.EXACT, "the base's own bits, if models agree by no accident", 0)
-    reason = f"{missing} of {agreed.numel()} entries are in no two models; the others are the base's own bits"
-    return Certificate(Verdict.NOT_DETERMINED, reason, missing)
-
-
-def _but_for_scales(stack: Stack, recovery: Recovery, deltas: Sequence[LowRank]) -> Certificate:
-    """An answer that is good for its rows' directions and not for their lengths."""
-    scales, rest, null = len(deltas[0].scale) if isinstance(deltas[0], Scaled) else 0, "", 0
-    if any(recovery.ranks):
-        found = certify(stack, recovery, torch.float64)
-        error = "" if found.predicted_w_error is None else f", W-Error {found.predicted_w_error:.2f}"
-        rest, null = f"; but for them: {found.verdict}{error}", found.undetermined or 0
-    reason = f"the lengths of {scales} rows or columns are a guess{rest}"
-    return Certificate(Verdict.NOT_DETERMINED, reason, scales + null)
-
-
-def _of_rearranged(check: Solve, recovery: Recovery) -> Solve:
-    """The same for models that were rearranged."""
-    first = recovery.deltas[0]
-    assert isinstance(first, Rearranged)
-
-    def solve(part: Stack) -> Recovery:
-        matrices = tuple(arrange_back(W_i, first.blocks, first.shape) for W_i in part.matrices)
-        return check(Stack(matrices, part.dtype, part.device))
-
-    return solve
 
 
 def _of_bits(stack: Stack, recovery: Recovery) -> Certificate:

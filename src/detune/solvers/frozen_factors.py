@@ -184,7 +184,8 @@ def expected_mse(stack: Stack, recovery: Recovery, seed: int = 0) -> float:
         moved = problem.product(b + db, c + dc) - problem.product(b, c)
         energy += float((noise - moved).mean(dim=0).square().sum()) / PROBES
     variance = float(sigma.square().mean()) / stack.n
-    return (energy + variance * (recovery.weight.numel() - b.shape[1] * Q.shape[1])) / recovery.weight.numel()
+    outside = recovery.weight.numel() - b.shape[1] * Q.shape[1]
+    return float(energy + variance * outside) / recovery.weight.numel()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""Verdicts on answers that are not of low rank as they stand: rearranged, scaled, of frozen factors, or voted for."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from detune.solvers.agreement import Solve
+from detune.solvers.base import LowRank, Recovery
+from detune.solvers.frozen_factors import Frozen, expected_mse
+from detune.solvers.kronecker import Rearranged, arrange_back, as_solved
+from detune.solvers.row_scales import Scaled, as_one_scale
+from detune.solvers.stack import Stack
+from detune.solvers.verdict import Certificate, Verdict
+
+# A misfit of more than this many times the storage noise's (root mean square) is not storage noise.
+MOST_LEFT = 2.0
+SMALLEST = 1e-99
+
+Certify = Callable[[Stack, Recovery, torch.dtype | None, Solve | None], Certificate]
+
+
+def certify_structured(
+    stack: Stack, recovery: Recovery, stored: torch.dtype | None, check: Solve | None, certify: Certify
+) -> Certificate | None:
+    """Judge an answer by the structure it was found by.
+
+    Args:
+        stack: The models.
+        recovery: What a solver made of them.
+        stored: The dtype that the weight will be rounded to.
+        check: Recovers from a part of the models.
+        certify: Judges an answer of low rank.
+
+    Returns:
+        The certificate; None where the answer is of low rank as it stands.
+    """
+    arranged = as_solved(stack, recovery)
+    if arranged is not None:
+        return certify(*arranged, stored, check and _of_rearranged(check, recovery))
+    on_scale = as_one_scale(stack, recovery)
+    if on_scale is not None:
+        return _but_for_scales(*on_scale, recovery.deltas, certify)
+    if recovery.deltas and isinstance(recovery.deltas[0], Frozen):
+        return _of_frozen(stack, recovery)
+    if recovery.agreed is not None:
+        return _of_votes(recovery.agreed)
+    return None
+
+
+def _of_frozen(stack: Stack, recovery: Recovery) -> Certificate:
+    """What known factors leave unknown is far less than a rank: the misfit and draws of noise tell."""
+    predicted = math.log10(max(expected_mse(stack, recovery), SMALLEST))
+    left = recovery.noise_ratio or 0.0
+    if left > MOST_LEFT:
+        reason = f"{left:.2g} times the storage noise is left: adapters of these factors do not explain the data"
+        return Certificate(Verdict.APPROXIMATE, reason, 0, predicted)
+    return Certificate(
+        Verdict.FLOOR, "the only answer with these factors; storage noise is all that is left", 0, predicted
+    )
+
+
+def _of_votes(agreed: Tensor) -> Certificate:
+    """Entries that models share by no accident."""
+    missing = int(agreed.logical_not().count_nonzero())
+    if not missing:
+        return Certificate(Verdict.EXACT, "the base's own bits, if models agree by no accident", 0)
+    reason = f"{missing} of {agreed.numel()} entries are in no two models; the others are the base's own bits"
+    return Certificate(Verdict.NOT_DETERMINED, reason, missing)
+
+
+def _but_for_scales(stack: Stack, recovery: Recovery, deltas: Sequence[LowRank], certify: Certify) -> Certificate:
+    """An answer that is good for its rows' directions and not for their lengths."""
+    scales, rest, null = len(deltas[0].scale) if isinstance(deltas[0], Scaled) else 0, "", 0
+    if any(recovery.ranks):
+        found = certify(stack, recovery, torch.float64, None)
+        error = "" if found.predicted_w_error is None else f", W-Error {found.predicted_w_error:.2f}"
+        rest, null = f"; but for them: {found.verdict}{error}", found.undetermined or 0
+    reason = f"the lengths of {scales} rows or columns are a guess{rest}"
+    return Certificate(Verdict.NOT_DETERMINED, reason, scales + null)
+
+
+def _of_rearranged(check: Solve, recovery: Recovery) -> Solve:
+    """The same for models that were rearranged."""
+    first = recovery.deltas[0]
+    assert isinstance(first, Rearranged)
+
+    def solve(part: Stack) -> Recovery:
+        matrices = tuple(arrange_back(W_i, first.blocks, first.shape) for W_i in part.matrices)
+        return check(Stack(matrices, part.dtype, part.device))
+
+    return solve
