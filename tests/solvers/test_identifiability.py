@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from detune.solvers.identifiability import cramer_rao_mse
+from detune.solvers.identifiability import cramer_rao_mse, error_traces
+from detune.solvers.polish import Core
 from tests.cases import Regime, make_problem, normal, seeded
 from tests.solvers.test_polish import dense_operator, spaces
 
@@ -30,3 +31,11 @@ def test_does_not_depend_on_the_choice_of_bases():
     U, V = spaces(make_problem(Regime(shape=(20, 18), ranks=(3, 3, 3)), seeded()))
     turned = [U_i @ torch.linalg.qr(normal(seeded(5), 3, 3))[0] for U_i in U]
     assert cramer_rao_mse(turned, V, 1.0, probes=200) == pytest.approx(cramer_rao_mse(U, V, 1.0, probes=200), rel=0.02)
+
+
+def test_traces_are_those_of_an_average_where_nothing_was_changed():
+    """Models that differ by rounding alone."""
+    U, V = ([torch.zeros(size, 0, dtype=torch.float64)] * 4 for size in (10, 8))
+    traces = error_traces(Core.of(U, V))
+    torch.testing.assert_close(traces.weight, torch.full((4,), 80 / 16, dtype=torch.float64))
+    torch.testing.assert_close(traces.residual, torch.full((4,), 80 * 3 / 4, dtype=torch.float64))

@@ -117,7 +117,7 @@ def _dense_traces(core: Core) -> _CoreTraces:
     s_U, s_V = core.Q.shape[1], core.P.shape[1]
     values, vectors = torch.linalg.eigh(dense_core(core))
     kept = values > ZERO * len(core.a)
-    X, values = vectors.mT[kept].reshape(-1, s_U, s_V), values[kept]
+    X, values = vectors.mT[kept].reshape(int(kept.sum()), s_U, s_V), values[kept]
     shares = torch.stack([core.project(i, X).square().sum(dim=(1, 2)) for i in range(len(core.a))])
     return _CoreTraces((shares / values.square()).sum(1), (shares / values).sum(1), float(values.pow(-2).sum()))
 
