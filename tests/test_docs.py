@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 # Modules whose public names the API reference has, each and all.
-REFERENCE = ("detune", "detune.audit", "detune.defences", "detune.solvers")
+REFERENCE = ("detune", "detune.attacks", "detune.audit", "detune.defences", "detune.solvers")
 
 FENCED = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -66,6 +67,13 @@ def find_command(words: list[str]) -> tuple[click.Command, list[str]]:
     return command, words
 
 
+def words_of(line: str) -> list[str]:
+    """The words of the first command of a line of shell, without a comment."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    return list(takewhile(lambda word: word not in {"|", ">", ">>", ";", "&", "&&", "||"}, lexer))
+
+
 WRITTEN = [shown for shown in command_lines() if is_command(shown)]
 MENTIONED = [shown for shown in inline_code() if is_command(shown)]
 
@@ -76,7 +84,7 @@ def test_a_command_that_is_written_out_parses(shown, monkeypatch):
         return value  # the files of an example are not here
 
     monkeypatch.setattr(click.Path, "convert", take_as_it_is)
-    command, words = find_command(shlex.split(shown.text, comments=True)[1:])
+    command, words = find_command(words_of(shown.text)[1:])
     command.make_context(command.name, words)
 
 
