@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from detune.cli.defences import defences
 from detune.cli.leaderboard import leaderboard
 from detune.cli.options import device_of, device_option
 
@@ -63,6 +64,7 @@ def bench() -> None:
 
 
 bench.add_command(leaderboard)
+bench.add_command(defences)
 
 
 @bench.command("list")

@@ -1,6 +1,6 @@
 """The leaderboard of defences: entries as JSON, each against a frozen set of attacks, and a page made of them."""
 
-from detune.bench.leaderboard.attack_sets import ATTACK_SETS, LATEST
+from detune.bench.leaderboard.attack_sets import ATTACK_SETS, LATEST, AttackSet
 from detune.bench.leaderboard.entry import (
     Attacked,
     Entry,
@@ -17,6 +17,7 @@ __all__ = [
     "ATTACK_SETS",
     "LATEST",
     "LOSS_BOUND",
+    "AttackSet",
     "Attacked",
     "Entry",
     "Making",

@@ -136,12 +136,11 @@ class Entry(_Record):
             raise ValueError('status "verified" and the field "verified" belong together')
         if self.attack_set not in ATTACK_SETS:
             raise ValueError(f"no attack set {self.attack_set!r}; there are {', '.join(ATTACK_SETS)}")
-        if set(self.attacks) != set(ATTACK_SETS[self.attack_set]):
-            raise ValueError(
-                f"{self.attack_set} is {', '.join(ATTACK_SETS[self.attack_set])}: all of them, and no other"
-            )
+        expected = ATTACK_SETS[self.attack_set].attacks
+        if set(self.attacks) != set(expected):
+            raise ValueError(f"expected all attacks of {self.attack_set} and no other: {', '.join(expected)}")
         if all(attacked.w_error is None for attacked in self.attacks.values()):
-            raise ValueError("no attack gave an answer: at least the release itself is one")
+            raise ValueError("no attack gave an answer: the average of the releases is one")
         return self
 
     @property

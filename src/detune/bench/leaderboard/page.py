@@ -97,7 +97,7 @@ def _sections(entries: Mapping[Path, Entry], folder: Path) -> Iterator[str]:
             ],
         )
         yield "What each attack gets, W-Error:\n"
-        attacks = list(ATTACK_SETS[first.attack_set])
+        attacks = list(ATTACK_SETS[first.attack_set].attacks)
         yield from _table(
             ("defence", *attacks),
             [(entry.name, *(_figure(entry, attack) for attack in attacks)) for _, _, entry in rows],

@@ -18,7 +18,7 @@ from statistics import fmean
 import torch
 
 from detune.attacks import ATTACKS
-from detune.bench.defences_models import Family, quality
+from detune.bench.defences.families import Family, quality
 from detune.checkpoints import open_checkpoint
 from detune.defences import (
     Bf16,

@@ -1,0 +1,77 @@
+"""`detune bench defences`: which defences keep a base hidden, against attacks that know them, and what each costs."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from detune.bench.defences.families import given_family, trained_families
+from detune.bench.defences.matrix import MODELS, Cell, Row, RowResult, rows_of, run_rows, verdict
+from detune.bench.defences.table import write
+from detune.demo.texts import DOMAINS, passages
+from detune.errors import InputError
+
+__all__ = ["Cell", "Row", "RowResult", "bench_defences", "run_rows", "verdict", "write"]
+
+# Passages of each domain that the defences look at activations with; none of them is held out.
+CALIBRATION = 24
+
+
+def bench_defences(
+    out: Path,
+    *,
+    base: Path | None = None,
+    models: Sequence[Path] = (),
+    only: Sequence[str] = (),
+    quick: bool = False,
+    on_step: Callable[[str], None] | None = None,
+) -> tuple[RowResult, ...]:
+    """Run the matrix, and write the table and the figure.
+
+    Args:
+        out: The folder to fill: the fine-tunes in `models/`, one JSON file a defence in `rows/`, `defences.md` and
+            `defences.png`. What is there already is not made again.
+        base: The truth of `models`; None trains fine-tunes of all-MiniLM-L6-v2.
+        models: Fine-tunes of it, encoders with tokenizers.
+        only: Names of rows; empty runs all.
+        quick: The smallest form: three fine-tunes of two steps, a few rows.
+        on_step: Called with what is being done.
+
+    Returns:
+        A result for each defence.
+
+    Raises:
+        InputError: Too few models, a base without models, or no such row.
+        DetuneError: An extra is not installed.
+    """
+    if (base is None) != (not models):
+        raise InputError(
+            "the base and its fine-tunes go together",
+            f"got {len(models)} models and {'no' if base is None else 'a'} base",
+            "give both, or neither to train some",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    texts = out / "texts.txt"
+    texts.write_text(
+        "\n".join(t for domain in DOMAINS for t in passages(domain)[:CALIBRATION]) + "\n", encoding="utf-8"
+    )
+    if base is not None:
+        families = {"given": given_family(base, models)}
+        releases = min(MODELS, len(models))
+    elif quick:
+        families = trained_families(out / "models", domains=DOMAINS[:3], steps=2, held_out=16, on_step=on_step)
+        releases = 3
+    else:
+        families = trained_families(out / "models", on_step=on_step)
+        releases = MODELS
+    rows = rows_of(families, texts, releases)
+    wanted = only or (_QUICK if quick else [row.name for row in rows])
+    unknown = set(wanted) - {row.name for row in rows}
+    if unknown:
+        raise InputError(
+            f"no row {min(unknown)!r}", f"expected some of {', '.join(row.name for row in rows)}", "see --only"
+        )
+    results = run_rows([row for row in rows if row.name in wanted], families, out, on_cell=on_step)
+    write(results, out)
+    return results
+
+
+_QUICK = ("none", "noise 1.0%", "permutation", "frozen A")

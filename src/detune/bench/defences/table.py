@@ -1,0 +1,113 @@
+"""The matrix as a Markdown table and as a figure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detune.attacks import ATTACKS
+from detune.bench.defences.matrix import RowResult, verdict
+
+__all__ = ["draw", "markdown", "write"]
+
+_COLOURS = {"survives": "#0072B2", "broken partly": "#E69F00", "broken": "#D55E00"}
+
+
+def write(rows: Sequence[RowResult], out: Path) -> tuple[Path, Path]:
+    """Write `defences.md` and `defences.png`.
+
+    Args:
+        rows: The results.
+        out: An existing folder.
+
+    Returns:
+        Both files.
+    """
+    table, figure = out / "defences.md", out / "defences.png"
+    table.write_text(markdown(rows), encoding="utf-8")
+    draw(rows, figure)
+    return table, figure
+
+
+def markdown(rows: Sequence[RowResult]) -> str:
+    """One line for each defence, one column for each attack; the attack that came closest in bold."""
+    attacks = _attacks(rows)
+    header = ["defence", "n", *attacks, "embeddings", "times closer", "task accuracy", "verdict"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        found = {cell.attack: cell for cell in row.cells}
+        figures = []
+        for attack in attacks:
+            cell = found.get(attack)
+            if cell is None:
+                figures.append("")
+            elif cell.w_error is None:
+                figures.append("none")
+            else:
+                figures.append(f"**{cell.w_error:.2f}**" if cell is row.best else f"{cell.w_error:.2f}")
+        closest = min(cell.embeddings for cell in row.cells if cell.embeddings is not None)
+        lines.append(
+            [
+                row.name,
+                str(row.models),
+                *figures,
+                f"{closest:.1e}",
+                _times(row.times_closer),
+                f"{row.accuracy:.3f} ({-row.cost:+.1%})",
+                verdict(row),
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def draw(rows: Sequence[RowResult], file: Path) -> None:
+    """A heat map: W-Error by defence and attack, with the cost and the verdict beside it.
+
+    Args:
+        rows: The results.
+        file: The PNG to write.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    attacks = _attacks(rows)
+    values = np.full((len(rows), len(attacks)), np.nan)
+    for i, row in enumerate(rows):
+        for cell in row.cells:
+            if cell.w_error is not None:
+                values[i, attacks.index(cell.attack)] = cell.w_error
+    figure = Figure(figsize=(3.4 + 0.85 * len(attacks) + 3.0, 1.3 + 0.36 * len(rows)), facecolor="white")
+    FigureCanvasAgg(figure)
+    axis = figure.add_axes((3.0 / figure.get_figwidth(), 0.03, 0.85 * len(attacks) / figure.get_figwidth(), 0.85))
+    axis.imshow(values, cmap="viridis_r", aspect="auto", vmin=-18, vmax=-4)
+    for i, row in enumerate(rows):
+        for cell in row.cells:
+            light = cell.w_error is not None and cell.w_error < -11
+            text = "no answer" if cell.w_error is None else f"{cell.w_error:.1f}"
+            size = 7 if cell.w_error is None else 9
+            weight = "bold" if cell is row.best else "normal"
+            place = axis.text(attacks.index(cell.attack), i, text, ha="center", va="center", fontsize=size)
+            place.set(fontweight=weight, color="white" if light else "black")
+        beside = f"{_times(row.times_closer)}×   {-row.cost:+.1%}"
+        axis.text(len(attacks) - 0.4, i, beside, va="center", fontsize=9)
+        axis.text(len(attacks) + 1.5, i, verdict(row), va="center", fontsize=9, color=_COLOURS[verdict(row)])
+    axis.text(len(attacks) - 0.4, -0.9, "closer   task", va="center", fontsize=9, color="#555555")
+    axis.set_xticks(range(len(attacks)), attacks, rotation=0)
+    axis.set_yticks(range(len(rows)), [f"{row.name}, n={row.models}" for row in rows])
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0, labelsize=9)
+    axis.spines[:].set_visible(False)
+    axis.set_xticks(np.arange(-0.5, len(attacks)), minor=True)
+    axis.set_yticks(np.arange(-0.5, len(rows)), minor=True)
+    axis.grid(which="minor", color="white", linewidth=1.5)
+    axis.tick_params(which="minor", length=0)
+    figure.suptitle("What each attack makes of each defence: W-Error, lower is closer to the base", fontsize=11)
+    figure.savefig(file, dpi=150)
+
+
+def _attacks(rows: Sequence[RowResult]) -> list[str]:
+    tried = {cell.attack for row in rows for cell in row.cells}
+    return [name for name in ATTACKS if name in tried]
+
+
+def _times(times: float) -> str:
+    return f"{times:.1f}" if times < 100 else f"{times:.0e}".replace("e+0", "e").replace("e+", "e")
