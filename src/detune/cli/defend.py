@@ -21,8 +21,8 @@ ABOUT = {
     "padding": "add a matrix of more than half the full rank in the input directions that cost least",
     "dither": "add one step's uniform noise, so that no weight lies on the base's grid",
     "permutation": "neurons and heads in another order in each release",
-    "rotation": "another basis of queries with keys, and of values with outputs, in each release",
-    "rescaling": "another share of each scale in the norm and in the layer after it",
+    "rotation": "keys and values of each head in another orthonormal basis in each release",
+    "rescaling": "channels in other units in each release",
     "frozen-a": "write the adapter that all fine-tunes of a base must start from, with its A frozen",
 }
 """What `detune.defences.DEFENCES` has, and the one that comes before the training; a test holds them together."""
@@ -75,7 +75,7 @@ def _command(name: str) -> click.Command:
 
     for option in reversed(SETTINGS.get(name, ())):
         run = option(run)
-    return click.command(name, help=f"{ABOUT[name].capitalize()}: IN as OUT.", short_help=ABOUT[name])(run)
+    return click.command(name, help=f"Write IN to OUT: {ABOUT[name]}.", short_help=ABOUT[name])(run)
 
 
 for _name in ABOUT:
@@ -86,8 +86,8 @@ for _name in ABOUT:
 @defend.command("frozen-a", short_help=ABOUT["frozen-a"])
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--rank", default=16, show_default=True, type=click.IntRange(min=1), help="LoRA rank.")
-@click.option("--alpha", default=32, show_default=True, type=click.IntRange(min=1), help="LoRA alpha.")
+@click.option("--rank", default=32, show_default=True, type=click.IntRange(min=1), help="LoRA rank.")
+@click.option("--alpha", default=64, show_default=True, type=click.IntRange(min=1), help="LoRA alpha.")
 @click.option("--targets", default="query,value", show_default=True, help="Names of the linear layers to train.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of A; it is no secret.")
 def frozen_a(base: Path, out: Path, rank: int, alpha: int, targets: str, seed: int) -> None:
