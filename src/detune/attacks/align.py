@@ -6,20 +6,26 @@ turned.
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from detune.attacks.denoise import denoised
+from torch import Tensor
+
 from detune.attacks.frames import find_actions
 from detune.attacks.rebuild import rebuild
 from detune.checkpoints import Checkpoint, CheckpointWriter
 from detune.errors import InputError
 from detune.family import Family
 from detune.recovery import recover
+from detune.solvers import Auto, Mean, NotRecoverable, Stack
 from detune.symmetries import Action, Actions, act, read_layers
 
 __all__ = ["Align", "align"]
+
+# A misfit of up to this many times the noise that a solver was told is that noise.
+_EXPLAINED = 1.25
+_TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Align:
     """Match neurons and heads, undo rotations and scales, then recover.
 
     Where numbers only had to be moved, `detune recover` does the rest, bits and all. Where weights were turned or
-    scaled they have been rounded more often than `recover` expects, and the noise is measured.
+    scaled they have been rounded more often than `recover` expects, and the misfit tells how much more noise that is.
     """
 
     name: ClassVar[str] = "align"
@@ -45,7 +51,7 @@ class Align:
             if all(release.is_exact for release in aligned):
                 recover([release.path for release in aligned], out)
             else:
-                rebuild([release.path for release in aligned], out, self.min_models, denoised)
+                rebuild([release.path for release in aligned], out, self.min_models, _solve)
 
 
 @dataclass(frozen=True)
@@ -99,3 +105,20 @@ def _write(release: Checkpoint, actions: Actions, copy: Path) -> Path:
             else:
                 writer.copy(name)
     return copy
+
+
+def _solve(stack: Stack) -> Tensor:
+    """By `auto`, and again with the noise that the misfit shows, as long as that is more than it was told."""
+    more, weight = 1.0, None
+    for _ in range(_TRIES):
+        told = stack if more == 1 else replace(stack, told_noise=tuple(more * noise for noise in stack.noise.tolist()))
+        try:
+            found = (Auto() if more == 1 else Auto(lattice=None)).solve(told)
+        except NotRecoverable:
+            more *= 2
+            continue
+        weight, excess = found.weight, found.noise_ratio or 0.0
+        if excess <= _EXPLAINED:
+            break
+        more *= excess
+    return Mean().solve(stack).weight if weight is None else weight
