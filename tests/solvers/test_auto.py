@@ -1,11 +1,15 @@
+import math
+
 import pytest
 import torch
 
 from benchmarks.certificate import draw
 from detune import recover_matrix
 from detune.metrics import w_error
-from detune.solvers import Auto, Mean, NotLowRank, Spectral, Stack
+from detune.solvers import Auto, Intersect, Mean, NotLowRank, Spectral, Stack
 from detune.solvers.auto import FEW_DIRECTIONS
+from detune.solvers.certificate import Verdict, certify
+from detune.solvers.intersect import Unsplittable
 from tests.cases import Regime, make_problem, normal, seeded
 
 
@@ -94,3 +98,17 @@ def test_noise_just_above_the_storage_noise_is_not_searched_for_ranks(monkeypatc
     assert all(V_i.shape[1] <= 4 + FEW_DIRECTIONS for spaces in searched for V_i in spaces.bases)
     assert recovery.ranks == (4, 4, 4)
     assert w_error(recovery.weight, problem.W_star) < -14
+
+
+def test_noise_that_looks_like_ranks_too_high_to_split_is_looked_above():
+    """Rounded otherwise before it was stored: at ten times the storage noise most of a difference stands over it."""
+    problem = make_problem(Regime(shape=(144, 128), ranks=(4, 4, 4), scale=1e-3, dtype=torch.float32), seeded())
+    noise = 6 * float(Stack.of(problem.stack).noise.mean())
+    models = [(W_i.double() + noise * normal(seeded(i), *W_i.shape)).float() for i, W_i in enumerate(problem.stack)]
+    stack = Stack.of(models)
+    with pytest.raises(Unsplittable):
+        Intersect().solve(stack)
+    recovery = Auto().solve(stack)
+    assert recovery.method.startswith("intersect")
+    assert w_error(recovery.weight, problem.W_star) < 2 * math.log10(noise) + 0.5
+    assert certify(stack, recovery).verdict is Verdict.APPROXIMATE

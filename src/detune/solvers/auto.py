@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detune.solvers.base import LowRank, NotRecoverable, Recovery, left_alone
 from detune.solvers.descent import downhill
-from detune.solvers.differences import SIGNAL, Difference, find_differences
+from detune.solvers.differences import SIGNAL, Difference, Differences, find_differences
 from detune.solvers.fit import WStep, w_step, w_step_given_rows
 from detune.solvers.intersect import Spaces, Unsplittable, find_spaces, untranspose
 from detune.solvers.lattice import HALVES, Lattice, NoGrid
@@ -67,39 +67,49 @@ class Auto:
             return self.lattice.without_grid(stack, found)
 
     def _without_grid(self, stack: Stack, rank: int | None) -> Recovery:
-        best = self._solve(stack, rank, fold=True)
-        # Folding rows loses a direction where very few rows differ: look again at all of them. Differences of LoRAs
-        # that nearly coincide can have directions below the noise: where the rank is known, look for them there. And
-        # noise may be more than storage's, if the merge was rounded on its way: look again above that.
-        below = (BELOW_NOISE,) if rank is not None else ()
-        for signal in (SIGNAL, *below, 2 * SIGNAL, 4 * SIGNAL, 8 * SIGNAL):
-            if not best.method.startswith("intersect"):
-                break
-            at_floor = (best.noise_ratio or 0.0) <= (AT_FLOOR if signal == BELOW_NOISE else FLOOR_RATIO)
-            if at_floor and not _fits_noise(best, stack):
-                continue
-            try:
-                again = self._solve(stack, rank, fold=False, signal=signal)
-            except NotRecoverable:
-                break
-            best = min(best, again, key=lambda r: (_fits_noise(r, stack), r.noise_ratio or 0.0))
-        return best
-
-    def _solve(self, stack: Stack, rank: int | None, fold: bool, signal: float = SIGNAL) -> Recovery:
-        differences = find_differences(stack, rank, self.seed, fold, signal)
-        if stack.n >= 3 and any(difference.rank == 0 for difference in differences.by_pair.values()):
+        first = find_differences(stack, rank, self.seed)
+        if stack.n >= 3 and any(difference.rank == 0 for difference in first.by_pair.values()):
             untouched = unchanged(stack)
             if untouched is not None:
                 return untouched
+        best, why_not = None, ""
         try:
-            spaces = find_spaces(differences, rank, self.seed)
+            best = self._closed_form(first, rank)
         except Unsplittable as why:
-            _check_solvable(stack, differences.ranks)
-            recovery = self.spectral.solve(stack, rank or max(differences.ranks))
-            return replace(recovery, reason=f"{why}; so {recovery.reason}")
-        found = differences.by_pair.values()
-        crowded = any(_is_crowded(each.singular_values, each.noise_norm, stack) for each in found)
-        if any(map(_in_doubt, found)) and not crowded:
+            why_not = str(why)
+        if best is not None or _in_a_crowd(first):
+            best = self._look_again(stack, rank, best)
+        if best is not None:
+            return best
+        _check_solvable(stack, first.ranks)
+        recovery = self.spectral.solve(stack, rank or max(first.ranks))
+        return replace(recovery, reason=f"{why_not}; so {recovery.reason}")
+
+    def _look_again(self, stack: Stack, rank: int | None, best: Recovery | None) -> Recovery | None:
+        """The best of what differences give that are cut elsewhere, if the closed form is not at the noise.
+
+        Folding rows loses a direction where very few rows differ: all of them are looked at. Differences of LoRAs that
+        nearly coincide can have directions below the noise: where the rank is known, they are looked for there. And
+        noise may be more than storage's, if the merge was rounded on its way: that shows above it.
+        """
+        below = (BELOW_NOISE,) if rank is not None else ()
+        for signal in (SIGNAL, *below, 2 * SIGNAL, 4 * SIGNAL, 8 * SIGNAL):
+            enough = AT_FLOOR if signal == BELOW_NOISE else FLOOR_RATIO
+            if best is not None and (best.noise_ratio or 0.0) <= enough and not _fits_noise(best, stack):
+                continue
+            try:
+                again = self._closed_form(find_differences(stack, rank, self.seed, False, signal), rank)
+            except Unsplittable:
+                continue
+            except NotRecoverable:
+                break
+            options = [again] if best is None else [best, again]
+            best = min(options, key=lambda r: (_fits_noise(r, stack), r.noise_ratio or 0.0))
+        return best
+
+    def _closed_form(self, differences: Differences, rank: int | None) -> Recovery:
+        spaces = find_spaces(differences, rank, self.seed)
+        if any(map(_in_doubt, differences.by_pair.values())) and not _in_a_crowd(differences):
             spaces = select_ranks(spaces, rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
         step, method, steps = _best_step(spaces, polished), "intersect+polish", polished.steps
@@ -150,6 +160,12 @@ def _in_doubt(difference: Difference) -> bool:
     """Whether the rank of a difference ends near the noise, where more may lie hidden."""
     S = difference.singular_values
     return bool(len(S)) and float(S[-1]) < CLEAR * difference.noise_norm
+
+
+def _in_a_crowd(differences: Differences) -> bool:
+    """Whether some difference ends in noise of another kind."""
+    found = differences.by_pair.values()
+    return any(_is_crowded(each.singular_values, each.noise_norm, differences.stack) for each in found)
 
 
 def _is_crowded(singular_values: Tensor, noise_norm: float, stack: Stack) -> bool:
