@@ -5,12 +5,13 @@ from detune.bench.leaderboard.entry import (
     Attacked,
     Entry,
     Making,
-    Task,
     Utility,
+    file_name,
     read_entries,
     read_entry,
     write_entry,
 )
+from detune.bench.leaderboard.measuring import add, differences, entry_of, verify
 from detune.bench.leaderboard.page import LOSS_BOUND, build_page, ranked, write_page
 
 __all__ = [
@@ -21,12 +22,16 @@ __all__ = [
     "Attacked",
     "Entry",
     "Making",
-    "Task",
     "Utility",
+    "add",
     "build_page",
+    "differences",
+    "entry_of",
+    "file_name",
     "ranked",
     "read_entries",
     "read_entry",
+    "verify",
     "write_entry",
     "write_page",
 ]

@@ -10,20 +10,24 @@ __all__ = ["ATTACK_SETS", "LATEST", "AttackSet"]
 
 @dataclass(frozen=True)
 class AttackSet:
-    """Attacks that a defence meets, all of them.
+    """What defences are tried with.
 
     Attributes:
         detune: The version that brought the set.
-        attacks: Their settings, by their names in `detune.attacks.ATTACKS`.
+        task: What is defended.
+        attacks: Their settings, by their names in `detune.attacks.ATTACKS`. Which of them a defence meets, its row in
+            `detune.bench.defences` says: those that know no defence, and those that know one like it.
     """
 
     detune: str
+    task: str
     attacks: dict[str, str]
 
 
 ATTACK_SETS = {
     "detune-attacks-v1": AttackSet(
         "0.1.0",
+        "all-MiniLM-L6-v2, LoRAs of rank 16 on query and value from one seed, merged in float32",
         {
             "average": "Average()",
             "recover": "Recover()",

@@ -1,9 +1,10 @@
-"""An entry of the leaderboard: one defence, what each attack of a frozen set got out of it, and what it costs.
+"""An entry of the leaderboard: one defence, what the attacks of a frozen set got out of it, and what it costs.
 
-One JSON file an entry, `docs/leaderboard/entries/NAME.json`. The truth enters through the figures alone.
+One JSON file an entry, `docs/leaderboard/entries/NAME.json`.
 """
 
 import json
+import re
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -11,13 +12,13 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from detune.bench.leaderboard.attack_sets import ATTACK_SETS
+from detune.bench.results import Environment
 from detune.errors import InputError, OutputError
 
-__all__ = ["FORMAT", "Attacked", "Entry", "Making", "Task", "Utility", "read_entries", "read_entry", "write_entry"]
+__all__ = ["FORMAT", "Attacked", "Entry", "Making", "Utility", "file_name", "read_entries", "read_entry", "write_entry"]
 
 FORMAT: Literal["detune-leaderboard/1"] = "detune-leaderboard/1"
 
-Text = Annotated[str, Field(min_length=1)]
 Line = Annotated[str, Field(min_length=1, pattern=r"^[^\n|]*$")]
 """What goes into a cell of a table."""
 
@@ -26,52 +27,37 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Task(_Record):
-    """What was defended: entries are compared within one task.
-
-    Attributes:
-        base: The model that is to stay hidden.
-        fine_tunes: How the releases were made.
-        models: Number of releases.
-        release_w_error: W-Error of a release as it is, undefended: what anybody has who does nothing.
-    """
-
-    base: Line
-    fine_tunes: Line
-    models: Annotated[int, Field(ge=1)]
-    release_w_error: float
-
-
 class Attacked(_Record):
     """What one attack got.
 
     Attributes:
         w_error: Over the matrices that were fine-tuned; None where the attack gave no answer.
-        failure: Why it gave none.
+        embeddings: Mean cosine distance of the recovered model's embeddings from the base's, over that of a
+            fine-tune, undefended.
+        failure: Why it gave no answer.
     """
 
     w_error: float | None
+    embeddings: Annotated[float, Field(ge=0)] | None
     failure: str | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
-        if (self.w_error is None) == (self.failure is None):
-            raise ValueError("give a W-Error or the reason why there is none")
+    def _figures_or_reason(self) -> Self:
+        if len({self.w_error is None, self.embeddings is None, self.failure is not None}) > 1:
+            raise ValueError("give both figures, or the reason why there are none")
         return self
 
 
 class Utility(_Record):
-    """What the defence costs.
+    """What the defence costs: task accuracy, on passages that were not trained on.
 
     Attributes:
-        metric: What is measured, on texts that were not trained on; more is better.
-        undefended: Of the fine-tunes as they were.
+        undefended: Of ordinary fine-tunes without a defence.
         defended: Of the releases.
     """
 
-    metric: Line
-    undefended: Annotated[float, Field(gt=0)]
-    defended: Annotated[float, Field(ge=0)]
+    undefended: Annotated[float, Field(gt=0, le=1)]
+    defended: Annotated[float, Field(ge=0, le=1)]
 
     @property
     def loss(self) -> float:
@@ -85,14 +71,12 @@ class Making(_Record):
     Attributes:
         date: Of the day.
         command: That computes them.
-        versions: Of detune, Python and torch.
-        code_sha256: Over detune's source files.
+        environment: Versions, the hash of detune's code, and the machine.
     """
 
     date: date
-    command: Text
-    versions: dict[str, str]
-    code_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    command: Annotated[str, Field(min_length=1)]
+    environment: Environment
 
 
 class Entry(_Record):
@@ -100,30 +84,28 @@ class Entry(_Record):
 
     Attributes:
         format: Of this file.
-        name: What the page calls it.
-        about: One line.
+        name: Of its row in `detune bench defences`.
+        defence: What is done to each release, with its settings.
         authors: Who answers for the entry.
         link: A paper, or the code.
-        defence: Its name.
-        settings: Its hyperparameters.
-        attack_set: The frozen attacks that it was tried with, all of them.
-        task: What was defended.
+        attack_set: The frozen attacks that it was tried with.
+        models: Number of releases.
+        average: The figures of averaging as many releases without a defence: what anybody has.
         utility: What it costs.
-        attacks: What each attack of the set got.
-        status: "verified" where the figures came out again, computed by the maintainers from the defence's code.
+        attacks: What each attack got that the defence met.
+        status: "verified" where the maintainers computed the figures from the defence's code.
         made: Where the figures come from.
         verified: Where they came out again.
     """
 
     format: Literal["detune-leaderboard/1"] = FORMAT
     name: Line
-    about: Line
+    defence: Line
     authors: Annotated[tuple[Line, ...], Field(min_length=1)]
     link: Annotated[str, Field(pattern=r"^https://\S+$")] | None = None
-    defence: Line
-    settings: Line
-    attack_set: Text
-    task: Task
+    attack_set: str
+    models: Annotated[int, Field(ge=1)]
+    average: Attacked
     utility: Utility
     attacks: dict[str, Attacked]
     status: Literal["verified", "claimed"]
@@ -136,31 +118,45 @@ class Entry(_Record):
             raise ValueError('status "verified" and the field "verified" belong together')
         if self.attack_set not in ATTACK_SETS:
             raise ValueError(f"no attack set {self.attack_set!r}; there are {', '.join(ATTACK_SETS)}")
-        expected = ATTACK_SETS[self.attack_set].attacks
-        if set(self.attacks) != set(expected):
-            raise ValueError(f"expected all attacks of {self.attack_set} and no other: {', '.join(expected)}")
-        if all(attacked.w_error is None for attacked in self.attacks.values()):
-            raise ValueError("no attack gave an answer: the average of the releases is one")
+        known = ATTACK_SETS[self.attack_set].attacks
+        if unknown := set(self.attacks) - set(known):
+            raise ValueError(f"{min(unknown)!r} is no attack of {self.attack_set}; it has {', '.join(known)}")
+        if not (self.average.w_error and any(self.w_errors.values())):
+            raise ValueError("no attack gave an answer, and the average of the releases is always one")
         return self
+
+    @property
+    def w_errors(self) -> dict[str, float]:
+        """Of the attacks that gave an answer."""
+        return {name: attacked.w_error for name, attacked in self.attacks.items() if attacked.w_error is not None}
 
     @property
     def worst_attack(self) -> str:
         """The one that comes closest to the base."""
-        return min(self._w_errors, key=self._w_errors.__getitem__)
-
-    @property
-    def worst_w_error(self) -> float:
-        """How close it comes."""
-        return self._w_errors[self.worst_attack]
+        return max(self.w_errors, key=lambda name: self._closer(self.attacks[name]))
 
     @property
     def times_closer(self) -> float:
-        """How many times closer to the base it comes than an undefended release is, in root mean square."""
-        return float(10 ** ((self.task.release_w_error - self.worst_w_error) / 2))
+        """How many times closer to the base it comes than averaging undefended releases.
 
-    @property
-    def _w_errors(self) -> dict[str, float]:
-        return {name: attacked.w_error for name, attacked in self.attacks.items() if attacked.w_error is not None}
+        In root mean square, by the weights or by the embeddings, whichever shows more.
+        """
+        return self._closer(self.attacks[self.worst_attack])
+
+    def _closer(self, attacked: Attacked) -> float:
+        weights = 10 ** (((self.average.w_error or 0.0) - (attacked.w_error or 0.0)) / 2)
+        function = ((self.average.embeddings or 0.0) / max(attacked.embeddings or 0.0, 1e-30)) ** 0.5
+        return float(max(weights, function))
+
+
+def file_name(name: str) -> str:
+    """An entry's file, by its name.
+
+    Example:
+        >>> file_name("release one, bf16 base"), file_name("noise 0.1%")
+        ('release-one-bf16-base.json', 'noise-0.1.json')
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") + ".json"
 
 
 def read_entry(file: Path) -> Entry:
@@ -172,7 +168,7 @@ def read_entry(file: Path) -> Entry:
     try:
         return Entry.model_validate_json(file.read_bytes())
     except OSError as error:
-        raise InputError(f"cannot read {file}", str(error.strerror), "give an entry's JSON file") from None
+        raise InputError(f"cannot read {file}", str(error.strerror), "give an entry's name or JSON file") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
@@ -188,9 +184,7 @@ def read_entries(folder: Path) -> dict[Path, Entry]:
         InputError: No such folder, or a file is no entry.
     """
     if not folder.is_dir():
-        raise InputError(
-            f"no folder {folder}", "expected one with entries", "run this in a checkout, or give --entries"
-        )
+        raise InputError(f"no folder {folder}", "expected one with entries", "go to a checkout, or give --entries")
     return {file: read_entry(file) for file in sorted(folder.glob("*.json"))}
 
 

@@ -1,7 +1,6 @@
 """The leaderboard's page: `docs/leaderboard.md`, where the part between two marks is made of the entries."""
 
 from collections.abc import Iterator, Mapping
-from itertools import groupby
 from pathlib import Path
 
 from detune.bench.leaderboard.attack_sets import ATTACK_SETS
@@ -17,13 +16,13 @@ BEGIN, END = "<!-- entries: made by `detune bench leaderboard build` -->", "<!--
 
 
 def ranked(entries: Mapping[Path, Entry]) -> list[tuple[int | None, Path, Entry]]:
-    """The entries of one task, best hidden first, with their ranks.
+    """The entries of one set of attacks, best hidden first, with their ranks.
 
-    Verified entries within `LOSS_BOUND` have a rank, by the W-Error of the attack that comes closest. The others stand
-    where they would, without one; those that cost too much stand last.
+    Verified entries within `LOSS_BOUND` have a rank, by how close the best attack comes. The others stand where
+    they would, without one; those that cost too much stand last.
     """
     order = sorted(
-        entries.items(), key=lambda item: (item[1].utility.loss > LOSS_BOUND, -item[1].worst_w_error, item[1].name)
+        entries.items(), key=lambda item: (item[1].utility.loss > LOSS_BOUND, item[1].times_closer, item[1].name)
     )
     rows: list[tuple[int | None, Path, Entry]] = []
     rank = 0
@@ -71,36 +70,44 @@ def write_page(entries: Mapping[Path, Entry], page: Path) -> None:
 
 
 def _sections(entries: Mapping[Path, Entry], folder: Path) -> Iterator[str]:
-    def task_of(item: tuple[Path, Entry]) -> tuple[str, str]:
-        return item[1].attack_set, item[1].task.model_dump_json()
-
-    for _, group in groupby(sorted(entries.items(), key=task_of), key=task_of):
-        rows = ranked(dict(group))
-        first = rows[0][2]
-        yield f"### {first.task.base}: {first.task.models} models, {first.task.fine_tunes}\n"
-        release = f"{first.task.release_w_error:.2f}"
-        yield f"Attacks: {first.attack_set}. W-Error of a release as it is, undefended: {release}.\n"
+    for attack_set in sorted({entry.attack_set for entry in entries.values()}, reverse=True):
+        frozen = ATTACK_SETS[attack_set]
+        rows = ranked({file: entry for file, entry in entries.items() if entry.attack_set == attack_set})
+        yield f"### {attack_set}\n"
+        yield f"On {frozen.task}.\n"
         yield from _table(
-            ("rank", "defence", "worst attack", "its W-Error", "times closer", "quality lost", "status", "by"),
+            (
+                "rank",
+                "defence",
+                "n",
+                "worst attack",
+                "W-Error",
+                "embeddings",
+                "times closer",
+                "quality lost",
+                "status",
+                "by",
+            ),
             [
                 (
                     str(rank or "–"),
                     f"[{entry.name}]({file.relative_to(folder).as_posix()})",
+                    str(entry.models),
                     entry.worst_attack,
-                    f"{entry.worst_w_error:.2f}",
+                    f"{entry.w_errors[entry.worst_attack]:.2f}",
+                    f"{entry.attacks[entry.worst_attack].embeddings:.1e}",
                     _times(entry.times_closer),
-                    f"{100 * entry.utility.loss:.2f} %",
+                    f"{100 * entry.utility.loss:+.1f} %",
                     entry.status,
                     _by(entry),
                 )
                 for rank, file, entry in rows
             ],
         )
-        yield "What each attack gets, W-Error:\n"
-        attacks = list(ATTACK_SETS[first.attack_set].attacks)
+        yield "What each attack gets, as W-Error; – is one that the defence did not meet, because it knows another:\n"
         yield from _table(
-            ("defence", *attacks),
-            [(entry.name, *(_figure(entry, attack) for attack in attacks)) for _, _, entry in rows],
+            ("defence", *frozen.attacks),
+            [(entry.name, *(_figure(entry, attack) for attack in frozen.attacks)) for _, _, entry in rows],
         )
 
 
@@ -112,8 +119,11 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _figure(entry: Entry, attack: str) -> str:
-    w_error = entry.attacks[attack].w_error
-    text = "no answer" if w_error is None else f"{w_error:.2f}"
+    if attack not in entry.attacks:
+        return "–"
+    if attack not in entry.w_errors:
+        return "no answer"
+    text = f"{entry.w_errors[attack]:.2f}"
     return f"**{text}**" if attack == entry.worst_attack else text
 
 
