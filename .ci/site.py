@@ -17,7 +17,7 @@ PAGES = ROOT / "build" / "pages"
 # Files outside docs/ that are pages of the site.
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
-LINK = re.compile(r"(?<=\]\()(?!\w+:|#)(?P<path>[^)#\s]+)")
+LINK = re.compile(r"""((?<=\]\()|(?<=src="))(?!\w+:|#)(?P<path>[^)#"\s]+)""")
 
 
 def lay_out() -> None:
