@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from detune.audit.record import Outcome, Result, Rule, TensorEntry
+from detune.audit.record import ModelEntry, Outcome, Result, Rule, TensorEntry
 from detune.audit.trial import ENOUGH
 from detune.clusters import STRANGER, Clusters
 from detune.report import Status
@@ -25,7 +25,7 @@ ASSUMPTIONS = (
     Rule(
         id="alignment",
         title="Neurons and heads are in the same order",
-        help="Permuted or rotated releases differ at full rank, until somebody brings them back in line.",
+        help="Permuted or rotated releases differ at full rank, until somebody matches them again: tried here.",
     ),
     Rule(
         id="count",
@@ -66,18 +66,24 @@ class Evidence:
     """What the assumptions are judged by.
 
     Attributes:
-        given: Number of releases given.
-        used: Number of them that share a base.
+        models: The releases given.
         clusters: How they were grouped; None for a single one.
-        left_out: Why the others are not used.
         matrices: Changed matrices.
     """
 
-    given: int
-    used: int
+    models: Sequence[ModelEntry]
     clusters: Clusters | None
-    left_out: Sequence[str]
     matrices: Sequence[TensorEntry]
+
+    @property
+    def given(self) -> int:
+        """Number of releases."""
+        return len(self.models)
+
+    @property
+    def used(self) -> int:
+        """Number of them that share a base."""
+        return sum(model.left_out is None for model in self.models)
 
     @property
     def outcomes(self) -> list[tuple[TensorEntry, Outcome]]:
@@ -129,7 +135,10 @@ def _same_source(evidence: Evidence) -> Checked:
 def _alignment(evidence: Evidence) -> Checked:
     if evidence.clusters is None:
         return None, "one release alone does not tell"
-    permuted = sum(STRANGER[Cause.ROWS] in why for why in evidence.left_out)
+    matched = sum(model.realigned for model in evidence.models)
+    if matched:
+        return False, f"{matched} of {evidence.given} releases had to be matched to the first one, and could be"
+    permuted = sum(STRANGER[Cause.ROWS] in (model.left_out or "") for model in evidence.models)
     if permuted:
         return False, f"{permuted} of {evidence.given} releases have them in another order"
     return evidence.used > 1, f"nothing is out of place in {evidence.used} of {evidence.given} releases"

@@ -72,11 +72,13 @@ class ModelEntry(_Record):
         spec: As the user gave it.
         sha256: Of each weight file, by relative path.
         left_out: Why it was not used; None where it was.
+        realigned: Whether neurons, heads or hidden bases were matched to the first release's before anything else.
     """
 
     spec: str
     sha256: dict[str, str]
     left_out: str | None = None
+    realigned: bool = False
 
 
 class Outcome(_Record):

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,19 +14,17 @@ from torch import Tensor
 from detune.audit.assumptions import ASSUMPTIONS, Evidence, check_assumptions
 from detune.audit.behaviour import Judge
 from detune.audit.findings import FINDINGS, curve_of, find, verdict_of
+from detune.audit.members import base_in_frame, find_members
 from detune.audit.naming import places
 from detune.audit.record import AuditReport, Behaviour, Invocation, ModelEntry, TensorEntry, Tool, Unchanged
 from detune.audit.spectra import spectrum
 from detune.audit.trial import Trial
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
-from detune.clusters import Clusters, best_reference, find_clusters, why_foreign, why_left_out
 from detune.errors import InputError
-from detune.extraction import fits
-from detune.family import Family, Models, damaged, is_shared, misfit
+from detune.family import Family, Models, damaged, is_shared
 from detune.recovery import make_solver
 from detune.report import Status, versions
 from detune.solvers import Solver
-from detune.solvers.resemblance import Cause
 from detune.walk import Answer, OnTensor, walk
 
 __all__ = ["audit"]
@@ -78,29 +75,31 @@ def audit(
     started = time.perf_counter()
     if not models:
         raise InputError("no model given", "an audit is of one release at least", "add models")
-    trial = Trial(make_solver(method), rank, device)
+    solver = make_solver(method)
     with ExitStack() as opened:
+        folder = Path(opened.enter_context(TemporaryDirectory(prefix="detune-audit-")))
         given = opened.enter_context(Models(models, merge_dtype))
-        truth = opened.enter_context(open_checkpoint(base)) if base is not None else None
-        members = _members(given.models)
-        family = opened.enter_context(Family([given.models[i] for i in members.places]))
-        if truth is not None:
-            _require_base(truth, family.models)
+        given_base = opened.enter_context(open_checkpoint(base)) if base is not None else None
+        members = find_members(given.models, folder, opened)
+        family = opened.enter_context(Family(members.used))
+        trial = Trial(solver, rank, device, members.turned)
+        truth = None if given_base is None else base_in_frame(given_base, family.models[0], folder, opened)
         judge = None if weights_only else Judge(family.models[0], truth, Path(inputs) if inputs is not None else None)
-        tensors, unchanged, behaviour = _try_all(family, truth, trial, judge, on_tensor)
+        tensors, unchanged, behaviour = _try_all(family, truth, trial, judge, folder / "recovered", on_tensor)
         if not tensors:
             raise InputError(
                 f"{family.models[0].spec} is the base", "no tensor differs from it", "give fine-tunes of the base"
             )
         entries = tuple(
-            ModelEntry(spec=m.spec, sha256=m.hashes(), left_out=members.why(i)) for i, m in enumerate(given.models)
+            ModelEntry(spec=model.spec, sha256=model.hashes(), left_out=members.why(i), realigned=i in members.moved)
+            for i, model in enumerate(given.models)
         )
-        base_entry = ModelEntry(spec=truth.spec, sha256=truth.hashes()) if truth is not None else None
+        base_entry = None
+        if given_base is not None:
+            moved = truth is not given_base
+            base_entry = ModelEntry(spec=given_base.spec, sha256=given_base.hashes(), realigned=moved)
     curve = curve_of([entry for entry in tensors if entry.is_matrix], family.n)
-    left_out = [entry.left_out for entry in entries if entry.left_out is not None]
-    evidence = Evidence(
-        len(entries), family.n, members.clusters, left_out, [entry for entry in tensors if entry.is_matrix]
-    )
+    evidence = Evidence(entries, members.clusters, [entry for entry in tensors if entry.is_matrix])
     return AuditReport(
         tool=Tool(versions=versions()),
         invocation=Invocation(
@@ -122,70 +121,13 @@ def audit(
     )
 
 
-@dataclass(frozen=True)
-class _Members:
-    """The releases that are recovered from.
-
-    Attributes:
-        places: Among those given.
-        clusters: How they were grouped; None for a single one.
-        reasons: Why the others are left out, by place.
-    """
-
-    places: tuple[int, ...]
-    clusters: Clusters | None
-    reasons: dict[int, str]
-
-    def why(self, place: int) -> str | None:
-        """Why a release is left out; None where it is not."""
-        return self.reasons.get(place)
-
-
-def _members(models: Sequence[Checkpoint]) -> _Members:
-    """The largest set of releases that fit together and share a source; of equal ones the first."""
-    if len(models) == 1:
-        return _Members((0,), None, {})
-    reference, fitting = best_reference(models)
-    misfits = {i: misfit(models[reference], models[i]) for i in range(len(models)) if i not in fitting}
-    if len(fitting) == 1:
-        raise next(why for why in misfits.values() if why is not None)
-    found = find_clusters([models[i] for i in fitting]).placed(fitting)
-    reasons = {i: str(why) for i, why in misfits.items()}
-    reasons |= {i: why_left_out(models, found, i) for cluster in found.clusters[1:] for i in cluster}
-    return _Members(found.clusters[0], found, reasons)
-
-
-def _require_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    """Refuse a base of another architecture, or with other weights altogether.
-
-    One that releases differ from at full rank is taken: they may have been defended.
-    """
-    for model in models:
-        unfit = [name for name in model.tensors if not fits(base, model, name)]
-        if unfit:
-            info = base.tensors.get(unfit[0])
-            raise InputError(
-                f"{base.spec} is not the base of {model.spec}",
-                f"tensor {unfit[0]!r} is {'missing' if info is None else f'{list(info.shape)}'}, "
-                f"expected {list(model.tensors[unfit[0]].shape)}",
-                "give the base that it was fine-tuned from",
-            )
-    pair = (base, models[0])
-    found = find_clusters(pair, tuple(models[0].tensors))
-    if len(found.clusters) == 1:
-        return
-    foreign = found.foreign(1, (0,))
-    resemblance = why_foreign(pair, 1, 0, foreign[len(foreign) // 2])
-    if resemblance.cause is Cause.UNRELATED:
-        raise InputError(
-            f"{base.spec} is not the base of {models[0].spec}",
-            f"their weights are unrelated in {len(foreign)} of {len(found.splits)} matrices, first {foreign[0]!r}",
-            "give the base that it was fine-tuned from",
-        )
-
-
 def _try_all(
-    family: Family, base: Checkpoint | None, trial: Trial, judge: Judge | None, on_tensor: OnTensor | None
+    family: Family,
+    base: Checkpoint | None,
+    trial: Trial,
+    judge: Judge | None,
+    recovered: Path,
+    on_tensor: OnTensor | None,
 ) -> tuple[tuple[TensorEntry, ...], Unchanged, Behaviour]:
     """Every tensor, one at a time; then the recovered model, if it can be run."""
     place_of = places(family.names)
@@ -195,9 +137,7 @@ def _try_all(
     with ExitStack() as opened:
         writer = None
         if judge is not None and judge.is_ready:
-            folder = Path(opened.enter_context(TemporaryDirectory(prefix="detune-audit-"))) / "recovered"
-            writing = opened.enter_context(ExitStack())
-            writer = writing.enter_context(CheckpointWriter(family.models[0], folder))
+            writer = opened.enter_context(CheckpointWriter(family.models[0], recovered))
 
         def keep(name: str) -> None:
             same.append(name)
@@ -225,16 +165,15 @@ def _try_all(
             return tried.answer
 
         walk(family, keep, attempt, on_tensor)
-        tensors = _with_spectra(entries, family) if family.n > 1 else tuple(entries)
-        unchanged = Unchanged(
-            tensors=len(same), entries=sum(math.prod(family.shape(name)) for name in same), differing=tuple(differing)
-        )
-        if judge is None:
-            return tensors, unchanged, Behaviour(note="not run: the weights alone were asked for")
-        if writer is None or not entries:
-            return tensors, unchanged, Behaviour(note=judge.note)
-        writing.close()
-        return tensors, unchanged, judge.judge(folder)
+    tensors = _with_spectra(entries, family) if family.n > 1 else tuple(entries)
+    unchanged = Unchanged(
+        tensors=len(same), entries=sum(math.prod(family.shape(name)) for name in same), differing=tuple(differing)
+    )
+    if judge is None:
+        return tensors, unchanged, Behaviour(note="not run: the weights alone were asked for")
+    if writer is None or not entries:
+        return tensors, unchanged, Behaviour(note=judge.note)
+    return tensors, unchanged, judge.judge(recovered)
 
 
 def _with_spectra(entries: Sequence[TensorEntry], family: Family) -> tuple[TensorEntry, ...]:

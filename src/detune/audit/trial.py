@@ -5,16 +5,18 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from detune.attacks.denoise import with_measured_noise
 from detune.audit.naming import Place
 from detune.audit.record import Outcome, TensorEntry
 from detune.metrics import bit_identical
 from detune.metrics.w_error import squared_error
 from detune.report import Status
-from detune.solvers import Mean, OnGrid, Single, Solver, Stack
+from detune.solvers import Auto, Mean, OnGrid, Recovery, Single, Solver, Stack
 from detune.solvers.grid import lies_on, name_of, spacing
 from detune.solvers.lattice import HALVES
 from detune.solvers.stack import storage_variance
@@ -55,11 +57,13 @@ class Trial:
         solver: For three releases and more.
         rank: The most that any adapter's rank can be; None finds it.
         device: Where to compute.
+        turned: Whether the releases were turned into one frame: no grid shows any more, and the noise is measured.
     """
 
     solver: Solver
     rank: int | None = None
     device: torch.device | str | None = None
+    turned: bool = False
 
     def run(self, name: str, place: Place, tensors: Sequence[Tensor], truth: Tensor | None) -> Tried:
         """Recover a tensor from the first release, from the first two, and so on.
@@ -101,18 +105,18 @@ class Trial:
         n = len(tensors)
         if n > 1 and all(_same(tensors[0], tensor) for tensor in tensors[1:]):
             return Answer(Status.SHARED, "copy", f"identical in {n} releases"), tensors[0]
+        if n < ENOUGH and self.turned:
+            return self._average(tensors, "matrices that were turned lie on no grid any more")
         if n < ENOUGH and figures.show_no_grid(n):
-            return self._average(tensors, figures)
+            return self._average(tensors, figures.why_no_grid)
         solver = self.solver if n >= max(ENOUGH, self.solver.min_models) else OnGrid()
+        if self.turned:
+            solver = AboveMeasuredNoise(solver)
         answer, weight = solve_tensor(tuple(tensors), solver, self.rank, self.device)
         return answer, _stored(weight, tensors[0])
 
-    def _average(self, tensors: Sequence[Tensor], figures: "_Figures") -> tuple[Answer, Tensor]:
+    def _average(self, tensors: Sequence[Tensor], reason: str) -> tuple[Answer, Tensor]:
         """What is left where the search for a grid is known to fail: it can take seconds to say so."""
-        reason = (
-            f"the changes are {min(figures.steps):.2g} steps of the base's {figures.grid} grid and more; "
-            f"beyond {MOST_STEPS:.0f} steps a grid shows nothing"
-        )
         solver = Single() if len(tensors) == 1 else Mean()
         found = solver.solve(Stack.of([matricise(tensor) for tensor in tensors], device=self.device))
         return Answer(Status.NOT_DETERMINED, found.method, reason), _stored(found.weight, tensors[0])
@@ -155,9 +159,35 @@ class _Figures:
         step = float(spacing(matricise(known)[::16], grid).median())
         return cls(_rms(change**2 for change in changes), noise, tuple(c / step for c in changes), name_of(grid))
 
+    @property
+    def why_no_grid(self) -> str:
+        """The reason, in a sentence."""
+        return (
+            f"the changes are {min(self.steps):.2g} steps of the base's {self.grid} grid and more; "
+            f"beyond {MOST_STEPS:.0f} steps a grid shows nothing"
+        )
+
     def show_no_grid(self, releases: int) -> bool:
         """Whether no grid can show in the first of the releases."""
         return bool(self.steps) and min(self.steps[:releases]) > MOST_STEPS
+
+
+@dataclass(frozen=True)
+class AboveMeasuredNoise:
+    """A solver that is told the noise where that is more than storage's.
+
+    Attributes:
+        solver: What solves where it is not.
+    """
+
+    min_models: ClassVar[int] = ENOUGH
+
+    solver: Solver
+
+    def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
+        """Measure the noise, then recover; see `Solver.solve`."""
+        measured = with_measured_noise(stack)
+        return self.solver.solve(stack, rank) if measured is stack else Auto(lattice=None).solve(measured, rank)
 
 
 def is_given_away(status: Status, error: float | None, change: float | None, noise: float) -> bool:

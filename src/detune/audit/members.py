@@ -1,0 +1,168 @@
+"""Which releases the recovery goes by: those that share a source, brought into one frame first where that helps."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from detune.attacks.frames import find_actions
+from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
+from detune.clusters import Clusters, best_reference, find_clusters, why_foreign, why_left_out
+from detune.errors import InputError
+from detune.extraction import fits
+from detune.family import misfit
+from detune.solvers.resemblance import Cause
+from detune.symmetries import Action, Actions, act, read_layers
+
+__all__ = ["Members", "base_in_frame", "find_members"]
+
+
+@dataclass(frozen=True)
+class Members:
+    """The releases that are recovered from.
+
+    Attributes:
+        models: Of all releases given, the checkpoint that stands for it: itself, or a copy in the first one's frame.
+        places: Those that are recovered from.
+        clusters: How they were grouped; None for a single one.
+        reasons: Why the others are left out, by place.
+        moved: Those that a copy stands for.
+        turned: Whether numbers were rounded in that: matrices that were turned or scaled are on no grid any more, and
+            hold more noise than storing them left.
+    """
+
+    models: tuple[Checkpoint, ...]
+    places: tuple[int, ...]
+    clusters: Clusters | None = None
+    reasons: tuple[tuple[int, str], ...] = ()
+    moved: tuple[int, ...] = ()
+    turned: bool = False
+
+    @property
+    def used(self) -> list[Checkpoint]:
+        """The checkpoints to go on with."""
+        return [self.models[i] for i in self.places]
+
+    def why(self, place: int) -> str | None:
+        """Why a release is left out; None where it is not."""
+        return dict(self.reasons).get(place)
+
+
+def find_members(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) -> Members:
+    """The largest set of releases that fit together and share a source; of equal ones the first.
+
+    Where some differ at full rank, neurons and heads are matched again, as whoever knows such a defence would do.
+
+    Args:
+        models: All that were given.
+        folder: Where copies in the first one's frame may go.
+        opened: Closes them.
+
+    Raises:
+        InputError: No two of them have the same tensors.
+    """
+    found = _grouped(tuple(models))
+    if found.clusters is None or not _disagreement(found.clusters):
+        return found
+    fitting = sorted(i for cluster in found.clusters.clusters for i in cluster)
+    copies, turned = _copies([models[i] for i in fitting], folder / "releases", opened)
+    moved = tuple(i for i, copy in zip(fitting, copies, strict=True) if copy is not models[i])
+    standing = dict(zip(fitting, copies, strict=True))
+    again = _grouped(tuple(standing.get(i, model) for i, model in enumerate(models))) if moved else found
+    better = again.clusters is not None and _disagreement(again.clusters) < _disagreement(found.clusters)
+    return replace(again, moved=moved, turned=turned) if better else found
+
+
+def base_in_frame(base: Checkpoint, first: Checkpoint, folder: Path, opened: ExitStack) -> Checkpoint:
+    """The base as it is in the frame of a release: itself, or a copy.
+
+    One that the release differs from at full rank is taken too: the release may have been defended.
+
+    Args:
+        base: The owner's.
+        first: The release that gives the frame.
+        folder: Where a copy may go.
+        opened: Closes it.
+
+    Raises:
+        InputError: It has another architecture, or other weights altogether.
+    """
+    _require_fit(base, first)
+    found = find_clusters((base, first), tuple(first.tensors))
+    if not _disagreement(found):
+        return base
+    (_, copy), _ = _copies((first, base), folder / "base", opened)
+    if copy is not base:
+        again = find_clusters((copy, first), tuple(first.tensors))
+        if _disagreement(again) < _disagreement(found):
+            return copy
+    foreign = found.foreign(1, (0,))
+    unrelated = [name for name in foreign if why_foreign((base, first), 1, 0, name).cause is Cause.UNRELATED]
+    if len(unrelated) == len(found.splits):
+        raise InputError(
+            f"{base.spec} is not the base of {first.spec}",
+            f"their weights are unrelated in {len(unrelated)} of {len(found.splits)} matrices, first {unrelated[0]!r}",
+            "give the base that it was fine-tuned from",
+        )
+    return base
+
+
+def _grouped(models: tuple[Checkpoint, ...]) -> Members:
+    if len(models) == 1:
+        return Members(models, (0,))
+    reference, fitting = best_reference(models)
+    misfits = {i: misfit(models[reference], models[i]) for i in range(len(models)) if i not in fitting}
+    if len(fitting) == 1:
+        raise next(why for why in misfits.values() if why is not None)
+    found = find_clusters([models[i] for i in fitting]).placed(fitting)
+    reasons = [(i, str(why)) for i, why in misfits.items()]
+    reasons += [(i, why_left_out(models, found, i)) for cluster in found.clusters[1:] for i in cluster]
+    return Members(models, found.clusters[0], found, tuple(reasons))
+
+
+def _copies(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) -> tuple[list[Checkpoint], bool]:
+    """The models in the frame of the first: itself or a copy each, and whether numbers were rounded in that.
+
+    All are as they were where the architecture is not known.
+    """
+    first, *others = models
+    try:
+        layers = read_layers(first.root, {name: info.shape for name, info in first.tensors.items()})
+    except InputError:
+        return list(models), False
+    copies, turned = [first], False
+    for i, other in enumerate(others):
+        actions: dict[str, tuple[Action, ...]] = {}
+        for layer in layers:
+            actions |= find_actions(layer, first, other)
+        copies.append(_moved(other, actions, folder / str(i), opened) if actions else other)
+        turned = turned or not all(action.is_exact for done in actions.values() for action in done)
+    return copies, turned
+
+
+def _moved(model: Checkpoint, actions: Actions, copy: Path, opened: ExitStack) -> Checkpoint:
+    """A copy of a model, some tensors turned."""
+    with CheckpointWriter(model, copy) as writer:
+        for name in model.tensors:
+            if name in actions:
+                writer.write(name, act(actions[name], model.read(name)))
+            else:
+                writer.copy(name)
+    return opened.enter_context(open_checkpoint(copy))
+
+
+def _disagreement(found: Clusters) -> float:
+    """Share of the matrices in which not all differ by a low rank."""
+    return sum(len(groups) > 1 for groups in found.splits.values()) / max(1, len(found.splits))
+
+
+def _require_fit(base: Checkpoint, model: Checkpoint) -> None:
+    unfit = next((name for name in model.tensors if not fits(base, model, name)), None)
+    if unfit is not None:
+        info = base.tensors.get(unfit)
+        raise InputError(
+            f"{base.spec} is not the base of {model.spec}",
+            f"tensor {unfit!r} is {'missing' if info is None else list(info.shape)}, "
+            f"expected {list(model.tensors[unfit].shape)}",
+            "give the base that it was fine-tuned from",
+        )
