@@ -15,8 +15,6 @@ from detune.symmetries import Actions, HeadFrame, Layer, NeuronFrame, NormFrame,
 
 __all__ = ["find_actions"]
 
-# Scales of norms and what is behind them are found in turn; each is right to rounding after the other is.
-_ROUNDS = 2
 # All entries this close to zero or a power of two, in eps of the dtype: they are it. The rounding of a release that was
 # scaled by anything else shows more.
 _CLOSE = 8.0
@@ -38,8 +36,9 @@ def find_actions(layer: Layer, first: Checkpoint, other: Checkpoint) -> Actions:
     pair = pair.with_norms(norms)
     frame = _Frames(pair.match_heads(), pair.match_neurons())
     frame = pair.fit_inside(frame)
-    for _ in range(_ROUNDS if norms else 0):
-        norms = {part: NormFrame(pair.fit_norm(part, frame)) for part in norms}
+    if norms:
+        # A norm's own weights are as finely stored as a column's, but a column has many: each of both tells the other.
+        norms = {part: NormFrame(pair.fit_norm(part, norm, frame)) for part, norm in norms.items()}
         pair = pair.with_norms(norms)
         frame = pair.fit_inside(frame)
     moved = [norm.actions(part) for part, norm in norms.items() if not bool((norm.scale == 1).all())]
@@ -105,22 +104,31 @@ class _Pair:
         return HeadFrame(match_heads(heads(self.target), heads(self.source)))
 
     def fit_inside(self, frame: _Frames) -> _Frames:
-        """Bases of keys and values, and scales of gated neurons, for orders that are known."""
+        """Bases of keys and values, and scales of gated neurons; orders are known, bases perhaps nearly."""
         heads, neurons = self.layer.attention, self.layer.feed_forward
         ordered = HeadFrame(frame.heads.order).actions(heads)
         any_basis: tuple[Group, ...] = (Orthogonal(), Invertible())
         of_keys: tuple[Group, ...] = (Complex(),) if heads.rotary else any_basis
-        keys = self._fit(ordered, heads.query, heads.key, heads.groups, heads.width, of_keys)
-        values = self._fit(ordered, heads.value, heads.output, heads.groups, heads.width, any_basis)
+        known = frame.heads
+        keys = self._fit(ordered, heads.query, heads.key, heads.groups, heads.width, of_keys, known.keys)
+        values = self._fit(ordered, heads.value, heads.output, heads.groups, heads.width, any_basis, known.values)
         scale = None
         if neurons.gate is not None:
             in_place = NeuronFrame(frame.neurons.order).actions(neurons)
-            blocks = self._fit(in_place, neurons.up, neurons.down, neurons.width, 1, (Invertible(),))
+            known_scale = None if frame.neurons.scale is None else frame.neurons.scale.reshape(-1, 1, 1)
+            blocks = self._fit(in_place, neurons.up, neurons.down, neurons.width, 1, (Invertible(),), known_scale)
             scale = None if blocks is None else blocks.flatten()
         return _Frames(HeadFrame(frame.heads.order, keys, values), NeuronFrame(frame.neurons.order, scale))
 
     def _fit(
-        self, ordered: Actions, one: str, other: str, blocks: int, width: int, groups: Sequence[Group]
+        self,
+        ordered: Actions,
+        one: str,
+        other: str,
+        blocks: int,
+        width: int,
+        groups: Sequence[Group],
+        known: Tensor | None,
     ) -> Tensor | None:
         """What acts on the rows of one module and, inverted, on the rows or columns of the other; None is nothing."""
         targets = [self.target(module) for module in (one, other)]
@@ -136,13 +144,14 @@ class _Pair:
             Side.of(target, source, blocks, width, is_dual=is_dual)
             for target, source, is_dual in zip(targets, sources, (False, True), strict=True)
         ]
-        for group in groups:
-            found = fit(sides, group)
+        # What is known may be anything: the last group has all of the others in it.
+        for group in groups if known is None else groups[-1:]:
+            found = fit(sides, group, known)
             if found.at_noise:
                 break
         return _snapped(found.A, targets[0].dtype)
 
-    def fit_norm(self, part: NormInto, frame: _Frames) -> Tensor:
+    def fit_norm(self, part: NormInto, known: NormFrame, frame: _Frames) -> Tensor:
         """The scale that the columns of all readers tell."""
         rows = join([frame.heads.actions(self.layer.attention), frame.neurons.actions(self.layer.feed_forward)])
         sides = []
@@ -150,7 +159,7 @@ class _Pair:
             name = f"{reader}.weight"
             source = act(rows[name], self.other.read(name))
             sides.append(Side.of(self.target(reader).mT, source.mT, part.channels, 1))
-        columns = fit(sides, Invertible()).A
+        columns = fit(sides, Invertible(), 1 / known.scale.reshape(-1, 1, 1)).A
         return 1 / _snapped(columns, self.first.tensors[f"{part.readers[0]}.weight"].dtype).flatten()
 
 

@@ -1,18 +1,18 @@
-"""The groups of matrices that may stand between two releases' hidden bases, each with its Newton step.
+"""The groups of matrices that may stand between two releases' hidden bases, each with its least squares.
 
-Two releases of one layer have `Y = A X + L` on one side of a hidden basis and `Z = A^-T W + K` on the other, block by
-block, with L and K of low rank. Near A, `(I + D) A` changes the first by `D A X` and the second by `-D^T A^-T W`. With
-the residuals R and S, U = A X, V = A^-T W and weights M, N, the least squares in D need no more than
+Two releases of one layer have `Y = A X + L` on one side of a hidden basis and `W = A^T Z + K` on the other, block by
+block, with L and K of low rank: X and W are the second release's, Y and Z the first's. Both are linear in A. With
+weights M and N, and residuals R and S of an A at hand, least squares needs no more than
 
-    primal = (U M U^T, R M U^T),    dual = (V N V^T, S N V^T):
+    primal = (X M X^T, R M X^T),    dual = (Z N Z^T, S N Z^T) :
 
-all groups below are small problems in these.
-
-| group | what D may be | equation |
+| group | its matrices | the correction D |
 | --- | --- | --- |
-| `Invertible` | anything | `D (U M U^T) + (V N V^T) D = R M U^T - (S N V^T)^T` |
-| `Orthogonal` | skew: `A^-T = A` | `D G + G D = H - H^T`, G and H the sums of both sides |
-| `Complex` | `a + b i` on channels i and `i + width / 2` | two divisions |
+| `Invertible` | any | `D (X M X^T) + (Z N Z^T) D = R M X^T + (S N Z^T)^T` |
+| `Complex` | a complex number for channels i and `i + width / 2` | two divisions |
+| `Orthogonal` | `A^T A = I` | `D A` with D skew: `D G + G D = H - H^T` |
+
+with `G = A (X M X^T) A^T + Z N Z^T` and `H = R M X^T A^T - A (S N Z^T)`.
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class Normal:
     """One side's part of the normal equations, for each block, `(blocks, width, width)`.
 
     Attributes:
-        gram: `U M U^T`.
-        moment: `R M U^T`.
+        gram: `X M X^T`.
+        moment: `R M X^T`.
     """
 
     gram: Tensor
@@ -46,20 +46,11 @@ class Group(Protocol):
     """A group of block-diagonal matrices."""
 
     def start(self, primal: Normal, dual: Normal) -> Tensor:
-        """A first A, by least squares on `Y = A X` and `W = A^T Z`: both are linear in it.
-
-        Args:
-            primal: `(X X^T, Y X^T)`.
-            dual: `(Z Z^T, W Z^T)`.
-        """
+        """The A of least squares; Y and W are the residuals of none."""
         ...
 
-    def step(self, primal: Normal, dual: Normal) -> Tensor:
-        """The D of least squares."""
-        ...
-
-    def move(self, A: Tensor, D: Tensor) -> Tensor:
-        """`(I + D) A`, brought back to the group."""
+    def improve(self, A: Tensor, primal: Normal, dual: Normal) -> Tensor:
+        """A better A, from the residuals of the one at hand."""
         ...
 
 
@@ -70,13 +61,23 @@ class Invertible:
         """A Sylvester equation."""
         return _sylvester(primal.gram, dual.gram, primal.moment + dual.moment.mT)
 
-    def step(self, primal: Normal, dual: Normal) -> Tensor:
-        """A Sylvester equation."""
-        return _sylvester(primal.gram, dual.gram, primal.moment - dual.moment.mT)
+    def improve(self, A: Tensor, primal: Normal, dual: Normal) -> Tensor:
+        """The same: it is linear."""
+        return A + self.start(primal, dual)
 
-    def move(self, A: Tensor, D: Tensor) -> Tensor:
-        """A product."""
-        return A + D @ A
+
+class Complex:
+    """One complex number for each pair of channels that rotary positions turn: all that commutes with them."""
+
+    def start(self, primal: Normal, dual: Normal) -> Tensor:
+        """Two divisions; the transpose of a complex number's matrix is its conjugate's."""
+        (real, imaginary), (other_real, other_imaginary) = _parts(primal.moment), _parts(dual.moment)
+        size = _positive(_parts(primal.gram)[0] + _parts(dual.gram)[0])
+        return complex_blocks(torch.complex(real + other_real, imaginary - other_imaginary) / size)
+
+    def improve(self, A: Tensor, primal: Normal, dual: Normal) -> Tensor:
+        """The same: it is linear."""
+        return A + self.start(primal, dual)
 
 
 class Orthogonal:
@@ -86,42 +87,18 @@ class Orthogonal:
         """Procrustes on both sides."""
         return _polar(primal.moment + dual.moment.mT)
 
-    def step(self, primal: Normal, dual: Normal) -> Tensor:
-        """A Lyapunov equation."""
-        both = primal + dual
-        return _sylvester(both.gram, both.gram, both.moment - both.moment.mT)
-
-    def move(self, A: Tensor, D: Tensor) -> Tensor:
-        """The nearest orthogonal matrix to the product."""
-        return _polar(A + D @ A)
-
-
-class Complex:
-    """One complex number for each pair of channels that rotary positions turn: all that commutes with them."""
-
-    def start(self, primal: Normal, dual: Normal) -> Tensor:
-        """Two divisions."""
-        (real, imaginary), (other_real, other_imaginary) = _parts(primal.moment), _parts(dual.moment)
-        size = _positive(_parts(primal.gram)[0] + _parts(dual.gram)[0])
-        return complex_blocks(torch.complex(real + other_real, imaginary - other_imaginary) / size)
-
-    def step(self, primal: Normal, dual: Normal) -> Tensor:
-        """The scale goes to the other side inverted, the angle as it is."""
-        (real, imaginary), (other_real, other_imaginary) = _parts(primal.moment), _parts(dual.moment)
-        size = _positive(_parts(primal.gram)[0] + _parts(dual.gram)[0])
-        return complex_blocks(torch.complex(real - other_real, imaginary + other_imaginary) / size)
-
-    def move(self, A: Tensor, D: Tensor) -> Tensor:
-        """A product of complex numbers."""
-        return A + D @ A
+    def improve(self, A: Tensor, primal: Normal, dual: Normal) -> Tensor:
+        """A Lyapunov equation, then the nearest orthogonal matrix: exact for residuals however small."""
+        gram = A @ primal.gram @ A.mT + dual.gram
+        moment = primal.moment @ A.mT - A @ dual.moment
+        return _polar(A + _sylvester(gram, gram, moment - moment.mT) @ A)
 
 
 def _parts(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Inner products with `1` and `i` of each pair of channels."""
     half = matrices.shape[1] // 2
-    a, b, c, d = (
-        matrices[:, i : i + half, j : j + half].diagonal(dim1=1, dim2=2) for i in (0, half) for j in (0, half)
-    )
+    corners = [(i, j) for i in (0, half) for j in (0, half)]
+    a, b, c, d = (matrices[:, i : i + half, j : j + half].diagonal(dim1=1, dim2=2) for i, j in corners)
     return a + d, c - b
 
 

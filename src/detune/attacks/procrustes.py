@@ -25,10 +25,8 @@ from detune.solvers.stack import storage_variance
 __all__ = ["Fit", "Side", "fit"]
 
 _STEPS = 60
-# A step that changes A by less, relative to it and in units of the noise, changes nothing.
+# A step that changes A by less, relative to it and to the precision of the stored numbers, changes nothing.
 _ENOUGH = 1e-3
-# eps falls to this share of what is left outside the large directions.
-_FALL = 0.5
 # Two stored matrices, one of them turned, have twice the storage variance of one; a merge that was stored before it was
 # turned had been rounded once before, and both were.
 _ROUNDINGS = 4
@@ -38,31 +36,37 @@ _AT_NOISE = 4.0
 
 @dataclass(frozen=True)
 class Side:
-    """One weight matrix on one side of a hidden basis, in both releases.
+    """One weight matrix on one side of a hidden basis, in both releases: `to = A from`, or `to = A^T from`.
 
     Attributes:
-        target: As the first release has it, `(blocks, shared, width, other)`, float64: each block of A acts on `shared`
-            pieces of `width` rows.
-        source: As the other one has it.
-        is_dual: Whether `A^-T` acts here instead of A.
-        variance: Of the storage noise of an entry of the target.
+        begin: What A acts on, `(blocks, shared, width, other)`, float64: each block acts on `shared` pieces of `width`
+            rows. The second release's; on the dual side the first's.
+        end: What it should give: the first release's; on the dual side the second's.
+        is_dual: Whether `A^T` acts here instead of A.
+        variance: Of the storage noise of an entry of `end`.
     """
 
-    target: Tensor
-    source: Tensor
+    begin: Tensor
+    end: Tensor
     is_dual: bool
     variance: float
 
     @classmethod
     def of(cls, target: Tensor, source: Tensor, blocks: int, width: int, *, is_dual: bool = False) -> "Side":
-        """From two matrices as stored, `(rows, other)`; the source may be float64 already."""
+        """From the matrices of the first and of the second release, `(rows, other)`; the second may be float64."""
         shape = blocks, -1, width, target.shape[1]
-        variance = float(storage_variance(target).mean())
-        return cls(target.double().reshape(shape), source.double().reshape(shape), is_dual, variance)
+        begin, end = (target, source) if is_dual else (source, target)
+        variance = float(storage_variance(end.to(target.dtype)).mean())
+        return cls(begin.double().reshape(shape), end.double().reshape(shape), is_dual, variance)
 
-    def turned(self, A: Tensor) -> Tensor:
-        """The source as A, or `A^-T`, leaves it."""
-        return (torch.linalg.inv(A).mT if self.is_dual else A).unsqueeze(1) @ self.source
+    @property
+    def rows(self) -> int:
+        """Of the matrix."""
+        return self.end.shape[:3].numel()
+
+    def residual(self, A: Tensor) -> Tensor:
+        """What A leaves."""
+        return self.end - (A.mT if self.is_dual else A).unsqueeze(1) @ self.begin
 
 
 @dataclass(frozen=True)
@@ -83,33 +87,31 @@ class Fit:
         return self.excess <= _AT_NOISE
 
 
-def fit(sides: Sequence[Side], group: Group) -> Fit:
+def fit(sides: Sequence[Side], group: Group, start: Tensor | None = None) -> Fit:
     """The A of a group that leaves the residual of lowest rank.
 
     Args:
         sides: Matrices on both sides of the basis, or on one.
         group: Where A is looked for.
+        start: An A that is nearly right; None starts from least squares.
 
     Returns:
         A, and how much of the rest is more than rounding.
     """
-    A = group.start(*_normals(sides, *_ends(sides)))
-    noise = [_ROUNDINGS * side.variance * _rows(side.target) for side in sides]
+    A = group.start(*_normals(sides, [side.end for side in sides])) if start is None else start
+    noise = [_ROUNDINGS * side.variance * side.rows for side in sides]
     eps2: list[float] = []
     for _ in range(_STEPS):
-        turned = [side.turned(A) for side in sides]
-        residuals = [side.target - U for side, U in zip(sides, turned, strict=True)]
-        grams = [_gram(R) for R in residuals]
-        eps2 = eps2 or [float(gram.trace()) / len(gram) for gram in grams]
-        weights = [_weight(gram, e) for gram, e in zip(grams, eps2, strict=True)]
-        left = [len(P) / float(P.trace()) - e for P, e in zip(weights, eps2, strict=True)]
-        D = group.step(*_normals(sides, turned, residuals, weights))
-        A = group.move(A, D)
-        lowest = [max(min(e, _FALL * rest), least) for e, rest, least in zip(eps2, left, noise, strict=True)]
-        settled = lowest == eps2
-        eps2 = lowest
-        smallest = min(side.variance for side in sides) ** 0.5 / _size(sides)
-        if settled and float(D.square().mean().sqrt()) <= _ENOUGH * smallest:
+        residuals = [side.residual(A) for side in sides]
+        spectra = [_Spectrum.of(R) for R in residuals]
+        left = [spectrum.left for spectrum in spectra]
+        eps2 = eps2 or left
+        roots = [spectrum.root(e) for spectrum, e in zip(spectra, eps2, strict=True)]
+        improved = group.improve(A, *_normals(sides, residuals, roots))
+        moved, A = float((improved - A).norm() / A.norm()), improved
+        lowest = [max(min(e, rest), least) for e, rest, least in zip(eps2, left, noise, strict=True)]
+        settled, eps2 = lowest == eps2, lowest
+        if settled and moved <= _ENOUGH * _precision(sides):
             break
     return Fit(A, max(rest / max(least, _TINY) for rest, least in zip(left, noise, strict=True)))
 
@@ -117,40 +119,43 @@ def fit(sides: Sequence[Side], group: Group) -> Fit:
 _TINY = torch.finfo(torch.float64).tiny
 
 
+@dataclass(frozen=True)
+class _Spectrum:
+    """Eigenvalues and eigenvectors of `E^T E`: an inverse would have lost all digits when eps is rounding noise."""
+
+    values: Tensor
+    vectors: Tensor
+    rank: int
+
+    @classmethod
+    def of(cls, residual: Tensor) -> "_Spectrum":
+        rows = residual.flatten(0, 2)
+        values, vectors = torch.linalg.eigh(rows.mT @ rows)
+        return cls(values.clamp(min=0), vectors, min(rows.shape))
+
+    def root(self, eps2: float) -> Tensor:
+        """B with `B B^T = P`."""
+        return self.vectors * (self.values + max(eps2, _TINY)).rsqrt()
+
+    @property
+    def left(self) -> float:
+        """The median eigenvalue of those that need not be zero: the adapters' are fewer than half."""
+        return float(self.values[-self.rank :].median())
+
+
 def _normals(
-    sides: Sequence[Side], bases: Sequence[Tensor], values: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+    sides: Sequence[Side], residuals: Sequence[Tensor], roots: Sequence[Tensor] | None = None
 ) -> tuple[Normal, Normal]:
     """The normal equations of the first and of the other side."""
-    blocks, _, width, _ = sides[0].source.shape
+    blocks, _, width, _ = sides[0].begin.shape
     zero = torch.zeros(blocks, width, width, dtype=torch.float64)
     sums = {False: Normal(zero, zero), True: Normal(zero, zero)}
-    for i, (side, U, R) in enumerate(zip(sides, bases, values, strict=True)):
-        weighted = U if weights is None else U @ weights[i]
-        sums[side.is_dual] += Normal((weighted @ U.mT).sum(dim=1), (R @ weighted.mT).sum(dim=1))
+    for i, (side, residual) in enumerate(zip(sides, residuals, strict=True)):
+        X, R = (side.begin, residual) if roots is None else (side.begin @ roots[i], residual @ roots[i])
+        sums[side.is_dual] += Normal((X @ X.mT).sum(dim=1), (R @ X.mT).sum(dim=1))
     return sums[False], sums[True]
 
 
-def _ends(sides: Sequence[Side]) -> tuple[list[Tensor], list[Tensor]]:
-    """What A acts on and what it gives; on the other side `A^T` acts on the target."""
-    return (
-        [side.target if side.is_dual else side.source for side in sides],
-        [side.source if side.is_dual else side.target for side in sides],
-    )
-
-
-def _rows(matrix: Tensor) -> int:
-    return matrix.shape[0] * matrix.shape[1] * matrix.shape[2]
-
-
-def _gram(residual: Tensor) -> Tensor:
-    rows = residual.flatten(0, 2)
-    return rows.mT @ rows
-
-
-def _weight(gram: Tensor, eps2: float) -> Tensor:
-    return torch.linalg.inv(gram + max(eps2, _TINY) * torch.eye(len(gram), dtype=gram.dtype))
-
-
-def _size(sides: Sequence[Side]) -> float:
-    """Root mean square of the sources, the largest of the sides."""
-    return max(float(side.source.square().mean().sqrt()) for side in sides)
+def _precision(sides: Sequence[Side]) -> float:
+    """Of the stored numbers, relative to their size."""
+    return min(float((side.variance / side.end.square().mean()) ** 0.5) for side in sides)
