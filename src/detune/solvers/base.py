@@ -21,6 +21,9 @@ from torch import Tensor
 from detune.errors import DetuneError
 from detune.solvers.stack import Stack
 
+# Adapters add up to less than this in practice; a difference of more is one of full rank.
+MOST_RANK = 1024
+
 
 class NotRecoverable(DetuneError):
     """The method does not apply to this stack; the message says which condition fails and what to try."""
@@ -37,7 +40,7 @@ class NotLowRank(NotRecoverable):
         self.pairs = pairs
         super().__init__(
             f"models {pairs[0][0]} and {pairs[0][1]} differ at full rank in a {shape[0]}x{shape[1]} matrix",
-            "one has another base, was fine-tuned in full, or by adapters of rank above 512",
+            f"one has another base, was fine-tuned in full, or their ranks add up to {min(*shape, MOST_RANK)} or more",
             "leave it out",
         )
 

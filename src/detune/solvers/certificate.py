@@ -51,8 +51,6 @@ MOST_DISAGREEMENT = 10.0
 ALIKE = 144.0
 # An error that is known to a factor of 1.6 is known no better than to this once it is stored: then it is not known.
 STEEP = 2.8
-# Errors within this factor of each other are the same.
-CLOSE = 2.0
 # Intervals leave no less than this share of the error of least squares.
 MOST_SAVED = 0.05
 # With fewer directions the error scatters by more than a factor of two (two standard deviations of its logarithm).
@@ -276,11 +274,6 @@ class _Evidence:
             )
         if mse > STEEP * rounded.if_less:
             return "rounding brings many entries to the base's own numbers; how many, cannot be predicted that closely"
-        if rounded.otherwise is not None and not 1 / CLOSE < rounded.otherwise / mse < CLOSE:
-            return (
-                "the data do not tell whether the base was stored in that dtype; "
-                f"W-Error {math.log10(rounded.otherwise):.2f} if it was"
-            )
         if self.rounded and self._weakest_delta < ALIKE * float(self.variances.mean()):
             return "deltas hardly exceed a unit in the last place: the models round alike, and that cannot be simulated"
         if not self.traces.solved:

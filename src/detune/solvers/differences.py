@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from detune.solvers.base import MOST_RANK
 from detune.solvers.linalg import orthonormal, thin_svd
 from detune.solvers.random import seeded
 from detune.solvers.ranks import solve_ranks
@@ -26,8 +27,9 @@ FIRST_RANK = 32
 FOLDED_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 1024, torch.float16: 1024}
 # Folding keeps a space of up to this share of its rows.
 FOLDED_RANK = 0.5
-# Adapters add up to less than this in practice; a difference of more is one of full rank.
-MOST_RANK = 1024
+# More than 7/8 of all singular values are a spectrum that runs out, unless the last stands so many times over the noise
+# and some do not.
+WELL_ABOVE = 4.0
 # A singular value counts as signal from this multiple of the noise's estimated spectral norm. The estimate is a bound,
 # a fifth above what noise reaches where all entries are of a kind; noise alone does not come near.
 SIGNAL = 1.15
@@ -115,14 +117,14 @@ def find_differences(
         signal: A singular value counts from this multiple of the storage noise's estimated spectral norm.
 
     Returns:
-        The differences. `full_rank` is set where more than 7/8 of the singular values, or more than `MOST_RANK`, stand
-        over the noise.
+        The differences. `full_rank` is set where more than `MOST_RANK` singular values stand over the noise, or all, or
+        more than 7/8 without a gap at the end.
 
     Raises:
         InputError: The stack holds NaN or Inf.
     """
     out, columns = stack.shape
-    most = min(MOST_RANK, min(stack.shape) - min(stack.shape) // 8)
+    limit = min(out, columns)
     cut = columns if rank is None else 2 * rank
     expected = FIRST_RANK if rank is None else cut
     rows = FOLDED_ROWS.get(stack.matrices[0].dtype, max(FOLDED_ROWS.values())) if fold else out
@@ -135,8 +137,10 @@ def find_differences(
             basis, singular_values = finder.row_space(i, j, norm, expected)
             # The others will need about as much.
             expected = max(expected, len(singular_values))
-            full_rank = len(singular_values) > most
-            if full_rank or len(singular_values) <= FOLDED_RANK * finder.rows or finder.rows == out:
+            rank_found = len(singular_values)
+            gap = rank_found < limit and float(singular_values[-1:].sum()) > WELL_ABOVE * norm
+            full_rank = rank_found > MOST_RANK or (rank_found > limit - limit // 8 and not gap)
+            if full_rank or rank_found <= FOLDED_RANK * finder.rows or finder.rows == out:
                 found[i, j] = Difference((i, j), basis[:, :cut], singular_values[:cut], norm, full_rank)
         open_pairs = tuple(pair for pair in open_pairs if pair not in found)
         rows *= 4

@@ -18,7 +18,7 @@ from detune.solvers.random import seeded
 
 # Enough entries to know the average of what rounding does.
 SAMPLED = 1 << 14
-# Standard errors by which the answer must be closer to the dtype's numbers than by chance, or further off than on them.
+# Standard errors by which the answer must be closer to the dtype's numbers than by chance.
 SURE = 6.0
 # Errors are predicted to about this, as a logarithm.
 KNOWN_TO = 0.2
@@ -31,12 +31,10 @@ class StoredError:
     Attributes:
         mse: Mean squared error per entry of the stored weight.
         if_less: The same if the error before had been less, by as much as it is known to.
-        otherwise: The same if the base had been on the grid instead of off it, where the data cannot tell; else None.
     """
 
     mse: float
     if_less: float
-    otherwise: float | None = None
 
 
 def rounded_mse(
@@ -96,14 +94,11 @@ def rounded_mse(
     def simulate(base: Tensor, error: float) -> _Stored:
         return _Stored.simulate(base, entries, dtypes, rest(error), stored, between)
 
-    off, on_grid = simulate(base, mse), base.to(stored).double()
-    on = simulate(on_grid, mse)
-    coarse = torch.finfo(recovery.weight.dtype).eps >= torch.finfo(stored).eps
-    # An estimate in the dtype itself says nothing: then the base is taken to have been stored in it too.
-    found = _distances(weight, stored)
-    if coarse or _closer(found, off.distances):
-        return StoredError(on.mse, simulate(on_grid, less).mse)
-    return StoredError(off.mse, simulate(base, less).mse, None if _closer(on.distances, found) else on.mse)
+    off = simulate(base, mse)
+    if _on_grid(recovery.weight, weight, stored, off):
+        base = base.to(stored).double()
+        return StoredError(simulate(base, mse).mse, simulate(base, less).mse)
+    return StoredError(off.mse, simulate(base, less).mse)
 
 
 def _in_float64(weight: Tensor, steps: Tensor, rest: Tensor, uniform: Tensor) -> float:
@@ -160,14 +155,18 @@ def _distances(values: Tensor, dtype: torch.dtype) -> Tensor:
     return ((values.to(dtype).double() - values) / spacing(values, dtype)).square()
 
 
-def _closer(one: Tensor, other: Tensor) -> bool:
-    """Whether the first distances are surely the smaller: by six standard errors of their means.
+def _on_grid(weight: Tensor, sampled: Tensor, stored: torch.dtype, off: _Stored) -> bool:
+    """Whether the base was a number of the dtype that its estimate will be stored in.
 
-    A base that was a number of the dtype that its estimate will be stored in shows by that: where its error is below
-    half a unit, the estimate is closer to such a number than one of a base that was not.
+    Then, where its error is below half a unit, the estimate is closer to such a number than one of a base that was not:
+    by six standard errors of the mean square distance. An estimate in the dtype itself says nothing; then the base is
+    taken to have been stored in it too.
     """
-    error = ((one.var() + other.var()) / len(one)).sqrt()
-    return bool(other.mean() - one.mean() > SURE * error)
+    if torch.finfo(weight.dtype).eps >= torch.finfo(stored).eps:
+        return True
+    found = _distances(sampled, stored)
+    error = ((found.var() + off.distances.var()) / len(found)).sqrt()
+    return bool(off.distances.mean() - found.mean() > SURE * error)
 
 
 def _leverage(core: Core, rows: Tensor, columns: Tensor) -> Tensor:
