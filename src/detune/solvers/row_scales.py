@@ -24,12 +24,17 @@ from torch import Tensor
 
 from detune.solvers.auto import Auto
 from detune.solvers.base import LowRank, NotRecoverable, Recovery
-from detune.solvers.fit import w_step
+from detune.solvers.differences import find_differences
+from detune.solvers.fit import WStep, w_step, w_step_given_rows
+from detune.solvers.intersect import find_spaces, untranspose
 from detune.solvers.linalg import orthonormal, thin_svd
+from detune.solvers.polish import Polish
 from detune.solvers.stack import Stack
 
 # A singular value counts from this multiple of the storage noise's estimated norm.
 SIGNAL = 1.15
+# The same where a merge has been rounded, scaled, rounded, scaled back and rounded.
+ROUNDED_OFTEN = 2.0
 # Singular vectors looked at beyond the rank.
 SPARE = 4
 # The rank grows when a turn leaves more than this share of the next singular value.
@@ -69,12 +74,14 @@ class RowScales:
     """Recovery up to one scale for each row, where every model has scaled rows as well: DoRA, IA³.
 
     Attributes:
-        method: Solves for the models on one scale.
+        polish: Of the models on one scale.
+        unscaled: Solves where no rows were scaled.
     """
 
     min_models: ClassVar[int] = 3
 
-    method: Auto = field(default_factory=Auto)
+    polish: Polish = field(default_factory=Polish)
+    unscaled: Auto = field(default_factory=Auto)
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Bring the models to one scale, recover, guess that of the base; see `Solver.solve`.
@@ -96,13 +103,11 @@ class RowScales:
                 "try another method, or mean",
             )
         if all(_is_one(turned, i, ratio) for i, ratio in enumerate(found)):
-            return self.method.solve(stack, rank)
+            return self.unscaled.solve(stack, rank)
         return self._solve(turned, found, rank, columns)
 
     def _solve(self, stack: Stack, ratios: list[Tensor], rank: int | None, columns: bool) -> Recovery:
-        first = self.method.solve(_unscaled(stack, ratios, stored=True), rank)
-        if first.method == "unchanged":
-            first = replace(first, deltas=tuple(_none(stack) for _ in ratios))
+        first = self._on_one_scale(_unscaled(stack, ratios, stored=True), rank)
         # Once more with scales from all columns, and without the rounding that putting on one scale took.
         models = [W_i.to(stack.device, torch.float64) for W_i in stack.matrices]
         fits = [first.weight.double() + M_i.dense().double() for M_i in first.deltas]
@@ -130,14 +135,23 @@ class RowScales:
         noise = float(stack.noise.square().mean()) * (stack.n - 1) * weight.numel()
         return Recovery(
             weight,
-            f"scaled+{first.method}",
-            f"the models on one scale for each {side}: {first.reason}; the base's own {len(guess)} scales are not in "
-            "the data: those of the mean norm stand in",
+            "scaled",
+            f"the models on one scale for each {side}, closed form there; the base's own {len(guess)} scales are not "
+            "in the data: those of the mean norm stand in",
             deltas,
             tuple(M_i.rank for M_i in deltas),
             (misfit / spread) ** 0.5 if spread else 0.0,
             (misfit / noise) ** 0.5 if noise else 0.0,
         )
+
+    def _on_one_scale(self, stack: Stack, rank: int | None) -> WStep:
+        """Closed form and polish; ranks are not searched for near the noise, which is more than the dtype's here."""
+        spaces = find_spaces(find_differences(stack, rank, signal=ROUNDED_OFTEN), rank)
+        polished = self.polish.run(spaces.stack, spaces.bases)
+        step = w_step(spaces.stack, polished.deltas) if polished.converged else None
+        start = w_step_given_rows(spaces.stack, spaces.bases)
+        best = start if step is None or start.noise_ratio < step.noise_ratio else step
+        return untranspose(best) if spaces.transposed else best
 
 
 def as_one_scale(stack: Stack, recovery: Recovery) -> tuple[Stack, Recovery] | None:
@@ -228,7 +242,3 @@ def _rows(A: Tensor, B: Tensor) -> Tensor:
     """Inner products of rows."""
     products: Tensor = torch.linalg.vecdot(A, B)
     return products
-
-
-def _none(stack: Stack) -> LowRank:
-    return LowRank(stack.zeros(stack.shape[0], 0), stack.zeros(stack.shape[1], 0))
