@@ -16,8 +16,9 @@ LPIPS_STAMP := $(LPIPS_VENV)/.detune-installed
 
 .PHONY: test test-lpips demo docs lint bench lowra clean
 
+# A process for each core, and a thread in each; a file's tests stay together, for what they share.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # LPIPS in an environment of its own: torchvision must fit torch to the release, and nothing else here needs it.
 test-lpips: $(LPIPS_STAMP)
