@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
     "LoHa": Method(config("LoHaConfig", r=3, alpha=3), lr=3e-3),
     "LoKr": Method(config("LoKrConfig", r=4, alpha=4), lr=3e-3, solver="kronecker"),
     "LoKr, full factors": Method(config("LoKrConfig", r=64, alpha=64), lr=3e-3, solver="kronecker"),
-    "HRA": Method(config("HRAConfig", r=8), solver="intersect", rank=8),
+    "HRA": Method(config("HRAConfig", r=8), rank=8),
     "VeRA": Method(config("VeraConfig", r=32, projection_prng_key=0), lr=1e-2, solver="vera"),
     "RandLoRA": Method(config("RandLoraConfig", r=8, randlora_alpha=16, projection_prng_key=0), lr=1e-2),
     "DoRA": Method(config("LoraConfig", r=8, lora_alpha=16, use_dora=True), solver="scaled"),

@@ -80,7 +80,7 @@ class TestPrincipalPart:
         answer, weight = solved(stack, "auto")
         assert answer.status is Status.NOT_DETERMINED
         assert answer.method == "intersect+polish+principal"
-        assert "the adapters start from a part of the base of rank" in answer.reason
+        assert "the adapters start from a part of the base, as PiSSA's do" in answer.reason
         assert w_error(weight, W_star) < error_of_mean(W_star, stack)
 
     def test_is_in_error_inside_its_own_spaces_only(self):

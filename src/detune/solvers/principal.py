@@ -66,27 +66,31 @@ def with_principal_part(recovery: Recovery) -> Recovery:
     last = S[-1 - min(max(M_i.rank for M_i in M), len(S) - 1) :]
     falls = last[:-1] / last[1:].clamp(min=torch.finfo(S.dtype).tiny)
     cliffs = falls.ge(CLIFF).nonzero()
-    if not len(cliffs):
-        return recovery
-    kept = len(S) - len(last) + 1 + int(cliffs[0])
     left = torch.cat([M_i.left for M_i in M], dim=1).double() / len(M)
     right = torch.cat([M_i.right for M_i in M], dim=1).double()
+    if not len(cliffs):
+        everything = _compressed(left, right, left.shape[1])
+        return _moved(recovery, everything, "which does not show, so the models' average stands in for it")
+    kept = len(S) - len(last) + 1 + int(cliffs[0])
     sides = [_in_null_space(left, right, U[:, :kept]), _in_null_space(right, left, Vh[:kept].mT)]
     left, right = (side if inside else factor for factor, (side, inside) in zip((left, right), sides, strict=True))
     P = _compressed(left, right, len(S) - kept)
-    weight = recovery.weight + P.dense().to(recovery.weight)
+    return _moved(recovery, P, f"of rank {P.rank}, of which {_unknown(P, sides)} numbers are the models' average")
+
+
+def _moved(recovery: Recovery, P: LowRank, rest: str) -> Recovery:
+    """P is taken from the deltas and given to the weight."""
     deltas = tuple(
         LowRank(
             torch.cat([M_i.left, -P.left.to(M_i.left)], dim=1), torch.cat([M_i.right, P.right.to(M_i.right)], dim=1)
         )
-        for M_i in M
+        for M_i in recovery.deltas
     )
     return replace(
         recovery,
-        weight=weight,
+        weight=recovery.weight + P.dense().to(recovery.weight),
         method=f"{recovery.method}+principal",
-        reason=f"{recovery.reason}; the adapters start from a part of the base of rank {P.rank}, as PiSSA's do: in it, "
-        f"{_unknown(P, sides)} numbers are the models' average",
+        reason=f"{recovery.reason}; the adapters start from a part of the base, as PiSSA's do: {rest}",
         deltas=deltas,
         ranks=tuple(M_i.rank for M_i in deltas),
         residuals=None,
