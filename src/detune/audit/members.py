@@ -13,6 +13,7 @@ from detune.extraction import fits
 from detune.family import misfit
 from detune.solvers.resemblance import Cause
 from detune.symmetries import Action, Actions, act, read_layers
+from detune.training import needs_extra
 
 __all__ = ["Members", "base_in_frame", "find_members"]
 
@@ -60,6 +61,7 @@ def find_members(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) 
 
     Raises:
         InputError: No two of them have the same tensors.
+        DetuneError: The extra `audit` is not installed.
     """
     found = _grouped(tuple(models))
     if found.clusters is None or not _disagreement(found.clusters):
@@ -133,8 +135,9 @@ def _copies(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) -> tu
     copies, turned = [first], False
     for i, other in enumerate(others):
         actions: dict[str, tuple[Action, ...]] = {}
-        for layer in layers:
-            actions |= find_actions(layer, first, other)
+        with needs_extra("audit"):
+            for layer in layers:
+                actions |= find_actions(layer, first, other)
         copies.append(_moved(other, actions, folder / str(i), opened) if actions else other)
         turned = turned or not all(action.is_exact for done in actions.values() for action in done)
     return copies, turned
