@@ -27,7 +27,7 @@ FOLDS = 8
 RIDGES = tuple(10.0**power for power in range(-4, 3))
 # Singular values of what differs count from this multiple of the storage noise's norm.
 OVER_NOISE = 4.0
-# A frozen A gives all releases together no more dimensions than one has, but for directions below the noise.
+# A frozen A gives all releases together no more dimensions than two of them, but for directions below the noise.
 SHARED = 1.25
 
 
@@ -55,8 +55,8 @@ def guessed(stack: Stack) -> Tensor:
     centred = models - mean
     floor = OVER_NOISE * float(stack.noise_norm(0, stack.shape[0]))
     together = _row_space(centred.flatten(0, 1), floor)
-    single = max(_row_space(X_i, floor).shape[1] for X_i in centred)
-    if not single or together.shape[1] > SHARED * single:
+    two = _row_space(models[0] - models[1], floor).shape[1]
+    if not two or together.shape[1] > SHARED * two:
         return denoised(stack)
     outside = mean - (mean @ together) @ together.mT
     inside = mean @ together

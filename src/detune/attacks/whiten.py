@@ -37,14 +37,14 @@ class Whiten:
     about: ClassVar[str] = "denoise, after the noise was made alike in all input directions"
     min_models: ClassVar[int] = 3
 
-    rounds: int = 2
+    rounds: int = 3
 
     def run(self, models: Sequence[Path], out: Path) -> None:
         """Recover; see `Attack.run`."""
         rebuild(models, out, self.min_models, lambda stack: whitened(stack, self.rounds))
 
 
-def whitened(stack: Stack, rounds: int = 2) -> Tensor:
+def whitened(stack: Stack, rounds: int = 3) -> Tensor:
     """One matrix.
 
     Args:
