@@ -29,8 +29,8 @@ class FrozenA:
     another is to train again or to lose the part outside.
 
     Attributes:
-        rank: LoRA rank r: of every row of W, r of its dimensions are hidden. B alone has as many numbers as A and B of an
-            ordinary LoRA of half the rank.
+        rank: LoRA rank r: of every row of W, r of its dimensions are hidden. B alone has as many numbers as A and B of
+            an ordinary LoRA of half the rank.
         alpha: The change is `alpha / rank · B A`.
         targets: Names of the linear layers to train, as PEFT's `target_modules`.
 

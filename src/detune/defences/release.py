@@ -138,7 +138,9 @@ def _check(target: Path, model: Checkpoint) -> None:
     for path in (path.resolve() for path in model.paths):
         if target == path or target.is_relative_to(path):
             raise OutputError(
-                f"{target} is the model itself, or lies inside it", "expected a new directory elsewhere", "choose another"
+                f"{target} is the model itself, or lies inside it",
+                "expected a new directory elsewhere",
+                "choose another",
             )
     check_new(target)
 
