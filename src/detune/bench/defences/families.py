@@ -151,8 +151,9 @@ def _claim(out: Path, settings: dict[str, object]) -> None:
             f"made with {mark.read_text(encoding='utf-8')}, expected {text}",
             "choose another directory, or remove it",
         )
-    out.mkdir(parents=True, exist_ok=True)
-    mark.write_text(text, encoding="utf-8")
+    if not mark.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        mark.write_text(text, encoding="utf-8")
 
 
 @contextmanager
