@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import sys
 
 import pytest
 
@@ -68,3 +70,15 @@ def test_no_model_is_a_matter_of_usage(command):
     ran = command("audit")
     assert ran.code == 2
     assert "Missing argument 'MODEL...'" in ran.err
+
+
+@pytest.mark.parametrize("package", ["plotly", "jinja2"])
+def test_what_is_missing_is_said_before_anything_is_computed(command, fine, tmp_path, monkeypatch, package):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("detune.audit.run.walk", None)
+    ran = command("audit", *fine.models, "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert re.fullmatch(rf"detune: error: {package}\S* is not installed; pip install 'detune\[audit\]'\n", ran.err)
+    assert os.listdir(tmp_path) == []

@@ -10,6 +10,8 @@ from detune.training import needs_extra
 
 __all__ = ["charts", "error_of"]
 
+# Cells of a map of more blocks are too narrow for their figures.
+MOST_LABELLED = 12
 # The prediction is meant to be this close, in log10.
 CLOSE = 0.3
 
@@ -127,6 +129,9 @@ def _heat_map(report: AuditReport) -> Chart | None:
     started = _fine_tuned(report)
     low, high = min(every, default=-20.0), max([*every, *([started] if started is not None else [])], default=0.0)
     figure = new_figure(height=150 + 46 * len(names))
+    figure.update_layout(margin_b=76)
+    labelled = len(depths) <= MOST_LABELLED
+    gap = 3 if labelled else 1
     for models in range(1, len(report.curve) + 1):
         rows = [[_cell(report, cells.get((kind, depth)), models, low) for depth in depths] for kind in names]
         figure.add_trace(
@@ -136,7 +141,7 @@ def _heat_map(report: AuditReport) -> Chart | None:
                 z=[[cell.value for cell in row] for row in rows],
                 text=[[cell.text for cell in row] for row in rows],
                 customdata=[[cell.told for cell in row] for row in rows],
-                texttemplate="%{text}" if len(depths) <= 12 else "",
+                texttemplate="%{text}" if labelled else "",
                 hovertemplate="%{customdata}<extra></extra>",
                 colorscale=[
                     [0, "var(--heat-3)"],
@@ -146,15 +151,16 @@ def _heat_map(report: AuditReport) -> Chart | None:
                 ],
                 zmin=low,
                 zmax=high if high > low else low + 1,
-                xgap=3,
-                ygap=3,
+                xgap=gap,
+                ygap=gap,
                 visible=models == len(report.curve),
                 colorbar={
                     "orientation": "h",
                     "thickness": 10,
                     "len": 0.6,
-                    "y": -0.5 if len(names) < 4 else -0.25,
-                    "yanchor": "top",
+                    "y": 0,
+                    "yref": "container",
+                    "yanchor": "bottom",
                     "title": {"text": "W-Error: left is closer to the base", "side": "bottom", "font": {"size": 12}},
                     "tickfont": {"size": 12},
                     "outlinewidth": 0,

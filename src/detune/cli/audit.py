@@ -66,6 +66,11 @@ def audit(
         with needs_extra("audit"):
             from detune.audit import audit as run
             from detune.audit.page import render
+
+            if folder is not None or page is not None:
+                # What the page needs is missed before anything is computed.
+                import jinja2  # noqa: F401
+                import plotly.graph_objects  # noqa: F401
         report = run(
             models,
             base,
