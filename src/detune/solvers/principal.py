@@ -7,6 +7,7 @@ these are known, `P = U X V^T` with r² unknown numbers X, and the mean of `U^T 
 them. OLoRA (Büyükakyüz 2024, arXiv 2406.01775) takes P from a QR decomposition: only its columns are in a null space.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,9 @@ ALIKE = 0.9
 # Of a base as it is, the columns that an adapter moves carry their share; of one without its principal part next to
 # nothing.
 EMPTY = 0.3
+# A residual of more than this many times the storage noise is not storage noise.
+FLOOR_RATIO = 2.0
+STARTED = "the adapters start from a part of the base, as PiSSA's do"
 # A part of the adapters lies in a null space if all but this share does.
 OUTSIDE = 0.1
 # Singular values fall by so much at the end of a matrix that has lost a part.
@@ -34,17 +38,13 @@ def lacks_principal_part(recovery: Recovery) -> bool:
         recovery: An answer with deltas.
     """
     M = recovery.deltas
-    if len(M) < 2 or not all(M_i.rank for M_i in M):
-        return False
-    squares = [_inner(M_i, M_i) for M_i in M]
-    neighbours = [(i, (i + 1) % len(M)) for i in range(len(M))]
-    if any(_inner(M[i], M[j]) < ALIKE * (squares[i] * squares[j]) ** 0.5 for i, j in neighbours):
+    if not _alike(M):
         return False
     W = recovery.weight.double()
     left, right = M[0].left.double(), M[0].right.double()
     # |M^T W|^2 and |W M^T|^2, of which a weight that does not know M has its share.
     columns, rows = left.mT @ W, W @ right
-    expected = squares[0] * float(W.square().sum())
+    expected = _inner(M[0], M[0]) * float(W.square().sum())
     by_columns = float(((columns @ columns.mT) * (right.mT @ right)).sum()) / expected * W.shape[0]
     by_rows = float(((rows.mT @ rows) * (left.mT @ left)).sum()) / expected * W.shape[1]
     return min(by_columns, by_rows) < EMPTY**2
@@ -59,26 +59,33 @@ def with_principal_part(recovery: Recovery) -> Recovery:
     Returns:
         `W_res + P`, and `M_i - P` as the deltas.
     """
-    if not lacks_principal_part(recovery):
-        return recovery
     M = recovery.deltas
+    lacking = lacks_principal_part(recovery)
+    if not lacking and not (_alike(M) and (recovery.noise_ratio or 0.0) > FLOOR_RATIO):
+        return recovery
+    left = torch.cat([M_i.left for M_i in M], dim=1).double() / len(M)
+    right = torch.cat([M_i.right for M_i in M], dim=1).double()
+    if not lacking:
+        # Of such a fit nothing speaks for what the adapters have in common; HRA's run off like that.
+        everything = _compressed(left, right, left.shape[1])
+        return _moved(
+            recovery, everything, "adapters that are nearly the same do not explain the data: the average stands in"
+        )
     U, S, Vh = torch.linalg.svd(recovery.weight.double(), full_matrices=False)
     last = S[-1 - min(max(M_i.rank for M_i in M), len(S) - 1) :]
     falls = last[:-1] / last[1:].clamp(min=torch.finfo(S.dtype).tiny)
     cliffs = falls.ge(CLIFF).nonzero()
-    left = torch.cat([M_i.left for M_i in M], dim=1).double() / len(M)
-    right = torch.cat([M_i.right for M_i in M], dim=1).double()
-    if not len(cliffs):
-        everything = _compressed(left, right, left.shape[1])
-        return _moved(recovery, everything, "which does not show, so the models' average stands in for it")
-    kept = len(S) - len(last) + 1 + int(cliffs[0])
+    kept = len(S) - len(last) + 1 + int(cliffs[0]) if len(cliffs) else len(S)
     sides = [_in_null_space(left, right, U[:, :kept]), _in_null_space(right, left, Vh[:kept].mT)]
+    if not any(inside for _, inside in sides):
+        everything = _compressed(left, right, left.shape[1])
+        return _moved(recovery, everything, f"{STARTED}: which does not show, so the models' average stands in for it")
     left, right = (side if inside else factor for factor, (side, inside) in zip((left, right), sides, strict=True))
     P = _compressed(left, right, len(S) - kept)
-    return _moved(recovery, P, f"of rank {P.rank}, of which {_unknown(P, sides)} numbers are the models' average")
+    return _moved(recovery, P, f"{STARTED}, of rank {P.rank}: {_unknown(P, sides)} numbers are the models' average")
 
 
-def _moved(recovery: Recovery, P: LowRank, rest: str) -> Recovery:
+def _moved(recovery: Recovery, P: LowRank, why: str) -> Recovery:
     """P is taken from the deltas and given to the weight."""
     deltas = tuple(
         LowRank(
@@ -90,11 +97,20 @@ def _moved(recovery: Recovery, P: LowRank, rest: str) -> Recovery:
         recovery,
         weight=recovery.weight + P.dense().to(recovery.weight),
         method=f"{recovery.method}+principal",
-        reason=f"{recovery.reason}; the adapters start from a part of the base, as PiSSA's do: {rest}",
+        reason=f"{recovery.reason}; {why}",
         deltas=deltas,
         ranks=tuple(M_i.rank for M_i in deltas),
         residuals=None,
     )
+
+
+def _alike(M: Sequence[LowRank]) -> bool:
+    """Whether neighbours are nearly the same."""
+    if len(M) < 2 or not all(M_i.rank for M_i in M):
+        return False
+    squares = [_inner(M_i, M_i) for M_i in M]
+    neighbours = [(i, (i + 1) % len(M)) for i in range(len(M))]
+    return all(_inner(M[i], M[j]) >= ALIKE * (squares[i] * squares[j]) ** 0.5 for i, j in neighbours)
 
 
 def _unknown(P: LowRank, sides: list[tuple[Tensor, bool]]) -> int:
