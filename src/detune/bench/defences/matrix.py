@@ -180,9 +180,9 @@ def rows_of(families: Mapping[str, Family], texts: Path, models: int = MODELS) -
         *(Row(f"noise {size:.1%}", _NOISE, Noise(size), plain, models) for size in (0.001, 0.01, 0.1)),
         Row("quiet noise 10.0%", _ANISOTROPIC, QuietNoise(texts, 0.1), plain, models),
         Row("padding 3.0%", _ANISOTROPIC, Padding(texts, 0.03), plain, models),
-        Row("permutation", (*_NOISE, "align"), Permutation(), plain, models),
-        Row("rotation", (*_NOISE, "align"), Rotation(), plain, models),
-        Row("rescaling", (*_NOISE, "align"), Rescaling(), plain, models),
+        Row("permutation", ("average", "recover", "align"), Permutation(), plain, models),
+        Row("rotation", ("average", "recover", "align"), Rotation(), plain, models),
+        Row("rescaling", ("average", "recover", "align"), Rescaling(), plain, models),
     ]
     if "frozen-a" in families:
         rows.append(Row("frozen A", ("average", "recover", "prior"), None, "frozen-a", models))
