@@ -33,7 +33,7 @@ ATTACK_SETS = {
             "recover": "Recover()",
             "lattice": "Bits()",
             "denoise": "Denoise()",
-            "whiten": "Whiten(rounds=2)",
+            "whiten": "Whiten(rounds=3)",
             "snap": "Snap()",
             "align": "Align()",
             "prior": "Prior()",
