@@ -99,7 +99,8 @@ class TestQuickRun:
         with pytest.raises(InputError, match=r"no row 'magic'; expected some of none, release one, .*frozen A"):
             bench_defences(out, quick=True, only=("magic",))
 
-    def test_models_of_ones_own(self, rows, out, tmp_path):
+    def test_models_of_ones_own(self, rows, out, tmp_path, monkeypatch):
+        monkeypatch.setattr("detune.bench.defences.matrix.QUALITY_TEXTS", 8)
         models = [out / "models" / "ordinary" / domain for domain in DOMAINS[:3]]
         (row,) = bench_defences(tmp_path / "own", base=base_model(), models=models, only=("release one",))
         assert row.cells[0].w_error == row.undefended_w_error
