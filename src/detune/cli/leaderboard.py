@@ -11,7 +11,7 @@ from detune.cli.loading import load_torch
 if TYPE_CHECKING:
     from detune.bench.defences import RowResult
 
-rows_argument = click.argument("rows", nargs=-1, required=True, metavar="ROW...")
+rows_argument = click.argument("rows", nargs=-1, metavar="[ROW...]")
 entries_option = click.option(
     "--entries",
     type=click.Path(path_type=Path, file_okay=False),
@@ -31,7 +31,7 @@ out_option = click.option(
 def leaderboard() -> None:
     """The leaderboard of defences: make entries, verify them, build the page.
 
-    A ROW is one of the table of `detune bench defences`.
+    A ROW is one of the table of `detune bench defences`; none means all.
     """
 
 
