@@ -8,6 +8,12 @@ from detune.bench.defences.matrix import RowResult, verdict
 
 __all__ = ["draw", "markdown", "write"]
 
+# Where the columns beside the map are, in its cells.
+_BESIDE = (-0.4, 0.5, 1.3)
+
+# More than that is all of it.
+_MANY = 1e4
+
 _COLOURS = {"survives": "#0072B2", "broken partly": "#E69F00", "broken": "#D55E00"}
 
 
@@ -51,7 +57,7 @@ def markdown(rows: Sequence[RowResult]) -> str:
                 *figures,
                 f"{closest:.1e}",
                 _times(row.times_closer),
-                f"{row.accuracy:.3f} ({-row.cost:+.1%})",
+                f"{row.accuracy:.3f} ({_change(row)})",
                 verdict(row),
             ]
         )
@@ -78,19 +84,21 @@ def draw(rows: Sequence[RowResult], file: Path) -> None:
     figure = Figure(figsize=(3.4 + 0.85 * len(attacks) + 3.0, 1.3 + 0.36 * len(rows)), facecolor="white")
     FigureCanvasAgg(figure)
     axis = figure.add_axes((3.0 / figure.get_figwidth(), 0.03, 0.85 * len(attacks) / figure.get_figwidth(), 0.85))
-    axis.imshow(values, cmap="viridis_r", aspect="auto", vmin=-18, vmax=-4)
+    axis.imshow(values, cmap="YlOrRd_r", aspect="auto", vmin=-20, vmax=-4)
     for i, row in enumerate(rows):
         for cell in row.cells:
-            light = cell.w_error is not None and cell.w_error < -11
+            light = cell.w_error is not None and cell.w_error < -11.5
             text = "no answer" if cell.w_error is None else f"{cell.w_error:.1f}"
             size = 7 if cell.w_error is None else 9
             weight = "bold" if cell is row.best else "normal"
-            place = axis.text(attacks.index(cell.attack), i, text, ha="center", va="center", fontsize=size)
-            place.set(fontweight=weight, color="white" if light else "black")
-        beside = f"{_times(row.times_closer)}×   {-row.cost:+.1%}"
-        axis.text(len(attacks) - 0.4, i, beside, va="center", fontsize=9)
-        axis.text(len(attacks) + 1.5, i, verdict(row), va="center", fontsize=9, color=_COLOURS[verdict(row)])
-    axis.text(len(attacks) - 0.4, -0.9, "closer   task", va="center", fontsize=9, color="#555555")
+            label = axis.text(attacks.index(cell.attack), i, text, ha="center", va="center", fontsize=size)
+            label.set(fontweight=weight, color="white" if light else "black")
+        beside = (f"{_times(row.times_closer)}×", _change(row), verdict(row))
+        for place, text in zip(_BESIDE, beside, strict=True):
+            colour = _COLOURS.get(text, "black")
+            axis.text(len(attacks) + place, i, text, va="center", fontsize=9, color=colour)
+    for place, text in zip(_BESIDE, ("closer", "task", "verdict"), strict=True):
+        axis.text(len(attacks) + place, -0.85, text, va="center", fontsize=9, color="#555555")
     axis.set_xticks(range(len(attacks)), attacks, rotation=0)
     axis.set_yticks(range(len(rows)), [f"{row.name}, n={row.models}" for row in rows])
     axis.xaxis.tick_top()
@@ -110,4 +118,11 @@ def _attacks(rows: Sequence[RowResult]) -> list[str]:
 
 
 def _times(times: float) -> str:
-    return f"{times:.1f}" if times < 100 else f"{times:.0e}".replace("e+0", "e").replace("e+", "e")
+    if times >= _MANY:
+        return f"> {_MANY:.0e}".replace("e+0", "e")
+    return f"{times:.1f}" if times < 100 else f"{times:.0f}"
+
+
+def _change(row: RowResult) -> str:
+    # Adding zero turns -0.0 into 0.0.
+    return f"{round(-row.cost, 3) + 0.0:+.1%}"
