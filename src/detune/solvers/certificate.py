@@ -49,7 +49,7 @@ TAIL = 0.1
 MOST_DISAGREEMENT = 10.0
 # Entries of deltas below this many times the noise's variance are rounded alike in all models.
 ALIKE = 144.0
-# An error that is known to a factor of 1.6 is known no better than to this once it is stored: then it is not known.
+# In half precision an error is known to a factor of 1.6; if to no better than this once it is stored, it is not known.
 STEEP = 2.8
 # Intervals leave no less than this share of the error of least squares.
 MOST_SAVED = 0.05
@@ -178,6 +178,7 @@ class _Evidence:
         computed: Variance of the rounding errors of the computation.
         saved: What the answer's mean squared error is below that of least squares.
         rounded: Whether the weight is in the dtype it will be stored in.
+        coarse: Whether some model is in half precision.
         entries: Of the matrix.
     """
 
@@ -190,6 +191,7 @@ class _Evidence:
     computed: float
     saved: float
     rounded: bool
+    coarse: bool
     entries: int
 
     @classmethod
@@ -213,6 +215,7 @@ class _Evidence:
             computed,
             recovery.saved_mse,
             torch.finfo(recovery.weight.dtype).eps >= torch.finfo(stored).eps,
+            any(W_i.dtype.itemsize <= 2 for W_i in stack.matrices),
             entries,
         )
 
@@ -272,7 +275,8 @@ class _Evidence:
                 "rounding brings most entries to the base's own numbers; how many it does not, depends on directions "
                 "that do not show"
             )
-        if mse > STEEP * rounded.if_less:
+        if self.coarse and mse > STEEP * rounded.if_less:
+            # There the intervals may have saved more than is known.
             return "rounding brings many entries to the base's own numbers; how many, cannot be predicted that closely"
         if self.rounded and self._weakest_delta < ALIKE * float(self.variances.mean()):
             return "deltas hardly exceed a unit in the last place: the models round alike, and that cannot be simulated"
