@@ -1,5 +1,6 @@
 """The frame of one release's layer, seen from another's."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,8 @@ from detune.solvers.relations import Kind, relate
 from detune.symmetries import Actions, HeadFrame, Layer, NeuronFrame, NormFrame, NormInto, act, join
 
 __all__ = ["find_actions"]
+
+logger = logging.getLogger(__name__)
 
 # All entries this close to zero or a power of two, in eps of the dtype: they are it. The rounding of a release that was
 # scaled by anything else shows more.
@@ -149,6 +152,13 @@ class _Pair:
             found = fit(sides, group, known)
             if found.at_noise:
                 break
+        if not found.at_noise:
+            logger.warning(
+                "%s.weight of %s: a change of basis leaves %.1e times the variance of rounding at full rank",
+                one,
+                self.other.spec,
+                found.excess,
+            )
         return _snapped(found.A, targets[0].dtype)
 
     def fit_norm(self, part: NormInto, known: NormFrame, frame: _Frames) -> Tensor:

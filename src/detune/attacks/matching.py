@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from detune.training import needs_extra
+
 __all__ = ["match_heads", "match_neurons"]
 
 
@@ -89,7 +91,8 @@ def _assign(likeness: Tensor) -> Tensor:
     best = likeness.argmax(dim=1)
     if len(best.unique()) == len(best):
         return best
-    from scipy.optimize import linear_sum_assignment
+    with needs_extra("bench"):
+        from scipy.optimize import linear_sum_assignment
 
     return torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
 

@@ -24,9 +24,13 @@ from detune.solvers.stack import storage_variance
 
 __all__ = ["Fit", "Side", "fit"]
 
-_STEPS = 60
+_STEPS = 120
+# What is left halves within so many steps, or the group is the wrong one.
+_PATIENCE = 12
 # A step that changes A by less, relative to it and to the precision of the stored numbers, changes nothing.
-_ENOUGH = 1e-3
+_ENOUGH = 0.03
+# eps^2 falls to this share of what is left outside the large directions.
+_FALL = 0.1
 # Two stored matrices, one of them turned, have twice the storage variance of one; a merge that was stored before it was
 # turned had been rounded once before, and both were.
 _ROUNDINGS = 4
@@ -101,6 +105,7 @@ def fit(sides: Sequence[Side], group: Group, start: Tensor | None = None) -> Fit
     A = group.start(*_normals(sides, [side.end for side in sides])) if start is None else start
     noise = [_ROUNDINGS * side.variance * side.rows for side in sides]
     eps2: list[float] = []
+    history: list[float] = []
     for _ in range(_STEPS):
         residuals = [side.residual(A) for side in sides]
         spectra = [_Spectrum.of(R) for R in residuals]
@@ -109,11 +114,13 @@ def fit(sides: Sequence[Side], group: Group, start: Tensor | None = None) -> Fit
         roots = [spectrum.root(e) for spectrum, e in zip(spectra, eps2, strict=True)]
         improved = group.improve(A, *_normals(sides, residuals, roots))
         moved, A = float((improved - A).norm() / A.norm()), improved
-        lowest = [max(min(e, rest), least) for e, rest, least in zip(eps2, left, noise, strict=True)]
+        lowest = [max(min(e, _FALL * rest), least) for e, rest, least in zip(eps2, left, noise, strict=True)]
         settled, eps2 = lowest == eps2, lowest
-        if settled and moved <= _ENOUGH * _precision(sides):
+        history.append(max(rest / max(least, _TINY) for rest, least in zip(left, noise, strict=True)))
+        hopeless = len(history) > _PATIENCE and history[-1] > max(_AT_NOISE, history[-1 - _PATIENCE] / 2)
+        if hopeless or (settled and moved <= _ENOUGH * _precision(sides)):
             break
-    return Fit(A, max(rest / max(least, _TINY) for rest, least in zip(left, noise, strict=True)))
+    return Fit(A, history[-1])
 
 
 _TINY = torch.finfo(torch.float64).tiny
