@@ -128,7 +128,7 @@ def _heat_map(report: AuditReport) -> Chart | None:
     ]
     started = _fine_tuned(report)
     low, high = min(every, default=-20.0), max([*every, *([started] if started is not None else [])], default=0.0)
-    figure = new_figure(height=150 + 46 * len(names))
+    figure = new_figure(height=196 + 46 * len(names))
     figure.update_layout(margin_b=76)
     labelled = len(depths) <= MOST_LABELLED
     gap = 3 if labelled else 1
