@@ -96,12 +96,14 @@ def test_the_page_has_both_tables(tmp_path):
     page = copied_page(tmp_path)
     text = build_page(in_files(tmp_path, entry("good"), entry("leaky", best=-17.4, loss=0.005)), page)
     by = "[A. Author](https://example.org/paper)"
-    assert f"| 1 | [good](entries/good.json) | 5 | recover | -6.00 | 4.0e-01 | 2.0 | +0.0 % | verified | {by} |" in text
+    assert f"| 1 | [good](entries/good.json) | 5 | recover | -6.00 | 0.4 | 2.0 | 0.0 % | verified | {by} |" in text
     assert (
-        f"| 2 | [leaky](entries/leaky.json) | 5 | recover | -17.40 | 4.0e-01 | 1,000,000 | +0.5 % | verified | {by} |"
+        f"| 2 | [leaky](entries/leaky.json) | 5 | recover | -17.40 | 0.4 | 1,000,000 | 0.5 % | verified | {by} |"
         in text
     )
     assert "| leaky | -5.50 | **-17.40** | – | no answer | – | – | – | – |" in text
+    assert "| over 10,000,000 |" in build_page(in_files(tmp_path, entry("exact", best=-20)), page)
+    (tmp_path / "entries" / "exact.json").unlink()
     page.write_text(text, encoding="utf-8")
     assert build_page(read_entries(tmp_path / "entries"), page) == text, "building twice changes nothing"
     assert "There are no entries yet." in build_page({}, page)

@@ -95,9 +95,9 @@ def _sections(entries: Mapping[Path, Entry], folder: Path) -> Iterator[str]:
                     str(entry.models),
                     entry.worst_attack,
                     f"{entry.w_errors[entry.worst_attack]:.2f}",
-                    f"{entry.attacks[entry.worst_attack].embeddings:.1e}",
+                    f"{entry.attacks[entry.worst_attack].embeddings:.2g}",
                     _times(entry.times_closer),
-                    f"{100 * entry.utility.loss:+.1f} %",
+                    f"{round(100 * entry.utility.loss, 1) + 0.0:.1f} %",
                     entry.status,
                     _by(entry),
                 )
@@ -128,6 +128,8 @@ def _figure(entry: Entry, attack: str) -> str:
 
 
 def _times(factor: float) -> str:
+    if factor >= 1e7:
+        return "over 10,000,000"
     return f"{factor:.1f}" if factor < 100 else f"{float(f'{factor:.1e}'):,.0f}"
 
 
