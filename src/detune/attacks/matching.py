@@ -91,7 +91,7 @@ def _assign(likeness: Tensor) -> Tensor:
     best = likeness.argmax(dim=1)
     if len(best.unique()) == len(best):
         return best
-    with needs_extra("bench"):
+    with needs_extra("audit"):
         from scipy.optimize import linear_sum_assignment
 
     return torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
