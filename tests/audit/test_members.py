@@ -1,4 +1,5 @@
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -7,12 +8,12 @@ from transformers import BertConfig, BertModel
 from detune.attacks.align import align
 from detune.audit import AuditReport, audit
 from detune.audit.trial import AboveMeasuredNoise
-from detune.defences import Permutation, defend
+from detune.defences import Noise, Permutation, defend
 from detune.solvers import Auto, Stack
 from detune.training import quiet, seeded
 from tests.cases import normal
 from tests.cases import seeded as generator_of
-from tests.families import Fine, fine_tune
+from tests.families import Fine, fine_tune, save_plain
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +86,21 @@ def test_noise_that_turning_left_is_measured():
     assert float((found.weight - W).square().mean().sqrt()) < noise
     exact = Stack.of([(W + M_i).float() for M_i in deltas])
     torch.testing.assert_close(AboveMeasuredNoise(Auto()).solve(exact).weight, Auto().solve(exact).weight)
+
+
+def test_noise_is_measured_and_the_adapters_split_off_above_it(fine, tmp_path):
+    for i, model in enumerate(fine.models):
+        defend(Noise(0.01), model, tmp_path / str(i), seed=i, verify=False)
+    releases = [tmp_path / str(i) for i in range(len(fine.models))]
+    report = audit(releases, fine.base, weights_only=True)
+    assert [model.left_out for model in report.models] == [None] * len(releases)
+    assert {entry.outcomes[-1].method for entry in report.tensors if entry.is_matrix} == {"denoise"}
+    tuned = [entry for entry in report.tensors if entry.name.endswith(("query.weight", "value.weight"))]
+    mean = fmean(entry.outcomes[1].w_error for entry in tuned)
+    assert fmean(entry.outcomes[2].w_error for entry in tuned) < mean - 0.5
+
+
+def test_strangers_are_no_noise(tmp_path):
+    releases = [save_plain(tmp_path / str(i), {"q.weight": normal(generator_of(i), 96, 80).float()}) for i in range(3)]
+    report = audit(releases, weights_only=True)
+    assert sum(model.left_out is None for model in report.models) == 1

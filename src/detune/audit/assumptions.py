@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from detune.audit.members import ENOUGH
 from detune.audit.record import ModelEntry, Outcome, Result, Rule, TensorEntry
-from detune.audit.trial import ENOUGH
 from detune.clusters import STRANGER, Clusters
 from detune.report import Status
 from detune.solvers.resemblance import Cause

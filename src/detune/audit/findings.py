@@ -6,6 +6,7 @@ from statistics import fmean
 
 from pydantic import JsonValue
 
+from detune.audit.members import ENOUGH
 from detune.audit.record import (
     Behaviour,
     CurvePoint,
@@ -18,7 +19,7 @@ from detune.audit.record import (
     Unchanged,
     Verdict,
 )
-from detune.audit.trial import AT_FLOOR, CLOSER, ENOUGH
+from detune.audit.trial import AT_FLOOR, CLOSER
 
 __all__ = ["FINDINGS", "curve_of", "find", "verdict_of"]
 

@@ -15,7 +15,12 @@ from detune.solvers.resemblance import Cause
 from detune.symmetries import Action, Actions, act, read_layers
 from detune.training import needs_extra
 
-__all__ = ["Members", "base_in_frame", "find_members"]
+# Fewer releases than this leave a difference that splits in infinitely many ways: only a grid can decide.
+ENOUGH = 3
+# Matrices of a release that are looked at to see whether it is close to the first.
+LOOKED_AT = 4
+
+__all__ = ["ENOUGH", "Members", "base_in_frame", "find_members"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Members:
         moved: Those that a copy stands for.
         turned: Whether numbers were rounded in that: matrices that were turned or scaled are on no grid any more, and
             hold more noise than storing them left.
+        noisy: Whether they differ at full rank, close as they are: noise may have been added, or weights quantised.
     """
 
     models: tuple[Checkpoint, ...]
@@ -38,6 +44,7 @@ class Members:
     reasons: tuple[tuple[int, str], ...] = ()
     moved: tuple[int, ...] = ()
     turned: bool = False
+    noisy: bool = False
 
     @property
     def used(self) -> list[Checkpoint]:
@@ -52,7 +59,8 @@ class Members:
 def find_members(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) -> Members:
     """The largest set of releases that fit together and share a source; of equal ones the first.
 
-    Where some differ at full rank, neurons and heads are matched again, as whoever knows such a defence would do.
+    Where some differ at full rank, neurons and heads are matched again, and noise is measured, as whoever knows such a
+    defence would do.
 
     Args:
         models: All that were given.
@@ -63,7 +71,12 @@ def find_members(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) 
         InputError: No two of them have the same tensors.
         DetuneError: The extra `audit` is not installed.
     """
-    found = _grouped(tuple(models))
+    found = _in_one_frame(models, _grouped(tuple(models)), folder, opened)
+    return _through_noise(found) if len(found.places) < ENOUGH else found
+
+
+def _in_one_frame(models: Sequence[Checkpoint], found: Members, folder: Path, opened: ExitStack) -> Members:
+    """The same with releases matched to the first, where that brings more of them together."""
     if found.clusters is None or not _disagreement(found.clusters):
         return found
     fitting = sorted(i for cluster in found.clusters.clusters for i in cluster)
@@ -73,6 +86,22 @@ def find_members(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) 
     again = _grouped(tuple(standing.get(i, model) for i, model in enumerate(models))) if moved else found
     better = again.clusters is not None and _disagreement(again.clusters) < _disagreement(found.clusters)
     return replace(again, moved=moved, turned=turned) if better else found
+
+
+def _through_noise(found: Members) -> Members:
+    """All releases that fit, where too few differ by low ranks alone but all are close to the first."""
+    if found.clusters is None:
+        return found
+    fitting = sorted(i for cluster in found.clusters.clusters for i in cluster)
+    if len(fitting) < ENOUGH:
+        return found
+    first, *others = fitting
+    for i in others:
+        foreign = found.clusters.foreign(i, (first,))
+        if any(why_foreign(found.models, i, first, name).cause is not Cause.FULL for name in foreign[:LOOKED_AT]):
+            return found
+    reasons = tuple((i, why) for i, why in found.reasons if i not in fitting)
+    return replace(found, places=tuple(fitting), reasons=reasons, noisy=True)
 
 
 def base_in_frame(base: Checkpoint, first: Checkpoint, folder: Path, opened: ExitStack) -> Checkpoint:

@@ -82,7 +82,7 @@ def audit(
         given_base = opened.enter_context(open_checkpoint(base)) if base is not None else None
         members = find_members(given.models, folder, opened)
         family = opened.enter_context(Family(members.used))
-        trial = Trial(solver, rank, device, members.turned)
+        trial = Trial(solver, rank, device, members.turned, members.noisy)
         truth = None if given_base is None else base_in_frame(given_base, family.models[0], folder, opened)
         judge = None if weights_only else Judge(family.models[0], truth, Path(inputs) if inputs is not None else None)
         tensors, unchanged, behaviour = _try_all(family, truth, trial, judge, folder / "recovered", on_tensor)

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detune.attacks.denoise import with_measured_noise
+from detune.attacks.denoise import best_split, with_measured_noise
+from detune.audit.members import ENOUGH
 from detune.audit.naming import Place
 from detune.audit.record import Outcome, TensorEntry
 from detune.metrics import bit_identical
@@ -23,8 +24,6 @@ from detune.solvers.stack import storage_variance
 from detune.solving import solve_tensor
 from detune.walk import Answer, matricise
 
-# Fewer releases than this leave a difference that splits in infinitely many ways: only a grid can decide.
-ENOUGH = 3
 # Deltas of more steps of the base's grid than this do not show modulo the step; the method itself gives up at 8.
 MOST_STEPS = 100.0
 # An error of so many times what storing a release rounds off is at the storage floor.
@@ -58,12 +57,14 @@ class Trial:
         rank: The most that any adapter's rank can be; None finds it.
         device: Where to compute.
         turned: Whether the releases were turned into one frame: no grid shows any more, and the noise is measured.
+        noisy: Whether they differ at full rank: so it is, and adapters are split off with care for it.
     """
 
     solver: Solver
     rank: int | None = None
     device: torch.device | str | None = None
     turned: bool = False
+    noisy: bool = False
 
     def run(self, name: str, place: Place, tensors: Sequence[Tensor], truth: Tensor | None) -> Tried:
         """Recover a tensor from the first release, from the first two, and so on.
@@ -105,12 +106,16 @@ class Trial:
         n = len(tensors)
         if n > 1 and all(_same(tensors[0], tensor) for tensor in tensors[1:]):
             return Answer(Status.SHARED, "copy", f"identical in {n} releases"), tensors[0]
-        if n < ENOUGH and self.turned:
-            return self._average(tensors, "matrices that were turned lie on no grid any more")
+        if n < ENOUGH and (self.turned or self.noisy):
+            return self._average(
+                tensors, f"matrices that {'were turned' if self.turned else 'hold noise'} lie on no grid"
+            )
         if n < ENOUGH and figures.show_no_grid(n):
             return self._average(tensors, figures.why_no_grid)
         solver = self.solver if n >= max(ENOUGH, self.solver.min_models) else OnGrid()
-        if self.turned:
+        if self.noisy:
+            solver = Denoised(solver)
+        elif self.turned:
             solver = AboveMeasuredNoise(solver)
         answer, weight = solve_tensor(tuple(tensors), solver, self.rank, self.device)
         return answer, _stored(weight, tensors[0])
@@ -188,6 +193,30 @@ class AboveMeasuredNoise:
         """Measure the noise, then recover; see `Solver.solve`."""
         measured = with_measured_noise(stack)
         return self.solver.solve(stack, rank) if measured is stack else Auto(lattice=None).solve(measured, rank)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """The attack on added noise (`detune.attacks.denoise`), where there is any.
+
+    Attributes:
+        solver: What solves where there is none.
+    """
+
+    min_models: ClassVar[int] = ENOUGH
+
+    solver: Solver
+
+    def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
+        """Measure the noise, then recover; see `Solver.solve`."""
+        measured = with_measured_noise(stack)
+        if measured is stack:
+            return self.solver.solve(stack, rank)
+        times = float(measured.noise.mean() / stack.noise.mean())
+        reason = (
+            f"the releases hold noise of {times:.2g} times their rounding; adapters split off as far as they stand out"
+        )
+        return Recovery(best_split(measured).weight, "denoise", reason)
 
 
 def is_given_away(status: Status, error: float | None, change: float | None, noise: float) -> bool:
