@@ -155,7 +155,9 @@ def test_importing_loads_nothing_heavy(module, absent):
     assert not absent & set(done.stdout.split())
 
 
-@pytest.mark.parametrize("words", [["--help"], ["recover", "--help"], ["audit", "--help"], ["bench", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["recover", "--help"], ["audit", "--help"], ["bench", "--help"], ["--version"]]
+)
 def test_help_loads_only_what_prints_it(words):
     command = [sys.executable, "-X", "importtime", "-m", "detune", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

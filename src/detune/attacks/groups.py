@@ -107,12 +107,14 @@ def _sylvester(right: Tensor, left: Tensor, constant: Tensor) -> Tensor:
     right_values, right_vectors = torch.linalg.eigh(right)
     left_values, left_vectors = torch.linalg.eigh(left)
     sums = _positive(left_values.unsqueeze(-1) + right_values.unsqueeze(-2))
-    return left_vectors @ ((left_vectors.mT @ constant @ right_vectors) / sums) @ right_vectors.mT
+    D: Tensor = left_vectors @ ((left_vectors.mT @ constant @ right_vectors) / sums) @ right_vectors.mT
+    return D
 
 
 def _polar(matrices: Tensor) -> Tensor:
     U, _, Vh = torch.linalg.svd(matrices)
-    return U @ Vh
+    rotations: Tensor = U @ Vh
+    return rotations
 
 
 def _positive(values: Tensor) -> Tensor:
