@@ -113,10 +113,8 @@ class Trial:
         if n < ENOUGH and figures.show_no_grid(n):
             return self._average(tensors, figures.why_no_grid)
         solver = self.solver if n >= max(ENOUGH, self.solver.min_models) else OnGrid()
-        if self.noisy:
-            solver = Denoised(solver)
-        elif self.turned:
-            solver = AboveMeasuredNoise(solver)
+        if self.turned or self.noisy:
+            solver = AboveMeasuredNoise(solver, added=self.noisy)
         answer, weight = solve_tensor(tuple(tensors), solver, self.rank, self.device)
         return answer, _stored(weight, tensors[0])
 
@@ -183,39 +181,24 @@ class AboveMeasuredNoise:
 
     Attributes:
         solver: What solves where it is not.
+        added: Whether somebody added it, so that it may hide directions: then the adapters are split off as the attack
+            `denoise` does.
     """
 
     min_models: ClassVar[int] = ENOUGH
 
     solver: Solver
-
-    def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
-        """Measure the noise, then recover; see `Solver.solve`."""
-        measured = with_measured_noise(stack)
-        return self.solver.solve(stack, rank) if measured is stack else Auto(lattice=None).solve(measured, rank)
-
-
-@dataclass(frozen=True)
-class Denoised:
-    """The attack on added noise (`detune.attacks.denoise`), where there is any.
-
-    Attributes:
-        solver: What solves where there is none.
-    """
-
-    min_models: ClassVar[int] = ENOUGH
-
-    solver: Solver
+    added: bool = False
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Measure the noise, then recover; see `Solver.solve`."""
         measured = with_measured_noise(stack)
         if measured is stack:
             return self.solver.solve(stack, rank)
+        if not self.added:
+            return Auto(lattice=None).solve(measured, rank)
         times = float(measured.noise.mean() / stack.noise.mean())
-        reason = (
-            f"the releases hold noise of {times:.2g} times their rounding; adapters split off as far as they stand out"
-        )
+        reason = f"noise of {times:.2g} times the rounding; adapters split off as far as they stand over it"
         return Recovery(best_split(measured).weight, "denoise", reason)
 
 
