@@ -193,7 +193,7 @@ ASSUMPTIONS = (
         },
     ),
     Assumption("three models", "number of models", {str(n): so_many(n) for n in (1, 2, 3, 4, 5, 8)}),
-    Assumption("r1 + r2 + r3 <= 384", "rank of each LoRA", {str(r): of_rank(r) for r in (4, 16, 64, 120, 128, 160)}),
+    Assumption("r1 + r2 + r3 <= 384", "rank of each LoRA", {str(r): of_rank(r) for r in (4, 16, 64, 96, 120, 160)}),
 )
 
 

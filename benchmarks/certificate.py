@@ -24,7 +24,7 @@ from detune.solvers.stack import storage_variance
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BAND = 0.3
 # Thresholds were set on the seeds below.
-FIRST = 1000
+FIRST = 2000
 SOLVER = Auto()
 
 
