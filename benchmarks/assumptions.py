@@ -3,7 +3,7 @@
     python benchmarks/assumptions.py [PNG]
 
 Query matrices 384x384 of three layers, three LoRAs of rank 16 from one seed, merged in float32; `auto` finds the ranks.
-The verdict is the certificate's, of the worst matrix; W-Errors are means over the matrices. Where nothing can be
+The verdict is the certificate's, of the worst matrix; W-Errors are means over the matrices, as stored. Where nothing can be
 recovered the models are averaged.
 
 Expected: with every assumption met, the storage floor from three models on. Where one fails, the error rises with how
@@ -217,7 +217,7 @@ def outcome(at: str, problems: Sequence[Family], make: Callable[[Family], list[T
         means.append(average)
         solver = SOLVERS["auto" if len(models) > 2 else "lattice"]()
         answer, weight = solve_tensor(tuple(models), solver, None, None)
-        errors.append(w_error(weight, family.W))
+        errors.append(w_error(weight.to(models[0].dtype), family.W))
         verdicts.append(answer.status)
         predicted = answer.certificate.predicted_w_error if answer.certificate is not None else None
         promised = answer.status in (Status.EXACT, Status.FLOOR)
