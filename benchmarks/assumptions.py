@@ -3,8 +3,8 @@
     python benchmarks/assumptions.py [PNG]
 
 Query matrices 384x384 of three layers, three LoRAs of rank 16 from one seed, merged in float32; `auto` finds the ranks.
-The verdict is the certificate's, of the worst matrix; W-Errors are means over the matrices, as stored. Where nothing can be
-recovered the models are averaged.
+The verdict is the certificate's, of the worst matrix; W-Errors are means over the matrices, of the answers as they are
+stored. Where nothing can be recovered the models are averaged.
 
 Expected: with every assumption met, the storage floor from three models on. Where one fails, the error rises with how
 far it fails, up to the average's; and no verdict is "exact" or "to the storage floor" where the error is 0.3 above the
@@ -178,7 +178,7 @@ ASSUMPTIONS = (
     ),
     Assumption(
         "aligned neurons",
-        "a fourth model, of whose neurons so many changed places",
+        "share of a fourth model's neurons out of place",
         {f"{share:.0%}": permuted(share) for share in (0, 0.01, 0.02, 0.05, 0.1, 0.5, 1)},
     ),
     Assumption(
