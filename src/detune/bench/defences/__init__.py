@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from detune.bench.defences.families import given_family, trained_families
+from detune.bench.defences.families import FAMILIES, given_family, trained_families
 from detune.bench.defences.matrix import MODELS, Cell, Row, RowResult, rows_of, run_rows, verdict
 from detune.bench.defences.table import write
 from detune.demo.texts import DOMAINS, passages
@@ -53,22 +53,20 @@ def bench_defences(
     texts.write_text(
         "\n".join(t for domain in DOMAINS for t in passages(domain)[:CALIBRATION]) + "\n", encoding="utf-8"
     )
-    if base is not None:
-        families = {"given": given_family(base, models)}
-        releases = min(MODELS, len(models))
-    elif quick:
-        families = trained_families(out / "models", domains=DOMAINS[:3], steps=2, held_out=16, on_step=on_step)
-        releases = 3
-    else:
-        families = trained_families(out / "models", on_step=on_step)
-        releases = MODELS
-    rows = rows_of(families, texts, releases)
+    releases = min(MODELS, len(models)) if base is not None else 3 if quick else MODELS
+    rows = rows_of(FAMILIES if base is None else ("given",), texts, releases)
     wanted = only or (_QUICK if quick else [row.name for row in rows])
     unknown = set(wanted) - {row.name for row in rows}
     if unknown:
         raise InputError(
             f"no row {min(unknown)!r}", f"expected some of {', '.join(row.name for row in rows)}", "see --only"
         )
+    if base is not None:
+        families = {"given": given_family(base, models)}
+    elif quick:
+        families = trained_families(out / "models", domains=DOMAINS[:3], steps=2, held_out=16, on_step=on_step)
+    else:
+        families = trained_families(out / "models", on_step=on_step)
     results = run_rows([row for row in rows if row.name in wanted], families, out, on_cell=on_step)
     write(results, out)
     return results

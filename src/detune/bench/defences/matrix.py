@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -160,11 +160,11 @@ def verdict(row: RowResult) -> str:
     return "broken partly" if row.times_closer >= PARTLY else "survives"
 
 
-def rows_of(families: Mapping[str, Family], texts: Path, models: int = MODELS) -> tuple[Row, ...]:
+def rows_of(families: Collection[str], texts: Path, models: int = MODELS) -> tuple[Row, ...]:
     """The rows that some families allow.
 
     Args:
-        families: By name; "ordinary" or "given" is needed.
+        families: Their names; "ordinary" or "given" is needed.
         texts: A file with texts for the defences that look at activations.
         models: Number of releases.
     """
