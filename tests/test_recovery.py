@@ -26,7 +26,7 @@ from transformers import (
 import detune
 from detune.errors import InputError
 from detune.report import Status, TensorRow
-from detune.solvers import NotRecoverable, Spectral
+from detune.solvers import SOLVERS, NotRecoverable, Spectral
 from detune.solvers.certificate import Verdict
 from tests.cases import normal, seeded
 from tests.families import (
@@ -415,7 +415,7 @@ def test_a_solver_of_ones_own(fine, tmp_path):
         (1, {"method": "intersect"}, "1 model given, intersect needs at least three"),
         (1, {"method": "spectral"}, "1 model.* given, spectral needs at least 2; add a model"),
         (0, {"method": "mean"}, "0 models given, mean needs at least 1"),
-        (3, {"method": "magic"}, "no method 'magic': expected one of auto, lattice, intersect, spectral, mean, single"),
+        (3, {"method": "magic"}, f"no method 'magic': expected one of {', '.join(SOLVERS)}"),
         (3, {"rank": 0}, "rank 0: expected a positive number, or none to find it"),
     ],
 )
