@@ -5,9 +5,7 @@ base whose weights lie on the grid of bf16.
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import torch
 
+from detune.bench.recipes import whole
 from detune.checkpoints import CheckpointWriter, open_checkpoint
 from detune.defences import FrozenA
 from detune.demo.texts import DOMAINS, passages
@@ -77,22 +76,22 @@ def trained_families(
     say = on_step or (lambda what: None)
     _claim(out, {"domains": list(domains), "steps": steps, "held_out": held_out})
     base, on_grid, start = base_model(), out / "bf16-base" / "base", out / "frozen-a" / "start"
-    with _whole(start) as partial:
+    with whole(start) as partial:
         if partial:
             FROZEN.start(base, partial, seed=0)
-    with _whole(on_grid) as partial:
+    with whole(on_grid) as partial:
         if partial:
             _round_base(base, partial)
     trainings: dict[str, dict[str, Any]] = {"ordinary": {}, "frozen-a": {"start": start, "lr": FROZEN_LR}}
     for domain in domains:
         for family, options in trainings.items():
-            with _whole(out / family / f"adapter-{domain}") as partial:
+            with whole(out / family / f"adapter-{domain}") as partial:
                 if partial:
                     say(f"training on {domain}, {family}")
                     train_lora(base, _passages(domain)[:-held_out], partial, steps=steps, **options)
         for family in FAMILIES:
             trained = out / ("frozen-a" if family == "frozen-a" else "ordinary") / f"adapter-{domain}"
-            with _whole(out / family / domain) as partial:
+            with whole(out / family / domain) as partial:
                 if partial:
                     merge(on_grid if family == "bf16-base" else base, trained, partial)
     texts = tuple(_passages(domain)[-held_out:] for domain in domains)
@@ -154,16 +153,3 @@ def _claim(out: Path, settings: dict[str, object]) -> None:
     if not mark.is_file():
         out.mkdir(parents=True, exist_ok=True)
         mark.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path | None]:
-    """Where to make a directory that appears whole or not at all; None where it is there already."""
-    if path.is_dir():
-        yield None
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    yield partial
-    partial.rename(path)

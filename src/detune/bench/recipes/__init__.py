@@ -16,7 +16,7 @@ from detune.errors import InputError, OutputError
 if TYPE_CHECKING:
     from detune.bench.subsets import Subset
 
-__all__ = ["RECIPES", "Recipe", "build_recipe", "find_recipe"]
+__all__ = ["RECIPES", "Recipe", "build_recipe", "find_recipe", "whole"]
 
 RECIPES: dict[str, type[Recipe]] = {
     recipe.name: recipe for recipe in (VitMini, SdMini, MistralMiniSft, MistralMiniDpo, MiniLM)
@@ -65,18 +65,18 @@ def build_recipe(
     say = on_step or (lambda what: None)
     _claim(out, f"{recipe!r} seeds={seeds} seed={seed} ranks={tuple(ranks)}")
     base = out / "base"
-    with _whole(base) as partial:
+    with whole(base) as partial:
         if partial:
             say("base")
             recipe.make_base(partial)
     adapters = [out / "adapters" / task for task in recipe.tasks]
     for i, (task, adapter) in enumerate(zip(recipe.tasks, adapters, strict=True)):
         rank = ranks[i % len(ranks)] if ranks else recipe.rank
-        with _whole(adapter) as partial:
+        with whole(adapter) as partial:
             if partial:
                 say(f"{task} ({i + 1} of {len(adapters)})")
                 recipe.train_adapter(base, task, partial, rank=rank, seed=seed + i if seeds == "different" else seed)
-    with _whole(out / "inputs") as partial:
+    with whole(out / "inputs") as partial:
         if partial:
             partial.mkdir()
             recipe.write_inputs(partial)
@@ -110,7 +110,7 @@ def _claim(out: Path, settings: str) -> None:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path | None]:
+def whole(path: Path) -> Iterator[Path | None]:
     """Where to make a directory that appears whole or not at all; None where it is there already."""
     if path.is_dir():
         yield None
