@@ -25,6 +25,7 @@ PIPELINE = {
     "family",
     "inspection",
     "kinship",
+    "lanes",
     "packing",
     "recovery",
     "report",

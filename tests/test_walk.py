@@ -1,25 +1,35 @@
-"""One tensor in work, the next one read meanwhile, and no more than that in memory."""
+"""Tensors side by side, the next one read meanwhile, and no more than that in memory."""
 
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from detune import walk as walking
+from detune import lanes
 from detune.family import Family
+from detune.lanes import Lanes, Load, computing_threads
 from detune.report import Status
-from detune.walk import Answer, computing_threads, walk
+from detune.training import use_threads
+from detune.walk import Answer, walk
 from tests.families import plain_family
 
 ANSWER = Answer(Status.AVERAGED, "mean", "for the test")
+PATIENCE_SECONDS = 10
 
 
 @pytest.fixture
 def family(tmp_path) -> Family:
     return Family(plain_family(tmp_path).models)
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request) -> Iterator[int]:
+    with use_threads(request.param):
+        yield request.param
 
 
 class Stacks:
@@ -50,22 +60,30 @@ def solve_with(act: Callable[[int], None]) -> Callable[[str, tuple[Tensor, ...]]
     return solve
 
 
-def test_the_next_stack_is_read_while_one_is_solved(family, monkeypatch):
-    # Three float32 stacks of a matrix each: room for two.
-    monkeypatch.setattr(walking, "STACKS", 6)
+def test_the_next_stack_is_read_while_others_are_solved(family, monkeypatch, threads):
+    # Room for one in work for each thread, and one more.
+    monkeypatch.setattr(lanes, "HELD", 6 * threads + 3)
     stacks = Stacks(family, monkeypatch)
 
     def act(layer: int) -> None:
-        if layer < 3:
-            assert stacks.begun[layer + 1].wait(timeout=10)
-        assert stacks.in_memory <= 2
+        if layer + threads < 4:
+            assert stacks.begun[layer + threads].wait(PATIENCE_SECONDS)
+        assert stacks.in_memory <= threads + 1
 
     rows = walk(family, lambda name: None, solve_with(act))
     assert [row.name for row in rows] == list(family.names)
     assert stacks.in_memory == 0
 
 
-def test_the_next_stack_waits_where_memory_does_not_allow_both(family, monkeypatch):
+def test_tensors_are_solved_side_by_side(family, monkeypatch):
+    monkeypatch.setattr(lanes, "HELD", 100)
+    both = threading.Barrier(2, timeout=PATIENCE_SECONDS)
+    with use_threads(2):
+        rows = walk(family, lambda name: None, solve_with(lambda layer: both.wait() and None))
+    assert [row.name for row in rows] == list(family.names)
+
+
+def test_the_next_stack_waits_where_memory_does_not_allow_both(family, monkeypatch, threads):
     stacks = Stacks(family, monkeypatch)
 
     def act(layer: int) -> None:
@@ -76,20 +94,45 @@ def test_the_next_stack_waits_where_memory_does_not_allow_both(family, monkeypat
     assert all(begun.is_set() for begun in stacks.begun)
 
 
-def test_an_error_ends_the_reading(family):
+def test_an_error_ends_the_reading(family, threads):
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         walk(family, lambda name: None, solve_with(lambda layer: (_ for _ in ()).throw(KeyboardInterrupt())))
     assert threading.active_count() == before
+    assert torch.get_num_threads() == threads
 
 
-def test_small_matrices_are_computed_on_one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for entries, expected in ((walking.SHARED_OUT - 1, 1), (walking.SHARED_OUT, 2)):
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [(1000, 1), (lanes.SHARED_OUT, 1), (20 * lanes.SHARED_OUT, 2), (50 * lanes.SHARED_OUT, 4)],
+    ids=["small", "four beside each other", "two beside each other", "the largest"],
+)
+def test_threads_are_shared_out_by_size(entries, expected):
+    load, largest = (bf16_models(size) for size in (entries, 50 * lanes.SHARED_OUT))
+    with use_threads(4), Lanes([load, largest]) as shared:
+        assert shared.threads(load) == expected
+
+
+def bf16_models(entries: int, n: int = 3) -> Load:
+    return Load(entries, 2 * n * entries)
+
+
+def test_a_gpu_takes_one_at_a_time(family, monkeypatch, threads):
+    monkeypatch.setattr(lanes, "HELD", 100)
+    inside = threading.Semaphore(1)
+
+    def act(layer: int) -> None:
+        assert inside.acquire(blocking=False)
+        # Time for another to come in.
+        time.sleep(0.05)
+        inside.release()
+
+    walk(family, lambda name: None, solve_with(act), device="cuda")
+
+
+def test_small_matrices_are_computed_on_one_thread():
+    with use_threads(2):
+        for entries, expected in ((lanes.SHARED_OUT - 1, 1), (lanes.SHARED_OUT, 2)):
             with computing_threads(entries):
                 assert torch.get_num_threads() == expected
             assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)

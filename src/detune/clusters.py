@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from detune.checkpoints import Checkpoint
+from detune.checkpoints import Checkpoint, Excerpt
 from detune.errors import InputError
 from detune.family import damaged, misfit
 from detune.solvers import NonFinite
-from detune.solvers.relations import SMALLEST, split
+from detune.solvers.relations import LAST_SAMPLE, SMALLEST, split
 from detune.solvers.resemblance import Cause, Resemblance, resemble
 from detune.walk import matricise
 
@@ -151,6 +151,11 @@ def tells(model: Checkpoint, name: str) -> bool:
     return is_matrix and min(info.shape[0], math.prod(info.shape[1:])) >= SMALLEST
 
 
+def some_of(model: Checkpoint) -> Checkpoint:
+    """A model of which no more rows are read than `split` looks at."""
+    return model if isinstance(model, Excerpt) else Excerpt(model, LAST_SAMPLE)
+
+
 def split_tensor(models: Sequence[Checkpoint], name: str) -> Groups:
     """The groups of models that differ by a low rank in one matrix.
 
@@ -158,7 +163,7 @@ def split_tensor(models: Sequence[Checkpoint], name: str) -> Groups:
         InputError: A model holds NaN or Inf in it.
     """
     try:
-        return split([matricise(model.read(name)) for model in models])
+        return split([matricise(some_of(model).read(name)) for model in models])
     except NonFinite as error:
         raise damaged(name, models[error.model].spec) from None
 

@@ -53,7 +53,11 @@ def inspect(
     with Models(models, merge_dtype, shown) as given:
         selection = select(given.models, min(3, len(models)))
         family = Family([given.models[i] for i in selection.members])
-        looked_at = walk(family, lambda name: None, lambda name, tensors: _look(tensors, rank, device), on_tensor)
+
+        def look(name: str, tensors: tuple[Tensor, ...]) -> Answer:
+            return _look(tensors, rank, device)
+
+        looked_at = walk(family, lambda name: None, look, on_tensor, device=device)
         inputs = tuple(
             InputRow(model.spec, model.hashes(), selection.reason(i)) for i, model in enumerate(given.models)
         )

@@ -3,17 +3,15 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from detune.family import Family, damaged
+from detune.lanes import Lanes, Load
 from detune.report import Status, TensorRow
 from detune.solvers import Bits, NonFinite
 from detune.solvers.certificate import Certificate
@@ -23,11 +21,6 @@ from detune.solvers.grid import name_of
 logger = logging.getLogger(__name__)
 
 OnTensor = Callable[[str, TensorRow | None], None]
-
-# What the stack in work and the one read ahead may hold together, in float32 copies of the largest tensor.
-STACKS = 2
-# Matrices with fewer entries are computed on one thread: up to 1024x1024 a second was no faster, and may have to wait.
-SHARED_OUT = 2**20
 
 
 @dataclass(frozen=True)
@@ -78,89 +71,80 @@ def walk(
     on_changed: Callable[[str, tuple[Tensor, ...]], Answer],
     on_tensor: OnTensor | None = None,
     names: Iterable[str] | None = None,
+    device: torch.device | str | None = None,
 ) -> list[TensorRow]:
-    """Visit tensors one at a time, while the next one's stack is read where memory allows it.
+    """Visit tensors, several at a time where memory and threads allow it; the next one's stack is read meanwhile.
 
     Args:
         family: The models.
         on_shared: Called with the name of a tensor that is identical in all models; it is not read whole.
-        on_changed: Called with the name and the stored tensors of one that differs; says what became of it.
+        on_changed: Called with the name and the stored tensors of one that differs; says what became of it. Calls come
+            from several threads.
         on_tensor: For progress: called with the name and None before, with the row after.
         names: The tensors to visit; None is all of them, in file order.
+        device: Where `on_changed` computes; None is the CPU. A GPU takes one tensor at a time.
 
     Returns:
-        A row for each tensor.
+        A row for each tensor, in the order of the names.
 
     Raises:
         InputError: A model holds NaN or Inf.
     """
-    rows = []
-    with closing(_read_ahead(family, list(family.names if names is None else names))) as stacks:
-        for name, read in stacks:
+    loads = {name: _load(family, name) for name in (family.names if names is None else names)}
+    rows: dict[str, TensorRow] = {}
+
+    def take(visited: Iterable[TensorRow]) -> None:
+        for row in visited:
+            if row.status is Status.SHARED:
+                on_shared(row.name)
+            logger.debug("%s: %s, %s", row.name, row.status, row.reason)
+            rows[row.name] = row
+            if on_tensor:
+                on_tensor(row.name, row)
+
+    most = None if torch.device(device or "cpu").type == "cpu" else 1
+    with Lanes[TensorRow](loads.values(), most) as lanes:
+        for name, load in loads.items():
+            # Read here, while others are computed.
+            while not lanes.may_read(load):
+                take(lanes.finished())
+            began = time.perf_counter()
+            stack = None if family.is_shared(name) else family.stack(name)
+            while stack is not None and not lanes.may_start(load):
+                take(lanes.finished())
             if on_tensor:
                 on_tensor(name, None)
-            began = time.perf_counter()
-            tensors = read()
-            if tensors is None:
-                on_shared(name)
-                answer = Answer(Status.SHARED, "copy", "identical in all models")
+            if stack is None:
+                take([_row(family, name, Answer(Status.SHARED, "copy", "identical in all models"), began)])
             else:
-                try:
-                    with full_precision(), computing_threads(tensors[0].numel()):
-                        answer = on_changed(name, tensors)
-                except NonFinite as error:
-                    raise damaged(name, family.models[error.model].spec) from None
+                lanes.start(load, partial(_visit, family, name, stack, on_changed))
             # Not while the next is read.
-            del tensors, read
-            row = answer.row(name, family.shape(name), family.dtypes(name), time.perf_counter() - began)
-            rows.append(row)
-            logger.debug("%s: %s, %s", name, row.status, row.reason)
-            if on_tensor:
-                on_tensor(name, row)
-    return rows
+            del stack
+        take(lanes.rest())
+    return [rows[name] for name in loads]
 
 
-_Read = Callable[[], tuple[Tensor, ...] | None]
+def _load(family: Family, name: str) -> Load:
+    entries = math.prod(family.shape(name))
+    return Load(entries, entries * sum(dtype.itemsize for dtype in family.dtypes(name)))
 
 
-def _read_ahead(family: Family, names: Sequence[str]) -> Generator[tuple[str, _Read], None, None]:
-    """Each tensor with what gives its stack, None where it is shared; a thread reads the next one meanwhile.
-
-    Two stacks together hold at most `STACKS` float32 copies of the largest tensor; where they would hold more, the next
-    one is read when its turn comes.
-    """
-
-    def load(name: str) -> tuple[Tensor, ...] | None:
-        return None if family.is_shared(name) else family.stack(name)
-
-    sizes = {name: math.prod(family.shape(name)) for name in names}
-    held = {name: sizes[name] * sum(dtype.itemsize for dtype in family.dtypes(name)) for name in names}
-    limit_bytes = STACKS * 4 * max(sizes.values(), default=0)
-    with ThreadPoolExecutor(1, thread_name_prefix="detune-read") as reader:
-        ahead: Future[tuple[Tensor, ...] | None] | None = None
-        for name, following in zip_longest(names, names[1:]):
-            read = ahead.result if ahead else partial(load, name)
-            fits = following is not None and held[name] + held[following] <= limit_bytes
-            ahead = reader.submit(load, following) if fits else None
-            yield name, read
-
-
-@contextmanager
-def computing_threads(entries: int) -> Iterator[None]:
-    """Compute on one thread in the block where a matrix is too small to share out.
-
-    Args:
-        entries: Of the matrix.
-    """
-    threads = torch.get_num_threads()
-    if entries >= SHARED_OUT or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
+def _visit(
+    family: Family,
+    name: str,
+    stack: tuple[Tensor, ...],
+    on_changed: Callable[[str, tuple[Tensor, ...]], Answer],
+) -> TensorRow:
+    began = time.perf_counter()
     try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        with full_precision():
+            return _row(family, name, on_changed(name, stack), began)
+    except NonFinite as error:
+        raise damaged(name, family.models[error.model].spec) from None
+
+
+def _row(family: Family, name: str, answer: Answer, began: float) -> TensorRow:
+    return answer.row(name, family.shape(name), family.dtypes(name), time.perf_counter() - began)
 
 
 def matricise(tensor: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from detune.checkpoints import CheckpointWriter, open_checkpoint
 from detune.errors import InputError
+from detune.lanes import computing_threads
 from detune.solvers import Stack
 from detune.solvers.device import full_precision
-from detune.walk import computing_threads, matricise
+from detune.walk import matricise
 
 __all__ = ["rebuild"]
 

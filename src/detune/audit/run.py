@@ -47,7 +47,7 @@ def audit(
 ) -> AuditReport:
     """Recover the base as an outsider would, from the first release, from the first two, and so on.
 
-    One tensor's stack is in memory at a time. The models are not changed; where they are run, the recovered one is
+    Few tensors' stacks are in memory at a time. The models are not changed; where they are run, the recovered one is
     written to a temporary directory.
 
     Args:
@@ -129,11 +129,12 @@ def _try_all(
     recovered: Path,
     on_tensor: OnTensor | None,
 ) -> tuple[tuple[TensorEntry, ...], Unchanged, Behaviour]:
-    """Every tensor, one at a time; then the recovered model, if it can be run."""
+    """Every tensor; then the recovered model, if it can be run."""
     place_of = places(family.names)
-    entries: list[TensorEntry] = []
+    # Filled from several threads, in any order.
+    found: dict[str, TensorEntry] = {}
     same: list[str] = []
-    differing: list[str] = []
+    differing: set[str] = set()
     with ExitStack() as opened:
         writer = None
         if judge is not None and judge.is_ready:
@@ -142,7 +143,7 @@ def _try_all(
         def keep(name: str) -> None:
             same.append(name)
             if base is not None and not is_shared((base, family.models[0]), name):
-                differing.append(name)
+                differing.add(name)
             if writer is not None:
                 writer.copy(name)
 
@@ -159,15 +160,18 @@ def _try_all(
                 keep(name)
                 return Answer(Status.SHARED, "copy", "as the base has it")
             tried = trial.run(name, place_of[name], tensors, truth)
-            entries.append(tried.entry)
+            found[name] = tried.entry
             if writer is not None:
                 writer.write(name, tried.weight)
             return tried.answer
 
-        walk(family, keep, attempt, on_tensor)
+        walk(family, keep, attempt, on_tensor, device=trial.device)
+    entries = [found[name] for name in family.names if name in found]
     tensors = _with_spectra(entries, family) if family.n > 1 else tuple(entries)
     unchanged = Unchanged(
-        tensors=len(same), entries=sum(math.prod(family.shape(name)) for name in same), differing=tuple(differing)
+        tensors=len(same),
+        entries=sum(math.prod(family.shape(name)) for name in same),
+        differing=tuple(name for name in family.names if name in differing),
     )
     if judge is None:
         return tensors, unchanged, Behaviour(note="not run: the weights alone were asked for")

@@ -138,7 +138,7 @@ def read_changes(landing: Landing, landed: Landed, kind: Kind | None) -> tuple[C
 class Performer:
     """Recovers tensors of a family into its landing.
 
-    One tensor is solved at a time. A thread reads the next one, another writes the last one.
+    Tensors are solved side by side; a thread writes what is solved.
 
     Args:
         job: What to do.
@@ -185,7 +185,7 @@ class Performer:
                 if on_tensor:
                     on_tensor(name, row)
 
-            walk(self._family, keep, solve, land, names)
+            walk(self._family, keep, solve, land, names, self._job.device)
         return lander.landed
 
     def _solve(self, name: str, tensors: tuple[Tensor, ...]) -> tuple[Answer, "_Solved"]:
