@@ -26,6 +26,12 @@ def family(tmp_path) -> Family:
     return Family(plain_family(tmp_path).models)
 
 
+@pytest.fixture(autouse=True)
+def large_matrices(monkeypatch):
+    """Those of the tests stand for such."""
+    monkeypatch.setattr(lanes, "HELD_BYTES", 0)
+
+
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def threads(request) -> Iterator[int]:
     with use_threads(request.param):
@@ -61,7 +67,7 @@ def solve_with(act: Callable[[int], None]) -> Callable[[str, tuple[Tensor, ...]]
 
 
 def test_the_next_stack_is_read_while_others_are_solved(family, monkeypatch, threads):
-    # Room for one in work for each thread, and one more.
+    # Three float32 models, and three copies beside: room for one in work for each thread, and one more.
     monkeypatch.setattr(lanes, "HELD", 6 * threads + 3)
     stacks = Stacks(family, monkeypatch)
 
@@ -70,7 +76,7 @@ def test_the_next_stack_is_read_while_others_are_solved(family, monkeypatch, thr
             assert stacks.begun[layer + threads].wait(PATIENCE_SECONDS)
         assert stacks.in_memory <= threads + 1
 
-    rows = walk(family, lambda name: None, solve_with(act))
+    rows = walk(family, lambda name: None, solve_with(act), working_copies=3)
     assert [row.name for row in rows] == list(family.names)
     assert stacks.in_memory == 0
 
@@ -104,7 +110,7 @@ def test_an_error_ends_the_reading(family, threads):
 
 @pytest.mark.parametrize(
     ("entries", "expected"),
-    [(1000, 1), (lanes.SHARED_OUT, 1), (20 * lanes.SHARED_OUT, 2), (50 * lanes.SHARED_OUT, 4)],
+    [(1000, 1), (lanes.SHARED_OUT, 1), (30 * lanes.SHARED_OUT, 2), (50 * lanes.SHARED_OUT, 4)],
     ids=["small", "four beside each other", "two beside each other", "the largest"],
 )
 def test_threads_are_shared_out_by_size(entries, expected):
@@ -114,7 +120,7 @@ def test_threads_are_shared_out_by_size(entries, expected):
 
 
 def bf16_models(entries: int, n: int = 3) -> Load:
-    return Load(entries, 2 * n * entries)
+    return Load(entries, 2 * n * entries, (2 * n + 4 * 3) * entries)
 
 
 def test_a_gpu_takes_one_at_a_time(family, monkeypatch, threads):

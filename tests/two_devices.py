@@ -5,6 +5,7 @@ first, as a real device would.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -130,6 +131,17 @@ def second_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         # It fills the tensor where no mode sees it.
         return make(data, **options).to(device)
 
+    submit = ThreadPoolExecutor.submit
+
+    def submit_there(pool: ThreadPoolExecutor, call: Any, /, *args: Any, **kwargs: Any) -> Any:
+        # A mode is its thread's own.
+        def compute_there() -> Any:
+            with SecondDevice():
+                return call(*args, **kwargs)
+
+        return submit(pool, compute_there)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit_there)
     monkeypatch.setattr(torch, "Generator", AnyGenerator)
     monkeypatch.setattr(torch, "tensor", tensor)
     with SecondDevice():

@@ -22,10 +22,10 @@ Result = TypeVar("Result")
 
 # Matrices with fewer entries are computed on one thread: up to 1024x1024 a second was no faster, and may have to wait.
 SHARED_OUT = 2**20
-# What a solver holds beside the stack, in float32 copies of the matrix: the answer, factors and blocks.
-WORKING = 3
-# What may be held at a time, in float32 copies of the largest tensor, if that alone does not need more.
-HELD = 5
+# What may be held at a time, in float32 copies of the largest tensor; one alone may hold what it needs.
+HELD = 6
+# And so much in any case.
+HELD_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,12 @@ class Load:
     Attributes:
         entries: Of the tensor.
         stack_bytes: Of all models' together, as stored.
+        working_bytes: With what a solver holds beside.
     """
 
     entries: int
     stack_bytes: int
-
-    @property
-    def working_bytes(self) -> int:
-        """With what a solver holds beside."""
-        return self.stack_bytes + WORKING * 4 * self.entries
+    working_bytes: int
 
 
 class Lanes(Generic[Result]):
@@ -57,11 +54,10 @@ class Lanes(Generic[Result]):
     """
 
     def __init__(self, loads: Iterable[Load], most: int | None = None) -> None:
-        loads = list(loads)
         self._all_threads = torch.get_num_threads()
         self._lanes = self._all_threads if most is None else most
         largest = max((load.entries for load in loads), default=0)
-        self._limit_bytes = max([HELD * 4 * largest, *(load.working_bytes for load in loads)])
+        self._limit_bytes = max(HELD * 4 * largest, HELD_BYTES)
         self._pool = ThreadPoolExecutor(self._lanes, thread_name_prefix="detune-lane")
         self._running: dict[Future[Result], Load] = {}
         self._threads = self._all_threads
@@ -71,7 +67,7 @@ class Lanes(Generic[Result]):
         if load.entries < SHARED_OUT:
             return 1
         side_by_side = min(self._lanes, self._limit_bytes // max(1, load.working_bytes))
-        return max(1, self._all_threads // side_by_side)
+        return max(1, self._all_threads // max(1, side_by_side))
 
     def may_read(self, load: Load) -> bool:
         """Whether there is memory to read a tensor's stack while others are computed."""

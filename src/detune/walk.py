@@ -13,7 +13,7 @@ from torch import Tensor
 from detune.family import Family, damaged
 from detune.lanes import Lanes, Load
 from detune.report import Status, TensorRow
-from detune.solvers import Bits, NonFinite
+from detune.solvers import Auto, Bits, NonFinite
 from detune.solvers.certificate import Certificate
 from detune.solvers.device import full_precision
 from detune.solvers.grid import name_of
@@ -72,6 +72,7 @@ def walk(
     on_tensor: OnTensor | None = None,
     names: Iterable[str] | None = None,
     device: torch.device | str | None = None,
+    working_copies: int = Auto.working_copies,
 ) -> list[TensorRow]:
     """Visit tensors, several at a time where memory and threads allow it; the next one's stack is read meanwhile.
 
@@ -83,6 +84,7 @@ def walk(
         on_tensor: For progress: called with the name and None before, with the row after.
         names: The tensors to visit; None is all of them, in file order.
         device: Where `on_changed` computes; None is the CPU. A GPU takes one tensor at a time.
+        working_copies: What it holds beside the stack, in float32 copies of a matrix.
 
     Returns:
         A row for each tensor, in the order of the names.
@@ -90,7 +92,7 @@ def walk(
     Raises:
         InputError: A model holds NaN or Inf.
     """
-    loads = {name: _load(family, name) for name in (family.names if names is None else names)}
+    loads = {name: _load(family, name, working_copies) for name in (family.names if names is None else names)}
     rows: dict[str, TensorRow] = {}
 
     def take(visited: Iterable[TensorRow]) -> None:
@@ -124,9 +126,10 @@ def walk(
     return [rows[name] for name in loads]
 
 
-def _load(family: Family, name: str) -> Load:
+def _load(family: Family, name: str, working_copies: int) -> Load:
     entries = math.prod(family.shape(name))
-    return Load(entries, entries * sum(dtype.itemsize for dtype in family.dtypes(name)))
+    stack_bytes = entries * sum(dtype.itemsize for dtype in family.dtypes(name))
+    return Load(entries, stack_bytes, stack_bytes + working_copies * 4 * entries)
 
 
 def _visit(

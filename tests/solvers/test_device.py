@@ -204,6 +204,7 @@ class Noting:
     """A solver that notes how float32 matrices are multiplied while it runs."""
 
     min_models = 1
+    working_copies = 3
 
     def __init__(self):
         self.seen = []

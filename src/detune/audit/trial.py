@@ -186,6 +186,7 @@ class AboveMeasuredNoise:
     """
 
     min_models: ClassVar[int] = ENOUGH
+    working_copies: ClassVar[int] = 10
 
     solver: Solver
     added: bool = False

@@ -185,7 +185,7 @@ class Performer:
                 if on_tensor:
                     on_tensor(name, row)
 
-            walk(self._family, keep, solve, land, names, self._job.device)
+            walk(self._family, keep, solve, land, names, self._job.device, self._job.solver.working_copies)
         return lander.landed
 
     def _solve(self, name: str, tensors: tuple[Tensor, ...]) -> tuple[Answer, "_Solved"]:

@@ -50,6 +50,7 @@ class Auto:
     """
 
     min_models: ClassVar[int] = 3
+    working_copies: ClassVar[int] = 10
 
     lattice: Lattice | None = field(default_factory=lambda: Lattice(grids=HALVES, sweeps=2))
     polish: Polish = field(default_factory=Polish)

@@ -175,9 +175,12 @@ class Solver(Protocol):
 
     Attributes:
         min_models: The fewest models that it makes sense with.
+        working_copies: What it holds beside the stack at most, in float32 copies of a large matrix: so many matrices
+            are solved at the same time as memory allows.
     """
 
     min_models: ClassVar[int]
+    working_copies: ClassVar[int]
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Recover the base's matrix from the stack.

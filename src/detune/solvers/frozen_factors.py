@@ -68,6 +68,7 @@ class FrozenFactors:
     """
 
     min_models: ClassVar[int] = 3
+    working_copies: ClassVar[int] = 10
 
     seed: int = 0
     largest: tuple[int, int] | None = None

@@ -59,6 +59,7 @@ class Intersect:
     """
 
     min_models: ClassVar[int] = 3
+    working_copies: ClassVar[int] = 3
 
     seed: int = 0
 

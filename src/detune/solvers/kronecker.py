@@ -65,6 +65,7 @@ class Kronecker:
     """
 
     min_models: ClassVar[int] = 3
+    working_copies: ClassVar[int] = 10
 
     blocks: Blocks | None = None
     method: Auto = field(default_factory=Auto)

@@ -16,6 +16,7 @@ class Mean:
     """
 
     min_models: ClassVar[int] = 1
+    working_copies: ClassVar[int] = 3
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Average; see `Solver.solve`. `rank` plays no part."""

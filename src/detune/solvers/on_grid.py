@@ -20,6 +20,7 @@ class OnGrid:
     """
 
     min_models: ClassVar[int] = 1
+    working_copies: ClassVar[int] = 10
 
     lattice: Lattice = field(default_factory=Lattice)
 

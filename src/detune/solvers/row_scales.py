@@ -79,6 +79,7 @@ class RowScales:
     """
 
     min_models: ClassVar[int] = 3
+    working_copies: ClassVar[int] = 10
 
     polish: Polish = field(default_factory=Polish)
     unscaled: Auto = field(default_factory=Auto)

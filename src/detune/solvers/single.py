@@ -16,6 +16,7 @@ class Single:
     """
 
     min_models: ClassVar[int] = 1
+    working_copies: ClassVar[int] = 3
     index: int = 0
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:

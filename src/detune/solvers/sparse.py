@@ -34,6 +34,7 @@ class Sparse:
     """
 
     min_models: ClassVar[int] = 3
+    working_copies: ClassVar[int] = 10
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Vote; see `Solver.solve`. `rank` plays no part.

@@ -91,6 +91,7 @@ class Spectral:
     """
 
     min_models: ClassVar[int] = 2
+    working_copies: ClassVar[int] = 10
     iterations: int = 300
     svd: Literal["lowrank", "exact"] = "lowrank"
     on_core: bool = True
