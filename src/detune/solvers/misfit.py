@@ -49,27 +49,15 @@ class Misfit:
             sums = _Sums.of_fit(known, recovery, core, spaces)
         else:
             sums = _Sums.measured(stack, recovery, core, spaces)
-        Q, P, n = core.Q, core.P, stack.n
-        left, right, middle = sums.total_left, sums.total_right, Q.mT @ sums.total_right
-        outside = sums.total_energy - float(left.square().sum()) - float(right.square().sum())
-        outside += float(middle.square().sum())
-        # What the M_i can take up by moving in their tangent spaces.
-        E, F, a, b = (torch.cat(parts, dim) for parts, dim in ((sums.E, 0), (sums.F, 1), (core.a, 1), (core.b, 1)))
-        inner_F = Q.mT @ F
-        middle = middle - a @ (E @ P) - inner_F @ b.mT
-        energy = sums.energy - float(E.square().sum()) - float(F.square().sum())
-        for a_i, b_i, inner_i in zip(core.a, core.b, inner_F.split([len(c.mT) for c in core.b], dim=1), strict=True):
-            both = a_i.mT @ inner_i
-            energy += float(both.square().sum())
-            middle = middle + a_i @ both @ b_i.mT
-        left, right = left - a @ E, right - F @ b.mT
-        left, right = left - (left @ P) @ P.mT, right - Q @ (Q.mT @ right)
-        steps = (core.inverse_G_U @ left, right @ core.inverse_G_V, core.solve(middle, 1e-6 * float(middle.norm())))
-        gained = sum(float((part * step).sum()) for part, step in zip((left, right, middle), steps, strict=True))
-        distance = sum(float(step.square().sum()) for step in steps)
-        outside = max(0.0, outside)
-        distance = max(0.0, distance + outside / n**2 - sums.rounding)
-        return cls(max(0.0, energy - gained - outside / n), distance)
+        left, right, n = sums.left, sums.right, stack.n
+        middle = left.inner + right.inner.mT - sums.common
+        step = core.solve(middle, 1e-6 * float(middle.norm()))
+        gained = left.weighed(core.inverse_G_U) + right.weighed(core.inverse_G_V) + float((middle * step).sum())
+        distance = sum(
+            side.weighed(inverse @ inverse) for side, inverse in ((left, core.inverse_G_U), (right, core.inverse_G_V))
+        )
+        distance += float(step.square().sum()) + sums.outside / n**2 - sums.rounding
+        return cls(max(0.0, sums.energy - gained - sums.outside / n), max(0.0, distance))
 
 
 def _well_scaled(space: Space) -> bool:
@@ -78,26 +66,57 @@ def _well_scaled(space: Space) -> bool:
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Sums over the matrices.
+class _Side:
+    """Rows X in the joint columns' coordinates, `(s, in)`, by what is asked of them; or the same of columns.
 
     Attributes:
-        energy: `sum_i |e_i|^2`.
-        total_energy: `|sum_i e_i|^2`.
+        gram: `X X^T` of their part outside the joint rows P, `(s, s)`.
+        inner: `X P`.
+    """
+
+    gram: Tensor
+    inner: Tensor
+
+    @classmethod
+    def zeros(cls, Q: Tensor, P: Tensor) -> "_Side":
+        """Of an X that is zero, in the coordinates of Q."""
+        s = Q.shape[1]
+        return cls(Q.new_zeros(s, s), Q.new_zeros(s, P.shape[1]))
+
+    @classmethod
+    def of(cls, X: Tensor, P: Tensor) -> "_Side":
+        """Of any X."""
+        inner = X @ P
+        return cls(X @ X.mT - inner @ inner.mT, inner)
+
+    def times(self, c: Tensor) -> "_Side":
+        """Of `c X`."""
+        return _Side(c @ self.gram @ c.mT, c @ self.inner)
+
+    def weighed(self, weights: Tensor) -> float:
+        """`<X, weights X>` outside P."""
+        return max(0.0, float((weights * self.gram).sum()))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the matrices, of the residuals e_i.
+
+    Attributes:
+        energy: `sum_i |e_i|^2`, less what the M_i can take up by moving in their tangent spaces.
+        outside: `|sum_i e_i|^2` outside both joint spans.
         rounding: Expected energy of the rounding of W_star to its dtype.
-        total_left: `Q^T sum_i e_i`.
-        total_right: `sum_i e_i P`.
-        E: `U_i^T e_i`.
-        F: `e_i V_i`.
+        left: Of `Q^T sum_i P_i e_i`.
+        right: Of `P^T sum_i R_i e_i^T`.
+        common: `Q^T (sum_i e_i - U_i U_i^T e_i V_i V_i^T) P`, which is in both.
     """
 
     energy: float
-    total_energy: float
+    outside: float
     rounding: float
-    total_left: Tensor
-    total_right: Tensor
-    E: tuple[Tensor, ...]
-    F: tuple[Tensor, ...]
+    left: _Side
+    right: _Side
+    common: Tensor
 
     @classmethod
     def of_fit(cls, known: Residuals, recovery: Recovery, core: Core, spaces: Sequence[Space]) -> "_Sums":
@@ -107,21 +126,18 @@ class _Sums:
             factors = [(M_i.left, space.U, space.S) for M_i, space in zip(recovery.deltas, spaces, strict=True)]
         else:
             factors = [(M_i.right, space.V, space.S) for M_i, space in zip(recovery.deltas, spaces, strict=True)]
-        products = tuple(
-            ((given.to(basis).mT @ basis) / S).mT @ product.to(basis)
-            for (given, basis, S), product in zip(factors, known.products, strict=True)
+        products = torch.cat(
+            [
+                ((given.to(basis).mT @ basis) / S).mT @ product.to(basis)
+                for (given, basis, S), product in zip(factors, known.products, strict=True)
+            ]
         )
-        (out, s_U), (columns, s_V) = core.Q.shape, core.P.shape
-        zeros = core.Q.new_zeros
-        return cls(
-            known.energy,
-            0.0,
-            0.0,
-            zeros(s_U, columns),
-            zeros(out, s_V),
-            tuple(zeros(len(p), columns) for p in products) if known.transposed else products,
-            tuple(p.mT for p in products) if known.transposed else tuple(zeros(out, len(p)) for p in products),
-        )
+        sides = [_Side.zeros(core.Q, core.P), _Side.zeros(core.P, core.Q)]
+        coordinates, other = (core.b, core.Q) if known.transposed else (core.a, core.P)
+        sides[known.transposed] = _Side.of(products, other).times(-torch.cat(coordinates, dim=1))
+        left, right = sides
+        energy = known.energy - float(products.square().sum())
+        return cls(energy, 0.0, 0.0, left, right, torch.zeros_like(left.inner))
 
     @classmethod
     def measured(cls, stack: Stack, recovery: Recovery, core: Core, spaces: Sequence[Space]) -> "_Sums":
@@ -153,12 +169,15 @@ class _Sums:
             if total_here > NEGLIGIBLE * here:
                 total_left.addmm_(Q[rows].mT, total)
                 torch.mm(total, P, out=total_right[rows])
-        return cls(
-            energy,
-            all_energy,
-            rounding,
-            total_left.to(core.Q),
-            total_right.to(core.Q),
-            tuple(E_i.to(core.Q) for E_i in E),
-            tuple(F_i.to(core.Q) for F_i in F),
-        )
+        Q, P, L, R = core.Q, core.P, total_left.to(core.Q), total_right.to(core.Q)
+        E_all, F_all = torch.cat(E).to(Q), torch.cat(F, dim=1).to(Q)
+        common = Q.mT @ R
+        outside = all_energy - float(L.square().sum()) - float(R.square().sum()) + float(common.square().sum())
+        energy -= float(E_all.square().sum()) + float(F_all.square().sum())
+        for a_i, b_i, F_i in zip(core.a, core.b, F, strict=True):
+            both = a_i.mT @ (Q.mT @ F_i.to(Q))
+            energy += float(both.square().sum())
+            common = common - a_i @ both @ b_i.mT
+        left_side = _Side.of(L - torch.cat(core.a, dim=1) @ E_all, P)
+        right_side = _Side.of((R - F_all @ torch.cat(core.b, dim=1).mT).mT, Q)
+        return cls(energy, max(0.0, outside), rounding, left_side, right_side, common)
