@@ -1,6 +1,8 @@
 """A base's own bits, from checkpoints: the file that comes out is the file that went in."""
 
 import hashlib
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,15 @@ def test_without_a_dtype_the_bits_are_the_bases_in_the_models_dtype(tmp_path):
     for name, tensor in stored(tmp_path / "out").items():
         assert tensor.dtype is torch.float32
         assert tensor.equal(base_state()[name].float())
+
+
+def test_the_table_says_what_is_certain(tmp_path, command):
+    ran = command("recover", *fine_tunes(tmp_path, 4, 4.0, torch.bfloat16), "--out", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "detune.json").read_text())
+    least = min(row["certain"] for row in report["tensors"] if row["name"] in LAYERS)
+    assert "certain bits" in ran.out
+    shown = float(re.search(r"([0-9.]+) % bfloat16", ran.out).group(1))
+    assert 0 <= 100 * least - shown < 0.01
 
 
 def test_a_mask_marks_what_is_certain(tmp_path):

@@ -1,5 +1,6 @@
 """Reports as tables for people."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -47,8 +48,9 @@ def show_report(report: Report, out: Path | None = None) -> None:
     """
     console = Console(markup=False)
     changed = [row for row in report.tensors if row.status is not Status.SHARED]
-    columns = ("tensor", "shape", "verdict", "W-Error", "method", "ranks", "residual", "× noise")
-    table = Table(*columns, box=None, pad_edge=False)
+    columns = ["tensor", "shape", "verdict", "W-Error", "method", "ranks", "residual", "× noise"]
+    on_grid = any(row.grid for row in changed)
+    table = Table(*columns, *["certain bits"] * on_grid, box=None, pad_edge=False)
     for (pattern, _), rows in _by_kind(changed, lambda row: row.status).items():
         table.add_row(
             f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
@@ -59,6 +61,7 @@ def show_report(report: Report, out: Path | None = None) -> None:
             _ranks(rows),
             _largest(row.relative_residual for row in rows),
             _largest(row.noise_ratio for row in rows),
+            *[_certain(rows)] * on_grid,
         )
     if changed:
         console.print(table)
@@ -299,6 +302,15 @@ def _worst_prediction(rows: Sequence[TensorRow]) -> str:
     """The predicted W-Error, the worst of a kind; an exact tensor has none."""
     known = [row.predicted_w_error for row in rows if row.predicted_w_error is not None]
     return f"{max(known):.2f}" if known else "none" if rows[0].status is Status.EXACT else ""
+
+
+def _certain(rows: Sequence[TensorRow]) -> str:
+    """The least share of entries that are certain on the base's grid, cut so that only all is 100 %."""
+    shares = [row.certain if row.grid else None for row in rows]
+    if None in shares:
+        return "-"
+    grids = "/".join(dict.fromkeys(row.grid or "" for row in rows))
+    return f"{math.floor(10000 * min(share or 0.0 for share in shares)) / 100:g} % {grids}"
 
 
 def _largest(values: Iterable[float | None]) -> str:
