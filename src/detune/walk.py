@@ -92,7 +92,9 @@ def walk(
     Raises:
         InputError: A model holds NaN or Inf.
     """
-    loads = {name: _load(family, name, working_copies) for name in (family.names if names is None else names)}
+    # Of all, whichever are visited: what a tensor is computed on does not depend on the others' turn.
+    loads = {name: _load(family, name, working_copies) for name in family.names}
+    names = list(loads if names is None else names)
     rows: dict[str, TensorRow] = {}
 
     def take(visited: Iterable[TensorRow]) -> None:
@@ -106,7 +108,8 @@ def walk(
 
     most = None if torch.device(device or "cpu").type == "cpu" else 1
     with Lanes[TensorRow](loads.values(), most) as lanes:
-        for name, load in loads.items():
+        for name in names:
+            load = loads[name]
             # Read here, while others are computed.
             while not lanes.may_read(load):
                 take(lanes.finished())
@@ -123,7 +126,7 @@ def walk(
             # Not while the next is read.
             del stack
         take(lanes.rest())
-    return [rows[name] for name in loads]
+    return [rows[name] for name in names]
 
 
 def _load(family: Family, name: str, working_copies: int) -> Load:
