@@ -112,9 +112,10 @@ def recover(
     """Recover the base checkpoint of several merged LoRA fine-tunes.
 
     Tensors are solved side by side, as many as memory and threads allow, while the next is read and the last is
-    written. Tensors that are identical in all models are copied byte for byte. The output has the layout of the first model: its files, names, dtypes, metadata,
-    config and tokenizer, and `detune.json` beside them. It appears in one step when it is whole. Until then what is
-    done lands in a hidden directory beside it; a run that is cut off is finished by calling it again.
+    written. Tensors that are identical in all models are copied byte for byte. The output has the layout of the first
+    model: its files, names, dtypes, metadata, config and tokenizer, and `detune.json` beside them. It appears in one
+    step when it is whole. Until then what is done lands in a hidden directory beside it; a run that is cut off is
+    finished by calling it again.
 
     Models that do not share a source with most are left out, and the report says so; the first of the others gives the
     layout. `mean`, `single`, `kronecker`, `scaled`, `sparse` and `vera` take the models as they are.
