@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from detune.attacks.frames import find_actions
@@ -23,17 +24,24 @@ from detune.symmetries import Action, Actions, act, read_layers
 
 __all__ = ["Align", "align"]
 
-# A misfit of up to this many times the noise that a solver was told is that noise.
-_EXPLAINED = 1.25
+# A misfit of up to this many times the storage noise is that.
+_STORED = 1.25
+# A merge that was rounded, turned, rounded, turned back and rounded has sqrt(3) times the noise of storage, the basis
+# that it was turned by has a little, and ranks are better told where noise is told too large than too small.
+_ROUNDED_OFTEN = 2.5
+# A misfit of up to this share of what was told is it; else so many times as much is told next.
+_EXPLAINED, _MARGIN = 0.9, 1.3
 _TRIES = 4
+# Of rows and columns, each made even for the other.
+_TURNS = 3
 
 
 @dataclass(frozen=True)
 class Align:
     """Match neurons and heads, undo rotations and scales, then recover.
 
-    Where numbers only had to be moved, `detune recover` does the rest, bits and all. Where weights were turned or
-    scaled they have been rounded more often than `recover` expects, and the misfit tells how much more noise that is.
+    Where numbers only had to be moved, or scaled by powers of two, `detune recover` does the rest, bits and all. Else
+    they have been rounded more often than `recover` expects, and are recovered with that much more noise told.
     """
 
     name: ClassVar[str] = "align"
@@ -108,17 +116,39 @@ def _write(release: Checkpoint, actions: Actions, copy: Path) -> Path:
 
 
 def _solve(stack: Stack) -> Tensor:
-    """By `auto`, and again with the noise that the misfit shows, as long as that is more than it was told."""
-    more, weight = 1.0, None
+    """By `auto`, told the noise of releases that were rounded more often; where there is less, not told.
+
+    In units in which rows, and columns, are of one size, so that the noise is too.
+    """
+    rows, columns = _units(stack)
+    even = Stack.of([(W_i.double() / rows / columns).to(W_i.dtype) for W_i in stack.matrices])
+    more, weight = _ROUNDED_OFTEN, None
     for _ in range(_TRIES):
-        told = stack if more == 1 else replace(stack, told_noise=tuple(more * noise for noise in stack.noise.tolist()))
+        told = replace(even, told_noise=tuple((more * even.noise).tolist()))
         try:
-            found = (Auto() if more == 1 else Auto(lattice=None)).solve(told)
+            found = Auto(lattice=None).solve(told)
         except NotRecoverable:
             more *= 2
             continue
-        weight, excess = found.weight, found.noise_ratio or 0.0
-        if excess <= _EXPLAINED:
+        weight, share = found.weight, found.noise_ratio or 0.0
+        if share * more <= _STORED:
+            return Auto().solve(stack).weight
+        if share <= _EXPLAINED:
             break
-        more *= excess
-    return Mean().solve(stack).weight if weight is None else weight
+        more *= share * _MARGIN
+    weight = Mean().solve(even).weight if weight is None else weight
+    return weight.double() * rows * columns
+
+
+def _units(stack: Stack) -> tuple[Tensor, Tensor]:
+    """Powers of two, `(out, 1)` and `(1, in)`, that all rows and all columns are about one of."""
+    squares = torch.stack([W_i.double().square() for W_i in stack.matrices]).mean(dim=0)
+    rows, columns = torch.ones_like(squares[:, :1]), torch.ones_like(squares[:1])
+    for _ in range(_TURNS):
+        rows = _positive((squares / columns).mean(dim=1, keepdim=True))
+        columns = _positive((squares / rows).mean(dim=0, keepdim=True))
+    return rows.log2().div(2).round().exp2(), columns.log2().div(2).round().exp2()
+
+
+def _positive(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, 1.0)

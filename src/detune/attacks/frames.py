@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from detune.attacks.groups import Complex, Group, Invertible, Orthogonal
 from detune.attacks.matching import match_heads, match_neurons
-from detune.attacks.procrustes import Side, fit
+from detune.attacks.procrustes import FALLS, Fit, Side, fit, stay
 from detune.checkpoints import Checkpoint
 from detune.solvers.relations import Kind, relate
 from detune.symmetries import Actions, HeadFrame, Layer, NeuronFrame, NormFrame, NormInto, act, join
@@ -136,23 +137,25 @@ class _Pair:
         """What acts on the rows of one module and, inverted, on the rows or columns of the other; None is nothing."""
         targets = [self.target(module) for module in (one, other)]
         sources = [act(ordered[f"{module}.weight"], self.source(module)) for module in (one, other)]
-        if all(
-            relate(target, source.to(target.dtype)).kind is not Kind.FULL_RANK
-            for target, source in zip(targets, sources, strict=True)
-        ):
-            return None
         if ordered[f"{other}.weight"][0].dim == 1:
             targets[1], sources[1] = targets[1].mT, sources[1].mT
         sides = [
             Side.of(target, source, blocks, width, is_dual=is_dual)
             for target, source, is_dual in zip(targets, sources, (False, True), strict=True)
         ]
+        if stay(sides).at_noise:
+            return None
         # What is known may be anything: the last group has all of the others in it.
-        for group in groups if known is None else groups[-1:]:
-            found = fit(sides, group, known)
-            if found.at_noise:
+        fits: list[Fit] = []
+        for fall, group in product(FALLS, groups if known is None else groups[-1:]):
+            fits.append(fit(sides, group, known, fall))
+            if fits[-1].at_noise:
                 break
+        found = min(fits, key=lambda each: (not each.at_noise, each.excess))
         if not found.at_noise:
+            # Adapters of a rank beyond the middle of the spectrum, and no other basis.
+            if all(map(_are_near, targets, sources)):
+                return None
             logger.warning(
                 "%s.weight of %s: a change of basis leaves %.1e times the variance of rounding at full rank",
                 one,
@@ -171,6 +174,10 @@ class _Pair:
             sides.append(Side.of(self.target(reader).mT, source.mT, part.channels, 1))
         columns = fit(sides, Invertible(), 1 / known.scale.reshape(-1, 1, 1)).A
         return 1 / _snapped(columns, self.first.tensors[f"{part.readers[0]}.weight"].dtype).flatten()
+
+
+def _are_near(target: Tensor, source: Tensor) -> bool:
+    return relate(target, source.to(target.dtype)).kind is not Kind.FULL_RANK
 
 
 def _snapped(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,8 @@ But A is where the residual has the lowest rank, and that can be had to the last
     sum_sides log det (E^T E + eps^2 I),    E = Y - A X ,
 
 a smooth stand-in for the rank, by reweighted least squares. With `P = (E^T E + eps^2 I)^-1` the next A minimises
-`tr(E P E^T)`: directions where E is large, the adapters', hardly count, and all others do in full. eps falls with what
-E leaves outside its large directions, until that is rounding noise. About ten steps do.
+`tr(E P E^T)`: directions where E is large, the adapters', hardly count, and all others do in full. eps falls until a
+step moves A by less than rounding does: for float32 weights about thirty.
 
 Reference: Mohan & Fazel, "Iterative Reweighted Algorithms for Matrix Rank Minimization", JMLR 2012.
 """
@@ -22,15 +22,19 @@ from torch import Tensor
 from detune.attacks.groups import Group, Normal
 from detune.solvers.stack import storage_variance
 
-__all__ = ["Fit", "Side", "fit"]
+__all__ = ["FALLS", "Fit", "Side", "fit", "stay"]
 
-_STEPS = 120
-# What is left halves within so many steps, or the group is the wrong one.
-_PATIENCE = 12
+# Of eps^2 from step to step, the second where the first ends in a wrong minimum: eps that falls faster than A gets
+# better takes A's error for more low rank. At 0.3 a quarter of general invertible matrices go wrong in float64, at 0.1
+# all; adapters of as high a rank as heads are wide need the slower one.
+FALLS = (0.5, 0.85)
+# Steps in all, and steps in which what is left halves or the group is the wrong one, times `1 - fall`.
+_STEPS = 60
+_PATIENCE = 10
 # A step that changes A by less, relative to it and to the precision of the stored numbers, changes nothing.
-_ENOUGH = 0.03
-# eps^2 falls to this share of what is left outside the large directions.
-_FALL = 0.1
+_ENOUGH = 0.1
+# To this A is computed.
+_COMPUTED = 16 * torch.finfo(torch.float64).eps
 # Two stored matrices, one of them turned, have twice the storage variance of one; a merge that was stored before it was
 # turned had been rounded once before, and both were.
 _ROUNDINGS = 4
@@ -64,9 +68,10 @@ class Side:
         return cls(begin.double().reshape(shape), end.double().reshape(shape), is_dual, variance)
 
     @property
-    def rows(self) -> int:
-        """Of the matrix."""
-        return self.end.shape[:3].numel()
+    def noise(self) -> float:
+        """What rounding leaves in each direction of the residual of the right A, a square."""
+        computed = _COMPUTED**2 * float(self.end.square().mean())
+        return self.end.shape[:3].numel() * max(_ROUNDINGS * self.variance, computed)
 
     def residual(self, A: Tensor) -> Tensor:
         """What A leaves."""
@@ -80,33 +85,38 @@ class Fit:
     Attributes:
         A: `(blocks, width, width)`, float64.
         excess: Variance that is left outside the low-rank part, over that of rounding: about 1 where A is right.
+        settled: Whether another step would change nothing.
     """
 
     A: Tensor
     excess: float
+    settled: bool
 
     @property
     def at_noise(self) -> bool:
         """Whether A explains the releases."""
-        return self.excess <= _AT_NOISE
+        return self.settled and self.excess <= _AT_NOISE
 
 
-def fit(sides: Sequence[Side], group: Group, start: Tensor | None = None) -> Fit:
+def fit(sides: Sequence[Side], group: Group, start: Tensor | None = None, fall: float = FALLS[0]) -> Fit:
     """The A of a group that leaves the residual of lowest rank.
 
     Args:
         sides: Matrices on both sides of the basis, or on one.
         group: Where A is looked for.
         start: An A that is nearly right; None starts from least squares.
+        fall: Of eps^2 from step to step.
 
     Returns:
         A, and how much of the rest is more than rounding.
     """
     A = group.start(*_normals(sides, [side.end for side in sides])) if start is None else start
-    noise = [_ROUNDINGS * side.variance * side.rows for side in sides]
+    noise = [side.noise for side in sides]
     eps2: list[float] = []
     history: list[float] = []
-    for _ in range(_STEPS):
+    settled = False
+    patience = round(_PATIENCE / (1 - fall))
+    for _ in range(round(_STEPS / (1 - fall))):
         residuals = [side.residual(A) for side in sides]
         spectra = [_Spectrum.of(R) for R in residuals]
         left = [spectrum.left for spectrum in spectra]
@@ -114,13 +124,13 @@ def fit(sides: Sequence[Side], group: Group, start: Tensor | None = None) -> Fit
         roots = [spectrum.root(e) for spectrum, e in zip(spectra, eps2, strict=True)]
         improved = group.improve(A, *_normals(sides, residuals, roots))
         moved, A = float((improved - A).norm() / A.norm()), improved
-        lowest = [max(min(e, _FALL * rest), least) for e, rest, least in zip(eps2, left, noise, strict=True)]
-        settled, eps2 = lowest == eps2, lowest
-        history.append(max(rest / max(least, _TINY) for rest, least in zip(left, noise, strict=True)))
-        hopeless = len(history) > _PATIENCE and history[-1] > max(_AT_NOISE, history[-1 - _PATIENCE] / 2)
-        if hopeless or (settled and moved <= _ENOUGH * _precision(sides)):
+        eps2 = [max(fall * e, least) for e, least in zip(eps2, noise, strict=True)]
+        history.append(max(rest / least for rest, least in zip(left, noise, strict=True)))
+        settled = moved <= max(_ENOUGH * _precision(sides), _COMPUTED)
+        hopeless = len(history) > patience and history[-1] > max(_AT_NOISE, history[-1 - patience] / 2)
+        if hopeless or settled:
             break
-    return Fit(A, history[-1])
+    return Fit(A, history[-1], settled)
 
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -137,8 +147,10 @@ class _Spectrum:
     @classmethod
     def of(cls, residual: Tensor) -> "_Spectrum":
         rows = residual.flatten(0, 2)
-        values, vectors = torch.linalg.eigh(rows.mT @ rows)
-        return cls(values.clamp(min=0), vectors, min(rows.shape))
+        _, vectors = torch.linalg.eigh(rows.mT @ rows)
+        # The eigenvalues that eigh gives are as good as the largest; these are as good as each.
+        values = (rows @ vectors).square().sum(dim=0)
+        return cls(values, vectors, min(rows.shape))
 
     def root(self, eps2: float) -> Tensor:
         """B with `B B^T = P`."""
@@ -147,7 +159,14 @@ class _Spectrum:
     @property
     def left(self) -> float:
         """The median eigenvalue of those that need not be zero: the adapters' are fewer than half."""
-        return float(self.values[-self.rank :].median())
+        return float(self.values.sort(descending=True).values[: self.rank].median())
+
+
+def stay(sides: Sequence[Side]) -> Fit:
+    """Nothing was turned."""
+    blocks, _, width, _ = sides[0].begin.shape
+    A = torch.eye(width, dtype=torch.float64).expand(blocks, width, width)
+    return Fit(A, max(_Spectrum.of(side.residual(A)).left / side.noise for side in sides), True)
 
 
 def _normals(
