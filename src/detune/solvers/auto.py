@@ -42,8 +42,8 @@ class Auto:
     """Intersection and polish where they apply, Spectral DeTuning where they do not; then the bits, if a grid shows.
 
     Attributes:
-        lattice: How the base's bits are looked for; None does not. A few sweeps, on the grids of half precision: the
-            method `lattice` looks longer.
+        lattice: How the base's bits are looked for; None does not. As long as sweeps gain much, on the grids of half
+            precision: the method `lattice` looks longer.
         polish: Options of the polish.
         spectral: Options of the fallback.
         seed: Seed of the sketch.
@@ -52,7 +52,7 @@ class Auto:
     min_models: ClassVar[int] = 3
     working_copies: ClassVar[int] = 10
 
-    lattice: Lattice | None = field(default_factory=lambda: Lattice(grids=HALVES, sweeps=2))
+    lattice: Lattice | None = field(default_factory=lambda: Lattice(grids=HALVES, sweeps=12, least_gain=0.1))
     polish: Polish = field(default_factory=Polish)
     spectral: Spectral = field(default_factory=Spectral)
     seed: int = 0

@@ -61,7 +61,10 @@ class Entries:
         variance = (p * (points - weight).square()).sum(dim=0)
         delta = (p[:, None] * parts.mean).sum(dim=0)
         delta_variance = (p[:, None] * (parts.variance + (parts.mean - delta).square())).sum(dim=0)
-        return Posterior(weight, doubt, variance, self.m + std * delta, self.v * delta_variance)
+        deviations = points - (p * points).sum(dim=0)
+        pull = (p[:, None] * deviations[:, None] * parts.mean).sum(dim=0)
+        pull /= (p * deviations.square()).sum(dim=0).sqrt().clamp(min=1e-300)
+        return Posterior(weight, doubt, variance, self.m + std * delta, self.v * delta_variance, std * pull)
 
     def all_points(self, grid: torch.dtype, reach: int = 60) -> Tensor:
         """The grid around every entry, by bit patterns: W's own spacing holds on neither side of a power of two."""
@@ -102,6 +105,9 @@ def test_equals_the_sum_over_all_grid_points(n, std, merge):
     assert worst(found.delta[:, discrete], expected.delta[:, discrete], deviation[:, discrete]) < 0.05
     variance = found.delta_variance[:, discrete]
     assert worst(variance, expected.delta_variance[:, discrete], entries.v[:, discrete]) < 0.05
+    # What is lost as W is not known, as a share of what would be known.
+    lost = found.pull[:, discrete].square()
+    assert worst(lost, expected.pull[:, discrete].square(), entries.v[:, discrete]) < 0.05
 
 
 @pytest.mark.parametrize(("n", "std"), [(1, 2.0), (1, 6.0), (2, 5.0)])
@@ -129,6 +135,7 @@ def test_a_fine_grid_or_none_is_continuous(n, std, merge, grid):
     assert (found.doubt == 1).all()
     assert worst(found.delta, expected.delta, entries.v.sqrt()) < 0.1
     assert worst(found.delta_variance, expected.delta_variance, entries.v) < 0.1
+    assert worst(found.pull, expected.pull, entries.v.sqrt()) < 0.1
     assert float(found.variance.mean()) == pytest.approx(float((found.weight - entries.W).square().mean()), rel=0.3)
 
 

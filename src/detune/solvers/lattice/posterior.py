@@ -34,6 +34,7 @@ class Posterior(NamedTuple):
         variance: Expected squared error of the weight.
         delta: Mean of each `M_i`, `(n, entries)`.
         delta_variance: Its variance.
+        pull: How it goes with W, `Cov(M_i, W) / std(W)`.
     """
 
     weight: Tensor
@@ -41,6 +42,7 @@ class Posterior(NamedTuple):
     variance: Tensor
     delta: Tensor
     delta_variance: Tensor
+    pull: Tensor
 
 
 def posterior(
@@ -67,7 +69,7 @@ def posterior(
         step = spacing(smallest, grid)
         middle = nearest(middle, grid)
         reach = torch.ceil(((ends - middle).abs().amax(dim=0) - step) / step).clamp(min=least_reach)
-    parts = Posterior(*(torch.empty_like(t) for t in (middle, middle, middle, m, m)))
+    parts = Posterior(*(torch.empty_like(t) for t in (middle, middle, middle, m, m, m)))
     below = -1
     for most in (*REACHES, None):
         chosen = (reach > below) if most is None else (reach > below) & (reach <= most)
@@ -138,7 +140,7 @@ def _given_points(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tenso
     weight = points.gather(0, best)[0]
     others = p.scatter(0, best, 0.0)
     variance = (others * (points - weight).square()).sum(dim=0)
-    return Posterior(weight, others.sum(dim=0).double(), variance, *_mixture(p, moments, m, std))
+    return Posterior(weight, others.sum(dim=0).double(), variance, *_mixture(p, points - weight, moments, m, std))
 
 
 def _between(low: Tensor, high: Tensor, m: Tensor, v: Tensor, ends: Tensor, grid: torch.dtype | None) -> Posterior:
@@ -151,11 +153,15 @@ def _between(low: Tensor, high: Tensor, m: Tensor, v: Tensor, ends: Tensor, grid
     offset = (p * width * places).sum(dim=0)
     variance = (p * (width * places - offset).square()).sum(dim=0) + width.square() / 12
     weight = middle + offset if grid is None else nearest(middle + offset, grid)
-    return Posterior(weight, torch.ones_like(weight), variance, *_mixture(p, moments, m, std))
+    return Posterior(weight, torch.ones_like(weight), variance, *_mixture(p, width * places - offset, moments, m, std))
 
 
-def _mixture(p: Tensor, moments: Moments, m: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the `M_i`, `(n, entries)`, where each value of W has the probability p."""
+def _mixture(p: Tensor, W: Tensor, moments: Moments, m: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and pull of the `M_i`, `(n, entries)`, where each value of W has the probability p."""
     mean = (p[:, None] * moments.mean).sum(dim=0)
     variance = (p[:, None] * (moments.variance + (moments.mean - mean).square())).sum(dim=0)
-    return m + std * mean, std.square() * variance
+    W = W - (p * W).sum(dim=0)
+    weighted = p * W
+    deviation = (weighted * W).sum(dim=0).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    pull = (weighted[:, None] * moments.mean).sum(dim=0) / deviation
+    return m + std * mean, std.square() * variance, std * pull

@@ -24,10 +24,10 @@ from detune.solvers.lattice.sweep import sweep
 from detune.solvers.stack import Stack
 
 HALVES = (torch.bfloat16, torch.float16)
-# A sweep that raises the evidence of an entry by less than this, in nats, is the last.
-LEAST_GAIN = 0.003
 # A fit that knows no grid, and whose test for one has a larger bound than this, is not swept.
 HINT = 0.1
+# Errors of the M_i that the models share leave W less certain than independent ones: variances then count as larger.
+SHARED = 2.5
 # Variances that least squares promises can be so many times too small.
 WIDER = 16.0
 # So many sweeps more are granted to a fit while more of what was held out than this share fits no grid point.
@@ -75,12 +75,14 @@ class Lattice:
     Attributes:
         grids: Dtypes that the base may have been stored in; those finer than the models' are not tried.
         sweeps: Most sweeps of the fit.
+        least_gain: A sweep that raises the evidence of an entry by less than this, in nats, is the last.
         most_false_positive: Largest probability, by its bound, that a base off the grid passes the test for it.
         seed: Of the entries that are held out.
     """
 
     grids: tuple[torch.dtype, ...] = (*HALVES, torch.float32)
     sweeps: int = 20
+    least_gain: float = 0.003
     most_false_positive: float = 1e-9
     seed: int = 0
 
@@ -169,13 +171,17 @@ class Lattice:
             return None
         estimates, evidence = calibrated(held, estimates, grid)
         most = self.sweeps + (MORE_SWEEPS if coarse else 0)
-        sweeps, gain = 0, math.inf
-        while abs(gain) >= LEAST_GAIN and (
+        sweeps, gain, wider = 0, math.inf, 1.0
+        while abs(gain) >= self.least_gain and (
             sweeps < most or (sweeps < most + PATIENCE and misfit(held, estimates, grid) > UNSETTLED)
         ):
-            swept = within(sweep(stack, estimates, grid, held.used, self.seed + sweeps), spaces)
+            widened = [replace(estimate, scale=wider * estimate.scale) for estimate in estimates]
+            swept = within(sweep(stack, widened, grid, held.used, self.seed + sweeps), spaces)
             estimates, gained = calibrated(held, swept, grid)
             sweeps, gain, evidence = sweeps + 1, gained - evidence, gained
+            if sweeps == 1 and not coarse and stack.n > 2 and estimates[0].scale > 1:
+                # Entries held out are farther off than each row by itself can tell.
+                wider = SHARED
             if sweeps == SIGN_AFTER and log10_false_positive(held, estimates, grid) > SIGN:
                 break
         false_positive = log10_false_positive(held, estimates, grid)

@@ -1,9 +1,9 @@
 """Sweeps of the interval fit: every `M_i = L R^T` given the posterior of its entries, rows by rows, then columns.
 
-The posterior of an entry sees each `M_i` through its estimate `N(m, v)`; what it adds to that is a measurement with
-precision `h = (1 - v_new / v) / v` at `m + (m_new - m) / (h v)`, the score's. A half sweep solves one weighted
-least-squares problem for each row of L given R. That is generalised approximate message passing (Rangan 2011, arXiv
-1010.5141) with the low-rank factors as its linear part.
+The posterior of an entry sees each `M_i` through its estimate `N(m, v)`; what it adds to that is a measurement, whose
+gradient and precision are the score's: `(m_new - m) / v` and `(1 - v_new / v) / v`. A half sweep makes one Newton step
+for each row of the L of all models together, given R (`detune.solvers.lattice.joint`). That is generalised approximate
+message passing (Rangan 2011, arXiv 1010.5141) with the low-rank factors as its linear part.
 
 The r numbers of a row need no more than a few hundred entries each, so wide matrices are seen through some of their
 columns: a sweep costs in proportion to `out + in`, not to their product.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.lattice.estimate import LEAST_SIZE, Estimate
+from detune.solvers.lattice.joint import Measurements, joint_steps
 from detune.solvers.lattice.posterior import SLACK
 from detune.solvers.lattice.truncated import one_sided, truncated_normal
 from detune.solvers.lattice.view import Settled, View, views
@@ -24,6 +25,8 @@ from detune.solvers.stack import Stack
 
 # A row of L is fitted to so many entries, or so many for each of its numbers, if there are more.
 MOST_SEEN, SEEN_PER_RANK = 1024, 48
+# Of what an entry says of all M_i together a little is left, whatever W.
+MOST_PULL = 0.999
 # A measurement that says nothing still has a precision: a line without any would leave its factors free.
 LEAST_SHARE = 1e-9
 # An end of its interval that is so many standard deviations off says nothing of an M_i.
@@ -63,41 +66,49 @@ def half_sweep(
     outer = [(e.right[:, :, None] * e.right[:, None, :]).flatten(start_dim=1) for e in looked_at]
     # Rows of L are as large as they have been: what the data leave open stays near zero.
     prior = [1 / e.left.square().mean(dim=0).clamp(min=LEAST_SIZE) for e in estimates]
+    right = [e.right for e in looked_at]
     left = [torch.empty_like(e.left) for e in estimates]
     spread = [torch.empty_like(e.rows[0]) for e in estimates]
     for view in views(stack, looked_at):
-        precision, target = _measurements(view, grid)
-        if used is not None:
-            precision *= used[view.rows]
-        for i, estimate in enumerate(looked_at):
-            left[i][view.rows], spread[i][view.rows] = _solve_rows(
-                precision[i], target[i], estimate.right, outer[i], prior[i]
-            )
+        measured = _measurements(view, grid, None if used is None else used[view.rows])
+        factors = [
+            torch.linalg.cholesky((alone @ o).unflatten(1, (len(p), len(p))) + p.diag())
+            for alone, o, p in zip(measured.alone, outer, prior, strict=True)
+        ]
+        start = [e.left[view.rows] for e in estimates]
+        steps = joint_steps(measured, start, right, prior, factors)
+        for i, (L, step, factor) in enumerate(zip(start, steps, factors, strict=True)):
+            left[i][view.rows] = L + step
+            spread[i][view.rows] = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).mean(dim=1)
     return tuple(
         replace(e, left=L, rows=torch.stack([q, e.rows[1]]), columns=torch.stack([e.columns[0], _profile(e.right)]))
         for e, L, q in zip(estimates, left, spread, strict=True)
     )
 
 
-def _measurements(view: View, grid: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """What the entries say of the `M_i`: precisions and values, `(n, rows, in)`."""
-    precision, target = torch.zeros_like(view.m), view.m.clone()
+def _measurements(view: View, grid: torch.dtype | None, used: Tensor | None) -> Measurements:
+    """What the entries say, those that are used."""
+    gradient, precision, pull = (torch.zeros_like(view.m) for _ in range(3))
     if grid is None:
         places = torch.arange(view.m[0].numel(), device=view.m.device)
     else:
         settled = view.settle(grid, SLACK)
-        _measure_settled(view, settled, precision.view(-1), target.view(-1))
+        _measure_settled(view, settled, precision.view(-1), gradient.view(-1))
         places = settled.open.flatten().nonzero().squeeze(1)
     v = view.variance(places)
     _, _, m = view.at(places)
     found = view.posterior(places, v, grid)
-    share = (1 - found.delta_variance / v).clamp(min=LEAST_SHARE)
-    precision.flatten(start_dim=1)[:, places] = share / v
-    target.flatten(start_dim=1)[:, places] = m + (found.delta - m) / share
-    return precision, target
+    h = (1 - (found.delta_variance - found.pull.square()) / v).clamp(min=LEAST_SHARE) / v
+    q = found.pull / v
+    q *= (MOST_PULL / (q.square() / h).sum(dim=0)).clamp(max=1).sqrt()
+    for whole, part in ((gradient, (found.delta - m) / v), (precision, h), (pull, q)):
+        whole.flatten(start_dim=1)[:, places] = part
+        if used is not None:
+            whole *= used
+    return Measurements(gradient, precision, pull)
 
 
-def _measure_settled(view: View, settled: Settled, precision: Tensor, target: Tensor) -> None:
+def _measure_settled(view: View, settled: Settled, precision: Tensor, gradient: Tensor) -> None:
     """Fill in what the entries with one grid point say: only those near an end of their interval say anything."""
     above = settled.weight + view.m
     to_high = view.high - above
@@ -113,9 +124,8 @@ def _measure_settled(view: View, settled: Settled, precision: Tensor, target: Te
     if len(both):
         moments = truncated_normal(-below[both], (below + above)[both])
         shift[both], share[both] = moments.mean, 1 - moments.variance
-    share = share.clamp_(min=LEAST_SHARE)
-    precision[places] = share / v
-    target[places] += shift * std / share
+    precision[places] = share.clamp_(min=LEAST_SHARE) / v
+    gradient[places] = shift / std
 
 
 def _seen(stack: Stack, estimates: Sequence[Estimate], seed: int) -> Tensor | None:
@@ -138,22 +148,3 @@ def _normalised(estimate: Estimate) -> Estimate:
 
 def _profile(right: Tensor) -> Tensor:
     return right.square().sum(dim=1)
-
-
-def _solve_rows(
-    precision: Tensor, target: Tensor, right: Tensor, outer: Tensor, prior: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rows of L that minimise `sum_b precision[a, b] (target[a, b] - L_a . R_b)^2`, and their mean variance.
-
-    Args:
-        precision: `(rows, in)`.
-        target: `(rows, in)`.
-        right: R, `(in, r)`.
-        outer: `R_b R_b^T` for every b, `(in, r r)`.
-        prior: Precision of each coordinate of a row of L before anything is seen, `(r,)`.
-    """
-    r = right.shape[1]
-    gram = (precision @ outer).unflatten(1, (r, r)) + prior.diag()
-    factor = torch.linalg.cholesky(gram)
-    rows = torch.cholesky_solve(((precision * target) @ right)[..., None], factor)[..., 0]
-    return rows, torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).mean(dim=1)
