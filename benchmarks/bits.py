@@ -8,7 +8,7 @@ square; deltas are given as their root mean square in steps. `snapped` is plain 
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -65,13 +65,17 @@ class Problem:
         return cls.of(W, [size * draw(SIZE, RANK) @ draw(RANK, SIZE) for _ in range(n)], merge)
 
     @classmethod
-    def trained(cls, n: int) -> "Iterator[Problem]":
+    def trained(cls, n: int) -> "Iterator[tuple[str, Problem]]":
         """The query and value matrices of all-MiniLM-L6-v2, cast to bf16, with the deltas of LoRAs of one seed."""
         base, models = open_checkpoint(base_model()), [open_checkpoint(path) for path in merged_models()[:n]]
         for name in base.tensors:
             if name.endswith(("query.weight", "value.weight")):
                 W = base.read(name).double()
-                yield cls.of(nearest(W, GRID), [model.read(name).double() - W for model in models], GRID)
+                layer, kind = name.split(".")[2], name.split(".")[-2]
+                yield (
+                    f"layer {layer} {kind}",
+                    cls.of(nearest(W, GRID), [m.read(name).double() - W for m in models], GRID),
+                )
 
     def share(self, weight: Tensor) -> float:
         return float(nearest(weight, GRID).eq(self.W).double().mean())
@@ -133,16 +137,24 @@ def half_merges(deltas: str, models: str) -> None:
 
 
 def trained_merges(n: int) -> None:
-    print(f"\ntrained LoRAs of one seed on all-MiniLM-L6-v2 in bf16, {n} merges in bf16, means of 12 matrices 384x384")
+    print(f"\ntrained LoRAs of one seed on all-MiniLM-L6-v2 in bf16, {n} merges in bf16, matrices 384x384")
+    print("`squares`: M_i by least squares with W known")
+    print(f"{'matrix':20} {'limit':>7} {'squares':>7} {'auto':>7} {'of limit':>8} {'certain':>7} {'wrong':>5}")
     rows = []
-    for problem in Problem.trained(n):
+    for name, problem in Problem.trained(n):
         recovery = Auto().solve(problem.stack)
+        share, on_grid = problem.share(recovery.weight), recovery.bits is not None
         certain, wrong = (recovery.bits.share, problem.wrong(recovery)) if recovery.bits else (0.0, 0)
-        rows.append((problem.limit, problem.least_squares, problem.share(recovery.weight), certain, wrong))
-    limit, least_squares, share, certain, wrong = (fmean(column) for column in zip(*rows, strict=True))
-    print(f"true M_i {limit:.4f}, M_i by least squares with W known {least_squares:.4f}, auto {share:.4f}")
-    print(f"certain {certain:.4f}, certain and wrong {wrong * len(rows):.0f} in all; ", end="")
-    print(f"share of the limit {share / limit:.4f}, target {GOAL}: {'met' if share / limit >= GOAL else 'MISSED'}")
+        rows.append((problem.limit, problem.least_squares, share, share / problem.limit, certain, wrong))
+        print(f"{name:20} {_figures(rows[-1])}{'' if on_grid else '  no grid'}", flush=True)
+    print(f"{'mean':20} {_figures([fmean(column) for column in zip(*rows, strict=True)])}")
+    met = sum(row[3] >= GOAL for row in rows)
+    print(f"at least {GOAL} of the limit: {met} of {len(rows)}")
+
+
+def _figures(row: Sequence[float]) -> str:
+    limit, least_squares, share, of_limit, certain, wrong = row
+    return f"{limit:7.4f} {least_squares:7.4f} {share:7.4f} {of_limit:8.4f} {certain:7.4f} {wrong:5.0f}"
 
 
 def fine_merges(seeds: int) -> None:

@@ -11,7 +11,7 @@ SCALE = 0.02
 
 
 class OnGridProblem:
-    """A base, its deltas and its merges.
+    """A base, its deltas, whose row spaces overlap by about a cosine `shared`, and its merges.
 
     Attributes:
         W: The base, float64.
@@ -31,6 +31,7 @@ class OnGridProblem:
         grid: torch.dtype = torch.bfloat16,
         seed: int = 0,
         off: bool = False,
+        shared: float = 0.0,
     ) -> None:
         generator = seeded(seed)
         self.grid, self.rank = grid, rank
@@ -38,7 +39,8 @@ class OnGridProblem:
         self.W = W if off else nearest(W, grid)
         self.step = float(spacing(torch.tensor(SCALE), grid))
         size = delta * self.step / rank**0.5
-        self.factors = [(size * normal(generator, shape[0], rank), normal(generator, shape[1], rank)) for _ in range(n)]
+        drawn = [(size * normal(generator, shape[0], rank), normal(generator, shape[1], rank)) for _ in range(n)]
+        self.factors = [(L, shared**0.5 * drawn[0][1] + (1 - shared) ** 0.5 * R) for L, R in drawn]
         self.deltas = [L @ R.mT for L, R in self.factors]
         merges = merge if isinstance(merge, tuple) else (merge,) * n
         self.stack = Stack.of([(self.W + M_i).to(dtype) for M_i, dtype in zip(self.deltas, merges, strict=True)])
