@@ -65,6 +65,26 @@ def test_pairs_alone_miss_what_overlapping_rows_hide():
     assert selected(stack) == ranks
 
 
+def test_a_pattern_of_rounding_is_no_direction():
+    """Two steps of rank 2, nearly all of it of rank 1: rounding answers with a third direction, over the noise."""
+    generator = seeded(3)
+    shape, dtype = (192, 256), torch.float16
+    W = (normal(generator, *shape) / shape[1] ** 0.5).to(dtype).double()
+    step = float(W.abs().median()) * torch.finfo(dtype).eps
+
+    def delta(size, r):
+        return size * step / r**0.5 * normal(generator, shape[0], r) @ normal(generator, r, shape[1])
+
+    U, V = (torch.linalg.qr(normal(generator, side, 2))[0] for side in shape)
+    small = (U * torch.tensor([20.0, 1.0])) @ V.mT
+    deltas = [small * (2 * step / small.square().mean().sqrt()), delta(10, 3), delta(12, 2)]
+    stack = Stack.of([(W + M_i).to(dtype) for M_i in deltas])
+    error = stack.matrices[0].double() - W - deltas[0]
+    pattern = (error - U @ (U.mT @ error)) @ (torch.eye(shape[1]) - V @ V.mT)
+    assert float(torch.linalg.matrix_norm(pattern, 2)) > 1.2 * float(noise_spectrum(stack)[0])
+    assert selected(stack) == (2, 3, 2)
+
+
 def test_no_model_gets_more_than_the_rank_that_is_told():
     stack, ranks = hard_set(7, (80, 64), 5, 4, 0.9, torch.bfloat16)
     assert max(selected(stack, rank=max(ranks) - 1)) < max(ranks)

@@ -32,6 +32,7 @@ from detune.solvers.proposals import (
     claims_of,
     doubts_of,
     granted,
+    regauged,
     strongest_by_model,
     whitened_residuals,
     without,
@@ -141,7 +142,8 @@ class _Search:
         search = replace(self, floors=self._rounding(first))
         fit = search._cleared(search._best(search._cleared(search._grow(self.start))))
         # Higher floors hide directions before they are fitted: the first fit may have some that stand well over them.
-        return min(fit, search._cleared(first, SURE), key=self._penalised)
+        fit = min(fit, search._cleared(first, SURE), key=self._penalised)
+        return self._without_patterns(fit)
 
     def _cleared(self, fit: Fit, least: float = 1.0) -> Fit:
         """Without what stands over its own model's noise by less, although it lowers the misfit."""
@@ -149,8 +151,28 @@ class _Search:
             fit = self._fit(without(fit, below[:1]))
         return fit
 
+    def _without_patterns(self, fit: Fit) -> Fit:
+        """Without directions that are a pattern of rounding, see `_errors`.
+
+        A fit that took a pattern for a direction is rounded to less of it. So patterns are foreseen from what is beyond
+        doubt, and taken off: a direction that is then gone was none.
+        """
+        sure = fit
+        while doubtful := self._doubtful(sure, DOUBTFUL):
+            sure = self._fit(without(sure, doubtful))
+        patterns = torch.stack([_above(error, self.floor) for error in self._errors(sure)])
+        if not bool(patterns.any()):
+            return fit
+        search = replace(self, centred=self.centred - patterns + patterns.mean(dim=0))
+        cleared = search._cleared(search._fit(fit.V), CLEAR)
+        return fit if cleared.ranks == fit.ranks else self._fit(cleared.V)
+
     def _rounding(self, fit: Fit) -> tuple[float, ...]:
-        """Each model's floor for such deltas, the base on the grid of the dtype.
+        """Each model's floor for such deltas."""
+        return tuple(max(self.floor, float(torch.linalg.matrix_norm(error, 2))) for error in self._errors(fit))
+
+    def _errors(self, fit: Fit) -> list[Tensor]:
+        """What rounding does to such deltas, the base on the grid of the dtype, `(out, in)` each.
 
         A delta below half a step of the grid is lost, or comes back as a pattern of its own largest entries: noise
         that depends on it, has low rank and stands over what rounding leaves elsewhere.
@@ -158,14 +180,13 @@ class _Search:
         first = self.stack.matrices[0].to(self.stack.device, torch.float64)
         mean = torch.stack([W_i.to(first) - first for W_i in self.stack.matrices]).mean(dim=0)
         W_star = first + mean - torch.stack([M_i.dense() for M_i in fit.deltas]).mean(dim=0)
-        floors = []
+        errors = []
         for M_i, dtype in zip(fit.deltas, self.stack.rounded_dtypes, strict=True):
             exact = W_star.to(dtype).double() + M_i.dense()
             error = exact.to(dtype).double() - exact
             # Deltas so large that they overflow are no deltas: the fit has run off along what the data leave open.
-            error = error.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-            floors.append(max(self.floor, float(torch.linalg.matrix_norm(error, 2))))
-        return tuple(floors)
+            errors.append(error.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+        return errors
 
     def _best(self, fit: Fit) -> Fit:
         """The best ranks from a fit."""
@@ -187,6 +208,8 @@ class _Search:
                 break
         while (better := self._exchanged(fit, unsure)) is not None:
             fit = self._grow(better)
+        while (better := self._regauged(fit)) is not None:
+            fit = better
         return fit
 
     def _other_starts(self) -> Iterator[Fit]:
@@ -250,6 +273,18 @@ class _Search:
                     return moved
         return None
 
+    def _regauged(self, fit: Fit) -> Fit | None:
+        """A better fit after what all models but one share is given to that one; None without one.
+
+        No step of one direction leads there: one out of four models and into the fifth, for instance.
+        """
+        for V in regauged(fit):
+            moved = self._fit_allowed(V)
+            moved = moved and self._cleared(self._grow(moved))
+            if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
+                return moved
+        return None
+
     def _fit(self, V: Sequence[Tensor]) -> Fit:
         return descend(self.centred, V, self.noise, ENOUGH * self.floor**2)
 
@@ -264,6 +299,14 @@ class _Search:
     def _doubtful(self, fit: Fit, below: float) -> list[Doubt]:
         """The weakest directions of fewer floors than that."""
         return [doubt for doubt in doubts_of(fit, self.floors) if doubt.strength < below]
+
+
+def _above(error: Tensor, floor: float) -> Tensor:
+    """The part of an error that stands clear of the floor."""
+    U, S, Vh = torch.linalg.svd(error, full_matrices=False)
+    clear = S.gt(CLEAR * floor)
+    part: Tensor = (U[:, clear] * S[clear]) @ Vh[clear]
+    return part
 
 
 def noise_spectrum(stack: Stack, seed: int = 0) -> Tensor:
