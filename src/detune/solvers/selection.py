@@ -32,7 +32,6 @@ from detune.solvers.proposals import (
     claims_of,
     doubts_of,
     granted,
-    regauged,
     strongest_by_model,
     whitened_residuals,
     without,
@@ -208,8 +207,6 @@ class _Search:
                 break
         while (better := self._exchanged(fit, unsure)) is not None:
             fit = self._grow(better)
-        while (better := self._regauged(fit)) is not None:
-            fit = better
         return fit
 
     def _other_starts(self) -> Iterator[Fit]:
@@ -271,18 +268,6 @@ class _Search:
                 moved = self._fit_allowed(granted(fewer, [claim]))
                 if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
                     return moved
-        return None
-
-    def _regauged(self, fit: Fit) -> Fit | None:
-        """A better fit after what all models but one share is given to that one; None without one.
-
-        No step of one direction leads there: one out of four models and into the fifth, for instance.
-        """
-        for V in regauged(fit):
-            moved = self._fit_allowed(V)
-            moved = moved and self._cleared(self._grow(moved))
-            if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
-                return moved
         return None
 
     def _fit(self, V: Sequence[Tensor]) -> Fit:
