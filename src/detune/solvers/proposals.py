@@ -9,8 +9,9 @@ of `M_i = F_i V_i^T` is free, and `A_i` is its i-th diagonal block:
   rises without that direction (Wald's test).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from detune.solvers.linalg import joint_basis, orthonormal
 
 # A direction that two models show, up to this cos^2 on both sides, is one direction.
 SAME = 0.3
+# A direction that lies in all of some spaces to this mean cos^2 may be one that they share.
+SHARED = 0.8
 # Whitening amplifies no more than this.
 LEAST_SHARE = 0.02
 
@@ -199,6 +202,41 @@ def without(fit: Fit, doubts: Sequence[Doubt]) -> list[Tensor]:
     for doubt in doubts:
         V[doubt.model] = doubt.without
     return V
+
+
+def regauged(fit: Fit) -> Iterator[list[Tensor]]:
+    """The row spaces with what all models but one have in common taken from them and given to that one.
+
+    A direction `u v^T` that all M_i lack or hold too much of is a change of W. A fit can have taken it for one of every
+    model but the one in which it cancels a direction: as good a fit, of higher ranks, and as far from W as one likes.
+    """
+    for k in range(len(fit.V)):
+        others = [i for i in range(len(fit.V)) if i != k and fit.ranks[i]]
+        if len(others) < 2:
+            continue
+        u, v = (_most_shared([spaces[i] for i in others]) for spaces in (fit.U, fit.V))
+        if min(u.share, v.share) < SHARED:
+            continue
+        V = list(fit.V)
+        for i in others:
+            M_i, along = fit.deltas[i], fit.U[i].mT @ u.direction
+            rest = torch.linalg.qr((along / along.norm())[:, None], mode="complete")[0][:, 1:]
+            V[i] = orthonormal(M_i.right @ (M_i.left.mT @ (fit.U[i] @ rest)))
+        new = v.direction - V[k] @ (V[k].mT @ v.direction)
+        V[k] = torch.cat([V[k], (new / new.norm())[:, None]], dim=1)
+        yield V
+
+
+class _Shared(NamedTuple):
+    """A unit direction, and the mean cos^2 of its angles to spaces."""
+
+    direction: Tensor
+    share: float
+
+
+def _most_shared(spaces: Sequence[Tensor]) -> _Shared:
+    directions, S, _ = torch.linalg.svd(torch.cat(list(spaces), dim=1), full_matrices=False)
+    return _Shared(directions[:, 0], float(S[0]) ** 2 / len(spaces))
 
 
 def strongest_by_model(claims: Sequence[Claim]) -> list[Claim]:

@@ -32,6 +32,7 @@ from detune.solvers.proposals import (
     claims_of,
     doubts_of,
     granted,
+    regauged,
     strongest_by_model,
     whitened_residuals,
     without,
@@ -190,8 +191,14 @@ class _Search:
     def _best(self, fit: Fit) -> Fit:
         """The best ranks from a fit."""
         unsure = EXCHANGED if self.stack.n <= FEW_MODELS else DOUBTFUL
-        if not self._doubtful(fit, unsure):
-            return fit
+        if self._doubtful(fit, unsure):
+            fit = self._searched(fit, unsure)
+        while (better := self._regauged(fit)) is not None:
+            fit = better
+        return fit
+
+    def _searched(self, fit: Fit, unsure: float) -> Fit:
+        """The best ranks from a fit of which some directions are in doubt."""
         fit = min([fit, *map(self._grow, self._other_starts())], key=self._penalised)
         for round_ in range(ROUNDS):
             doubtful = self._doubtful(fit, DOUBTFUL + MORE_DOUBTFUL * round_)
@@ -268,6 +275,18 @@ class _Search:
                 moved = self._fit_allowed(granted(fewer, [claim]))
                 if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
                     return moved
+        return None
+
+    def _regauged(self, fit: Fit) -> Fit | None:
+        """A better fit after what all models but one share is given to that one; None without one.
+
+        No step of one direction leads there: one out of four models and into the fifth, for instance.
+        """
+        for V in regauged(fit):
+            moved = self._fit_allowed(V)
+            moved = moved and self._cleared(self._grow(moved))
+            if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
+                return moved
         return None
 
     def _fit(self, V: Sequence[Tensor]) -> Fit:
