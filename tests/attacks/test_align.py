@@ -74,7 +74,7 @@ class TestEveryKind:
         assert above_the_floor(families(kind), tmp_path, Permutation(), turn) < 0.3
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "vit", "llama", "mistral, grouped"])
 def test_all_defences_at_once(families, tmp_path, kind):
     assert above_the_floor(families(kind), tmp_path, Permutation(), Rotation(), Rescaling()) < 0.3
 
