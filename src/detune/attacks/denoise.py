@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from detune.attacks.rebuild import rebuild
-from detune.attacks.relevance import Split, split_off
 from detune.solvers import Auto, Intersect, Mean, NotRecoverable, Stack
 from detune.solvers.differences import ring
 from detune.solvers.linalg import orthonormal
+from detune.solvers.relevance import Split, split_off
 
 # Differences whose noise is measured; one would do, were all noise alike.
 PAIRS = 3

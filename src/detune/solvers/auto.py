@@ -17,6 +17,7 @@ from detune.solvers.intersect import Spaces, Unsplittable, find_spaces, untransp
 from detune.solvers.lattice import HALVES, Lattice, NoGrid
 from detune.solvers.polish import Polish, Polished
 from detune.solvers.principal import with_principal_part
+from detune.solvers.relevance import within_reason
 from detune.solvers.selection import select_ranks
 from detune.solvers.space import Space
 from detune.solvers.spectral import Spectral
@@ -59,7 +60,7 @@ class Auto:
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Choose and solve; see `Solver.solve`. The reason says which and why."""
-        found = with_principal_part(self._without_grid(stack, rank))
+        found = within_reason(stack, with_principal_part(self._without_grid(stack, rank)))
         if self.lattice is None or not found.deltas:
             return found
         try:

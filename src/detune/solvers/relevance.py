@@ -15,14 +15,18 @@ Reference:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from detune.solvers import Stack
+from detune.solvers.base import LowRank, Recovery
+from detune.solvers.fit import w_step
+from detune.solvers.linalg import orthonormal
+from detune.solvers.space import Space
+from detune.solvers.stack import SMALL_ENTRIES, Stack
 
-__all__ = ["Split", "split_off"]
+__all__ = ["Split", "split_off", "within_reason"]
 
 TURNS = 25
 # A direction whose prior weighs this much more than its data is gone.
@@ -30,6 +34,13 @@ GONE = 1e3
 # Singular values of a model's own deviation are followed from this share of the noise's edge on.
 FOLLOWED = 0.7
 MOST = 64
+# Deltas whose weakest direction stands so many times over the noise are what least squares says.
+CLEAR = 8.0
+# A fit that leaves more than this times the noise lacks directions: its size says nothing of those it has.
+AT_NOISE = 1.05
+# Energy of the deltas over that of deltas held down, from which on they have run off. Below that, holding down costs
+# the weak directions that are real as much as it saves.
+RAN_OFF = 1.5
 
 
 @dataclass(frozen=True)
@@ -39,12 +50,60 @@ class Split:
     Attributes:
         weight: The mean of what is left, `(out, in)`.
         rest: What neither it nor the deltas explain, `(n, out, in)`.
+        deltas: The deltas.
         cost: Akaike's criterion, `sum |rest|^2 / sigma^2 + 2 (parameters that count)`: of two splits, which to trust.
     """
 
     weight: Tensor
     rest: Tensor
+    deltas: tuple[LowRank, ...]
     cost: float
+
+
+def within_reason(stack: Stack, recovery: Recovery) -> Recovery:
+    """The recovery with its deltas held down, where least squares has taken noise for a part that all of them share.
+
+    Adapters of one seed have row spaces that nearly coincide. What is common to all `M_i` in such a direction the data
+    hardly see, and least squares gives it any size. Here it gets the size that the rest of the direction shows.
+
+    Args:
+        stack: The models, three at least; of more than a million entries a matrix they are left alone.
+        recovery: What least squares made of them.
+
+    Returns:
+        The recovery itself where its deltas stand clear of the noise, where it leaves more than noise, or where they
+        have not run off.
+    """
+    if not recovery.deltas or stack.n < 3 or stack.shape[0] * stack.shape[1] > SMALL_ENTRIES:
+        return recovery
+    if recovery.noise_ratio is None or recovery.noise_ratio > AT_NOISE:
+        return recovery
+    if all(_is_clear(stack, i, M_i) for i, M_i in enumerate(recovery.deltas)):
+        return recovery
+    split = split_off(stack, [orthonormal(M_i.right.double()) for M_i in recovery.deltas])
+    if _energy(recovery.deltas) <= RAN_OFF * _energy(split.deltas):
+        return recovery
+    step = w_step(stack, split.deltas)
+    return replace(
+        recovery,
+        weight=step.weight,
+        method=f"{recovery.method}+relevance",
+        reason=f"{recovery.reason}; then no direction larger than it shows",
+        deltas=step.deltas,
+        ranks=tuple(M_i.rank for M_i in step.deltas),
+        relative_residual=step.relative_residual,
+        noise_ratio=step.noise_ratio,
+        residuals=None,
+    )
+
+
+def _energy(deltas: Sequence[LowRank]) -> float:
+    return sum(float(((M_i.left.mT @ M_i.left) * (M_i.right.mT @ M_i.right)).sum()) for M_i in deltas)
+
+
+def _is_clear(stack: Stack, model: int, M_i: LowRank) -> bool:
+    S = Space.of(M_i).S
+    return not len(S) or float(S[-1]) > CLEAR * float(stack.noise_norm(model, stack.shape[0]))
 
 
 def split_off(stack: Stack, V: Sequence[Tensor] | None = None, turns: int = TURNS) -> Split:
@@ -56,26 +115,27 @@ def split_off(stack: Stack, V: Sequence[Tensor] | None = None, turns: int = TURN
         turns: How often rows and columns take turns.
     """
     noise = float(stack.noise.square().mean().sqrt())
-    models = torch.stack([W_i.double() for W_i in stack.matrices])
+    models = torch.stack([W_i.to(stack.device, torch.float64) for W_i in stack.matrices])
     mean = models.mean(dim=0)
     centred = models - mean
     V = V or [_leading(X_i, noise) for X_i in centred]
     if not any(V_i.shape[1] for V_i in V):
-        return _split(mean, centred, torch.zeros_like(centred), noise, 0)
-    prior = [torch.zeros(V_i.shape[1], dtype=torch.float64) for V_i in V]
+        nothing = [LowRank(X_i.new_zeros(len(X_i), 0), X_i.new_zeros(X_i.shape[1], 0)) for X_i in centred]
+        return _split(mean, centred, nothing, noise, 0)
+    prior = [V_i.new_zeros(V_i.shape[1]) for V_i in V]
     for _ in range(turns):
         U, prior = _relevant(_regress(centred, V, prior), stack.shape[1], noise)
         V, prior = _relevant(_regress(centred.mT, U, prior), stack.shape[0], noise)
     F = _regress(centred, V, prior)
-    deltas = torch.stack([F_i @ V_i.mT for F_i, V_i in zip(F, V, strict=True)])
     taken = sum(float((1 / (1 + weight)).sum()) for weight in prior) * sum(stack.shape)
-    return _split(mean, centred, deltas, noise, taken)
+    return _split(mean, centred, list(map(LowRank, F, V)), noise, taken)
 
 
-def _split(mean: Tensor, centred: Tensor, deltas: Tensor, noise: float, taken: float) -> Split:
-    left = deltas.mean(dim=0)
-    rest = centred - deltas + left
-    return Split(mean - left, rest, float(rest.square().sum()) / noise**2 + 2 * taken)
+def _split(mean: Tensor, centred: Tensor, deltas: Sequence[LowRank], noise: float, taken: float) -> Split:
+    dense = torch.stack([M_i.dense() for M_i in deltas])
+    left = dense.mean(dim=0)
+    rest = centred - dense + left
+    return Split(mean - left, rest, tuple(deltas), float(rest.square().sum()) / noise**2 + 2 * taken)
 
 
 def _leading(X_i: Tensor, noise: float) -> Tensor:
@@ -95,7 +155,7 @@ def _regress(centred: Tensor, V: Sequence[Tensor], prior: Sequence[Tensor]) -> l
     normal = torch.diag(1 + torch.cat(list(prior))) - joint.mT @ joint / len(V)
     projected = torch.cat([X_i @ V_i for X_i, V_i in zip(centred, V, strict=True)], dim=1)
     # Without a prior, spaces that coincide leave it singular.
-    ridge = torch.eye(len(normal), dtype=normal.dtype) * 1e-9
+    ridge = torch.eye(len(normal), dtype=normal.dtype, device=normal.device) * 1e-9
     solved = torch.linalg.solve(normal + ridge, projected.mT).mT
     return list(solved.split([V_i.shape[1] for V_i in V], dim=1))
 
