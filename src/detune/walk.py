@@ -122,7 +122,7 @@ def walk(
             if stack is None:
                 take([_row(family, name, Answer(Status.SHARED, "copy", "identical in all models"), began)])
             else:
-                lanes.start(load, partial(_visit, family, name, stack, on_changed))
+                lanes.start(load, partial(_visit, family, name, [stack], on_changed))
             # Not while the next is read.
             del stack
         take(lanes.rest())
@@ -138,13 +138,14 @@ def _load(family: Family, name: str, working_copies: int) -> Load:
 def _visit(
     family: Family,
     name: str,
-    stack: tuple[Tensor, ...],
+    held: list[tuple[Tensor, ...]],
     on_changed: Callable[[str, tuple[Tensor, ...]], Answer],
 ) -> TensorRow:
     began = time.perf_counter()
     try:
         with full_precision():
-            return _row(family, name, on_changed(name, stack), began)
+            # Taken out, so that it is gone when this has returned: a pool keeps arguments a little longer.
+            return _row(family, name, on_changed(name, held.pop()), began)
     except NonFinite as error:
         raise damaged(name, family.models[error.model].spec) from None
 
