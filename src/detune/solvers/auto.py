@@ -154,8 +154,7 @@ def _best_step(spaces: Spaces, polished: Polished) -> WStep | None:
 
 def _size(deltas: Sequence[LowRank]) -> float:
     """The largest Frobenius norm."""
-    squares = [float(((M_i.left.mT @ M_i.left) * (M_i.right.mT @ M_i.right)).sum()) for M_i in deltas]
-    return math.sqrt(max(0.0, *squares))
+    return math.sqrt(max(0.0, *(M_i.energy for M_i in deltas)))
 
 
 def _in_doubt(difference: Difference) -> bool:

@@ -66,6 +66,11 @@ class LowRank:
         """The matrix itself, `(out, in)`."""
         return self.left @ self.right.mT
 
+    @property
+    def energy(self) -> float:
+        """`|M_i|_F^2`, from the factors."""
+        return float(((self.left.mT @ self.left) * (self.right.mT @ self.right)).sum())
+
 
 @dataclass(frozen=True)
 class Bits:

@@ -98,7 +98,7 @@ def within_reason(stack: Stack, recovery: Recovery) -> Recovery:
 
 
 def _energy(deltas: Sequence[LowRank]) -> float:
-    return sum(float(((M_i.left.mT @ M_i.left) * (M_i.right.mT @ M_i.right)).sum()) for M_i in deltas)
+    return sum(M_i.energy for M_i in deltas)
 
 
 def _is_clear(stack: Stack, model: int, M_i: LowRank) -> bool:
