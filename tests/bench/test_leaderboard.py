@@ -123,7 +123,7 @@ def test_the_page_in_the_repository_is_what_its_entries_make():
         ({"attack_set": "mine-v1"}, r"no attack set 'mine-v1'; there are detune-attacks-v1"),
         (
             {"attacks": {"guess": {"w_error": -5.0, "embeddings": 1}}},
-            r"'guess' is no attack of detune-attacks-v1; it has av",
+            rf"'guess' is no attack of {LATEST}; it has av",
         ),
         (
             {"attacks": {"prior": {"w_error": None, "embeddings": None, "failure": "why"}}},
@@ -205,7 +205,7 @@ def test_an_entry_that_does_not_come_out_again_stays_claimed(tmp_path, found, me
 
 def test_an_attack_with_other_settings_makes_no_entry(monkeypatch):
     monkeypatch.setitem(ATTACKS, "recover", ATTACKS["average"])
-    with pytest.raises(InputError, match=r"the attack recover is not that of detune-attacks-v1; found Average\(\)"):
+    with pytest.raises(InputError, match=rf"the attack recover is not that of {LATEST}; found Average\(\)"):
         entry_of(row(), ["A. Author"], COMMAND)
 
 

@@ -54,6 +54,7 @@ SENTENCES = 4
 BROKEN, PARTLY = 10.0, 2.0
 
 _NOISE = ("average", "recover", "denoise")
+_QUANTISED = (*_NOISE, "cells")
 _ANISOTROPIC = (*_NOISE, "whiten")
 _GRID = ("average", "recover", "denoise", "snap")
 
@@ -173,10 +174,10 @@ def rows_of(families: Collection[str], texts: Path, models: int = MODELS) -> tup
         Row("none", ("average", "recover", "denoise"), None, plain, models),
         Row("release one", ("average",), None, plain, 1),
         Row("release two", ("average", "lattice"), None, plain, 2),
-        Row("bf16", ("average", "denoise"), Bf16(), plain, models),
-        Row("fp16", ("average", "denoise"), Fp16(), plain, models),
-        Row("int8", _NOISE, Int8(), plain, models),
-        Row("nf4", _NOISE, Nf4(), plain, models),
+        Row("bf16", _NOISE, Bf16(), plain, models),
+        Row("fp16", _NOISE, Fp16(), plain, models),
+        Row("int8", _QUANTISED, Int8(), plain, models),
+        Row("nf4", _QUANTISED, Nf4(), plain, models),
         *(Row(f"noise {size:.1%}", _NOISE, Noise(size), plain, models) for size in (0.001, 0.01, 0.1)),
         Row("quiet noise 10.0%", _ANISOTROPIC, QuietNoise(texts, 0.1), plain, models),
         Row("padding 3.0%", _ANISOTROPIC, Padding(texts, 0.03), plain, models),

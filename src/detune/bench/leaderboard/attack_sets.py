@@ -24,21 +24,21 @@ class AttackSet:
     attacks: dict[str, str]
 
 
-ATTACK_SETS = {
-    "detune-attacks-v1": AttackSet(
-        "0.1.0",
-        "all-MiniLM-L6-v2, LoRAs of rank 16 on query and value from one seed, merged in float32",
-        {
-            "average": "Average()",
-            "recover": "Recover()",
-            "lattice": "Bits()",
-            "denoise": "Denoise()",
-            "whiten": "Whiten(rounds=3)",
-            "snap": "Snap()",
-            "align": "Align()",
-            "prior": "Prior()",
-        },
-    ),
+_TASK = "all-MiniLM-L6-v2, LoRAs of rank 16 on query and value from one seed, merged in float32"
+_V1 = {
+    "average": "Average()",
+    "recover": "Recover()",
+    "lattice": "Bits()",
+    "denoise": "Denoise()",
+    "whiten": "Whiten(rounds=3)",
+    "snap": "Snap()",
+    "align": "Align()",
+    "prior": "Prior()",
 }
 
-LATEST = "detune-attacks-v1"
+ATTACK_SETS = {
+    "detune-attacks-v1": AttackSet("0.1.0", _TASK, _V1),
+    "detune-attacks-v2": AttackSet("0.1.0", _TASK, _V1 | {"cells": "Cells(sweeps=4)"}),
+}
+
+LATEST = "detune-attacks-v2"

@@ -1,0 +1,118 @@
+"""What a quantised matrix says of the one it was made of: for every entry, the interval that its level stands for.
+
+The format and the scales can be read off what is released. The largest magnitude that has a scale lies on the outermost
+level, so it is the scale; then all others must lie on levels too, which no other matrix does.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from detune.errors import InputError
+from detune.solvers.grid import spacing
+
+__all__ = ["Levels", "levels_of"]
+
+# Weights with one scale, in NF4: QLoRA's, then the others that bitsandbytes has.
+BLOCKS = (64, 32, 128, 256, 512, 1024, 2048, 4096)
+# Where the 16 levels come from: the outermost quantile of the normal distribution.
+OUTERMOST = 0.9677083
+# By chance a matrix lies on levels with a probability below 10 to this.
+SURE = -30.0
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A quantised matrix.
+
+    Attributes:
+        low: Lower ends of what each entry was before, `(out, in)`, float64.
+        high: Upper ends.
+    """
+
+    low: Tensor
+    high: Tensor
+
+
+def levels_of(matrix: Tensor) -> Levels:
+    """The intervals of a matrix in int8 with a scale for each row or column, or in NF4 with a scale for each block.
+
+    Args:
+        matrix: Dequantised, `(out, in)`, a float dtype.
+
+    Raises:
+        InputError: It lies on the levels of neither.
+    """
+    found = _int8(matrix, dim=1) or _int8(matrix, dim=0) or _nf4(matrix)
+    if found is None:
+        raise InputError(
+            f"a matrix of {matrix.shape[0]}x{matrix.shape[1]} is not quantised",
+            "its entries lie on the levels neither of int8 with a scale for each channel nor of NF4",
+            "try the attack denoise, which measures noise of any kind",
+        )
+    return found
+
+
+def _int8(matrix: Tensor, dim: int) -> Levels | None:
+    exact = matrix.double()
+    largest = exact.abs().amax(dim=dim, keepdim=True)
+    step = torch.where(largest > 0, largest / 127, 1.0)
+    multiple = exact / step
+    nearest = multiple.round()
+    # In units of a step: the entry's own rounding to its dtype, and the scale's.
+    rounding = 2 * torch.finfo(matrix.dtype).eps * nearest.abs()
+    if not _is_on((multiple - nearest).abs(), rounding, nearest.abs().lt(127) & nearest.ne(0), apart=1.0):
+        return None
+    # Not around the multiple: in bf16 it may be the wrong one, and the entry is no farther off than before.
+    return _with_known(matrix, exact - step / 2, exact + step / 2, exact.abs() > 126.5 * step, dim)
+
+
+def _nf4(matrix: Tensor) -> Levels | None:
+    levels = _nf4_levels().to(matrix.device)
+    ends = torch.cat([levels[:1], (levels[1:] + levels[:-1]) / 2, levels[-1:]])
+    flat = matrix.double().flatten()
+    for size in BLOCKS:
+        blocks = torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
+        largest = blocks.abs().amax(dim=1, keepdim=True)
+        share = blocks / torch.where(largest > 0, largest, 1.0)
+        level = torch.bucketize(share, ends[1:-1])
+        # The published levels have seven digits.
+        rounding = 2 * torch.finfo(matrix.dtype).eps * share.abs() + 1e-6
+        if _is_on((share - levels[level]).abs(), rounding, share.abs().lt(0.99) & share.ne(0), apart=2 / 15):
+            low, high = ends[level] * largest, ends[level + 1] * largest
+            known = _with_known(blocks.to(matrix.dtype), low, high, share.abs() > 0.99, dim=1)
+            return Levels(*(end.flatten()[: len(flat)].view(matrix.shape) for end in (known.low, known.high)))
+    return None
+
+
+def _is_on(off: Tensor, rounding: Tensor, counts: Tensor, apart: float) -> bool:
+    """Whether all entries are as close to levels as rounding allows, and would not be by chance.
+
+    Args:
+        off: Distances from the levels.
+        rounding: What is allowed.
+        counts: The entries that say something: not zero, and not the scale.
+        apart: The mean distance of levels.
+    """
+    chance = (2 * rounding[counts] / apart).clamp(max=1).log10().sum()
+    return bool((off <= rounding).all()) and float(chance) < SURE
+
+
+def _with_known(stored: Tensor, low: Tensor, high: Tensor, is_outermost: Tensor, dim: int) -> Levels:
+    """An entry that is alone on the outermost levels of its scale is the scale, and known to its rounding."""
+    known = is_outermost & is_outermost.sum(dim=dim, keepdim=True).eq(1)
+    exact, ulp = stored.double(), spacing(stored, stored.dtype)
+    # The entry has been rounded to its dtype, and so has the scale.
+    return Levels(torch.where(known, exact, low) - ulp, torch.where(known, exact, high) + ulp)
+
+
+@cache
+def _nf4_levels() -> Tensor:
+    """Of a standard normal distribution, 7 quantiles below zero and 8 above, over the largest (QLoRA, Appendix E)."""
+    below, above = (
+        torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, count + 1, dtype=torch.float64)[:-1]) for count in (7, 8)
+    )
+    levels: Tensor = torch.cat([-below, below.new_zeros(1), above.flip(0)]) / above[0]
+    return levels
