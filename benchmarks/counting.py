@@ -113,6 +113,8 @@ def _flops(name: str, read: list[torch.Tensor], args: Any, kwargs: Any, result: 
     product = flop_registry.get(getattr(torch.ops.aten, name.removesuffix("_"), None))
     if product is not None:
         return int(product(*args, **kwargs, out_val=result))
+    if name == "_linear_pointwise":
+        return 2 * read[0].numel() * read[1].shape[0]
     if name == "linalg_solve_triangular":
         return read[0].shape[-1] * read[1].numel()
     if name not in FACTORISATIONS or not read[0].numel():

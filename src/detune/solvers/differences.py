@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import MOST_RANK
-from detune.solvers.linalg import orthonormal, thin_svd
+from detune.solvers.linalg import orthonormal, product, thin_svd
 from detune.solvers.random import seeded
 from detune.solvers.ranks import solve_ranks
 from detune.solvers.stack import Stack
@@ -198,7 +198,7 @@ class _RangeFinder:
             width = min(limit, _padded(expected))
             self._widen(width)
             Q = orthonormal(_between(self._images, i, j)[:, :width])
-            V, S, _ = thin_svd((Q.mT @ A).mT)
+            V, S, _ = thin_svd(product(Q.mT, A).mT)
             # Below this is the rounding error of the products, not the storage's.
             floor = max(noise_norm, 8 * torch.finfo(A.dtype).eps * float(S[0]))
             rank = int(S.gt(floor).sum())
@@ -213,7 +213,7 @@ class _RangeFinder:
             return
         size = matrices.shape[2], width - before
         test = torch.randn(size, generator=self._generator, dtype=matrices.dtype, device=matrices.device)
-        self._images = torch.cat([self._images, torch.stack([matrix @ test for matrix in matrices])], dim=2)
+        self._images = torch.cat([self._images, torch.stack([product(matrix, test) for matrix in matrices])], dim=2)
 
 
 def _between(matrices: Tensor, i: int, j: int) -> Tensor:

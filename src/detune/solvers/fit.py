@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank, Residuals
+from detune.solvers.linalg import product
 from detune.solvers.stack import Block, Stack
 
 # Normal equations with a smaller pivot are solved by a pseudo-inverse.
@@ -24,7 +25,7 @@ def project_right(stack: Stack, V: Sequence[Tensor]) -> tuple[Tensor, ...]:
     F = [stack.zeros(stack.shape[0], V_i.shape[1]) for V_i in V]
     for block in stack.blocks():
         for centred_i, V_i, F_i in zip(block.centred, V, F, strict=True):
-            torch.mm(centred_i, V_i, out=F_i[block.rows])
+            F_i[block.rows] = product(centred_i, V_i)
     return tuple(F_i.to(stack.factor_dtype) for F_i in F)
 
 
@@ -39,7 +40,7 @@ def project_left(stack: Stack, U: Sequence[Tensor]) -> tuple[Tensor, ...]:
     E = [stack.zeros(U_i.shape[1], stack.shape[1]) for U_i in U]
     for block in stack.blocks():
         for centred_i, U_i, E_i in zip(block.centred, U, E, strict=True):
-            E_i.addmm_(U_i[block.rows].mT, centred_i)
+            E_i += product(U_i[block.rows].mT, centred_i)
     return tuple(E_i.to(stack.factor_dtype) for E_i in E)
 
 
@@ -130,11 +131,12 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
     F = stack.zeros(stack.shape[0], sum(ranks))
     products = tuple(stack.zeros(r, stack.shape[1]) for r in ranks)
     for block in stack.blocks():
-        projected = torch.cat([centred_i @ V_i for centred_i, V_i in zip(block.centred, right, strict=True)], dim=1)
+        centred = zip(block.centred, right, strict=True)
+        projected = torch.cat([product(centred_i, V_i) for centred_i, V_i in centred], dim=1)
         torch.mm(projected, inverse, out=F[block.rows])
         left = torch.split(F[block.rows], ranks, dim=1)
-        for product, left_i, rest_i in zip(products, left, accumulator.add(block, left), strict=True):
-            product.addmm_(left_i.mT, rest_i)
+        for left_over, left_i, rest_i in zip(products, left, accumulator.add(block, left), strict=True):
+            left_over += product(left_i.mT, rest_i)
     step = accumulator.finish(tuple(map(LowRank, torch.split(F.double(), ranks, dim=1), V)))
     return replace(step, residuals=Residuals(step.weight, step.deltas, accumulator.residual, products))
 
@@ -166,7 +168,7 @@ class _Accumulator:
             self._residual += spread
             return rest
         for rest_i, left_i, right_i in zip(rest, left, self._right, strict=True):
-            rest_i.addmm_(left_i, right_i, alpha=-1)
+            rest_i -= product(left_i, right_i)
         moved = rest.mean(dim=0)
         torch.add(block.reference, block.offset + moved, out=weight)
         self._residual += _squares(rest.sub_(moved))

@@ -1,26 +1,61 @@
-"""Small dense factorisations of tall matrices."""
+"""Products, and small dense factorisations of tall matrices."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+# oneDNN's float32 product: torch has no public name for it, and some builds have it not. MKL, which `A @ B` calls, uses
+# half of the vector width on processors that are not Intel's, and takes more than twice as long.
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# Below so many multiplications calling it costs more than it saves.
+_LARGE = 1 << 21
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """`A B`, by oneDNN where that is faster: large float32 matrices on a CPU.
+
+    Args:
+        A: `(rows, inner)`.
+        B: `(inner, columns)`, of the same dtype.
+    """
+    multiplications = A.shape[0] * B.numel()
+    if _ONEDNN is None or A.dtype != torch.float32 or A.device.type != "cpu" or multiplications < _LARGE:
+        return A @ B
+    # What comes first is copied if it does not lie row by row.
+    if A.stride(1) > A.stride(0) and A.numel() > B.numel():
+        turned: Tensor = _ONEDNN(B.mT, A, None, "none", [], "")
+        return turned.mT
+    result: Tensor = _ONEDNN(A, B.mT, None, "none", [], "")
+    return result
+
+
+class QR(NamedTuple):
+    """`Q R` of a tall matrix, Q orthonormal."""
+
+    Q: Tensor
+    R: Tensor
+
 
 def orthonormal(tall: Tensor) -> Tensor:
     """An orthonormal basis of the column span, same shape and dtype."""
-    Q = _cholesky_qr(tall)
-    if Q is None:
-        Q = torch.linalg.qr(tall)[0]
-    return Q.to(tall.dtype)
+    return qr(tall).Q.to(tall.dtype)
 
 
-def _cholesky_qr(tall: Tensor) -> Tensor | None:
-    """The same in float64, several times faster than by Householder reflections; None where it would be inexact.
+def qr(tall: Tensor) -> QR:
+    """`tall = Q R` in float64, both of the matrix's width; R is any square matrix."""
+    return _cholesky_qr(tall) or QR(*torch.linalg.qr(tall.double()))
+
+
+def _cholesky_qr(tall: Tensor) -> QR | None:
+    """The same several times faster than by Householder reflections; None where it would be inexact.
 
     The error of Cholesky QR grows with the square of the condition number, so it is done again (then it is as
     orthogonal as any: Yamamoto et al. 2015, doi 10.1553/etna_vol44s306) unless that is small.
     """
     Q = tall.double()
+    R = None
     for _ in range(2):
         L, failed = torch.linalg.cholesky_ex(Q.mT @ Q)
         diagonal = L.diagonal()
@@ -28,9 +63,11 @@ def _cholesky_qr(tall: Tensor) -> Tensor | None:
         if failed or not spread > 1e-5:
             return None
         Q = torch.linalg.solve_triangular(L, Q.mT, upper=False).mT
+        R = L.mT if R is None else L.mT @ R
         if spread > 0.1:
             break
-    return Q
+    assert R is not None
+    return QR(Q, R)
 
 
 def thin_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,24 +77,29 @@ def thin_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(R)
         return Q @ U, S, Vh.mT
     # The Gram matrix halves the digits: half of float64's are as many as float32 has.
-    tall = tall.double()
-    V = torch.linalg.eigh(tall.mT @ tall)[1].flip(1)
-    U = tall @ V
+    exact = tall.double()
+    V = torch.linalg.eigh(exact.mT @ exact)[1].flip(1)
+    # Row by row, as what comes after multiplies it fastest.
+    U = product(tall, V.to(tall.dtype)).double().contiguous()
     S = torch.linalg.vector_norm(U, dim=0)
     return U / S.clamp(min=torch.finfo(S.dtype).tiny), S, V
 
 
-def joint_basis(bases: Sequence[Tensor]) -> Tensor:
+def joint_basis(bases: Sequence[Tensor]) -> QR:
     """Orthonormal basis of the sum of spaces; directions that coincide to about 1e-6 are counted once.
 
     Args:
         bases: Orthonormal columns, `(rows, r_i)`.
+
+    Returns:
+        The basis, `(rows, s)`, and the coordinates of all columns in it, `(s, sum r_i)`; in their dtype.
     """
     joint = torch.cat(list(bases), dim=1)
-    Q = _cholesky_qr(joint)
-    if Q is None:
+    found = _cholesky_qr(joint)
+    if found is None:
         exact = joint.double()
         values, vectors = torch.linalg.eigh(exact.mT @ exact)
         keep = values.gt(1e-12)
         Q = orthonormal(exact @ (vectors[:, keep] / values[keep].sqrt()))
-    return Q.to(joint.dtype)
+        found = QR(Q, Q.mT @ exact)
+    return QR(found.Q.to(joint.dtype), found.R.to(joint.dtype))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from detune.solvers.base import Recovery, Residuals
 from detune.solvers.device import upload
+from detune.solvers.linalg import product
 from detune.solvers.polish import Core
 from detune.solvers.space import Space
 from detune.solvers.stack import Stack, storage_variance
@@ -85,9 +86,9 @@ class _Side:
 
     @classmethod
     def of(cls, X: Tensor, P: Tensor) -> "_Side":
-        """Of any X."""
-        inner = X @ P
-        return cls(X @ X.mT - inner @ inner.mT, inner)
+        """Of any X, by products in its dtype."""
+        inner = product(X, P.to(X)).double()
+        return cls(product(X, X.mT).double() - inner @ inner.mT, inner)
 
     def times(self, c: Tensor) -> "_Side":
         """Of `c X`."""
@@ -128,15 +129,15 @@ class _Sums:
             factors = [(M_i.right, space.V, space.S) for M_i, space in zip(recovery.deltas, spaces, strict=True)]
         products = torch.cat(
             [
-                ((given.to(basis).mT @ basis) / S).mT @ product.to(basis)
-                for (given, basis, S), product in zip(factors, known.products, strict=True)
+                product(((given.to(basis).mT @ basis) / S).mT.to(left_over), left_over)
+                for (given, basis, S), left_over in zip(factors, known.products, strict=True)
             ]
         )
         sides = [_Side.zeros(core.Q, core.P), _Side.zeros(core.P, core.Q)]
         coordinates, other = (core.b, core.Q) if known.transposed else (core.a, core.P)
         sides[known.transposed] = _Side.of(products, other).times(-torch.cat(coordinates, dim=1))
         left, right = sides
-        energy = known.energy - float(products.square().sum())
+        energy = known.energy - float(products.square().sum(dtype=torch.float64))
         return cls(energy, 0.0, 0.0, left, right, torch.zeros_like(left.inner))
 
     @classmethod

@@ -211,18 +211,18 @@ class Core:
     @classmethod
     def of(cls, U: Sequence[Tensor], V: Sequence[Tensor]) -> "Core":
         """The operator for given spaces: `U_i` `(out, r_i)` and `V_i` `(in, r_i)`, orthonormal."""
-        Q, P = joint_basis(U), joint_basis(V)
-        a = tuple(Q.mT @ U_i for U_i in U)
-        b = tuple(P.mT @ V_i for V_i in V)
+        (Q, all_a), (P, all_b) = joint_basis(U), joint_basis(V)
+        a = torch.split(all_a, [U_i.shape[1] for U_i in U], dim=1)
+        b = torch.split(all_b, [V_i.shape[1] for V_i in V], dim=1)
         return cls(Q, P, a, b, _inverse_gram(a), _inverse_gram(b))
 
     def apply(self, X: Tensor) -> Tensor:
         """`sum_i (I - a_i a_i^T) X (I - b_i b_i^T)` on the core, `(s_U, s_V)`."""
         total = len(self.a) * X
         for a_i, b_i in zip(self.a, self.b, strict=True):
-            aX = a_i.mT @ X
-            total -= a_i @ aX
-            total -= ((X - a_i @ aX) @ b_i) @ b_i.mT
+            inside = a_i @ (a_i.mT @ X)
+            total -= inside
+            total -= ((X - inside) @ b_i) @ b_i.mT
         return total
 
     def project(self, model: int, X: Tensor) -> Tensor:

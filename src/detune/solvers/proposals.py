@@ -163,7 +163,7 @@ class _Whitener:
     @classmethod
     def of(cls, V: Sequence[Tensor]) -> "_Whitener":
         """For orthonormal spaces V."""
-        P = joint_basis(V)
+        P = joint_basis(V).Q
         return cls(P, tuple(P.mT @ V_i for V_i in V), normal_inverse(V))
 
     def whiten(self, R: Tensor, model: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detune.solvers.base import Recovery
 from detune.solvers.grid import interval, spacing
+from detune.solvers.linalg import product
 from detune.solvers.polish import Core
 from detune.solvers.random import seeded
 
@@ -68,9 +69,10 @@ def rounded_mse(
     rows, columns = _entries(recovery.weight, generator)
     weight = recovery.weight[rows, columns].double()
     between = recovery.saved_mse > 0
+    # In float32 each is off by some 1e-7 of itself, which is a small part of any step that they are rounded to.
     entries = torch.stack(
-        [(M_i.left[rows].double() * M_i.right[columns].double()).sum(dim=1) for M_i in recovery.deltas]
-    )
+        [(M_i.left.float()[rows] * M_i.right.float()[columns]).sum(dim=1) for M_i in recovery.deltas]
+    ).double()
     # Where a base may be as far as anybody knows: within the rounding of the models.
     steps = torch.stack([spacing(weight + M_i, dtype) for M_i, dtype in zip(entries, dtypes, strict=True)])
     reach = steps.amax(dim=0)
@@ -176,7 +178,7 @@ def _leverage(core: Core, rows: Tensor, columns: Tensor) -> Tensor:
     """
     n = len(core.a)
     u, v = (
-        (basis @ inverse * basis).sum(dim=1)[places]
+        (product(basis.float(), inverse.float()).double() * basis).sum(dim=1)[places]
         for basis, inverse, places in ((core.Q, core.inverse_G_U, rows), (core.P, core.inverse_G_V, columns))
     )
     q, p = core.Q.square().sum(dim=1)[rows], core.P.square().sum(dim=1)[columns]

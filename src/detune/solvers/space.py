@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank
-from detune.solvers.linalg import orthonormal
+from detune.solvers.linalg import qr
 
 __all__ = ["Space"]
 
@@ -31,8 +31,7 @@ class Space:
     @classmethod
     def of(cls, M_i: LowRank) -> "Space":
         """Directions that rounding alone gave are dropped."""
-        left, right = M_i.left.double(), M_i.right.double()
-        Q, P = orthonormal(left), orthonormal(right)
-        U, S, V = torch.linalg.svd((Q.mT @ left) @ (P.mT @ right).mT)
+        left, right = qr(M_i.left), qr(M_i.right)
+        U, S, V = torch.linalg.svd(left.R @ right.R.mT)
         kept = S.gt(ROUNDING * S[:1])
-        return cls(Q @ U[:, kept], S[kept], P @ V.mT[:, kept])
+        return cls(left.Q @ U[:, kept], S[kept], right.Q @ V.mT[:, kept])

@@ -1,0 +1,49 @@
+"""Products and tall factorisations, whichever way they are computed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from detune.solvers import linalg
+from detune.solvers.linalg import joint_basis, orthonormal, product, qr
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 30, 20), (64, 4096, 16), (16, 4096, 64), (300, 200, 300)])
+@pytest.mark.parametrize("by_columns", [(False, False), (True, False), (False, True), (True, True)])
+def test_product_is_the_product_however_matrices_lie_in_memory(
+    shape: tuple[int, int, int], by_columns: tuple[bool, bool]
+) -> None:
+    rows, inner, columns = shape
+    A = random(inner, rows).mT if by_columns[0] else random(rows, inner)
+    B = random(columns, inner, seed=1).mT if by_columns[1] else random(inner, columns, seed=1)
+    expected = A.double() @ B.double()
+    scale = inner**0.5
+    assert float((product(A, B).double() - expected).abs().max()) < 1e-6 * scale * 4
+    assert torch.equal(product(A.double(), B.double()), A.double() @ B.double())
+
+
+def test_product_without_onednn_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    A, B = random(64, 4096), random(4096, 16, seed=1)
+    monkeypatch.setattr(linalg, "_ONEDNN", None)
+    assert torch.equal(product(A, B), A @ B)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-4, 1e-9])
+def test_factors_give_the_matrix_back(spread: float) -> None:
+    tall = random(200, 12, dtype=torch.float64) * torch.logspace(0, torch.tensor(spread).log10(), 12).double()
+    Q, R = qr(tall)
+    torch.testing.assert_close(Q @ R, tall, rtol=0, atol=1e-13)
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("shared", [0, 3, 5])
+def test_joint_basis_holds_all_spaces_and_counts_what_they_share_once(shared: int) -> None:
+    first = orthonormal(random(100, 5, dtype=torch.float64))
+    second = orthonormal(torch.cat([first[:, :shared], random(100, 5 - shared, seed=1, dtype=torch.float64)], dim=1))
+    Q, R = joint_basis([first, second])
+    assert Q.shape == (100, 10 - shared)
+    torch.testing.assert_close(Q @ R, torch.cat([first, second], dim=1), rtol=0, atol=1e-12)
