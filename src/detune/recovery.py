@@ -157,10 +157,11 @@ def recover(
     _check_rank(rank)
     with ExitStack() as opened:
         given = opened.enter_context(Models(models, merge_dtype))
-        selection = _select(given.models, solver)
-        family = opened.enter_context(Family([given.models[i] for i in selection.members]))
         target = Target(Path(out).expanduser().resolve(), overwrite, tuple(given.paths))
         _check_targets(target, adapters, mask)
+        hashes = opened.enter_context(hashing(given.models, merge_dtype, executor))
+        selection = _select(given.models, solver)
+        family = opened.enter_context(Family([given.models[i] for i in selection.members]))
         job = Job(
             tuple(absolute(model.spec) for model in family.models),
             tuple(map(identity, family.models)),
@@ -179,7 +180,6 @@ def recover(
         opened.enter_context(kept_for_later(landing))
         job = replace(job, landing=landing.directory)
         files = CheckpointFiles(family.models[0], landing.checkpoint, dtype)
-        hashes = opened.enter_context(hashing(given.models, merge_dtype, executor))
         landed = land(job, family, landing, landed_before(landing, files, target), executor, on_tensor)
         rows = tuple(landed[name].row for name in family.names)
         if not isinstance(solver, Mean | Single):

@@ -198,9 +198,9 @@ def killed(fine: Fine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     code = f"""
 import os, signal, torch, detune
-from detune.execution import job
+from detune.execution import landed
 torch.set_num_threads(1)
-job.RECORD_SECONDS = 0
+landed.RECORD_SECONDS = 0
 solved = []
 def on_tensor(name, row):
     solved.extend([name] if row and row.method != "copy" else [])

@@ -2,7 +2,8 @@
 
 | module | what it knows |
 | --- | --- |
-| `job` | what is done with one tensor, and where that lands: the same code in every process |
+| `job` | what is done with one tensor: the same code in every process |
+| `landed` | how a tensor lands, and what is known of it then |
 | `run` | one run, from what an earlier one left to the last tensor that lands |
 | `units` | how tensors are cut into pieces of work |
 | `dispatch` | how pieces are handed to an executor, and what happens when a worker dies |
@@ -11,7 +12,8 @@
 How what has landed is kept on the disk is `detune.checkpoints.landing`'s to know.
 """
 
-from detune.execution.job import Job, Landed, read_changes
+from detune.execution.job import Job
+from detune.execution.landed import Landed, read_changes
 from detune.execution.on_dask import dask_workers, slurm_workers
 from detune.execution.processes import Processes
 from detune.execution.run import hashing, kept_for_later, land, landed_before, require_unchanged

@@ -8,7 +8,8 @@ import torch
 
 from detune.checkpoints import Checkpoint, Landing, absolute
 from detune.errors import DetuneError
-from detune.execution.job import Job, Landed, hashes, perform, read_landed
+from detune.execution.job import Job, hashes, perform
+from detune.execution.landed import Landed, read_landed
 
 logger = logging.getLogger(__name__)
 

@@ -2,39 +2,31 @@
 
 import hashlib
 import socket
-import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from detune.adapter_changes import AdapterRow, Change, ChangeFitter, Kept
+from detune.adapter_changes import ChangeFitter
 from detune.checkpoints import (
     CheckpointFiles,
-    Kind,
     Landing,
     identity,
     open_checkpoint,
-    read_layers,
     reported,
     save_layers,
     save_mask,
 )
 from detune.errors import DetuneError
+from detune.execution.landed import Landed, Lander, Solved
 from detune.family import Family
-from detune.report import Status, TensorRow, versions
+from detune.report import TensorRow, versions
 from detune.solvers import Solver
 from detune.solving import solve_tensor
 from detune.walk import Answer, OnTensor, walk
-
-# How long what is on the disk may wait until it is written down; a killed run does that much again.
-RECORD_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -77,64 +69,6 @@ class Job:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Landed:
-    """What is known of a tensor that has landed, besides its bytes.
-
-    Attributes:
-        row: For the report.
-        changes: What it becomes in adapters; their factors are in a part of the landing.
-    """
-
-    row: TensorRow
-    changes: tuple[Change, ...] = ()
-
-    @property
-    def has_mask(self) -> bool:
-        """Whether the base's bits were looked at, so that a mask has landed where one was asked for."""
-        return self.row.certain is not None
-
-    def to_json(self) -> dict[str, Any]:
-        """What JSON can hold."""
-        return {"row": asdict(self.row), "changes": [asdict(change) for change in self.changes]}
-
-    @classmethod
-    def of_json(cls, content: Mapping[str, Any]) -> "Landed":
-        """The same again."""
-        row = content["row"]
-        row = TensorRow(
-            **row | {"shape": tuple(row["shape"]), "ranks": tuple(row["ranks"]), "status": Status(row["status"])}
-        )
-        changes = (
-            Change(change["model"], _row(change["row"]), _row(change["as_base"]) if change["as_base"] else None)
-            for change in content["changes"]
-        )
-        return cls(row, tuple(changes))
-
-
-def _row(content: Mapping[str, Any]) -> AdapterRow:
-    return AdapterRow(**{**content, "shape": tuple(content["shape"]), "kept": Kept(content["kept"])})
-
-
-def read_landed(landing: Landing) -> dict[str, Landed]:
-    """What a landing's journal speaks of, by tensor."""
-    return {landed.row.name: landed for landed in map(Landed.of_json, landing.rows())}
-
-
-def read_changes(landing: Landing, landed: Landed, kind: Kind | None) -> tuple[Change, ...]:
-    """The changes of a tensor with their factors.
-
-    Args:
-        landing: Where they are.
-        landed: The tensor.
-        kind: What its weight is to PEFT, if that takes a LoRA.
-    """
-    if kind is None or not any(change.row.kept is Kept.LORA for change in landed.changes):
-        return landed.changes
-    layers = read_layers(landing.part(landed.row.name, ".lora"), kind)
-    return tuple(replace(change, layer=layers.get(change.model)) for change in landed.changes)
-
-
 class Performer:
     """Recovers tensors of a family into its landing.
 
@@ -168,11 +102,12 @@ class Performer:
             InputError: A model cannot be read, or holds NaN or Inf.
             OutputError: The disk refuses.
         """
-        with _Lander(self._landing, self._files) as lander:
-            solved: dict[str, _Solved] = {}
+        largest = max((self._files.stored_bytes([name]) for name in self._family.names), default=0)
+        with Lander(self._landing, self._files, largest) as lander:
+            solved: dict[str, Solved] = {}
 
             def keep(name: str) -> None:
-                solved[name] = _Solved(partial(self._files.copy, name))
+                solved[name] = Solved(partial(self._files.copy, name))
 
             def solve(name: str, tensors: tuple[Tensor, ...]) -> Answer:
                 answer, solved[name] = self._solve(name, tensors)
@@ -180,15 +115,14 @@ class Performer:
 
             def land(name: str, row: TensorRow | None) -> None:
                 if row is not None:
-                    done = solved.pop(name)
-                    lander.land(done.write, Landed(row, done.changes))
+                    lander.land(solved.pop(name), row)
                 if on_tensor:
                     on_tensor(name, row)
 
             walk(self._family, keep, solve, land, names, self._job.device, self._job.solver.working_copies)
         return lander.landed
 
-    def _solve(self, name: str, tensors: tuple[Tensor, ...]) -> tuple[Answer, "_Solved"]:
+    def _solve(self, name: str, tensors: tuple[Tensor, ...]) -> tuple[Answer, Solved]:
         job = self._job
         answer, weight = solve_tensor(tensors, job.solver, job.rank, job.device, job.dtype, job.check)
         # As it will be stored: smaller, and what counts for the adapters.
@@ -205,69 +139,8 @@ class Performer:
                 if layers:
                     save_layers(self._landing.part(name, ".lora"), layers)
 
-        return answer, _Solved(write, tuple(replace(change, layer=None) for change in changes))
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """A tensor that is yet to be written."""
-
-    write: Callable[[], None]
-    changes: tuple[Change, ...] = ()
-
-
-class _Lander:
-    """Writes tensors in a thread, and then down that they are there. A context manager.
-
-    It holds one tensor: handing over the next waits for the last. Leaving the block, even by an exception, waits for
-    what was handed over.
-    """
-
-    def __init__(self, landing: Landing, files: CheckpointFiles) -> None:
-        self._landing = landing
-        self._files = files
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="detune-write")
-        self._writing: Future[None] | None = None
-        self._unrecorded: list[Landed] = []
-        self._recorded = time.monotonic()
-        self.landed: list[Landed] = []
-
-    def land(self, write: Callable[[], None], landed: Landed) -> None:
-        """Have a tensor written, as soon as the last one is."""
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = self._thread.submit(self._land, write, landed)
-
-    def _land(self, write: Callable[[], None], landed: Landed) -> None:
-        write()
-        self._unrecorded.append(landed)
-        if time.monotonic() - self._recorded > RECORD_SECONDS:
-            self._record()
-
-    def _record(self) -> None:
-        if not self._unrecorded:
-            return
-        self._files.sync(landed.row.name for landed in self._unrecorded)
-        self._landing.record([landed.to_json() for landed in self._unrecorded])
-        self.landed += self._unrecorded
-        self._unrecorded = []
-        self._recorded = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.shutdown()
-        try:
-            # In this thread: the other one is done.
-            self._record()
-        except DetuneError:
-            if error is None:
-                raise
-        if error is None and self._writing is not None:
-            self._writing.result()
+        held_bytes = stored.nbytes + (0 if mask is None else mask.nbytes)
+        return answer, Solved(write, held_bytes, tuple(replace(change, layer=None) for change in changes))
 
 
 def perform(job: Job, names: tuple[str, ...]) -> list[Landed]:

@@ -11,7 +11,8 @@ from detune.adapter_changes import ChangeFitter
 from detune.checkpoints import Checkpoint, CheckpointFiles, Landing, Target, identity
 from detune.errors import InputError
 from detune.execution.dispatch import dispatch, hashed_by
-from detune.execution.job import Job, Landed, Performer, read_landed
+from detune.execution.job import Job, Performer
+from detune.execution.landed import Landed, read_landed
 from detune.execution.units import make_units
 from detune.family import Family
 from detune.walk import OnTensor
