@@ -158,15 +158,18 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
     out, columns = stack.shape
     height = stack.block_height
     buckets = out if rows >= out else min(out, -(-rows // height) * height)
-    folded = stack.zeros(stack.n - 1, buckets, columns)
+    folded = torch.empty(stack.n - 1, buckets, columns, dtype=stack.dtype, device=stack.device)
     generator = stack.generator(seed)
     for block in stack.blocks():
         start = block.rows.start % buckets
         target = folded[:, start : start + block.reference.shape[0]]
         if buckets == out:
             target.copy_(block.differences)
+            continue
+        signs = stack.gaussian(generator, block.reference.shape[0], 1).sign()
+        if block.rows.start < buckets:
+            torch.mul(block.differences, signs, out=target)
         else:
-            signs = stack.gaussian(generator, block.reference.shape[0], 1).sign()
             target.addcmul_(block.differences, signs)
     stack.require_finite(folded.sum())
     return folded

@@ -133,7 +133,7 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
     for block in stack.blocks():
         centred = zip(block.centred, right, strict=True)
         projected = torch.cat([product(centred_i, V_i) for centred_i, V_i in centred], dim=1)
-        torch.mm(projected, inverse, out=F[block.rows])
+        F[block.rows] = product(projected, inverse)
         left = torch.split(F[block.rows], ranks, dim=1)
         for left_over, left_i, rest_i in zip(products, left, accumulator.add(block, left), strict=True):
             left_over += product(left_i.mT, rest_i)

@@ -14,7 +14,7 @@ from torch import Tensor
 from detune.solvers.base import LowRank, NotLowRank, NotRecoverable, Recovery
 from detune.solvers.differences import Differences, find_differences
 from detune.solvers.fit import WStep, w_step_given_rows
-from detune.solvers.linalg import orthonormal
+from detune.solvers.linalg import orthonormal, product
 from detune.solvers.stack import Stack
 
 # Spaces that are this far apart (sin^2) are told apart well enough: the other side is not looked at.
@@ -114,17 +114,19 @@ def intersect(differences: Differences, ranks: tuple[int, ...]) -> Spaces:
     `R_before^T R_after`, whose singular values are the cosines (Björck & Golub 1973).
     """
     n = differences.stack.n
+    dtype = differences.stack.factor_dtype
     bases = []
     separation = 1.0
     for i, r in enumerate(ranks):
-        before, after = differences.of(i, (i - 1) % n).basis, differences.of(i, (i + 1) % n).basis
-        overlap = before.mT @ after
+        before, after = (differences.of(i, j % n).basis.to(dtype) for j in (i - 1, i + 1))
+        overlap = product(before.mT, after).double()
         # An eigenproblem of the cosines' squares: five times faster, and as exact where they are near 1.
         squares, X = (values.flip(-1) for values in torch.linalg.eigh(overlap @ overlap.mT))
         cosines = squares[: min(overlap.shape)].clamp(min=0).sqrt()
         r = min(r, len(cosines))
         Y = overlap.mT @ X[:, :r] / cosines[:r].clamp(min=LEAST_COSINE)
-        bases.append(orthonormal(before @ X[:, :r] + after @ Y))
+        principal = product(before, X[:, :r].to(before)) + product(after, Y.to(after))
+        bases.append(orthonormal(principal.double()))
         if r and len(cosines) > r:
             separation = min(separation, max(0.0, 1 - float(cosines[r]) ** 2))
     return Spaces(differences.stack, False, tuple(bases), separation)
