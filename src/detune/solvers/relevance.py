@@ -26,7 +26,7 @@ from detune.solvers.linalg import orthonormal
 from detune.solvers.space import Space
 from detune.solvers.stack import SMALL_ENTRIES, Stack
 
-__all__ = ["Split", "split_off", "within_reason"]
+__all__ = ["Split", "split_off", "split_start", "within_reason"]
 
 TURNS = 25
 # A direction whose prior weighs this much more than its data is gone.
@@ -41,6 +41,8 @@ AT_NOISE = 1.05
 # Energy of the deltas over that of deltas held down, from which on they have run off. Below that, holding down costs
 # the weak directions that are real as much as it saves.
 RAN_OFF = 1.5
+# Spaces of all deltas that have a direction in common but for this share of its square.
+COMMON = 0.1
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,37 @@ def within_reason(stack: Stack, recovery: Recovery) -> Recovery:
         noise_ratio=step.noise_ratio,
         residuals=None,
     )
+
+
+def split_start(stack: Stack, recovery: Recovery) -> Recovery | None:
+    """Another start than least squares, where that may have gone wrong: deltas whose spaces share a direction.
+
+    Args:
+        stack: The models.
+        recovery: What least squares made of them.
+
+    Returns:
+        Deltas that are split off without it, of more directions than are real; None where spaces are apart, or for
+        more than a million entries a matrix.
+    """
+    if stack.n < 3 or stack.shape[0] * stack.shape[1] > SMALL_ENTRIES or not all(M_i.rank for M_i in recovery.deltas):
+        return None
+    if not any(map(_share_a_direction, ([M.left for M in recovery.deltas], [M.right for M in recovery.deltas]))):
+        return None
+    split = split_off(stack)
+    return Recovery(
+        split.weight,
+        "relevance",
+        "the spaces of the adapters share a direction: they are split off as far as each shows by itself",
+        split.deltas,
+        tuple(M_i.rank for M_i in split.deltas),
+    )
+
+
+def _share_a_direction(factors: Sequence[Tensor]) -> bool:
+    """Whether a direction is in the spans of all factors, nearly."""
+    together = torch.cat([orthonormal(factor.double()) for factor in factors], dim=1)
+    return float(torch.linalg.matrix_norm(together, 2)) ** 2 > (1 - COMMON) * len(factors)
 
 
 def _energy(deltas: Sequence[LowRank]) -> float:

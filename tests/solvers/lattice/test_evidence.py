@@ -57,6 +57,28 @@ def test_calibration_finds_a_wrong_scale(merge, factor):
     assert 1 / 3 < scales.pop() * factor < 3
 
 
+def test_rows_in_which_all_models_are_off_together_are_told():
+    """Eight rows are off by half a step, all models by the same; the others, each by itself, by a twentieth."""
+    problem = OnGridProblem((96, 80), n=5, delta=2.0, merge=torch.bfloat16)
+    held = HeldOut.of(problem.stack, 0)
+    generator = seeded(9)
+    together = torch.zeros(96, 1, dtype=torch.float64)
+    together[:8] = 0.5 * problem.step
+    column = normal(generator, 80, 1).sign()
+    found = tuple(
+        replace(e, left=torch.cat([e.left, together], dim=1), right=torch.cat([e.right, column], dim=1))
+        for e in estimates(problem, std=0.05, claimed=0.05)
+    )
+    calibrated_ones, _ = calibrated(held, found, problem.grid)
+    for estimate in calibrated_ones:
+        assert float(estimate.shared_rows[:8].median()) > 4
+        assert float(estimate.shared_rows[8:].median()) <= 1
+        assert not estimate.shared_columns.any()
+    turned = HeldOut.of(problem.stack.transposed, 0)
+    by_columns, _ = calibrated(turned, [e.transposed for e in found], problem.grid)
+    assert float(by_columns[0].shared_columns[:8].median()) > 4
+
+
 def test_evidence_is_larger_on_the_right_deltas():
     problem = OnGridProblem((96, 80), merge=torch.bfloat16, delta=2.0)
     held = HeldOut.of(problem.stack, 0)

@@ -175,14 +175,34 @@ class TestLeastReach:
         assert float(asked.doubt[lone.doubt == 0].max()) < 1e-3
 
 
-def test_evidence_is_the_mean_probability_of_the_intervals():
-    """Against sampling: a share of drawn `M_i` puts W + M_i into the stored interval."""
-    low, high = torch.tensor([[0.9], [1.2]], dtype=torch.float64), torch.tensor([[1.1], [1.6]], dtype=torch.float64)
-    m, v = torch.tensor([[0.1], [0.3]], dtype=torch.float64), torch.tensor([[0.04], [0.01]], dtype=torch.float64)
-    points = torch.tensor([[0.75], [1.0], [1.25]], dtype=torch.float64)
-    M = m + v.sqrt() * normal(seeded(), 2, 200_000)
+@pytest.mark.parametrize("common", [0.0, 0.01, 0.25])
+@pytest.mark.parametrize("power", [128.0, 32.0, 8.0])
+def test_evidence_is_the_mean_probability_of_the_intervals(power, common):
+    """Against sampling: a share of drawn `M_i` puts W + M_i into the stored interval. Steps are 1, 1/4 and 1/16."""
+    low = torch.tensor([[power + 1.9], [power + 2.1]], dtype=torch.float64)
+    high = torch.tensor([[power + 2.5], [power + 2.7]], dtype=torch.float64)
+    m, v = torch.tensor([[0.1], [0.3]], dtype=torch.float64), torch.tensor([[0.04], [0.02]], dtype=torch.float64)
+    points = torch.arange(power, power + 5, power / 128, dtype=torch.float64)
+    generator = seeded()
+    M = m + v.sqrt() * normal(generator, 2, 100_000) + common**0.5 * normal(generator, 1, 100_000)
     shares = [float(((low < W + M) & (high > W + M)).all(dim=0).double().mean()) for W in points]
-    assert float(log_evidence(low, high, m, v, points).exp()) == pytest.approx(sum(shares), rel=0.02)
+    found = log_evidence(low, high, m, v, torch.tensor([[common]], dtype=torch.float64), GRID)
+    assert float(found.exp()) == pytest.approx(sum(shares) * power / 128, rel=0.1)
+
+
+def test_a_shared_error_says_of_the_models_together_where_the_grid_is():
+    """All `M_i` are off by a third of a step: the gradient of each is what a change of all by that makes zero."""
+    W = torch.full((1,), 130.0, dtype=torch.float64)
+    M = normal(seeded(), 12, 1)
+    low, high = interval((W + M).bfloat16())
+    m, v = M + 1 / 3, torch.full_like(M, 0.01)
+    found = posterior(low, high, m, v, GRID, common=torch.full_like(W, 0.04))
+    gradient = ((found.delta - m) / v).sum()
+    precision = ((1 - (found.delta_variance - found.pull.square()) / v) / v).sum() - (found.pull / v).sum().square()
+    assert float(gradient / precision) == pytest.approx(-1 / 3, rel=0.25)
+    # Of an error that may be several steps it says next to nothing.
+    open_ = posterior(low, high, m, v, GRID, common=torch.full_like(W, 4.0))
+    assert abs(float(((open_.delta - m) / v).sum())) < 0.02 * abs(float(gradient))
 
 
 class TestFeasible:

@@ -1,9 +1,12 @@
 """The base's bits end to end: all of them, or a refusal, and nothing certain that is wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from detune.solvers import Auto, OnGrid, Stack
+from detune.solvers.base import LowRank
 from detune.solvers.grid import lies_on, nearest
 from detune.solvers.lattice import Lattice, NoGrid
 from tests.cases import normal, rms, seeded
@@ -71,6 +74,31 @@ class TestHalfMerges:
         assert recovery.bits is not None
         assert problem.right(recovery.weight) > 0.95
         assert problem.certain_and_wrong(recovery) == 0
+
+
+class TestOneSeed:
+    """Row spaces that nearly coincide: what all deltas have wrong together hardly shows."""
+
+    problem = OnGridProblem((160, 128), rank=4, n=5, delta=6.0, merge=torch.bfloat16, shared=0.98)
+
+    def test_least_squares_leads_to_the_bits(self):
+        recovery = Auto().solve(self.problem.stack)
+        assert recovery.bits is not None
+        assert self.problem.right(recovery.weight) > 0.97
+        assert self.problem.certain_and_wrong(recovery) == 0
+        assert recovery.ranks == (4,) * 5
+
+    def test_a_start_that_lost_a_direction_is_not_the_only_one(self):
+        recovery = Auto(lattice=None).solve(self.problem.stack)
+        short = [LowRank(M_i.left[:, :3], M_i.right[:, :3]) for M_i in recovery.deltas]
+        lost = replace(recovery, deltas=tuple(short), ranks=(3,) * 5)
+        with pytest.raises(NoGrid):
+            Lattice()._refine(self.problem.stack, lost, None)
+        found = Lattice().refine(self.problem.stack, lost)
+        assert found.method == "relevance+lattice"
+        assert found.ranks == (4,) * 5
+        assert self.problem.right(found.weight) > 0.97
+        assert self.problem.certain_and_wrong(found) == 0
 
 
 @pytest.mark.parametrize("seed", range(5))

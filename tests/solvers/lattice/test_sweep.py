@@ -1,5 +1,7 @@
 """Half sweeps against least squares row by row, and sweeps against the truth."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,9 +27,7 @@ def uneven(estimate: Estimate, generator: torch.Generator) -> Estimate:
     """The same estimate, some of its rows and columns known better than others."""
     out, columns = estimate.left.shape[0], estimate.right.shape[0]
     rows = estimate.rows * torch.exp(normal(generator, 2, out) / 4)
-    return Estimate(
-        estimate.left, estimate.right, rows, estimate.columns * torch.exp(normal(generator, 2, columns) / 4)
-    )
+    return replace(estimate, rows=rows, columns=estimate.columns * torch.exp(normal(generator, 2, columns) / 4))
 
 
 def row_by_row(estimate: Estimate, target: Tensor, used: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def test_half_sweep_says_how_well_it_knows_the_rows():
     v = (0.05 * problem.step) ** 2
     ((L, R),) = problem.factors
     (after,) = half_sweep(problem.stack, [Estimate.of(LowRank(L, R), v)], problem.grid)
-    _, variance = entries(Estimate(after.left, after.right, after.rows, after.columns * torch.tensor([[0.0], [1.0]])))
+    _, variance = entries(replace(after, columns=after.columns * torch.tensor([[0.0], [1.0]])))
     assert float(variance.mean()) == pytest.approx(v * 3 / 30, rel=0.02)
 
 
@@ -77,7 +77,19 @@ class TestEstimate:
         twice = estimate.transposed.transposed
         assert all(torch.equal(getattr(twice, field), getattr(estimate, field)) for field in ("left", "right", "rows"))
         assert torch.equal(twice.columns, estimate.columns)
+        assert torch.equal(estimate.transposed.shared_rows, estimate.shared_columns)
         assert twice.scale == estimate.scale
+
+    def test_directions_that_are_gone_are_not_significant(self):
+        estimate = self.estimate()
+        small = 1e-3 * torch.ones(7, 1, dtype=torch.float64), 1e-3 * torch.ones(5, 1, dtype=torch.float64)
+        more = replace(
+            estimate, left=torch.cat([estimate.left, small[0]], 1), right=torch.cat([estimate.right, small[1]], 1)
+        )
+        known = replace(more, scale=1e-3)
+        assert known.significant.rank == 2
+        assert torch.allclose(known.significant.dense(), known.low_rank.dense(), atol=1e-4)
+        assert replace(more, scale=1e-12).significant.rank == 3
 
     def test_transposed_is_of_the_transposed_matrix(self):
         estimate = self.estimate()
@@ -99,7 +111,8 @@ class TestEstimate:
     def estimate() -> Estimate:
         generator = seeded()
         factors = normal(generator, 7, 2), normal(generator, 5, 2)
-        return Estimate(*factors, normal(generator, 2, 7).abs(), normal(generator, 2, 5).abs(), scale=3.0)
+        profiles = normal(generator, 2, 7).abs(), normal(generator, 2, 5).abs()
+        return Estimate(*factors, *profiles, *(profile[0] for profile in profiles), scale=3.0)
 
 
 def starting(problem: OnGridProblem) -> tuple[Estimate, ...]:

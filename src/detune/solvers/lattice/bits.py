@@ -181,6 +181,8 @@ class _Block:
             settled.open.logical_and_(entries[view.rows])
         weight, places = settled.weight, settled.open.flatten().nonzero().squeeze(1)
         v = view.variance(places)
+        # Independent errors of n models leave W more certain than one that they share.
+        v = v + len(v) * view.common(places, v)
         found = view.posterior(places, v, grid, least_reach=1)
         certain = found.doubt < DOUBT
         asked = certain.nonzero().squeeze(1)

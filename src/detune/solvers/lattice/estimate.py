@@ -10,6 +10,8 @@ from detune.solvers.stack import Stack
 
 # Mean square of factors that are zero, and variance of what they give: with none there would be nothing to divide by.
 LEAST_SIZE = 1e-30
+# A direction with less than this share of its uncertainty is none.
+GONE = 0.01
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,16 @@ class Estimate:
         rows: `(2, out)`: variance `q_a` of a row's coordinates, and its weight `p'_a` in the columns' variance.
         columns: `(2, in)`: the same for columns.
         scale: What the variance must be multiplied by to agree with entries that were held out.
+        shared_rows: `(out,)`: in an entry all models have an error in common, whose variance is so many times that.
+        shared_columns: `(in,)`; the two are added.
     """
 
     left: Tensor
     right: Tensor
     rows: Tensor
     columns: Tensor
+    shared_rows: Tensor
+    shared_columns: Tensor
     scale: float = 1.0
 
     @classmethod
@@ -38,17 +44,30 @@ class Estimate:
             torch.stack([torch.full_like(factor[:, 0], variance / 2), torch.ones_like(factor[:, 0])])
             for factor in (left, right)
         )
-        return cls(left, right, rows, columns)
+        return cls(left, right, rows, columns, torch.zeros_like(rows[0]), torch.zeros_like(columns[0]))
 
     @property
     def transposed(self) -> "Estimate":
         """Of the transposed matrix."""
-        return Estimate(self.right, self.left, self.columns, self.rows, self.scale)
+        return Estimate(
+            self.right, self.left, self.columns, self.rows, self.shared_columns, self.shared_rows, self.scale
+        )
 
     @property
     def low_rank(self) -> LowRank:
         """The estimate itself."""
         return LowRank(self.left, self.right)
+
+    @property
+    def significant(self) -> LowRank:
+        """The estimate without the directions that the fit has shrunk to nothing."""
+        Q, T = torch.linalg.qr(self.left)
+        P, B = torch.linalg.qr(self.right)
+        U, S, Vh = torch.linalg.svd(T @ B.mT)
+        rows, columns = self.rows.mean(dim=1), self.columns.mean(dim=1)
+        energy = self.scale * (rows * columns.flip(0)).sum() * (len(Q) * len(P))
+        kept = S.square() > GONE * energy / len(S)
+        return LowRank(Q @ (U[:, kept] * S[kept]), P @ Vh[kept].mT)
 
     @property
     def nothing(self) -> LowRank:
@@ -67,7 +86,12 @@ class Estimate:
 
     def given_columns(self, columns: Tensor) -> "Estimate":
         """Of some of the columns."""
-        return replace(self, right=self.right[columns], columns=self.columns[:, columns])
+        return replace(
+            self,
+            right=self.right[columns],
+            columns=self.columns[:, columns],
+            shared_columns=self.shared_columns[columns],
+        )
 
 
 def from_recovery(stack: Stack, start: Recovery | None) -> tuple[Estimate, ...] | None:

@@ -25,6 +25,11 @@ MARGIN = 0.5
 ALLOWED_STEPS = 0.05
 # Tries for the scale of the variances, relative to the one so far.
 SCALES = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
+# And for the variance that all models share.
+SHARED = (0.0, 0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
+# So many typical entries are added to those of a line.
+TYPICAL = 16
+# Intervals of more steps of the grid than this are left out: they say nothing of it.
 REACH = 4
 
 
@@ -77,18 +82,45 @@ class HeldOut:
 def calibrated(held: HeldOut, estimates: Sequence[Estimate], grid: torch.dtype) -> tuple[tuple[Estimate, ...], float]:
     """The estimates with their variances scaled so that the entries held out are most likely.
 
+    And with what their errors have in common, row by row or column by column. Adapters of one seed share most of their
+    row spaces; W can then be off in a row, every `M_i` by the same with the opposite sign, and little tells. A few rows
+    may be off by far more than the others: with a variance for all they would be locked on wrong grid points.
+
     Returns:
         The estimates, and the mean logarithm of that likelihood.
     """
     m, v = held.entries(estimates)
     g = nearest(gaussian(held.low, held.high, m, v)[0], grid)
-    step = spacing(g, grid)
-    keep = step * REACH > (held.high - held.low).amin(dim=0)
-    points = nearest(g + step * torch.arange(-REACH, REACH + 1, device=g.device)[:, None], grid)[:, keep]
-    low, high = held.low[:, keep], held.high[:, keep]
-    scores = [float(log_evidence(low, high, m[:, keep], v[:, keep] * scale, points).sum()) for scale in SCALES]
-    best = max(range(len(SCALES)), key=lambda i: scores[i])
-    return tuple(replace(e, scale=e.scale * SCALES[best]) for e in estimates), scores[best] / max(1, int(keep.sum()))
+    keep = spacing(g, grid) * REACH > (held.high - held.low).amin(dim=0)
+    low, high, m, v = (t[:, keep] for t in (held.low, held.high, m, v))
+    # One model shares its errors with no other; in what two do not share, their difference leaves next to none.
+    tries = torch.tensor(SHARED if len(m) > 2 else SHARED[:1], dtype=v.dtype, device=v.device)
+    found, best = list(estimates), -math.inf
+    for scale in SCALES:
+        evidence = log_evidence(low, high, m, scale * v, tries[:, None] * scale * v.amin(dim=0), grid)
+        rows, by_rows = _best_by_line(evidence, held.rows[keep], held.used.shape[0])
+        columns, by_columns = _best_by_line(evidence, held.columns[keep], held.used.shape[1])
+        if max(by_rows, by_columns) > best:
+            best = max(by_rows, by_columns)
+            shared = tries[rows] * (by_rows >= by_columns), tries[columns] * (by_rows < by_columns)
+            found = [
+                replace(e, scale=scale * e.scale, shared_rows=shared[0], shared_columns=shared[1]) for e in estimates
+            ]
+    return tuple(found), best / max(1, int(keep.sum()))
+
+
+def _best_by_line(evidence: Tensor, lines: Tensor, size: int) -> tuple[Tensor, float]:
+    """The best try for each line, and the evidence of all with those.
+
+    Args:
+        evidence: Of each entry with each try, `(tries, entries)`.
+        lines: The row, or column, of each entry.
+        size: How many lines there are.
+    """
+    by_line = evidence.new_zeros(len(evidence), size).index_add_(1, lines, evidence)
+    # A line has few entries: what all say counts as some more.
+    chosen = (by_line + TYPICAL * evidence.mean(dim=1, keepdim=True)).argmax(dim=0)
+    return chosen, float(by_line.gather(0, chosen[None]).sum())
 
 
 def log10_false_positive(held: HeldOut, estimates: Sequence[Estimate], grid: torch.dtype) -> float:

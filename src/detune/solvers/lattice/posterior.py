@@ -9,6 +9,7 @@ and the posterior of `M_i` the mixture of its truncated normals. Where the grid 
 good as continuous, and the sum is taken over evenly spaced numbers instead.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ SLACK = 4.0
 REACHES = (0, 1, 2, 4)
 # Numbers that stand for a continuous W.
 NODES = 9
+# Grid points that are blurred by a shared error leave no trace where they are nearer than so many of its deviations;
+# else so many to each side count.
+CLOSE, COMB = 1.5, 3
 
 
 class Posterior(NamedTuple):
@@ -46,7 +50,13 @@ class Posterior(NamedTuple):
 
 
 def posterior(
-    low: Tensor, high: Tensor, m: Tensor, v: Tensor, grid: torch.dtype | None, least_reach: int = 0
+    low: Tensor,
+    high: Tensor,
+    m: Tensor,
+    v: Tensor,
+    grid: torch.dtype | None,
+    least_reach: int = 0,
+    common: Tensor | None = None,
 ) -> Posterior:
     """The posterior of each entry by itself.
 
@@ -58,17 +68,20 @@ def posterior(
         grid: The dtype that W lies on; None is no grid.
         least_reach: Grid points to look at on each side where one alone is feasible: 0 takes it as it is, and `doubt`
             is 0 there.
+        common: Variance of an error that all `M_i` have in common, beside v, `(entries,)`; None is none.
     """
     ends = feasible(low, high, m, v)
     middle = ends.mean(dim=0)
     reach = torch.full_like(middle, REACHES[-1] + 1)
     step = torch.ones_like(middle)
+    common = torch.zeros_like(middle) if common is None else common
     if grid is not None:
         # The finest step between the ends: next to zero there is no end of grid points.
         smallest = torch.where(ends[0] * ends[1] < 0, 0.0, ends.abs().amin(dim=0))
         step = spacing(smallest, grid)
         middle = nearest(middle, grid)
         reach = torch.ceil(((ends - middle).abs().amax(dim=0) - step) / step).clamp(min=least_reach)
+        reach[common > 0] = REACHES[-1] + 1
     parts = Posterior(*(torch.empty_like(t) for t in (middle, middle, middle, m, m, m)))
     below = -1
     for most in (*REACHES, None):
@@ -79,7 +92,7 @@ def posterior(
             continue
         arguments = low[:, where], high[:, where], m[:, where], v[:, where]
         if most is None or grid is None:
-            found = _between(*arguments, ends[:, where], grid)
+            found = _between(*arguments, common[where], grid)
         else:
             offsets = torch.arange(-most, most + 1, device=low.device)[:, None]
             found = _given_points(*arguments, nearest(middle[where] + step[where] * offsets, grid))
@@ -88,19 +101,23 @@ def posterior(
     return parts
 
 
-def log_evidence(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tensor) -> Tensor:
-    """Logarithm of the probability of the intervals, `(entries,)`, up to a constant.
+def log_evidence(low: Tensor, high: Tensor, m: Tensor, v: Tensor, common: Tensor, grid: torch.dtype) -> Tensor:
+    """Logarithm of the probability of the intervals, with W on any grid point, as likely as its step is long.
 
     Args:
         low: `(n, entries)`, as for `posterior`.
         high: As there.
         m: As there.
         v: As there.
-        points: Grid points that W may be, equally likely, `(candidates, entries)`.
+        common: Variances of the shared error to try, `(tries, entries)`.
+        grid: The dtype that W lies on.
+
+    Returns:
+        `(tries, entries)`, up to a constant.
     """
-    middle = points[len(points) // 2]
-    moments = _given(low, high, m, v.sqrt(), middle, points - middle)
-    return torch.logsumexp(moments.log_probability.sum(dim=1), dim=0)
+    W, width, moments = _nodes(low, high, m, v)
+    log_p = moments.log_probability.sum(dim=1) + width.log()
+    return torch.stack([torch.logsumexp(log_p + _log_comb(W, c + width.square() / 4, grid), dim=0) for c in common])
 
 
 def feasible(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> Tensor:
@@ -143,17 +160,64 @@ def _given_points(low: Tensor, high: Tensor, m: Tensor, v: Tensor, points: Tenso
     return Posterior(weight, others.sum(dim=0).double(), variance, *_mixture(p, points - weight, moments, m, std))
 
 
-def _between(low: Tensor, high: Tensor, m: Tensor, v: Tensor, ends: Tensor, grid: torch.dtype | None) -> Posterior:
-    """W is any number between the ends: the same sum, over evenly spaced numbers."""
-    std, width = v.sqrt(), (ends[1] - ends[0]) / NODES
+def _between(low: Tensor, high: Tensor, m: Tensor, v: Tensor, common: Tensor, grid: torch.dtype | None) -> Posterior:
+    """W, less the error that all `M_i` have in common, is any number: a sum over evenly spaced ones."""
+    nodes, width, moments = _nodes(low, high, m, v)
+    log_p = moments.log_probability.sum(dim=1)
+    flat = torch.softmax(log_p, dim=0)
+    if grid is not None:
+        log_p = log_p + _log_comb(nodes, common + width.square() / 4, grid)
+    p = torch.softmax(log_p, dim=0)
+    mean = (p * nodes).sum(dim=0)
+    variance = (p * (nodes - mean).square()).sum(dim=0) + width.square() / 12
+    weight = mean if grid is None else nearest(mean, grid)
+    delta, delta_variance, pull = _mixture(p, nodes - mean, moments, m, v.sqrt())
+    if grid is not None:
+        # Between two grid points the curvature for a change of all M_i together is too small, or of the wrong sign,
+        # and Newton's step too long: there it is what it is on average.
+        blur = common + (flat * (nodes - (flat * nodes).sum(dim=0)).square()).sum(dim=0)
+        delta_variance -= pull.square()
+        precision = ((1 - delta_variance / v) / v).sum(dim=0) - _information(blur, spacing(weight, grid))
+        together = (pull / v).sum(dim=0).abs().clamp(min=torch.finfo(v.dtype).tiny)
+        pull *= (precision.clamp(min=0).sqrt() / together).clamp(max=1)
+        delta_variance += pull.square()
+    return Posterior(weight, torch.ones_like(weight), variance, delta, delta_variance, pull)
+
+
+def _nodes(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Moments]:
+    """Evenly spaced numbers that W may be, `(NODES, entries)`, their distance, and the `M_i` given each.
+
+    What all intervals have in common is thinner than the range that four deviations leave: that is looked at again.
+    """
+    ends = feasible(low, high, m, v)
     places = torch.arange(NODES, dtype=low.dtype, device=low.device)[:, None] - NODES // 2
-    middle = (ends[0] + ends[1]) / 2
-    moments = _given(low, high, m, std, middle, width * places)
+    middle, width = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / NODES
+    moments = _given(low, high, m, v.sqrt(), middle, width * places)
     p = torch.softmax(moments.log_probability.sum(dim=1), dim=0)
     offset = (p * width * places).sum(dim=0)
-    variance = (p * (width * places - offset).square()).sum(dim=0) + width.square() / 12
-    weight = middle + offset if grid is None else nearest(middle + offset, grid)
-    return Posterior(weight, torch.ones_like(weight), variance, *_mixture(p, width * places - offset, moments, m, std))
+    deviation = ((p * (width * places - offset).square()).sum(dim=0) + width.square() / 12).sqrt()
+    middle, width = middle + offset, torch.minimum(width, 2 * SLACK * deviation / NODES)
+    return middle + width * places, width, _given(low, high, m, v.sqrt(), middle, width * places)
+
+
+def _information(common: Tensor, step: Tensor) -> Tensor:
+    """Fisher's, of the place on a comb of that step, blurred by a normal error of that variance.
+
+    For a small error it is `1 / common`; for a large one only the comb's first harmonic is left, of amplitude
+    `2 exp(-x / 2)` with `x = (2 pi / step)^2 common`. In between this is up to 9 % off.
+    """
+    x = (2 * math.pi / step).square() * common
+    return torch.minimum(1 / common, 2 * (2 * math.pi / step).square() / torch.expm1(x))
+
+
+def _log_comb(T: Tensor, variance: Tensor, grid: torch.dtype) -> Tensor:
+    """Logarithm of the density at T of a grid point, as likely as its step is long, and an error of that variance."""
+    step = spacing(T, grid)
+    off = T - nearest(T, grid)
+    exponents = [-(off + step * j).square() / (2 * variance) for j in range(-COMB, COMB + 1)]
+    comb = torch.logsumexp(torch.stack(exponents), dim=0) + (step.square() / (2 * math.pi * variance)).log() / 2
+    # Where the teeth are so close that more of them count, they are as good as none.
+    return torch.where(step.square() > CLOSE**2 * variance, comb, 0.0)
 
 
 def _mixture(p: Tensor, W: Tensor, moments: Moments, m: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:

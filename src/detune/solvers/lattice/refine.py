@@ -21,17 +21,16 @@ from detune.solvers.lattice.evidence import HeldOut, calibrated, log10_false_pos
 from detune.solvers.lattice.off_grid import between_intervals
 from detune.solvers.lattice.score import delta_scale, known_spaces, score_start, within
 from detune.solvers.lattice.sweep import sweep
+from detune.solvers.relevance import split_start
 from detune.solvers.stack import Stack
 
 HALVES = (torch.bfloat16, torch.float16)
 # A fit that knows no grid, and whose test for one has a larger bound than this, is not swept.
 HINT = 0.1
-# Errors of the M_i that the models share leave W less certain than independent ones: variances then count as larger.
-SHARED = 2.5
 # Variances that least squares promises can be so many times too small.
 WIDER = 16.0
-# So many sweeps more are granted to a fit while more of what was held out than this share fits no grid point.
-PATIENCE, UNSETTLED = 12, 5e-4
+# As long as more of what was held out than this share fits no grid point, sweeps that gain this much are worth it.
+UNSETTLED, LEAST_GAIN = 5e-4, 0.003
 # A start from the score is farther from the answer than one from least squares.
 MORE_SWEEPS = 8
 # Deltas of more steps than this do not show modulo the step.
@@ -101,6 +100,17 @@ class Lattice:
         if untouched is not None:
             return untouched
         stack = _as_rounded(stack)
+        try:
+            return self._refine(stack, start, rank)
+        except NoGrid:
+            # Least squares may have lost a weak direction, or run off along what all deltas share.
+            split = split_start(stack, start) if start is not None else None
+            if split is None:
+                raise
+        return self._refine(stack, split, rank)
+
+    def _refine(self, stack: Stack, start: Recovery | None, rank: int | None) -> Recovery:
+        """From one start; see `refine`."""
         held = HeldOut.of(stack, self.seed)
         for grid in self._coarsest_first:
             if any(torch.finfo(W_i.dtype).eps > torch.finfo(grid).eps for W_i in stack.matrices):
@@ -171,21 +181,16 @@ class Lattice:
             return None
         estimates, evidence = calibrated(held, estimates, grid)
         most = self.sweeps + (MORE_SWEEPS if coarse else 0)
-        sweeps, gain, wider = 0, math.inf, 1.0
-        while abs(gain) >= self.least_gain and (
-            sweeps < most or (sweeps < most + PATIENCE and misfit(held, estimates, grid) > UNSETTLED)
-        ):
-            widened = [replace(estimate, scale=wider * estimate.scale) for estimate in estimates]
-            swept = within(sweep(stack, widened, grid, held.used, self.seed + sweeps), spaces)
+        sweeps, gain, misfits = 0, math.inf, 0.0
+        while sweeps < most and abs(gain) >= (LEAST_GAIN if misfits > UNSETTLED else self.least_gain):
+            swept = within(sweep(stack, estimates, grid, held.used, self.seed + sweeps), spaces)
             estimates, gained = calibrated(held, swept, grid)
             sweeps, gain, evidence = sweeps + 1, gained - evidence, gained
-            if sweeps == 1 and not coarse and stack.n > 2 and estimates[0].scale > 1:
-                # Entries held out are farther off than each row by itself can tell.
-                wider = SHARED
+            misfits = misfit(held, estimates, grid)
             if sweeps == SIGN_AFTER and log10_false_positive(held, estimates, grid) > SIGN:
                 break
         false_positive = log10_false_positive(held, estimates, grid)
-        return Fit(estimates, grid, false_positive, misfit(held, estimates, grid), sweeps)
+        return Fit(estimates, grid, false_positive, misfits, sweeps)
 
     def _finish(self, stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
         """The answer, from a fit to all entries."""
@@ -193,7 +198,7 @@ class Lattice:
         found = base_bits(stack, parts, fit.grid)
         # A delta that the start found to be none stays none.
         known = start.ranks if start is not None and start.ranks else (1,) * stack.n
-        deltas = tuple(e.low_rank if r else e.nothing for e, r in zip(estimates, known, strict=True))
+        deltas = tuple(e.significant if r else e.nothing for e, r in zip(estimates, known, strict=True))
         name = name_of(fit.grid)
         bits = Bits(fit.grid, fit.log10_false_positive, found.certain, found.expected_mse, found.foreseeable)
         before = f"{start.reason}; then " if start is not None else ""

@@ -8,6 +8,7 @@ channel: Lu & Li 2017, arXiv 1702.06435).
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -51,9 +52,7 @@ def within(estimates: Sequence[Estimate], spaces: Spaces | None) -> tuple[Estima
     if spaces is None:
         return tuple(estimates)
     left, right = spaces
-    return tuple(
-        Estimate(left @ (left.mT @ e.left), right @ (right.mT @ e.right), e.rows, e.columns, e.scale) for e in estimates
-    )
+    return tuple(replace(e, left=left @ (left.mT @ e.left), right=right @ (right.mT @ e.right)) for e in estimates)
 
 
 def delta_scale(stack: Stack, grid: torch.dtype) -> float:

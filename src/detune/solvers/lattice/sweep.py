@@ -97,7 +97,7 @@ def _measurements(view: View, grid: torch.dtype | None, used: Tensor | None) -> 
         places = settled.open.flatten().nonzero().squeeze(1)
     v = view.variance(places)
     _, _, m = view.at(places)
-    found = view.posterior(places, v, grid)
+    found = view.posterior(places, v, grid, common=view.common(places, v))
     h = (1 - (found.delta_variance - found.pull.square()) / v).clamp(min=LEAST_SHARE) / v
     q = found.pull / v
     q *= (MOST_PULL / (q.square() / h).sum(dim=0)).clamp(max=1).sqrt()

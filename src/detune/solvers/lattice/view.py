@@ -48,6 +48,8 @@ class View:
         m: Means of the `M_i`.
         row_variance: What rows add to the variances of the `M_i`, `(n, 2, rows)`; see `Estimate`.
         column_variance: What columns add, `(n, 2, in)`.
+        shared_rows: Of the variances, the multiples that models share, `(n, rows)`; see `Estimate`.
+        shared_columns: `(n, in)`; the two are added.
     """
 
     rows: slice
@@ -56,6 +58,8 @@ class View:
     m: Tensor
     row_variance: Tensor
     column_variance: Tensor
+    shared_rows: Tensor
+    shared_columns: Tensor
 
     @classmethod
     def of(cls, stack: Stack, estimates: Sequence[Estimate], rows: slice) -> "View":
@@ -68,12 +72,15 @@ class View:
             torch.stack([estimate.mean(rows) for estimate in estimates]),
             torch.stack([estimate.scale * estimate.rows[:, rows] for estimate in estimates]),
             torch.stack([estimate.columns.flip(0) for estimate in estimates]),
+            torch.stack([estimate.shared_rows[rows] for estimate in estimates]),
+            torch.stack([estimate.shared_columns for estimate in estimates]),
         )
 
     @cached_property
     def deviation(self) -> Tensor:
         """A bound for the standard deviation of each `M_i` in each row, `(n, rows, 1)`."""
         variance = (self.row_variance * self.column_variance.amax(dim=2, keepdim=True)).sum(dim=1)
+        variance *= 1 + self.shared_rows + self.shared_columns.amax(dim=1, keepdim=True)
         return variance.clamp(min=LEAST_SIZE).sqrt()[..., None]
 
     def settle(self, grid: torch.dtype, reach: float) -> Settled:
@@ -98,13 +105,27 @@ class View:
         return variance.clamp(min=LEAST_SIZE)
 
     def variance_of(self, places: Tensor) -> Tensor:
-        """Of the `M_i` of single models, `(entries,)`; places run over all models."""
+        """Of the `M_i` of single models, what they share with it, `(entries,)`; places run over all models."""
         rows, columns = self.lines(places)
         models, rows = rows // self.m.shape[1], rows % self.m.shape[1]
         variance = (self.row_variance[models, :, rows] * self.column_variance[models, :, columns]).sum(dim=1)
+        variance *= 1 + self.shared_rows[models, rows] + self.shared_columns[models, columns]
         return variance.clamp(min=LEAST_SIZE)
 
-    def posterior(self, places: Tensor, v: Tensor, grid: torch.dtype | None, least_reach: int = 0) -> Posterior:
+    def common(self, places: Tensor, v: Tensor) -> Tensor:
+        """Variance of the error that all `M_i` share, given their own, `(entries,)`."""
+        rows, columns = self.lines(places)
+        shared: Tensor = ((self.shared_rows[:, rows] + self.shared_columns[:, columns]) * v).amin(dim=0)
+        return shared
+
+    def posterior(
+        self,
+        places: Tensor,
+        v: Tensor,
+        grid: torch.dtype | None,
+        least_reach: int = 0,
+        common: Tensor | None = None,
+    ) -> Posterior:
         """See `detune.solvers.lattice.posterior.posterior`.
 
         Args:
@@ -112,8 +133,9 @@ class View:
             v: Variances of the `M_i` there, `(n, entries)`.
             grid: As there.
             least_reach: As there.
+            common: As there.
         """
-        return posterior(*self.at(places), v, grid, least_reach)
+        return posterior(*self.at(places), v, grid, least_reach, common)
 
     def at(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`low`, `high` and `m` of single entries, `(n, entries)` each."""
