@@ -14,10 +14,10 @@ from detune.solvers.descent import downhill
 from detune.solvers.differences import SIGNAL, Difference, Differences, find_differences
 from detune.solvers.fit import WStep, w_step, w_step_given_rows
 from detune.solvers.intersect import Spaces, Unsplittable, find_spaces, untranspose
-from detune.solvers.lattice import HALVES, Lattice, NoGrid
+from detune.solvers.lattice import HALVES, UNSETTLED, Lattice, NoGrid
 from detune.solvers.polish import Polish, Polished
 from detune.solvers.principal import with_principal_part
-from detune.solvers.relevance import within_reason
+from detune.solvers.relevance import may_mislead, split_start, within_reason
 from detune.solvers.selection import select_ranks
 from detune.solvers.space import Space
 from detune.solvers.spectral import Spectral
@@ -60,7 +60,11 @@ class Auto:
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Choose and solve; see `Solver.solve`. The reason says which and why."""
-        found = within_reason(stack, with_principal_part(self._without_grid(stack, rank)))
+        first = find_differences(stack, rank, self.seed)
+        bits = self._bits_at_once(first, rank)
+        if bits is not None:
+            return bits
+        found = within_reason(stack, with_principal_part(self._without_grid(first, rank)))
         if self.lattice is None or not found.deltas:
             return found
         try:
@@ -68,8 +72,23 @@ class Auto:
         except NoGrid:
             return self.lattice.without_grid(stack, found)
 
-    def _without_grid(self, stack: Stack, rank: int | None) -> Recovery:
-        first = find_differences(stack, rank, self.seed)
+    def _bits_at_once(self, differences: Differences, rank: int | None) -> Recovery | None:
+        """The bits where ranks would have to be searched for, and least squares might mislead: the fit finds them too.
+
+        None where it leaves doubts: least squares may be the better start.
+        """
+        stack, found = differences.stack, differences.by_pair.values()
+        if self.lattice is None or not set(stack.rounded_dtypes) <= set(HALVES) or not any(map(_in_doubt, found)):
+            return None
+        if not may_mislead(stack, [difference.basis for difference in found]):
+            return None
+        try:
+            return replace(self.lattice, most_misfits=UNSETTLED).refine_from(stack, split_start(stack), rank)
+        except NoGrid:
+            return None
+
+    def _without_grid(self, first: Differences, rank: int | None) -> Recovery:
+        stack = first.stack
         if stack.n >= 3 and any(difference.rank == 0 for difference in first.by_pair.values()):
             untouched = unchanged(stack)
             if untouched is not None:

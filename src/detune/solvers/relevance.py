@@ -26,7 +26,7 @@ from detune.solvers.linalg import orthonormal
 from detune.solvers.space import Space
 from detune.solvers.stack import SMALL_ENTRIES, Stack
 
-__all__ = ["Split", "split_off", "split_start", "within_reason"]
+__all__ = ["Split", "may_mislead", "split_off", "split_start", "within_reason"]
 
 TURNS = 25
 # A direction whose prior weighs this much more than its data is gone.
@@ -99,21 +99,8 @@ def within_reason(stack: Stack, recovery: Recovery) -> Recovery:
     )
 
 
-def split_start(stack: Stack, recovery: Recovery) -> Recovery | None:
-    """Another start than least squares, where that may have gone wrong: deltas whose spaces share a direction.
-
-    Args:
-        stack: The models.
-        recovery: What least squares made of them.
-
-    Returns:
-        Deltas that are split off without it, of more directions than are real; None where spaces are apart, or for
-        more than a million entries a matrix.
-    """
-    if stack.n < 3 or stack.shape[0] * stack.shape[1] > SMALL_ENTRIES or not all(M_i.rank for M_i in recovery.deltas):
-        return None
-    if not any(map(_share_a_direction, ([M.left for M in recovery.deltas], [M.right for M in recovery.deltas]))):
-        return None
+def split_start(stack: Stack) -> Recovery:
+    """Another start than least squares: deltas that are split off without it, of more directions than are real."""
     split = split_off(stack)
     return Recovery(
         split.weight,
@@ -124,10 +111,17 @@ def split_start(stack: Stack, recovery: Recovery) -> Recovery | None:
     )
 
 
-def _share_a_direction(factors: Sequence[Tensor]) -> bool:
-    """Whether a direction is in the spans of all factors, nearly."""
-    together = torch.cat([orthonormal(factor.double()) for factor in factors], dim=1)
-    return float(torch.linalg.matrix_norm(together, 2)) ** 2 > (1 - COMMON) * len(factors)
+def may_mislead(stack: Stack, spaces: Sequence[Tensor]) -> bool:
+    """Whether least squares may lose a direction, or run off: where spaces share one, nearly.
+
+    Args:
+        stack: The models; of more than a million entries a matrix they are not split off, and the answer is no.
+        spaces: A basis of the row, or column, space of each delta or difference, in any dtype.
+    """
+    if stack.n < 3 or stack.shape[0] * stack.shape[1] > SMALL_ENTRIES or not all(V_i.shape[1] for V_i in spaces):
+        return False
+    together = torch.cat([orthonormal(V_i.double()) for V_i in spaces], dim=1)
+    return float(torch.linalg.matrix_norm(together, 2)) ** 2 > (1 - COMMON) * len(spaces)
 
 
 def _energy(deltas: Sequence[LowRank]) -> float:

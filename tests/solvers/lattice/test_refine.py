@@ -88,12 +88,26 @@ class TestOneSeed:
         assert self.problem.certain_and_wrong(recovery) == 0
         assert recovery.ranks == (4,) * 5
 
+    def test_auto_searches_for_no_ranks_where_the_fit_finds_them(self, monkeypatch):
+        monkeypatch.setattr("detune.solvers.auto.select_ranks", None)
+        recovery = Auto().solve(self.problem.stack)
+        assert recovery.method == "relevance+lattice"
+        assert recovery.ranks == (4,) * 5
+        assert self.problem.right(recovery.weight) > 0.97
+        assert self.problem.certain_and_wrong(recovery) == 0
+
+    def test_auto_searches_for_ranks_where_there_is_no_grid(self):
+        off = OnGridProblem((96, 80), rank=3, n=4, delta=6.0, merge=torch.bfloat16, shared=0.98, off=True)
+        recovery = Auto().solve(off.stack)
+        assert recovery.bits is None
+        assert recovery.ranks == (3,) * 4
+
     def test_a_start_that_lost_a_direction_is_not_the_only_one(self):
         recovery = Auto(lattice=None).solve(self.problem.stack)
         short = [LowRank(M_i.left[:, :3], M_i.right[:, :3]) for M_i in recovery.deltas]
         lost = replace(recovery, deltas=tuple(short), ranks=(3,) * 5)
         with pytest.raises(NoGrid):
-            Lattice()._refine(self.problem.stack, lost, None)
+            Lattice().refine_from(self.problem.stack, lost)
         found = Lattice().refine(self.problem.stack, lost)
         assert found.method == "relevance+lattice"
         assert found.ranks == (4,) * 5

@@ -21,7 +21,7 @@ from detune.solvers.lattice.evidence import HeldOut, calibrated, log10_false_pos
 from detune.solvers.lattice.off_grid import between_intervals
 from detune.solvers.lattice.score import delta_scale, known_spaces, score_start, within
 from detune.solvers.lattice.sweep import sweep
-from detune.solvers.relevance import split_start
+from detune.solvers.relevance import may_mislead, split_start
 from detune.solvers.stack import Stack
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -37,8 +37,6 @@ MORE_SWEEPS = 8
 MOST_STEPS = 8.0
 # A fit that is to come to something shows a sign of the grid, 1 in 10 by chance, after some sweeps.
 SIGN_AFTER, SIGN = 5, -1.0
-# More misfits than this share of the entries held out: the fit has not found the M_i.
-MOST_MISFITS = 3e-3
 # Least squares that leaves more times the rounding noise than this has not explained the models.
 MOST_NOISE = 1.2
 # Deltas below so many steps of the models' grid do not show in least squares, which takes rounding for noise.
@@ -75,6 +73,7 @@ class Lattice:
         grids: Dtypes that the base may have been stored in; those finer than the models' are not tried.
         sweeps: Most sweeps of the fit.
         least_gain: A sweep that raises the evidence of an entry by less than this, in nats, is the last.
+        most_misfits: More than this share of the entries held out that fit no grid point: the deltas were not found.
         most_false_positive: Largest probability, by its bound, that a base off the grid passes the test for it.
         seed: Of the entries that are held out.
     """
@@ -82,6 +81,7 @@ class Lattice:
     grids: tuple[torch.dtype, ...] = (*HALVES, torch.float32)
     sweeps: int = 20
     least_gain: float = 0.003
+    most_misfits: float = 3e-3
     most_false_positive: float = 1e-9
     seed: int = 0
 
@@ -99,25 +99,26 @@ class Lattice:
         untouched = self.untouched(stack) if stack.n < 3 else None
         if untouched is not None:
             return untouched
-        stack = _as_rounded(stack)
         try:
-            return self._refine(stack, start, rank)
+            return self.refine_from(stack, start, rank)
         except NoGrid:
-            # Least squares may have lost a weak direction, or run off along what all deltas share.
-            split = split_start(stack, start) if start is not None else None
-            if split is None:
+            if start is None or not any(
+                may_mislead(stack, side)
+                for side in ([M_i.right for M_i in start.deltas], [M_i.left for M_i in start.deltas])
+            ):
                 raise
-        return self._refine(stack, split, rank)
+        return self.refine_from(stack, split_start(stack), rank)
 
-    def _refine(self, stack: Stack, start: Recovery | None, rank: int | None) -> Recovery:
-        """From one start; see `refine`."""
+    def refine_from(self, stack: Stack, start: Recovery | None, rank: int | None = None) -> Recovery:
+        """The same from this start and no other."""
+        stack = _as_rounded(stack)
         held = HeldOut.of(stack, self.seed)
         for grid in self._coarsest_first:
             if any(torch.finfo(W_i.dtype).eps > torch.finfo(grid).eps for W_i in stack.matrices):
                 continue
             fit = self._fit(stack, start, rank, grid, held)
             if fit is not None and fit.log10_false_positive <= math.log10(self.most_false_positive):
-                if fit.misfit > MOST_MISFITS:
+                if fit.misfit > self.most_misfits:
                     raise NoGrid(_unsettled(fit))
                 return self._finish(stack, start, fit)
         raise NoGrid(_why_not(stack, self.grids))
