@@ -110,7 +110,7 @@ def test_an_error_ends_the_reading(family, threads):
 
 @pytest.mark.parametrize(
     ("entries", "expected"),
-    [(1000, 1), (lanes.SHARED_OUT, 1), (30 * lanes.SHARED_OUT, 2), (50 * lanes.SHARED_OUT, 4)],
+    [(1000, 1), (lanes.SHARED_OUT, 1), (25 * lanes.SHARED_OUT, 2), (50 * lanes.SHARED_OUT, 4)],
     ids=["small", "four beside each other", "two beside each other", "the largest"],
 )
 def test_threads_are_shared_out_by_size(entries, expected):

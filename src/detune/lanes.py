@@ -22,8 +22,9 @@ Result = TypeVar("Result")
 
 # Matrices with fewer entries are computed on one thread: up to 1024x1024 a second was no faster, and may have to wait.
 SHARED_OUT = 2**20
-# What may be held at a time, in float32 copies of the largest tensor; one alone may hold what it needs.
-HELD = 6
+# What may be held at a time, in float32 copies of the largest tensor, so that with what waits to be written it is six;
+# one tensor alone may hold what it needs.
+HELD = 5
 # And so much in any case.
 HELD_BYTES = 2**28
 

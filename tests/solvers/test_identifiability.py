@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from detune.solvers.identifiability import cramer_rao_mse, error_traces
-from detune.solvers.polish import Core
+from detune.solvers.normal_operator import Core
 from tests.cases import Regime, make_problem, normal, seeded
 from tests.solvers.test_polish import dense_operator, spaces
 

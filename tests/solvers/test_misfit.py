@@ -7,7 +7,7 @@ import torch
 
 from detune.solvers import Auto, Intersect, LowRank, Recovery, Stack
 from detune.solvers.misfit import Misfit
-from detune.solvers.polish import Core
+from detune.solvers.normal_operator import Core
 from detune.solvers.space import Space
 from tests.cases import Problem, Regime, make_problem, normal, rms, seeded
 from tests.solvers.test_polish import dense_operator, projectors, spaces

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from detune.solvers import nullspace
+from detune.solvers.normal_operator import Core
 from detune.solvers.nullspace import undetermined
-from detune.solvers.polish import Core
 from tests.cases import normal, seeded
 from tests.solvers.test_polish import dense_operator
 

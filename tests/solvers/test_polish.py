@@ -9,7 +9,8 @@ from torch import Tensor
 from detune.solvers import Auto, Intersect, Stack
 from detune.solvers.fit import project_left, project_right
 from detune.solvers.identifiability import cramer_rao_mse
-from detune.solvers.polish import Core, Tangent, gauss_newton_step
+from detune.solvers.normal_operator import Core
+from detune.solvers.polish import Tangent, gauss_newton_step
 from tests.cases import Problem, Regime, make_problem, normal, orthogonal, rms, seeded
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from detune.solvers import LowRank, Recovery
-from detune.solvers.polish import Core
+from detune.solvers.normal_operator import Core
 from detune.solvers.rounding import StoredError, rounded_mse
 from tests.cases import Regime, make_problem, normal, rms, seeded
 from tests.solvers.test_polish import spaces

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detune.solvers.polish import Core
+from detune.solvers.normal_operator import Core
 from detune.solvers.unseen import unseen_directions
 from tests.cases import Regime, make_problem, normal, seeded
 from tests.solvers.test_polish import dense_operator, projectors, spaces

@@ -16,8 +16,8 @@ from detune.solvers.base import Recovery
 from detune.solvers.grid import name_of
 from detune.solvers.identifiability import ErrorTraces, error_traces
 from detune.solvers.misfit import Misfit
+from detune.solvers.normal_operator import Core
 from detune.solvers.nullspace import undetermined
-from detune.solvers.polish import Core
 from detune.solvers.principal import lacks_principal_part
 from detune.solvers.rounding import StoredError, rounded_mse
 from detune.solvers.space import Space
@@ -311,12 +311,13 @@ class _Evidence:
         nothing is known; one could be as strong as the strongest of the others.
         """
         strongest = max((float(space.S[0]) for space in self.spaces if len(space.S)), default=0.0)
+        weakest = [float(space.S[-1]) if len(space.S) else strongest for space in self.spaces]
+        least = [each / GAP if len(space.S) else 0.0 for each, space in zip(weakest, self.spaces, strict=True)]
         by_side = [0.0, 0.0]
-        for unseen in unseen_directions(self.core, self._noticed):
-            S = self.spaces[unseen.model].S
-            weakest = float(S[-1]) if len(S) else strongest
-            possible = unseen.strengths[unseen.strengths * GAP > weakest] if len(S) else unseen.strengths[:1]
-            reach = possible.clamp(max=weakest) * unseen.moves[: len(possible)]
+        for unseen in unseen_directions(self.core, self._noticed, least):
+            i, strengths = unseen.model, unseen.strengths
+            possible = strengths[strengths > least[i]] if least[i] else strengths[:1]
+            reach = possible.clamp(max=weakest[i]) * unseen.moves[: len(possible)]
             by_side[unseen.columns] += float(reach.square().sum()) / self.entries
         return max(by_side)
 

@@ -41,7 +41,7 @@ class Difference:
 
     Attributes:
         pair: `(i, j)`.
-        basis: Orthonormal row space, `(in, rank)`, float64.
+        basis: Orthonormal row space, `(in, rank)`, in the dtype of the computation.
         singular_values: Of the folded difference, descending, `(rank,)`, float64.
         noise_norm: Singular values below this are storage noise.
         full_rank: There is no low-rank structure.
@@ -194,7 +194,7 @@ class _RangeFinder:
         return self._matrices.shape[1]
 
     def row_space(self, i: int, j: int, noise_norm: float, expected: int) -> tuple[Tensor, Tensor]:
-        """Row space and singular values of `W_i - W_j` over the noise, both float64, the rank expected or not."""
+        """Row space and singular values of `W_i - W_j` over the noise, the rank expected or not."""
         A = _between(self._matrices, i, j)
         limit = min(A.shape)
         while True:

@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank, Residuals
-from detune.solvers.linalg import product
+from detune.solvers.linalg import inverse_of_normal, product
 from detune.solvers.stack import Block, Stack
-
-# Normal equations with a smaller pivot are solved by a pseudo-inverse.
-LEAST_PIVOT = 1e-4
 
 
 def project_right(stack: Stack, V: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -55,13 +52,7 @@ def normal_inverse(V: Sequence[Tensor]) -> Tensor:
     """
     joint = torch.cat(list(V), dim=1).double()
     normal = torch.eye(joint.shape[1], dtype=joint.dtype, device=joint.device) - joint.mT @ joint / len(V)
-    L, failed = torch.linalg.cholesky_ex(normal)
-    diagonal = L.diagonal()
-    if not failed and bool(diagonal.gt(LEAST_PIVOT).all()):
-        return torch.cholesky_inverse(L)
-    # Where spaces coincide the least-norm answer is the one to give.
-    inverse: Tensor = torch.linalg.pinv(normal, hermitian=True, rtol=1e-12)
-    return inverse
+    return inverse_of_normal(normal)
 
 
 def solve_given_rows(projected: Sequence[Tensor], V: Sequence[Tensor]) -> tuple[Tensor, ...]:

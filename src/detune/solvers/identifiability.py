@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detune.solvers.normal_operator import Core
 from detune.solvers.nullspace import ZERO, dense_core
-from detune.solvers.polish import Core
 from detune.solvers.random import seeded
 
 # A core of this many unknowns is decomposed; a larger one is probed.

@@ -11,6 +11,8 @@ from torch import Tensor
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 # Below so many multiplications calling it costs more than it saves.
 _LARGE = 1 << 21
+# Normal equations with a smaller pivot are solved by a pseudo-inverse.
+_LEAST_PIVOT = 1e-4
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def _cholesky_qr(tall: Tensor) -> QR | None:
 
 
 def thin_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`U, S, V` in float64 of a tall matrix, exact to the precision of its own dtype."""
+    """`U, S, V` of a tall matrix, exact to the precision of its dtype, which U has; S and V are float64."""
     if tall.dtype == torch.float64:
         Q, R = torch.linalg.qr(tall)
         U, S, Vh = torch.linalg.svd(R)
@@ -79,10 +81,9 @@ def thin_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # The Gram matrix halves the digits: half of float64's are as many as float32 has.
     exact = tall.double()
     V = torch.linalg.eigh(exact.mT @ exact)[1].flip(1)
-    # Row by row, as what comes after multiplies it fastest.
-    U = product(tall, V.to(tall.dtype)).double().contiguous()
-    S = torch.linalg.vector_norm(U, dim=0)
-    return U / S.clamp(min=torch.finfo(S.dtype).tiny), S, V
+    U = product(tall, V.to(tall.dtype))
+    S = torch.linalg.vector_norm(U, dim=0, dtype=torch.float64)
+    return U.div_(S.clamp(min=torch.finfo(U.dtype).tiny)), S, V
 
 
 def joint_basis(bases: Sequence[Tensor]) -> QR:
@@ -103,3 +104,16 @@ def joint_basis(bases: Sequence[Tensor]) -> QR:
         Q = orthonormal(exact @ (vectors[:, keep] / values[keep].sqrt()))
         found = QR(Q, Q.mT @ exact)
     return QR(found.Q.to(joint.dtype), found.R.to(joint.dtype))
+
+
+def inverse_of_normal(normal: Tensor) -> Tensor:
+    """The inverse of normal equations, or their pseudo-inverse where they are singular: the least-norm answer.
+
+    Args:
+        normal: Symmetric, no eigenvalue negative, of the order of 1 unless next to 0, float64.
+    """
+    L, failed = torch.linalg.cholesky_ex(normal)
+    if not failed and bool(L.diagonal().gt(_LEAST_PIVOT).all()):
+        return torch.cholesky_inverse(L)
+    inverse: Tensor = torch.linalg.pinv(normal, hermitian=True, rtol=1e-12)
+    return inverse

@@ -9,7 +9,7 @@ from torch import Tensor
 from detune.solvers.base import Recovery, Residuals
 from detune.solvers.device import upload
 from detune.solvers.linalg import product
-from detune.solvers.polish import Core
+from detune.solvers.normal_operator import Core
 from detune.solvers.space import Space
 from detune.solvers.stack import Stack, storage_variance
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detune.solvers.polish import Core
+from detune.solvers.normal_operator import Core
 from detune.solvers.random import seeded
 
 # Eigenvalues of sums of projectors below this are zeros of the arithmetic.
@@ -42,9 +42,13 @@ def undetermined(core: Core, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor],
     p_U, p_V = C_U.shape[1], C_V.shape[1]
     hidden = p_U * k + p_V * d - p_U * p_V
     a, b = _without(core.a, C_U), _without(core.b, C_V)
-    for inner, outer in ((b, a), (a, b)):
+    independent = [_independent(c) for c in (a, b)]
+    if all(independent) and len(a) > 2:
+        # Then no two have a direction in common.
+        return hidden
+    for inner, outer, known in ((b, a, independent[1]), (a, b, independent[0])):
         ranks = [c_i.shape[1] for c_i in inner]
-        if _independent(inner):
+        if known:
             others = [[c_i for i, c_i in enumerate(outer) if i != j] for j in range(len(outer))]
             return hidden + sum(r * _common(rest).shape[1] for r, rest in zip(ranks, others, strict=True) if rest)
     return hidden + _of_core(Core.of(a, b) if hidden else core, seed)
@@ -53,11 +57,17 @@ def undetermined(core: Core, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor],
 def _common(coordinates: Sequence[Tensor], blur: Sequence[Tensor] | None = None) -> Tensor:
     """Orthonormal basis of the directions that lie in all spaces."""
     joint = torch.cat(list(coordinates), dim=1)
-    values, vectors = torch.linalg.eigh(joint @ joint.mT)
+    if not joint.numel():
+        return joint[:, :0]
+    gram = joint @ joint.mT
+    blurs = torch.zeros_like(joint[0]) if blur is None else torch.cat(list(blur)).to(joint)
+    most = float(torch.linalg.eigvalsh(gram)[-1])
+    if len(coordinates) - most > max(BLURRED * float(blurs.max()) * most, ZERO):
+        # Not even the closest comes near, were it as noisy as the noisiest.
+        return joint[:, :0]
+    values, vectors = torch.linalg.eigh(gram)
     apart = len(coordinates) - values
-    noise = torch.zeros_like(apart)
-    if blur is not None:
-        noise = (vectors.mT @ joint).square() @ torch.cat(list(blur)).to(joint)
+    noise = (vectors.mT @ joint).square() @ blurs
     common: Tensor = vectors[:, apart.le((BLURRED * noise).clamp(min=ZERO))]
     return common
 
@@ -77,7 +87,7 @@ def _independent(coordinates: Sequence[Tensor]) -> bool:
     joint = torch.cat(list(coordinates), dim=1)
     if joint.shape[1] > joint.shape[0]:
         return False
-    return not joint.shape[1] or float(torch.linalg.svdvals(joint)[-1]) ** 2 > ZERO
+    return not joint.shape[1] or float(torch.linalg.eigvalsh(joint.mT @ joint)[0]) > ZERO
 
 
 def _of_core(core: Core, seed: int) -> int:

@@ -5,11 +5,8 @@ Near rank-limited `M_i = U_i C_i V_i^T` the problem is linear: `M_i` may move in
 
     sum_i P_i (W - W_i) R_i = 0,     P_i = I - U_i U_i^T,  R_i = I - V_i V_i^T.
 
-With `Delta = W - mean_i W_i`, Q a basis of all U_i and P of all V_i, the operator `A: Delta -> sum_i P_i Delta R_i`
-falls apart: `n Delta` outside both spans, an s x s matrix `G_U = sum_i Q^T P_i Q` on `(Q, outside)`, `G_V` on
-`(outside, P)`, and a core of s x s unknowns on `(Q, P)`, solved by conjugate gradients with `X -> n G_U^-1 X G_V^-1`
-as preconditioner. A step takes two passes over the matrices; convergence is quadratic, where alternating
-minimisation crawls.
+in parts, as `detune.solvers.normal_operator` takes the operator apart. A step takes two passes over the matrices;
+convergence is quadratic, where alternating minimisation crawls.
 
 Reference for the step: Golub & Pereyra 1973, variable projection; for the tangent space, Vandereycken 2013
 (arXiv 1209.3834), Section 2.
@@ -24,11 +21,9 @@ from torch import Tensor
 
 from detune.solvers.base import LowRank
 from detune.solvers.fit import project_left, project_right, solve_given_rows
-from detune.solvers.linalg import joint_basis, orthonormal
+from detune.solvers.linalg import orthonormal
+from detune.solvers.normal_operator import Core
 from detune.solvers.stack import Stack
-
-# Conjugate gradients on singular equations are stopped at so many times the least residual.
-DIVERGED = 1e3
 
 
 class Polished(NamedTuple):
@@ -186,91 +181,3 @@ def gauss_newton_step(
     X = torch.split(E_all - a_all.mT @ (left + middle @ P.mT), ranks)
     Y = torch.split(F_all - (Q @ middle + right) @ b_all, ranks, dim=1)
     return tuple(map(Tangent.of, X, Y, U, V))
-
-
-@dataclass(frozen=True)
-class Core:
-    """The operator `A: Delta -> sum_i P_i Delta R_i` on the joint spans, all in one compute dtype.
-
-    Attributes:
-        Q: Orthonormal basis of all column spaces, `(out, s_U)`.
-        P: Orthonormal basis of all row spaces, `(in, s_V)`.
-        a: `Q^T U_i`.
-        b: `P^T V_i`.
-        inverse_G_U: Pseudo-inverse of `sum_i (I - a_i a_i^T)`.
-        inverse_G_V: Pseudo-inverse of `sum_i (I - b_i b_i^T)`.
-    """
-
-    Q: Tensor
-    P: Tensor
-    a: tuple[Tensor, ...]
-    b: tuple[Tensor, ...]
-    inverse_G_U: Tensor
-    inverse_G_V: Tensor
-
-    @classmethod
-    def of(cls, U: Sequence[Tensor], V: Sequence[Tensor]) -> "Core":
-        """The operator for given spaces: `U_i` `(out, r_i)` and `V_i` `(in, r_i)`, orthonormal."""
-        (Q, all_a), (P, all_b) = joint_basis(U), joint_basis(V)
-        a = torch.split(all_a, [U_i.shape[1] for U_i in U], dim=1)
-        b = torch.split(all_b, [V_i.shape[1] for V_i in V], dim=1)
-        return cls(Q, P, a, b, _inverse_gram(a), _inverse_gram(b))
-
-    def apply(self, X: Tensor) -> Tensor:
-        """`sum_i (I - a_i a_i^T) X (I - b_i b_i^T)` on the core, `(s_U, s_V)`."""
-        total = len(self.a) * X
-        for a_i, b_i in zip(self.a, self.b, strict=True):
-            inside = a_i @ (a_i.mT @ X)
-            total -= inside
-            total -= ((X - inside) @ b_i) @ b_i.mT
-        return total
-
-    def project(self, model: int, X: Tensor) -> Tensor:
-        """`P_i X R_i` on the core, `(..., s_U, s_V)`."""
-        a_i, b_i = self.a[model], self.b[model]
-        X = X - a_i @ (a_i.mT @ X)
-        return X - (X @ b_i) @ b_i.mT
-
-    def solve(self, rhs: Tensor, precision: float = 0.0, max_steps: int = 500) -> Tensor:
-        """`A^-1 rhs` on the core by preconditioned conjugate gradients.
-
-        Args:
-            rhs: `(s_U, s_V)`.
-            precision: Frobenius norm of the residual to stop at; the dtype's own precision if that is larger.
-            max_steps: Most steps.
-
-        Returns:
-            The iterate with the smallest residual: a part of the right-hand side in A's null space is left over.
-        """
-        n = len(self.a)
-        X = torch.zeros_like(rhs)
-        residual = rhs.clone()
-        z = n * self.inverse_G_U @ residual @ self.inverse_G_V
-        direction = z
-        rho = (residual * z).sum()
-        target = max(precision, 0.1 * torch.finfo(rhs.dtype).eps * float(rhs.norm()))
-        best, least = X.clone(), float(rhs.norm())
-        for _ in range(max_steps):
-            norm = float(residual.norm())
-            if norm < least:
-                best, least = X.clone(), norm
-            # With a null space, rounding makes the iteration diverge in the end.
-            if norm <= target or not norm <= DIVERGED * least:
-                break
-            image = self.apply(direction)
-            alpha = rho / (direction * image).sum()
-            X += alpha * direction
-            residual -= alpha * image
-            z = n * self.inverse_G_U @ residual @ self.inverse_G_V
-            previous, rho = rho, (residual * z).sum()
-            direction = z + (rho / previous) * direction
-        return X if float(residual.norm()) < least else best
-
-
-def _inverse_gram(coordinates: Sequence[Tensor]) -> Tensor:
-    """`(sum_i (I - c_i c_i^T))^+`."""
-    joint = torch.cat(list(coordinates), dim=1)
-    exact = joint.double()
-    gram = len(coordinates) * torch.eye(joint.shape[0], dtype=exact.dtype, device=exact.device) - exact @ exact.mT
-    inverse: Tensor = torch.linalg.pinv(gram, hermitian=True, rtol=1e-12)
-    return inverse.to(joint.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from detune.solvers.base import Recovery
 from detune.solvers.grid import interval, spacing
 from detune.solvers.linalg import product
-from detune.solvers.polish import Core
+from detune.solvers.normal_operator import Core
 from detune.solvers.random import seeded
 
 # Enough entries to know the average of what rounding does.

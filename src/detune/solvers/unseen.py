@@ -11,12 +11,13 @@ if `s rho` is above the largest singular value of noise. LoRAs of one seed have 
 coincide.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from detune.solvers.polish import Core
+from detune.solvers.normal_operator import Core
 
 # Of the other directions at least half shows.
 HALF = 0.5
@@ -40,16 +41,22 @@ class Unseen:
     moves: Tensor
 
 
-def unseen_directions(core: Core, noise_norm: float) -> tuple[Unseen, ...]:
+def unseen_directions(core: Core, noise_norm: float, least: Sequence[float] | None = None) -> tuple[Unseen, ...]:
     """What could have escaped, model by model, first on the rows' side and then on the columns'.
 
     Args:
         core: The operator at the recovered spaces, float64.
         noise_norm: Singular value from which a direction is told from noise.
+        least: For each model, the singular value below which nothing is asked: models and sides where nothing can be
+            stronger are left out, which is quick to see. None asks for all.
     """
     found = []
     for columns, inverse, coordinates in ((False, core.inverse_G_V, core.b), (True, core.inverse_G_U, core.a)):
+        # No eigenvalue of a part exceeds the whole's.
+        most_shared = float(torch.linalg.eigvalsh(inverse)[-1]) if len(inverse) else 0.0
         for i, c_i in enumerate(coordinates):
+            if least is not None and (1 - most_shared) * least[i] ** 2 >= noise_norm**2:
+                continue
             free = torch.eye(len(inverse), dtype=inverse.dtype, device=inverse.device) - c_i @ c_i.mT
             shared, vectors = torch.linalg.eigh(free @ inverse @ free)
             hard = shared > HALF
