@@ -106,11 +106,19 @@ def error_traces(core: Core, seed: int = 0) -> ErrorTraces:
         weight = weight + times * torch.stack([squared.trace() - (c_i * (squared @ c_i)).sum() for c_i in coordinates])
         image = image + times * torch.stack([inverse.trace() - (c_i * (inverse @ c_i)).sum() for c_i in coordinates])
         squares += times * float(squared.trace())
-    dense = s_U * s_V <= DENSE
-    inner = _dense_traces(core) if dense else _probed_traces(core, float(weight.sum()), seed)
+    inner = _core_traces(core, float(weight.sum()), seed)
     weight, image, squares = weight + inner.weight, image + inner.image, squares + inner.squares
     free = (d - ranks) * (k - ranks) - image
     return ErrorTraces(weight, free.clamp(min=0), float(weight.sum()) ** 2 / squares, inner.solved)
+
+
+def _core_traces(core: Core, outside: float, seed: int) -> _CoreTraces:
+    """The core's part, as exactly as it has to be, given the part of the error outside."""
+    if core.Q.shape[1] * core.P.shape[1] <= DENSE:
+        return _dense_traces(core)
+    # Probes need no more digits, but near-singular equations do.
+    found = _probed_traces(core.single, outside, seed)
+    return found if found.solved else _probed_traces(core, outside, seed)
 
 
 def _dense_traces(core: Core) -> _CoreTraces:
@@ -138,7 +146,7 @@ def _probed_traces(core: Core, outside: float, seed: int) -> _CoreTraces:
     left = 0.0
     generator = seeded(seed, core.Q.device)
     while len(weights) < PROBES and not _settled(weights, outside):
-        probe = torch.randint(0, 2, shape, generator=generator, device=core.Q.device).to(core.Q.dtype) * 2 - 1
+        probe = torch.randint(0, 2, shape, generator=generator, device=core.Q.device).to(core.inverse_G_U) * 2 - 1
         solved = core.solve(probe, PRECISION * probe.numel() ** 0.5)
         left = max(left, float((probe - core.apply(solved)).square().mean()))
         squares.append(float(solved.square().sum()))
@@ -146,7 +154,8 @@ def _probed_traces(core: Core, outside: float, seed: int) -> _CoreTraces:
         weights.append(torch.stack([moved_i.square().sum() for moved_i in moved]))
         images.append(torch.stack([(moved_i * probe).sum() for moved_i in moved]))
     solved_well = left <= (10 * PRECISION) ** 2
-    return _CoreTraces(torch.stack(weights).mean(0), torch.stack(images).mean(0), fmean(squares), solved_well)
+    weight, image = (torch.stack(each).double().mean(0) for each in (weights, images))
+    return _CoreTraces(weight, image, fmean(squares), solved_well)
 
 
 def _settled(weights: Sequence[Tensor], outside: float) -> bool:
