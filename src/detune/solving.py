@@ -13,6 +13,9 @@ from detune.solvers.certificate import certify
 from detune.solvers.relations import SMALLEST, split
 from detune.walk import Answer, matricise
 
+# What adapters leave of models that they explain, in units of the storage noise.
+EXPLAINED = 1.5
+
 
 def solve_tensor(
     tensors: tuple[Tensor, ...],
@@ -42,12 +45,18 @@ def solve_tensor(
     if min(stack.shape) == 1:
         return _solve_vector(stack, solver, stored)
     answer, weight = _solve_matrix(stack, solver, rank, stored, check)
-    doubtful = answer.status not in (Status.EXACT, Status.FLOOR)
-    if doubtful and stack.n > solver.min_models and min(stack.shape) >= SMALLEST:
+    if _unexplained(answer) and stack.n > solver.min_models and min(stack.shape) >= SMALLEST:
         groups = split(stack.matrices)
         if len(groups) > 1 and len(groups[0]) >= solver.min_models and len(groups[0]) > len(groups[1]):
             return _solve_group(stack, groups[0], solver, rank, stored, check)
     return answer, weight
+
+
+def _unexplained(answer: Answer) -> bool:
+    """Whether some models may not belong here: where adapters explain all of them to the noise, all do."""
+    if answer.status is Status.APPROXIMATE and answer.noise_ratio is not None:
+        return answer.noise_ratio > EXPLAINED
+    return answer.status not in (Status.EXACT, Status.FLOOR)
 
 
 def _solve_group(

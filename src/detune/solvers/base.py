@@ -180,8 +180,8 @@ class Solver(Protocol):
 
     Attributes:
         min_models: The fewest models that it makes sense with.
-        working_copies: What it holds beside the stack at most, in float32 copies of a large matrix: so many matrices
-            are solved at the same time as memory allows.
+        working_copies: What it holds beside the stack of three models at most, in float32 copies of a large matrix: so
+            many matrices are solved at the same time as memory allows.
     """
 
     min_models: ClassVar[int]

@@ -16,6 +16,8 @@ from detune.solvers.stack import Stack, storage_variance
 # An average leaves residuals that sum to zero but for its rounding: a sum of less than this share of their energy is
 # not looked at closer.
 NEGLIGIBLE = 1e-6
+# Conjugate gradients for the step stop at this share of the right-hand side.
+PRECISION = 1e-5
 # A delta whose singular values span more than this is looked at in directions of its own.
 LEAST_SCALE = 1e-3
 
@@ -52,7 +54,7 @@ class Misfit:
             sums = _Sums.measured(stack, recovery, core, spaces)
         left, right, n = sums.left, sums.right, stack.n
         middle = left.inner + right.inner.mT - sums.common
-        step = core.solve(middle, 1e-6 * float(middle.norm()))
+        step = core.solve(middle, PRECISION * float(middle.norm()))
         gained = left.weighed(core.inverse_G_U) + right.weighed(core.inverse_G_V) + float((middle * step).sum())
         distance = sum(
             side.weighed(inverse @ inverse) for side, inverse in ((left, core.inverse_G_U), (right, core.inverse_G_V))

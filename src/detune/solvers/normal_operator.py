@@ -22,7 +22,7 @@ DIVERGED = 1e3
 # Of so many unknowns a float64 system is solved in float32 first,
 LARGE_CORE = 128**2
 # to this share of its right-hand side,
-IN_SINGLE = 1e-5
+IN_SINGLE = 3e-6
 # and again, as long as no more than this share is left.
 REFINED = 0.1
 
