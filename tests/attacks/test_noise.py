@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detune.attacks.denoise import denoised, with_measured_noise
+from detune.attacks.denoise import denoised, is_white, with_measured_noise
 from detune.attacks.snap import snapped
 from detune.attacks.whiten import whitened
 from detune.metrics import bit_identical, w_error
@@ -45,6 +45,25 @@ def test_the_size_of_the_noise_is_measured(seed, noise):
     (measured, *others) = with_measured_noise(Stack.of(models)).told_noise
     assert measured == pytest.approx(noise, rel=0.15)
     assert others == [measured] * (N - 1)
+
+
+@pytest.mark.parametrize("shape", [(96, 80), (80, 320), (320, 96)])
+class TestSpectrum:
+    def test_of_noise_under_adapters(self, shape):
+        generator = seeded(7)
+        adapters = normal(generator, shape[0], 8) @ normal(generator, 8, shape[1])
+        assert is_white(normal(generator, *shape) + adapters)
+
+    def test_of_weights_in_other_units(self, shape):
+        """Weights of a trained model have a spectrum that falls."""
+        generator = seeded(8)
+        U, _, V = torch.linalg.svd(normal(generator, *shape), full_matrices=False)
+        W = U * torch.linspace(0, -4, len(V), dtype=torch.float64).exp() @ V
+        scales = 1 + 0.05 * normal(generator, shape[0], 1)
+        assert not is_white(scales * W - W)
+
+    def test_of_what_does_not_differ(self, shape):
+        assert not is_white(torch.zeros(shape))
 
 
 def test_storage_noise_is_not_told():

@@ -6,7 +6,9 @@ import torch
 from transformers import BertConfig, BertModel
 
 from detune.attacks.align import align
-from detune.audit import AuditReport, audit
+from detune.audit import AuditReport, audit, members
+from detune.audit.findings import verdict_of
+from detune.audit.record import Behaviour
 from detune.audit.trial import AboveMeasuredNoise
 from detune.defences import Noise, Permutation, defend
 from detune.solvers import Auto, Stack
@@ -98,6 +100,27 @@ def test_noise_is_measured_and_the_adapters_split_off_above_it(fine, tmp_path):
     tuned = [entry for entry in report.tensors if entry.name.endswith(("query.weight", "value.weight"))]
     mean = fmean(entry.outcomes[1].w_error for entry in tuned)
     assert fmean(entry.outcomes[2].w_error for entry in tuned) < mean - 0.5
+
+
+def test_noise_is_not_searched_for_other_frames(fine, tmp_path, monkeypatch):
+    """That takes minutes, and the spectrum of what the releases differ by says that it would find nothing."""
+    monkeypatch.setattr(members, "find_actions", lambda *_: pytest.fail("matched"))
+    for i, model in enumerate(fine.models):
+        defend(Noise(0.01), model, tmp_path / str(i), seed=i, verify=False)
+    report = audit([tmp_path / str(i) for i in range(len(fine.models))], fine.base, weights_only=True)
+    assert alignment(report) == (True, "nothing is out of place in 3 of 3 releases")
+
+
+@pytest.mark.parametrize(
+    ("recovered", "level", "words"),
+    [(1e-4, "warning", "away what the base does, and not its"), (3e-3, "note", "do not give the base away")],
+)
+def test_noise_that_hides_the_weights_and_not_what_they_do(fine, recovered, level, words):
+    report = audit(fine.models[:2], fine.base, weights_only=True)
+    outputs = Behaviour(metric="cosine", meaning="mean distance", inputs=16, release=0.02, recovered=recovered)
+    verdict = verdict_of(report.tensors, report.curve, report.unchanged, outputs, has_base=True)
+    assert (verdict.level, verdict.given_away) == (level, 0)
+    assert words in verdict.headline
 
 
 def test_strangers_are_no_noise(tmp_path):

@@ -24,8 +24,11 @@ from detune.solvers.relevance import Split, split_off
 
 # Differences whose noise is measured; one would do, were all noise alike.
 PAIRS = 3
+# The upper quartile of noise lies within this share of where it should, beside the median. What quantisation leaves,
+# some rows of which are louder, is off by 7 %; weights in other units are by 60 %.
+UNEVEN = 0.15
 
-__all__ = ["Denoise", "best_split", "denoised", "with_measured_noise"]
+__all__ = ["Denoise", "best_split", "denoised", "is_white", "noise_size", "with_measured_noise"]
 
 
 @dataclass(frozen=True)
@@ -87,21 +90,43 @@ def with_measured_noise(stack: Stack) -> Stack:
     Args:
         stack: At least two models, whose noise is of one size.
     """
-    sizes = []
-    for i, j in ring(stack.n)[:PAIRS]:
-        difference = stack.matrices[i].double() - stack.matrices[j].double()
-        values = torch.linalg.svdvals(difference)
-        sizes.append(float(values.median()) / (_median_singular_value(*sorted(stack.shape)) * 2**0.5))
-    noise = median(sizes)
+    noise = median(
+        noise_size(stack.matrices[i].double() - stack.matrices[j].double()) for i, j in ring(stack.n)[:PAIRS]
+    )
     # A few percent more than storage's are the error of the measurement, or adapters of high rank.
     if noise <= 2 * float(stack.noise.max()):
         return stack
     return replace(stack, told_noise=(noise,) * stack.n)
 
 
+def noise_size(difference: Tensor) -> float:
+    """Root mean square of the noise in each of two models, by the median singular value of their difference.
+
+    Args:
+        difference: `(out, in)`, adapters of low rank and all.
+    """
+    values = torch.linalg.svdvals(difference)
+    return float(values.median()) / (_singular_value(0.5, *sorted(difference.shape)) * 2**0.5)
+
+
+def is_white(difference: Tensor) -> bool:
+    """Whether the bulk of a difference is noise of independent entries, by the shape of its spectrum.
+
+    Adapters stand over the bulk. What turned or scaled weights leave has their own spectrum, which falls far more
+    steeply, but for weights that are as random as noise.
+
+    Args:
+        difference: Of two models, `(out, in)`.
+    """
+    values = torch.linalg.svdvals(difference)
+    middle, upper = (float(values.quantile(share)) for share in (0.5, 0.75))
+    expected = _singular_value(0.75, *sorted(difference.shape)) / _singular_value(0.5, *sorted(difference.shape))
+    return middle > 0 and abs(upper / middle / expected - 1) < UNEVEN
+
+
 @cache
-def _median_singular_value(short: int, long: int) -> float:
-    """The median singular value of a matrix of independent entries of variance one, by the law of Marchenko & Pastur.
+def _singular_value(share: float, short: int, long: int) -> float:
+    """The singular value below which so many are, of independent entries of variance one (Marchenko & Pastur).
 
     The density of the squares over `long`, with `b = short / long`, is `sqrt((x_+ - x)(x - x_-)) / (2 pi b x)` between
     `x_± = (1 ± sqrt b)^2`.
@@ -113,4 +138,4 @@ def _median_singular_value(short: int, long: int) -> float:
     x = (low + high) / 2 - (high - low) / 2 * angle.cos()
     density = angle.sin().square() / x.clamp(min=1e-12)
     mass = density.cumsum(dim=0)
-    return float((x[int(torch.searchsorted(mass, mass[-1] / 2))] * long).sqrt())
+    return float((x[int(torch.searchsorted(mass, share * mass[-1]))] * long).sqrt())

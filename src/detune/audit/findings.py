@@ -165,8 +165,15 @@ def _of_behaviour(behaviour: Behaviour) -> Result:
         f"{behaviour.metric}: the recovered model is {behaviour.recovered:.2g} from the base, "
         f"the first release {behaviour.release:.2g}"
     )
-    same = behaviour.recovered <= behaviour.release / CLOSER
-    return Result(rule_id="behaviour", level="error" if same else "note", message=message, properties=figures)
+    level: Level = "error" if _does_the_same(behaviour) else "note"
+    return Result(rule_id="behaviour", level=level, message=message, properties=figures)
+
+
+def _does_the_same(behaviour: Behaviour) -> bool:
+    """Whether the recovered model does what the base does, beside a release."""
+    if behaviour.recovered is None or behaviour.release is None:
+        return False
+    return behaviour.recovered <= behaviour.release / CLOSER
 
 
 def verdict_of(
@@ -180,8 +187,12 @@ def verdict_of(
     matrices, final, release = _matrices(tensors), curve[-1].given_away, one_too_many(curve)
     n = len(curve)
     these = f"These {n} releases" if n > 1 else "This release"
-    if not final:
-        level: Level = "note"
+    if not final and behaviour.release and _does_the_same(behaviour):
+        # Noise all over the weights, and next to nothing in what they do.
+        level: Level = "warning"
+        headline = f"{these} give{'s' * (n == 1)} away what the base does, and not its weights."
+    elif not final:
+        level = "note"
         verb = "do" if n > 1 else "does"
         headline = f"{these} {verb} not give the base away."
     elif final < matrices:
@@ -258,9 +269,9 @@ def _same_outputs(behaviour: Behaviour) -> list[str]:
     if behaviour.recovered is None or behaviour.release is None:
         return []
     distance = "nothing" if behaviour.recovered == 0 else f"{behaviour.recovered:.1e}"
-    same = behaviour.recovered <= behaviour.release / CLOSER
+    does = "does" if _does_the_same(behaviour) else "does not do"
     return [
-        f"The recovered model {'does' if same else 'does not do'} what the base does: it differs by {distance}, "
+        f"The recovered model {does} what the base does: it differs by {distance}, "
         f"a release by {behaviour.release:.1e} ({behaviour.meaning})."
     ]
 

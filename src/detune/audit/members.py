@@ -1,24 +1,32 @@
 """Which releases the recovery goes by: those that share a source, brought into one frame first where that helps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
+from detune.attacks.denoise import is_white, noise_size
 from detune.attacks.frames import find_actions
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
 from detune.clusters import Clusters, best_reference, find_clusters, why_foreign, why_left_out
 from detune.errors import InputError
 from detune.extraction import fits
 from detune.family import misfit
-from detune.solvers.resemblance import Cause
+from detune.solvers.resemblance import Cause, resemble
 from detune.symmetries import Action, Actions, act, read_layers
 from detune.training import needs_extra
+from detune.walk import matricise
 
 # Fewer releases than this leave a difference that splits in infinitely many ways: only a grid can decide.
 ENOUGH = 3
 # Matrices of a release that are looked at to see whether it is close to the first.
 LOOKED_AT = 4
+# Of a large matrix these rows and columns show what a difference is.
+CORNER = 1024
+# Noise beyond this share of the weights leaves no use in a model.
+LOUDEST = 0.3
 
 __all__ = ["ENOUGH", "Members", "base_in_frame", "find_members"]
 
@@ -59,8 +67,8 @@ class Members:
 def find_members(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) -> Members:
     """The largest set of releases that fit together and share a source; of equal ones the first.
 
-    Where some differ at full rank, neurons and heads are matched again, and noise is measured, as whoever knows such a
-    defence would do.
+    Where some differ at full rank, neurons and heads are matched again, or noise is measured, as whoever knows such a
+    defence would do. Noise is told by its spectrum: matching takes minutes, and finds nothing in it.
 
     Args:
         models: All that were given.
@@ -71,8 +79,12 @@ def find_members(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) 
         InputError: No two of them have the same tensors.
         DetuneError: The extra `audit` is not installed.
     """
-    found = _in_one_frame(models, _grouped(tuple(models)), folder, opened)
-    return _through_noise(found) if len(found.places) < ENOUGH else found
+    grouped = _grouped(tuple(models))
+    noisy = _through_noise(grouped, _is_noise)
+    if noisy.noisy:
+        return noisy
+    found = _in_one_frame(models, grouped, folder, opened)
+    return _through_noise(found, _is_close)
 
 
 def _in_one_frame(models: Sequence[Checkpoint], found: Members, folder: Path, opened: ExitStack) -> Members:
@@ -88,20 +100,47 @@ def _in_one_frame(models: Sequence[Checkpoint], found: Members, folder: Path, op
     return replace(again, moved=moved, turned=turned) if better else found
 
 
-def _through_noise(found: Members) -> Members:
-    """All releases that fit, where too few differ by low ranks alone but all are close to the first."""
-    if found.clusters is None:
+def _through_noise(found: Members, explains: Callable[[Tensor, Tensor], bool]) -> Members:
+    """All releases that fit, where too few differ by low ranks alone but all are the first and something small.
+
+    Args:
+        found: What was found without.
+        explains: Whether that is so of a matrix of a release, given the first one's.
+    """
+    if found.clusters is None or len(found.places) >= ENOUGH:
         return found
     fitting = sorted(i for cluster in found.clusters.clusters for i in cluster)
     if len(fitting) < ENOUGH:
         return found
     first, *others = fitting
-    for i in others:
-        foreign = found.clusters.foreign(i, (first,))
-        if any(why_foreign(found.models, i, first, name).cause is not Cause.FULL for name in foreign[:LOOKED_AT]):
-            return found
+    if not all(_all_explained(found.models, found.clusters, i, first, explains) for i in others):
+        return found
     reasons = tuple((i, why) for i, why in found.reasons if i not in fitting)
     return replace(found, places=tuple(fitting), reasons=reasons, noisy=True)
+
+
+def _all_explained(
+    models: Sequence[Checkpoint],
+    found: Clusters,
+    model: int,
+    first: int,
+    explains: Callable[[Tensor, Tensor], bool],
+) -> bool:
+    """Whether that is so of each of some matrices that two models differ in at full rank."""
+    return all(
+        explains(*(matricise(models[i].read_whole(name)) for i in (model, first)))
+        for name in found.foreign(model, (first,))[:LOOKED_AT]
+    )
+
+
+def _is_close(matrix: Tensor, first: Tensor) -> bool:
+    return resemble(matrix, first).cause is Cause.FULL
+
+
+def _is_noise(matrix: Tensor, first: Tensor) -> bool:
+    difference = matrix[:CORNER, :CORNER].double() - first[:CORNER, :CORNER].double()
+    size = float(first.double().square().mean().sqrt())
+    return noise_size(difference) < LOUDEST * size and is_white(difference)
 
 
 def base_in_frame(base: Checkpoint, first: Checkpoint, folder: Path, opened: ExitStack) -> Checkpoint:
@@ -120,7 +159,7 @@ def base_in_frame(base: Checkpoint, first: Checkpoint, folder: Path, opened: Exi
     """
     _require_fit(base, first)
     found = find_clusters((base, first), tuple(first.tensors))
-    if not _disagreement(found):
+    if not _disagreement(found) or _all_explained((base, first), found, 1, 0, _is_noise):
         return base
     (_, copy), _ = _copies((first, base), folder / "base", opened)
     if copy is not base:
