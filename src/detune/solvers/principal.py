@@ -7,6 +7,7 @@ these are known, `P = U X V^T` with r² unknown numbers X, and the mean of `U^T 
 them. OLoRA (Büyükakyüz 2024, arXiv 2406.01775) takes P from a QR decomposition: only its columns are in a null space.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -44,7 +45,7 @@ def lacks_principal_part(recovery: Recovery) -> bool:
     left, right = M[0].left.double(), M[0].right.double()
     # |M^T W|^2 and |W M^T|^2, of which a weight that does not know M has its share.
     columns, rows = left.mT @ W, W @ right
-    expected = _inner(M[0], M[0]) * float(W.square().sum())
+    expected = M[0].energy * float(W.square().sum())
     by_columns = float(((columns @ columns.mT) * (right.mT @ right)).sum()) / expected * W.shape[0]
     by_rows = float(((rows.mT @ rows) * (left.mT @ left)).sum()) / expected * W.shape[1]
     return min(by_columns, by_rows) < EMPTY**2
@@ -108,7 +109,7 @@ def _alike(M: Sequence[LowRank]) -> bool:
     """Whether neighbours are nearly the same."""
     if len(M) < 2 or not all(M_i.rank for M_i in M):
         return False
-    squares = [_inner(M_i, M_i) for M_i in M]
+    squares = [M_i.energy for M_i in M]
     neighbours = [(i, (i + 1) % len(M)) for i in range(len(M))]
     return all(_inner(M[i], M[j]) >= ALIKE * (squares[i] * squares[j]) ** 0.5 for i, j in neighbours)
 
@@ -134,7 +135,7 @@ def _compressed(left: Tensor, right: Tensor, rank: int) -> LowRank:
 
 
 def _norm(left: Tensor, right: Tensor) -> float:
-    return float(((left.mT @ left) * (right.mT @ right)).sum().clamp(min=0).sqrt())
+    return math.sqrt(max(0.0, LowRank(left, right).energy))
 
 
 def _inner(A: LowRank, B: LowRank) -> float:

@@ -159,10 +159,10 @@ def split_off(stack: Stack, V: Sequence[Tensor] | None = None, turns: int = TURN
 
 
 def _split(mean: Tensor, centred: Tensor, deltas: Sequence[LowRank], noise: float, taken: float) -> Split:
-    dense = torch.stack([M_i.dense() for M_i in deltas])
-    left = dense.mean(dim=0)
-    rest = centred - dense + left
-    return Split(mean - left, rest, tuple(deltas), float(rest.square().sum()) / noise**2 + 2 * taken)
+    rest = torch.stack([X_i - M_i.dense() for X_i, M_i in zip(centred, deltas, strict=True)])
+    left = rest.mean(dim=0)
+    rest -= left
+    return Split(mean + left, rest, tuple(deltas), float(rest.square().sum()) / noise**2 + 2 * taken)
 
 
 def _leading(X_i: Tensor, noise: float) -> Tensor:
