@@ -103,7 +103,7 @@ class Performer:
             OutputError: The disk refuses.
         """
         largest = max((self._files.stored_bytes([name]) for name in self._family.names), default=0)
-        with Lander(self._landing, self._files, largest) as lander:
+        with Lander(self._landing, self._files, largest // 2) as lander:
             solved: dict[str, Solved] = {}
 
             def keep(name: str) -> None:

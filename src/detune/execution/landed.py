@@ -96,7 +96,7 @@ class Lander:
     """Writes tensors in a thread, one after the other, and then down that they are there. A context manager.
 
     What waits to be written holds memory: handing over more than `most_bytes` waits. Leaving the block waits for all
-    that was handed over; leaving it by an exception, for the one that is being written.
+    that was handed over; leaving it by an exception, for what was computed.
 
     Args:
         landing: Where to.
@@ -153,7 +153,11 @@ class Lander:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(cancel_futures=error is not None)
+        for future, held_bytes in self._waiting if error is not None else ():
+            # Nothing was computed for a copy.
+            if not held_bytes:
+                future.cancel()
+        self._thread.shutdown()
         try:
             # In this thread: the other one is done.
             self._record()

@@ -61,6 +61,16 @@ class Core:
         a, b = (tuple(c_i.float() for c_i in coordinates) for coordinates in (self.a, self.b))
         return Core(self.Q, self.P, a, b, self.inverse_G_U.float(), self.inverse_G_V.float())
 
+    @cached_property
+    def spectrum_U(self) -> Tensor:
+        """Eigenvalues of `sum_i a_i a_i^T`, ascending: 0 where spaces are dependent, n for a direction in all."""
+        return _spectrum(self.a)
+
+    @cached_property
+    def spectrum_V(self) -> Tensor:
+        """Eigenvalues of `sum_i b_i b_i^T`."""
+        return _spectrum(self.b)
+
     def apply(self, X: Tensor) -> Tensor:
         """`sum_i (I - a_i a_i^T) X (I - b_i b_i^T)` on the core, `(s_U, s_V)`."""
         total = len(self.a) * X
@@ -128,6 +138,12 @@ class Core:
 
     def _precondition(self, residual: Tensor) -> Tensor:
         return len(self.a) * product(product(self.inverse_G_U, residual), self.inverse_G_V)
+
+
+def _spectrum(coordinates: Sequence[Tensor]) -> Tensor:
+    joint = torch.cat(list(coordinates), dim=1)
+    values: Tensor = torch.linalg.eigvalsh(joint @ joint.mT)
+    return values
 
 
 def _inverse_gram(coordinates: Sequence[Tensor]) -> Tensor:

@@ -37,37 +37,43 @@ def undetermined(core: Core, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor],
         blur_V: The same for `V_i`.
         seed: Of the probes, where it comes to them.
     """
+    if _clearly_determined(core, blur_U, blur_V):
+        return 0
     d, k = core.Q.shape[0], core.P.shape[0]
     C_U, C_V = _common(core.a, blur_U), _common(core.b, blur_V)
     p_U, p_V = C_U.shape[1], C_V.shape[1]
     hidden = p_U * k + p_V * d - p_U * p_V
     a, b = _without(core.a, C_U), _without(core.b, C_V)
-    independent = [_independent(c) for c in (a, b)]
-    if all(independent) and len(a) > 2:
-        # Then no two have a direction in common.
-        return hidden
-    for inner, outer, known in ((b, a, independent[1]), (a, b, independent[0])):
+    for inner, outer in ((b, a), (a, b)):
         ranks = [c_i.shape[1] for c_i in inner]
-        if known:
+        if _independent(inner):
             others = [[c_i for i, c_i in enumerate(outer) if i != j] for j in range(len(outer))]
             return hidden + sum(r * _common(rest).shape[1] for r, rest in zip(ranks, others, strict=True) if rest)
     return hidden + _of_core(Core.of(a, b) if hidden else core, seed)
 
 
+def _clearly_determined(core: Core, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor]) -> bool:
+    """Whether the spaces are independent on both sides, so that no two of them meet, and nothing is near to all."""
+    sides = ((core.a, core.spectrum_U, blur_U), (core.b, core.spectrum_V, blur_V))
+    n = len(core.a)
+    for coordinates, spectrum, blur in sides:
+        if n < 3 or not len(spectrum) or sum(c_i.shape[1] for c_i in coordinates) > len(spectrum):
+            return False
+        closest = float(spectrum[-1])
+        noise = max(float(each.max()) for each in blur if len(each)) * closest
+        if not (float(spectrum[0]) > ZERO and n - closest > max(BLURRED * noise, ZERO)):
+            return False
+    return True
+
+
 def _common(coordinates: Sequence[Tensor], blur: Sequence[Tensor] | None = None) -> Tensor:
     """Orthonormal basis of the directions that lie in all spaces."""
     joint = torch.cat(list(coordinates), dim=1)
-    if not joint.numel():
-        return joint[:, :0]
-    gram = joint @ joint.mT
-    blurs = torch.zeros_like(joint[0]) if blur is None else torch.cat(list(blur)).to(joint)
-    most = float(torch.linalg.eigvalsh(gram)[-1])
-    if len(coordinates) - most > max(BLURRED * float(blurs.max()) * most, ZERO):
-        # Not even the closest comes near, were it as noisy as the noisiest.
-        return joint[:, :0]
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(joint @ joint.mT)
     apart = len(coordinates) - values
-    noise = (vectors.mT @ joint).square() @ blurs
+    noise = torch.zeros_like(apart)
+    if blur is not None:
+        noise = (vectors.mT @ joint).square() @ torch.cat(list(blur)).to(joint)
     common: Tensor = vectors[:, apart.le((BLURRED * noise).clamp(min=ZERO))]
     return common
 
@@ -87,7 +93,7 @@ def _independent(coordinates: Sequence[Tensor]) -> bool:
     joint = torch.cat(list(coordinates), dim=1)
     if joint.shape[1] > joint.shape[0]:
         return False
-    return not joint.shape[1] or float(torch.linalg.eigvalsh(joint.mT @ joint)[0]) > ZERO
+    return not joint.shape[1] or float(torch.linalg.svdvals(joint)[-1]) ** 2 > ZERO
 
 
 def _of_core(core: Core, seed: int) -> int:

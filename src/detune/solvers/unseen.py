@@ -51,11 +51,13 @@ def unseen_directions(core: Core, noise_norm: float, least: Sequence[float] | No
             stronger are left out, which is quick to see. None asks for all.
     """
     found = []
-    for columns, inverse, coordinates in ((False, core.inverse_G_V, core.b), (True, core.inverse_G_U, core.a)):
-        # No eigenvalue of a part exceeds the whole's.
-        most_shared = float(torch.linalg.eigvalsh(inverse)[-1]) if len(inverse) else 0.0
+    n = len(core.a)
+    rows, columns = (core.spectrum_V, core.inverse_G_V, core.b), (core.spectrum_U, core.inverse_G_U, core.a)
+    for is_columns, (spectrum, inverse, coordinates) in ((False, rows), (True, columns)):
+        # The least eigenvalue of G: no part of the inverse exceeds the whole.
+        least_shown = n - float(spectrum[-1]) if len(spectrum) else float(n)
         for i, c_i in enumerate(coordinates):
-            if least is not None and (1 - most_shared) * least[i] ** 2 >= noise_norm**2:
+            if least is not None and least_shown > 1 and (1 - 1 / least_shown) * least[i] ** 2 >= noise_norm**2:
                 continue
             free = torch.eye(len(inverse), dtype=inverse.dtype, device=inverse.device) - c_i @ c_i.mT
             shared, vectors = torch.linalg.eigh(free @ inverse @ free)
@@ -63,5 +65,5 @@ def unseen_directions(core: Core, noise_norm: float, least: Sequence[float] | No
             rho = (1 - shared[hard]).clamp(min=SMALLEST).sqrt()
             moves = torch.linalg.vector_norm(inverse @ vectors[:, hard], dim=0)
             order = rho.argsort()
-            found.append(Unseen(i, columns, noise_norm / rho[order], moves[order]))
+            found.append(Unseen(i, is_columns, noise_norm / rho[order], moves[order]))
     return tuple(found)
