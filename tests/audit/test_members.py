@@ -97,6 +97,9 @@ def test_noise_is_measured_and_the_adapters_split_off_above_it(fine, tmp_path):
     report = audit(releases, fine.base, weights_only=True)
     assert [model.left_out for model in report.models] == [None] * len(releases)
     assert {entry.outcomes[-1].method for entry in report.tensors if entry.is_matrix} == {"denoise"}
+    (low_rank,) = (result for result in report.results if result.rule_id == "low-rank")
+    assert low_rank.holds is False
+    assert "at full rank, by noise; adapters were split off" in low_rank.message
     tuned = [entry for entry in report.tensors if entry.name.endswith(("query.weight", "value.weight"))]
     mean = fmean(entry.outcomes[1].w_error for entry in tuned)
     assert fmean(entry.outcomes[2].w_error for entry in tuned) < mean - 0.5

@@ -153,6 +153,12 @@ def _low_rank(evidence: Evidence) -> Checked:
         return None, "fewer than three releases do not tell the ranks"
     low = [(entry, max(outcome.ranks)) for entry, outcome in evidence.ranked if _is_low(entry, max(outcome.ranks))]
     asked = sum(outcome.method != "unchanged" for _, outcome in evidence.outcomes)
+    noisy = sum(outcome.method == "denoise" for _, outcome in evidence.outcomes)
+    if noisy and not low:
+        return (
+            False,
+            f"{_matrices(noisy)} changed at full rank, by noise; adapters were split off as far as they stand over it",
+        )
     if not low:
         return (
             (False, f"none of {_matrices(asked)} changed by a low rank")
