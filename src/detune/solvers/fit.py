@@ -115,8 +115,8 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
     Raises:
         InputError: The stack holds NaN or Inf.
     """
-    accumulator = _Accumulator(stack, V)
-    right = [V_i.to(stack.dtype) for V_i in V]
+    right = [V_i.to(stack.device, stack.dtype) for V_i in V]
+    accumulator = _Accumulator(stack, right)
     ranks = [V_i.shape[1] for V_i in V]
     inverse = normal_inverse(V).to(stack.dtype)
     F = stack.zeros(stack.shape[0], sum(ranks))
