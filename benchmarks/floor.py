@@ -31,6 +31,7 @@ from detune.solvers import Stack
 from detune.solvers.differences import FOLDED_ROWS, find_differences
 from detune.solvers.fit import w_step_given_rows
 from detune.solvers.intersect import find_spaces
+from detune.solvers.linalg import product
 
 RANK = 64
 SHAPES = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
@@ -72,7 +73,7 @@ class Ceilings:
         rates = []
         for dtype in (torch.float32, torch.float64):
             A = torch.randn(2048, 2048, dtype=dtype)
-            rates.append(2 * 2048**3 / least_seconds(lambda A=A: A @ A))
+            rates.append(2 * 2048**3 / least_seconds(lambda A=A: product(A, A)))
         path.unlink()
         return cls(
             2 * values.nbytes / least_seconds(lambda: copied.copy_(values)),

@@ -26,6 +26,25 @@ def test_product_is_the_product_however_matrices_lie_in_memory(
     assert torch.equal(product(A.double(), B.double()), A.double() @ B.double())
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_product_hands_over_no_part_of_a_wider_matrix(by_columns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a second factor, oneDNN takes it a thousand times as long."""
+    wide = random(256, 512)
+    part = wide[:, 100:356].mT if by_columns else wide[:, 100:356]
+    given = []
+
+    def onednn(A: Tensor, B: Tensor, *rest: object) -> Tensor:
+        given.append(B)
+        return A @ B.mT
+
+    monkeypatch.setattr(linalg, "_ONEDNN", onednn)
+    monkeypatch.setattr(linalg, "_LARGE", 1)
+    torch.testing.assert_close(product(part, part), part @ part)
+    torch.testing.assert_close(product(wide.mT, part), wide.mT @ part)
+    assert all(B.is_contiguous() or B.mT.is_contiguous() for B in given)
+    assert len(given) == 2
+
+
 def test_product_without_onednn_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     A, B = random(64, 4096), random(4096, 16, seed=1)
     monkeypatch.setattr(linalg, "_ONEDNN", None)

@@ -27,10 +27,15 @@ def product(A: Tensor, B: Tensor) -> Tensor:
         return A @ B
     # What comes first is copied if it does not lie row by row.
     if A.stride(1) > A.stride(0) and A.numel() > B.numel():
-        turned: Tensor = _ONEDNN(B.mT, A, None, "none", [], "")
+        turned: Tensor = _ONEDNN(B.mT, _without_gaps(A), None, "none", [], "")
         return turned.mT
-    result: Tensor = _ONEDNN(A, B.mT, None, "none", [], "")
+    result: Tensor = _ONEDNN(A, _without_gaps(B).mT, None, "none", [], "")
     return result
+
+
+def _without_gaps(matrix: Tensor) -> Tensor:
+    """The same matrix: oneDNN takes a part of a wider one a thousand times as long."""
+    return matrix if matrix.is_contiguous() or matrix.mT.is_contiguous() else matrix.contiguous()
 
 
 class QR(NamedTuple):

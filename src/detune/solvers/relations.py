@@ -175,7 +175,7 @@ def _spectrum(difference: Tensor, samples: Sequence[Tensor], dtypes: Sequence[to
 def _singular_values(scaled: Tensor) -> Tensor:
     """Descending; by the Gram matrix, in two thirds of the time, where its rounding is far below a noise of 1."""
     wide = scaled if scaled.shape[0] <= scaled.shape[1] else scaled.mT
-    values = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0).sqrt().flip(0)
+    values: Tensor = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0).sqrt().flip(0)
     return values if float(values[0]) < SQUARABLE else torch.linalg.svdvals(scaled)
 
 
