@@ -4,6 +4,7 @@ Nothing but the releases is needed: two fine-tunes of one base are so much alike
 turned.
 """
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from detune.checkpoints import Checkpoint, CheckpointWriter
 from detune.errors import InputError
 from detune.family import Family
 from detune.recovery import recover
-from detune.solvers import Auto, Mean, NotRecoverable, Stack
+from detune.solvers import Auto, Mean, NotRecoverable, Recovery, Stack
+from detune.solvers.certificate import certify
 from detune.symmetries import Action, Actions, act, read_layers
 
 __all__ = ["Align", "align"]
@@ -33,6 +35,9 @@ _ROUNDED_OFTEN = 2.5
 # A misfit of up to this share of what was told is it; else so many times as much is told next.
 _EXPLAINED, _MARGIN = 0.9, 1.3
 _TRIES = 4
+# Directions that are not there for so many times the noise may be noise: if without them the predicted W-Error, of the
+# same noise, is better by more than this.
+_CLEAR, _FAR_BETTER = 2.0, 1.0
 # Of rows and columns, each made even for the other.
 _TURNS = 3
 
@@ -123,22 +128,50 @@ def _solve(stack: Stack) -> Tensor:
     """
     rows, columns = _units(stack)
     even = Stack.of([(W_i.double() / rows / columns).to(W_i.dtype) for W_i in stack.matrices])
-    more, weight = _ROUNDED_OFTEN, None
+    more, found = _ROUNDED_OFTEN, None
     for _ in range(_TRIES):
-        told = replace(even, told_noise=tuple((more * even.noise).tolist()))
         try:
-            found = Auto(lattice=None).solve(told)
+            found = Auto(lattice=None).solve(_told(even, more))
         except NotRecoverable:
             more *= 2
             continue
-        weight, share = found.weight, found.noise_ratio or 0.0
+        share = found.noise_ratio or 0.0
         if share * more <= _STORED:
             return Auto().solve(stack).weight
         if share <= _EXPLAINED:
+            found = _with_fewer_ranks(even, more, found)
             break
         more *= share * _MARGIN
-    weight = Mean().solve(even).weight if weight is None else weight
+    weight = Mean().solve(even).weight if found is None else found.weight
     return weight.double() * rows * columns
+
+
+def _told(stack: Stack, more: float) -> Stack:
+    """The stack with so many times the noise of storage."""
+    return replace(stack, told_noise=tuple((more * stack.noise).tolist()))
+
+
+def _with_fewer_ranks(stack: Stack, more: float, found: Recovery) -> Recovery:
+    """The answer for more noise still, if with fewer directions the models determine it far better.
+
+    What is left of a basis that few rows tell is one more direction in each model, just above the noise. It does no
+    harm, unless adapters with such directions can hardly be told apart.
+    """
+    noisier = _told(stack, _CLEAR * more)
+    try:
+        plain = Auto(lattice=None).solve(noisier)
+    except NotRecoverable:
+        return found
+    if sum(plain.ranks) >= sum(found.ranks) or (plain.noise_ratio or 0.0) > _EXPLAINED:
+        return found
+    before, now = _predicted(_told(stack, more), found), _predicted(noisier, plain) - 2 * math.log10(_CLEAR)
+    return plain if now < before - _FAR_BETTER else found
+
+
+def _predicted(stack: Stack, recovery: Recovery) -> float:
+    """The W-Error that the data foretell, as far as they do."""
+    predicted = certify(stack, recovery).predicted_w_error
+    return math.inf if predicted is None else predicted
 
 
 def _units(stack: Stack) -> tuple[Tensor, Tensor]:
