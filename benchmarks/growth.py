@@ -165,7 +165,7 @@ def draw(series: list[list[Point]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PLOTTED), figsize=(4 * len(PLOTTED), 3.6), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, len(PLOTTED), figsize=(4 * len(PLOTTED), 5), constrained_layout=True)
     for axis, (what, title) in zip(axes, PLOTTED.items(), strict=True):
         for points in series:
             values = [getattr(point, what) for point in points]
@@ -181,7 +181,7 @@ def draw(series: list[list[Point]], path: Path) -> None:
                 )
         axis.set(title=f"{title} (exponent)", xlabel="size, relative to the smallest")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     figure.savefig(path, dpi=120)
 
 
