@@ -174,7 +174,7 @@ def rows_of(families: Collection[str], texts: Path, models: int = MODELS) -> tup
         Row("none", ("average", "recover", "denoise"), None, plain, models),
         Row("release one", ("average",), None, plain, 1),
         Row("release two", ("average", "lattice"), None, plain, 2),
-        Row("bf16", ("average", "denoise"), Bf16(), plain, models),
+        Row("bf16", _NOISE, Bf16(), plain, models),
         Row("fp16", _NOISE, Fp16(), plain, models),
         Row("int8", _QUANTISED, Int8(), plain, models),
         Row("nf4", _QUANTISED, Nf4(), plain, models),
