@@ -102,6 +102,7 @@ class Performer:
             InputError: A model cannot be read, or holds NaN or Inf.
             OutputError: The disk refuses.
         """
+        # A few smaller matrices may wait, so that no lane stands still for the disk; the largest only by itself.
         largest = max((self._files.stored_bytes([name]) for name in self._family.names), default=0)
         with Lander(self._landing, self._files, largest // 2) as lander:
             solved: dict[str, Solved] = {}

@@ -69,7 +69,7 @@ def rounded_mse(
     rows, columns = _entries(recovery.weight, generator)
     weight = recovery.weight[rows, columns].double()
     between = recovery.saved_mse > 0
-    # In float32 each is off by some 1e-7 of itself, which is a small part of any step that they are rounded to.
+    # In float32 they are near enough: what is simulated takes off the very deltas that it has put on.
     entries = torch.stack(
         [(M_i.left.float()[rows] * M_i.right.float()[columns]).sum(dim=1) for M_i in recovery.deltas]
     ).double()
