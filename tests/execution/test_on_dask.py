@@ -22,6 +22,8 @@ dask = pytest.importorskip("dask")
 )
 def test_a_scheduler_that_is_not_there(monkeypatch, address, reason):
     monkeypatch.setattr(on_dask, "CONNECT_SECONDS", 0.2)
+    # One that failed to connect would block the next one when it is collected.
+    monkeypatch.setattr("distributed.Client", None)
     with pytest.raises(DetuneError, match=rf"no Dask scheduler at '{address}'; .*({reason}).*; start one with"):
         dask_workers(address).__enter__()
 

@@ -1,7 +1,8 @@
 """Workers of a Dask cluster, which may be anywhere: on Slurm, on Kubernetes, or started by hand."""
 
+import asyncio
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from detune.errors import DetuneError, reason_of
@@ -28,6 +29,9 @@ def dask_workers(scheduler: str) -> Iterator[Executor]:
     with _required():
         import distributed
     try:
+        # In a thread of its own: notebooks have a loop running in theirs.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, _answers(scheduler)).result()
         client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         raise DetuneError(
@@ -37,6 +41,25 @@ def dask_workers(scheduler: str) -> Iterator[Executor]:
         ) from None
     with client:
         yield client.get_executor()
+
+
+async def _answers(scheduler: str) -> None:
+    """Connect to it and hang up.
+
+    A `Client` that fails to connect is never closed; when it is collected, it asks for a lock, and waits for ever where
+    that happens while another client holds it.
+
+    Raises:
+        OSError: Nobody answers.
+        ValueError: That is no address.
+        TypeError: The configuration lacks what such an address needs.
+    """
+    import distributed
+    from distributed.comm.core import connect
+
+    arguments = distributed.Security().get_connection_args("client")
+    answered = await connect(scheduler, timeout=CONNECT_SECONDS, **arguments)
+    await answered.close()
 
 
 @contextmanager
