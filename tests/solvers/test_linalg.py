@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers import linalg
-from detune.solvers.linalg import joint_basis, orthonormal, product, qr
+from detune.solvers.linalg import joint_basis, orthonormal, product, qr, weighted_sum
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,3 +66,23 @@ def test_joint_basis_holds_all_spaces_and_counts_what_they_share_once(shared: in
     Q, R = joint_basis([first, second])
     assert Q.shape == (100, 10 - shared)
     torch.testing.assert_close(Q @ R, torch.cat([first, second], dim=1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize(("dtype", "exact"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_joint_basis_is_as_exact_as_its_dtype_however_close_spaces_are(
+    overlap: float, dtype: torch.dtype, exact: float
+) -> None:
+    first = orthonormal(random(400, 8, dtype=torch.float64))
+    second = orthonormal(overlap * first + (1 - overlap**2) ** 0.5 * orthonormal(random(400, 8, seed=1).double()))
+    Q, R = joint_basis([first.to(dtype), second.to(dtype)])
+    assert Q.dtype == dtype
+    torch.testing.assert_close(Q.double() @ R, torch.cat([first, second], dim=1), rtol=0, atol=exact)
+    torch.testing.assert_close(Q.double().mT @ Q.double(), torch.eye(16).double(), rtol=0, atol=exact)
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_weighted_sum_is_the_sum_however_matrices_lie_in_memory(by_columns: bool) -> None:
+    matrices = random(3, 20, 30, dtype=torch.float64).mT if by_columns else random(3, 30, 20, dtype=torch.float64)
+    torch.testing.assert_close(weighted_sum(matrices, 0.25), 0.25 * matrices.sum(dim=0))
+    assert torch.equal(weighted_sum(matrices[:0], 0.25), torch.zeros_like(matrices[0]))

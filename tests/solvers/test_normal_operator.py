@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from detune.solvers import normal_operator
+from detune.solvers.linalg import orthonormal
 from detune.solvers.normal_operator import Core
+from detune.solvers.nullspace import dense_core
 from tests.cases import Regime, make_problem, normal, seeded
 from tests.solvers.test_polish import spaces
 
@@ -15,6 +17,15 @@ def large_core(n: int, shared_rows: float = 0.0) -> Core:
     core = Core.of(*spaces(make_problem(Regime(shape=(320, 300), ranks=(48,) * n, shared_rows=shared_rows), seeded())))
     assert core.Q.shape[1] * core.P.shape[1] >= normal_operator.LARGE_CORE or n < 3
     return core
+
+
+def test_it_is_the_sum_over_models_where_sides_differ_in_width() -> None:
+    """As where a direction that all share was taken off one side."""
+    wide = [orthonormal(normal(seeded(i), 12, r)) for i, r in enumerate((3, 1, 2))]
+    narrow = [orthonormal(normal(seeded(10 + i), 9, r)) for i, r in enumerate((1, 2, 2))]
+    for core in (Core.of(wide, narrow), Core.of(narrow, wide)):
+        X = normal(seeded(1), core.Q.shape[1], core.P.shape[1])
+        torch.testing.assert_close(core.apply(X), (dense_core(core) @ X.reshape(-1)).reshape(X.shape))
 
 
 @pytest.mark.parametrize("shared_rows", [0.0, 0.9, 0.999])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank, Residuals
-from detune.solvers.linalg import inverse_of_normal, product
+from detune.solvers.linalg import gram, inverse_of_normal, product, weighted_sum
 from detune.solvers.stack import Block, Stack
 
 
@@ -48,11 +48,11 @@ def normal_inverse(V: Sequence[Tensor]) -> Tensor:
     `[F_i] (I - blocks(V_i^T V_j) / n) = [(W_i - mean) V_i]`: one small matrix for every row.
 
     Args:
-        V: Orthonormal `(in, r_i)`, float64, `s = sum r_i`.
+        V: Orthonormal `(in, r_i)`, `s = sum r_i`; what their dtype rounds is in the answer.
     """
-    joint = torch.cat(list(V), dim=1).double()
-    normal = torch.eye(joint.shape[1], dtype=joint.dtype, device=joint.device) - joint.mT @ joint / len(V)
-    return inverse_of_normal(normal)
+    overlaps = gram(torch.cat(list(V), dim=1))
+    eye = torch.eye(len(overlaps), dtype=overlaps.dtype, device=overlaps.device)
+    return inverse_of_normal(eye - overlaps / len(V))
 
 
 def solve_given_rows(projected: Sequence[Tensor], V: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -118,7 +118,7 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
     right = [V_i.to(stack.device, stack.dtype) for V_i in V]
     accumulator = _Accumulator(stack, right)
     ranks = [V_i.shape[1] for V_i in V]
-    inverse = normal_inverse(V).to(stack.dtype)
+    inverse = normal_inverse([V_i.to(stack.device, stack.factor_dtype) for V_i in V]).to(stack.dtype)
     F = stack.zeros(stack.shape[0], sum(ranks))
     products = tuple(stack.zeros(r, stack.shape[1]) for r in ranks)
     for block in stack.blocks():
@@ -160,9 +160,9 @@ class _Accumulator:
             return rest
         for rest_i, left_i, right_i in zip(rest, left, self._right, strict=True):
             rest_i -= product(left_i, right_i)
-        moved = rest.mean(dim=0)
-        torch.add(block.reference, block.offset + moved, out=weight)
+        moved = weighted_sum(rest, 1 / len(rest))
         self._residual += _squares(rest.sub_(moved))
+        torch.add(block.reference, moved.add_(block.offset), out=weight)
         return rest
 
     def finish(self, deltas: tuple[LowRank, ...]) -> WStep:

@@ -50,7 +50,7 @@ def cramer_rao_mse(U: Sequence[Tensor], V: Sequence[Tensor], variance: float, pr
     generator = seeded(seed, core.Q.device)
     inner = 0.0
     for _ in range(probes):
-        probe = torch.randint(0, 2, (s_U, s_V), generator=generator, device=core.Q.device).to(core.Q.dtype) * 2 - 1
+        probe = torch.randint(0, 2, (s_U, s_V), generator=generator, device=core.Q.device).to(core.dtype) * 2 - 1
         inner += float((probe * core.solve(probe, 1e-8 * probe.numel() ** 0.5)).sum()) / probes
     trace = (
         (d - s_U) * (k - s_V) / len(U)
@@ -98,17 +98,18 @@ def error_traces(core: Core, seed: int = 0) -> ErrorTraces:
     n = len(core.a)
     (d, s_U), (k, s_V) = core.Q.shape, core.P.shape
     outside = float((d - s_U) * (k - s_V)) / n
-    weight, image = (core.Q.new_full((n,), part) for part in (outside / n, outside))
+    weight, taken = (core.inverse_G_U.new_full((n,), part) for part in (outside / n, outside))
     squares = outside / n
     ranks = torch.tensor([a_i.shape[1] for a_i in core.a], dtype=torch.float64, device=core.Q.device)
     for inverse, coordinates, times in ((core.inverse_G_U, core.a, k - s_V), (core.inverse_G_V, core.b, d - s_U)):
-        squared = inverse @ inverse
-        weight = weight + times * torch.stack([squared.trace() - (c_i * (squared @ c_i)).sum() for c_i in coordinates])
-        image = image + times * torch.stack([inverse.trace() - (c_i * (inverse @ c_i)).sum() for c_i in coordinates])
-        squares += times * float(squared.trace())
+        images = [(c_i, inverse @ c_i) for c_i in coordinates]
+        square = inverse.square().sum()
+        weight = weight + times * torch.stack([square - image.square().sum() for _, image in images])
+        taken = taken + times * torch.stack([inverse.trace() - (c_i * image).sum() for c_i, image in images])
+        squares += times * float(square)
     inner = _core_traces(core, float(weight.sum()), seed)
-    weight, image, squares = weight + inner.weight, image + inner.image, squares + inner.squares
-    free = (d - ranks) * (k - ranks) - image
+    weight, taken, squares = weight + inner.weight, taken + inner.image, squares + inner.squares
+    free = (d - ranks) * (k - ranks) - taken
     return ErrorTraces(weight, free.clamp(min=0), float(weight.sum()) ** 2 / squares, inner.solved)
 
 
@@ -146,7 +147,7 @@ def _probed_traces(core: Core, outside: float, seed: int) -> _CoreTraces:
     left = 0.0
     generator = seeded(seed, core.Q.device)
     while len(weights) < PROBES and not _settled(weights, outside):
-        probe = torch.randint(0, 2, shape, generator=generator, device=core.Q.device).to(core.inverse_G_U) * 2 - 1
+        probe = torch.randint(0, 2, shape, generator=generator, device=core.Q.device).to(core.dtype) * 2 - 1
         solved = core.solve(probe, PRECISION * probe.numel() ** 0.5)
         left = max(left, float((probe - core.apply(solved)).square().mean()))
         squares.append(float(solved.square().sum()))

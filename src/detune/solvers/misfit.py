@@ -44,7 +44,7 @@ class Misfit:
         Args:
             stack: The models.
             recovery: The answer, with a delta for each model.
-            core: The operator A at its spaces, float64.
+            core: The operator A at its spaces, computing in float64.
             spaces: Of the deltas.
         """
         known = recovery.residuals
@@ -84,7 +84,7 @@ class _Side:
     def zeros(cls, Q: Tensor, P: Tensor) -> "_Side":
         """Of an X that is zero, in the coordinates of Q."""
         s = Q.shape[1]
-        return cls(Q.new_zeros(s, s), Q.new_zeros(s, P.shape[1]))
+        return cls(*(Q.new_zeros(s, width, dtype=torch.float64) for width in (s, P.shape[1])))
 
     @classmethod
     def of(cls, X: Tensor, P: Tensor) -> "_Side":
@@ -172,7 +172,7 @@ class _Sums:
             if total_here > NEGLIGIBLE * here:
                 total_left.addmm_(Q[rows].mT, total)
                 torch.mm(total, P, out=total_right[rows])
-        Q, P, L, R = core.Q, core.P, total_left.to(core.Q), total_right.to(core.Q)
+        Q, P, L, R = (matrix.to(core.dtype) for matrix in (core.Q, core.P, total_left, total_right))
         E_all, F_all = torch.cat(E).to(Q), torch.cat(F, dim=1).to(Q)
         common = Q.mT @ R
         outside = all_energy - float(L.square().sum()) - float(R.square().sum()) + float(common.square().sum())

@@ -29,11 +29,11 @@ REFINED = 0.1
 
 @dataclass(frozen=True)
 class Core:
-    """The operator `A: Delta -> sum_i P_i Delta R_i` on the joint spans, all in one compute dtype.
+    """The operator `A: Delta -> sum_i P_i Delta R_i` on the joint spans, all but the bases in one compute dtype.
 
     Attributes:
-        Q: Orthonormal basis of all column spaces, `(out, s_U)`.
-        P: Orthonormal basis of all row spaces, `(in, s_V)`.
+        Q: Orthonormal basis of all column spaces, `(out, s_U)`, in their dtype.
+        P: Orthonormal basis of all row spaces, `(in, s_V)`, in their dtype.
         a: `Q^T U_i`.
         b: `P^T V_i`.
         inverse_G_U: Pseudo-inverse of `sum_i (I - a_i a_i^T)`.
@@ -48,12 +48,23 @@ class Core:
     inverse_G_V: Tensor
 
     @classmethod
-    def of(cls, U: Sequence[Tensor], V: Sequence[Tensor]) -> "Core":
-        """The operator for given spaces: `U_i` `(out, r_i)` and `V_i` `(in, r_i)`, orthonormal."""
+    def of(cls, U: Sequence[Tensor], V: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> "Core":
+        """The operator for given spaces.
+
+        Args:
+            U: Orthonormal `(out, r_i)`, of one dtype, as exact as it is.
+            V: Orthonormal `(in, r_i)`, of that dtype too.
+            dtype: Of the computation.
+        """
         (Q, all_a), (P, all_b) = joint_basis(U), joint_basis(V)
-        a = torch.split(all_a, [U_i.shape[1] for U_i in U], dim=1)
-        b = torch.split(all_b, [V_i.shape[1] for V_i in V], dim=1)
+        a = torch.split(all_a.to(dtype), [U_i.shape[1] for U_i in U], dim=1)
+        b = torch.split(all_b.to(dtype), [V_i.shape[1] for V_i in V], dim=1)
         return cls(Q, P, a, b, _inverse_gram(a), _inverse_gram(b))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the computation."""
+        return self.inverse_G_U.dtype
 
     @cached_property
     def single(self) -> "Core":
@@ -72,13 +83,19 @@ class Core:
         return _spectrum(self.b)
 
     def apply(self, X: Tensor) -> Tensor:
-        """`sum_i (I - a_i a_i^T) X (I - b_i b_i^T)` on the core, `(s_U, s_V)`."""
-        total = len(self.a) * X
-        for a_i, b_i in zip(self.a, self.b, strict=True):
-            inside = product(a_i, product(a_i.mT, X))
-            total -= inside
-            total -= product(product(X - inside, b_i), b_i.mT)
-        return total
+        """`sum_i (I - a_i a_i^T) X (I - b_i b_i^T)` on the core, `(s_U, s_V)`: all models in each large product."""
+        joint_a, joint_b = self._joint
+        left, right = product(joint_a.mT, X), product(X, joint_b)
+        left_of = torch.split(left, [a_i.shape[1] for a_i in self.a])
+        right_of = torch.split(right, [b_i.shape[1] for b_i in self.b], dim=1)
+        for a_i, b_i, left_i, right_i in zip(self.a, self.b, left_of, right_of, strict=True):
+            right_i -= a_i @ (left_i @ b_i)
+        return len(self.a) * X - product(joint_a, left) - product(right, joint_b.mT)
+
+    @cached_property
+    def _joint(self) -> tuple[Tensor, Tensor]:
+        """All `a_i` side by side, and all `b_i`."""
+        return torch.cat(self.a, dim=1), torch.cat(self.b, dim=1)
 
     def project(self, model: int, X: Tensor) -> Tensor:
         """`P_i X R_i` on the core, `(..., s_U, s_V)`."""

@@ -109,7 +109,7 @@ def _of_core(core: Core, seed: int) -> int:
     generator = seeded(seed, core.Q.device)
     for _ in range(PROBES):
         probe = torch.randint(0, 2, (core.Q.shape[1], core.P.shape[1]), generator=generator, device=core.Q.device)
-        probe = probe.to(core.Q.dtype) * 2 - 1
+        probe = probe.to(core.dtype) * 2 - 1
         kept = core.solve(core.apply(probe), PRECISION * size**0.5)
         left += float((probe * (probe - kept)).sum()) / PROBES
         if abs(left) < 1 / PROBES / 2:
@@ -119,6 +119,6 @@ def _of_core(core: Core, seed: int) -> int:
 
 def dense_core(core: Core) -> Tensor:
     """A on the core as a matrix on row-major vectors, `(s_U s_V, s_U s_V)`."""
-    eye_U, eye_V = (torch.eye(B.shape[1], dtype=B.dtype, device=B.device) for B in (core.Q, core.P))
+    eye_U, eye_V = (torch.eye(B.shape[1], dtype=core.dtype, device=B.device) for B in (core.Q, core.P))
     terms = [torch.kron(eye_U - a_i @ a_i.mT, eye_V - b_i @ b_i.mT) for a_i, b_i in zip(core.a, core.b, strict=True)]
     return torch.stack(terms).sum(dim=0)

@@ -155,7 +155,7 @@ def gauss_newton_step(
         The new `M_i`, each in its tangent space.
     """
     options = options or Polish()
-    core = Core.of(U, V)
+    core = Core.of(U, V, U[0].dtype)
     Q, P, a, b = core.Q, core.P, core.a, core.b
 
     ranks = [U_i.shape[1] for U_i in U]

@@ -177,14 +177,17 @@ def _leverage(core: Core, rows: Tensor, columns: Tensor) -> Tensor:
     On the core A is taken for the Kronecker product that preconditions it.
     """
     n = len(core.a)
-    u, v = (
-        (product(basis.float(), inverse.float()).double() * basis).sum(dim=1)[places]
-        for basis, inverse, places in ((core.Q, core.inverse_G_U, rows), (core.P, core.inverse_G_V, columns))
-    )
-    q, p = core.Q.square().sum(dim=1)[rows], core.P.square().sum(dim=1)[columns]
+    sides = (core.Q, core.inverse_G_U, rows), (core.P, core.inverse_G_V, columns)
+    (q, u), (p, v) = (_diagonals(basis.float(), inverse.float(), places) for basis, inverse, places in sides)
     diagonal = ((1 - q) * (1 - p) - 1) / n + u * (1 - p) + (1 - q) * v + n * u * v
     spread = diagonal.clamp(min=0)
     return spread / spread.mean().clamp(min=torch.finfo(spread.dtype).tiny)
+
+
+def _diagonals(basis: Tensor, inverse: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Some of the diagonals of `Q Q^T` and `Q G^+ Q^T`, float64."""
+    projector, weighed = basis.square().sum(dim=1), (product(basis, inverse) * basis).sum(dim=1)
+    return projector[places].double(), weighed[places].double()
 
 
 def _entries(weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from detune.errors import InputError
 from detune.solvers.device import find_device, upload
 from detune.solvers.grid import spacing
+from detune.solvers.linalg import weighted_sum
 from detune.solvers.random import seeded
 
 
@@ -62,7 +63,7 @@ class Block:
     @cached_property
     def offset(self) -> Tensor:
         """`mean_i W_i - W_1`, `(rows, in)`: kept apart, because it is small and `W_1` is not."""
-        return self.differences.sum(dim=0).div_(len(self.buffer))
+        return weighted_sum(self.differences, 1 / len(self.buffer))
 
     @cached_property
     def centred(self) -> Tensor:
@@ -181,21 +182,23 @@ class Stack:
     def blocks(self) -> Iterator[Block]:
         """All rows, block by block, in order. The buffer is used again: it is valid until the next block."""
         out, height = self.shape[0], self.block_height
-        buffer = self._block_buffer(height)
+        memory = self.zeros(self.n * height * self.shape[1])
         runs = [slice(start, min(start + height, out)) for start in range(0, out, height)]
         for rows, stored in zip(runs, upload(self.matrices, runs, self.device), strict=True):
             reference = stored[0].to(self.dtype)
-            block = Block(rows, reference, buffer[:, : reference.shape[0]])
+            block = Block(rows, reference, self._laid_out(memory, reference.shape[0]))
             for W_i, difference in zip(stored[1:], block.differences, strict=True):
                 difference.copy_(W_i).sub_(reference)
             yield block
 
-    def _block_buffer(self, height: int) -> Tensor:
+    def _laid_out(self, memory: Tensor, height: int) -> Tensor:
+        """Memory for the rows of a block in all models, `(n, height, in)`."""
         width = self.shape[1]
+        used = memory[: self.n * height * width]
         if self.matrices[0].stride(0) < self.matrices[0].stride(1):
             # A transposed stack: the block is laid out as its matrices are, or every copy would jump about.
-            return self.zeros(self.n, width, height).mT
-        return self.zeros(self.n, height, width)
+            return used.view(self.n, width, height).mT
+        return used.view(self.n, height, width)
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros in the compute dtype, on the device."""
