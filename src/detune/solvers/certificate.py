@@ -117,8 +117,8 @@ def _amplified(stack: Stack, recovery: Recovery) -> float:
     """Root of the error of least squares over that of an average; 1 where there are no three models to solve for."""
     if stack.n < 3:
         return 1.0
-    spaces = [Space.of(M_i) for M_i in recovery.deltas]
-    core = _operator(stack, spaces)
+    spaces = _spaces(stack, recovery)
+    core = Core.of([space.U for space in spaces], [space.V for space in spaces])
     if undetermined(core, *_blurs(stack, spaces)):
         return 1.0
     variances = stack.noise.square().to(core.Q.device)
@@ -126,16 +126,15 @@ def _amplified(stack: Stack, recovery: Recovery) -> float:
     return math.sqrt(error * stack.n**2 / float(variances.sum()))
 
 
-def _operator(stack: Stack, spaces: Sequence[Space]) -> Core:
-    """At the recovered spaces, which half precision does not tell better than to float32's rounding."""
-    dtype = stack.factor_dtype
-    return Core.of([space.U.to(dtype) for space in spaces], [space.V.to(dtype) for space in spaces])
+def _spaces(stack: Stack, recovery: Recovery) -> tuple[Space, ...]:
+    """Of the deltas: half precision does not tell them better than to float32's rounding."""
+    return tuple(Space.of(M_i, stack.factor_dtype) for M_i in recovery.deltas)
 
 
 def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: float | None) -> Certificate:
     """From the operator at the recovered spaces, the misfit and the storage noise."""
-    spaces = tuple(Space.of(M_i) for M_i in recovery.deltas)
-    core = _operator(stack, spaces)
+    spaces = _spaces(stack, recovery)
+    core = Core.of([space.U for space in spaces], [space.V for space in spaces])
     null = undetermined(core, *_blurs(stack, spaces))
     if null:
         reason = f"the data cannot see changes of the weight in a space of dimension {null}"

@@ -139,7 +139,7 @@ class _Sums:
         coordinates, other = (core.b, core.Q) if known.transposed else (core.a, core.P)
         sides[known.transposed] = _Side.of(products, other).times(-torch.cat(coordinates, dim=1))
         left, right = sides
-        energy = known.energy - float(products.square().sum(dtype=torch.float64))
+        energy = known.energy - float(torch.linalg.vector_norm(products)) ** 2
         return cls(energy, 0.0, 0.0, left, right, torch.zeros_like(left.inner))
 
     @classmethod

@@ -16,12 +16,12 @@ ROUNDING = 1e-13
 
 @dataclass(frozen=True)
 class Space:
-    """A recovered delta as `U diag(S) V^T`, float64.
+    """A recovered delta as `U diag(S) V^T`.
 
     Attributes:
-        U: `(out, r)`.
-        S: Descending, `(r,)`.
-        V: `(in, r)`.
+        U: `(out, r)`, orthonormal.
+        S: Descending, `(r,)`, float64.
+        V: `(in, r)`, orthonormal, in U's dtype.
     """
 
     U: Tensor
@@ -29,9 +29,14 @@ class Space:
     V: Tensor
 
     @classmethod
-    def of(cls, M_i: LowRank) -> "Space":
-        """Directions that rounding alone gave are dropped."""
+    def of(cls, M_i: LowRank, dtype: torch.dtype = torch.float64) -> "Space":
+        """Directions that rounding alone gave are dropped.
+
+        Args:
+            M_i: The delta.
+            dtype: Of the bases, which are computed in float64.
+        """
         left, right = qr(M_i.left), qr(M_i.right)
         U, S, V = torch.linalg.svd(left.R @ right.R.mT)
         kept = S.gt(ROUNDING * S[:1])
-        return cls(left.Q @ U[:, kept], S[kept], right.Q @ V.mT[:, kept])
+        return cls((left.Q @ U[:, kept]).to(dtype), S[kept], (right.Q @ V.mT[:, kept]).to(dtype))
