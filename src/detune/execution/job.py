@@ -104,7 +104,7 @@ class Performer:
         """
         # A few smaller matrices may wait, so that no lane stands still for the disk; the largest only by itself.
         largest = max((self._files.stored_bytes([name]) for name in self._family.names), default=0)
-        with Lander(self._landing, self._files, largest // 4) as lander:
+        with Lander(self._landing, self._files, largest // 2) as lander:
             solved: dict[str, Solved] = {}
 
             def keep(name: str) -> None:

@@ -115,10 +115,11 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
     Raises:
         InputError: The stack holds NaN or Inf.
     """
-    right = [V_i.to(stack.device, stack.dtype) for V_i in V]
+    V = [V_i.to(stack.device, stack.factor_dtype) for V_i in V]
+    right = [V_i.to(stack.dtype) for V_i in V]
     accumulator = _Accumulator(stack, right)
     ranks = [V_i.shape[1] for V_i in V]
-    inverse = normal_inverse([V_i.to(stack.device, stack.factor_dtype) for V_i in V]).to(stack.dtype)
+    inverse = normal_inverse(V).to(stack.dtype)
     F = stack.zeros(stack.shape[0], sum(ranks))
     products = tuple(stack.zeros(r, stack.shape[1]) for r in ranks)
     for block in stack.blocks():
@@ -128,7 +129,7 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
         left = torch.split(F[block.rows], ranks, dim=1)
         for left_over, left_i, rest_i in zip(products, left, accumulator.add(block, left), strict=True):
             left_over += product(left_i.mT, rest_i)
-    step = accumulator.finish(tuple(map(LowRank, torch.split(F.double(), ranks, dim=1), V)))
+    step = accumulator.finish(tuple(map(LowRank, torch.split(F.to(stack.factor_dtype), ranks, dim=1), V)))
     return replace(step, residuals=Residuals(step.weight, step.deltas, accumulator.residual, products))
 
 

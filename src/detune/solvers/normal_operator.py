@@ -158,14 +158,18 @@ class Core:
 
 
 def _spectrum(coordinates: Sequence[Tensor]) -> Tensor:
-    joint = torch.cat(list(coordinates), dim=1)
-    values: Tensor = torch.linalg.eigvalsh(joint @ joint.mT)
-    return values
+    values: Tensor = torch.linalg.eigvalsh(_projectors(coordinates))
+    return values.to(coordinates[0].dtype)
 
 
 def _inverse_gram(coordinates: Sequence[Tensor]) -> Tensor:
     """`(sum_i (I - c_i c_i^T))^+`."""
-    joint = torch.cat(list(coordinates), dim=1)
-    exact = joint.double()
-    gram = len(coordinates) * torch.eye(joint.shape[0], dtype=exact.dtype, device=exact.device) - exact @ exact.mT
-    return inverse_of_normal(gram).to(joint.dtype)
+    total = _projectors(coordinates)
+    eye = torch.eye(len(total), dtype=total.dtype, device=total.device)
+    return inverse_of_normal(len(coordinates) * eye - total).to(coordinates[0].dtype)
+
+
+def _projectors(coordinates: Sequence[Tensor]) -> Tensor:
+    """`sum_i c_i c_i^T`, float64."""
+    joint = torch.cat(list(coordinates), dim=1).double()
+    return joint @ joint.mT
