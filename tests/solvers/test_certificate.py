@@ -23,6 +23,12 @@ def problem(times: float = 300.0, **changes: object) -> Problem:
     return make_problem(replace(regime, scale=times * noise), seeded())
 
 
+def on_grid(given: Problem, grid: torch.dtype, dtype: torch.dtype) -> Problem:
+    """The same with a base in one dtype and merges in another."""
+    W_star = given.W_star.to(grid).double()
+    return Problem(W_star, given.deltas, torch.stack([W_star + M_i for M_i in given.deltas]).to(dtype))
+
+
 def certificate_of(given: Problem, solver: object = NO_GRID) -> tuple[Certificate, Recovery]:
     stack = Stack.of(given.stack)
     recovery = solver.solve(stack)
@@ -82,6 +88,40 @@ def test_is_calibrated_on_random_problems():
             right += abs(certificate.predicted_w_error - true_error(given, recovery)) <= 0.3
     assert floor >= 12
     assert right >= 0.95 * floor
+
+
+def test_exact_is_never_wrong():
+    """Random bases in half precision, merged in float32: with one seed's row spaces, weak directions, large deltas."""
+    pick = random.Random(2)
+    exact = 0
+    for seed in range(24):
+        step = pick.choice([2.0**-8, 2.0**-11])
+        regime = Regime(
+            pick.choice([(48, 40), (40, 64)]),
+            tuple(pick.randint(1, 10) for _ in range(pick.randint(3, 6))),
+            pick.choice([0.0, 4.0, 7.0]),
+            step * 10 ** pick.uniform(-1, 3),
+            pick.choice([0.0, 0.9, 0.99]),
+            torch.float32,
+        )
+        grid = torch.bfloat16 if step == 2.0**-8 else torch.float16
+        given = on_grid(make_problem(regime, seeded(seed)), grid, torch.float32)
+        certificate, recovery = certificate_of(given, Auto())
+        if certificate.verdict is Verdict.EXACT:
+            exact += 1
+            assert true_error(given, recovery) == -math.inf, seed
+    assert exact >= 12
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_directions_that_do_not_show_make_what_storing_undoes_unforeseeable(seed):
+    """Spectra that go on below the noise: the error is a few times what it seems, and once stored many times."""
+    drawn = make_problem(Regime((40, 40), (10,) * 6, 7.0, 1e-14, 0.5), seeded(seed))
+    given = on_grid(drawn, torch.float64, torch.float64)
+    certificate, recovery = certificate_of(given)
+    assert abs(certificate.predicted_w_error - true_error(given, recovery)) > 0.3
+    assert certificate.verdict is Verdict.APPROXIMATE
+    assert "cannot be predicted that closely" in certificate.reason
 
 
 def test_a_base_on_the_grid_is_hit_more_often_than_chance_allows():
@@ -176,6 +216,18 @@ def test_bits_speak_for_themselves(certain, foreseeable, verdict, predicted):
     assert certificate.undetermined == 0
     assert certificate.predicted_w_error == (None if predicted is None else pytest.approx(predicted))
     assert "1e-30" in certificate.reason
+
+
+def test_bits_beside_spaces_that_cannot_be_told_apart():
+    """What all entries of a direction share shows in none of them, and least squares cannot say how much it is."""
+    given = problem()
+    recovery = NO_GRID.solve(Stack.of(given.stack))
+    certain = torch.rand(given.W_star.shape, generator=seeded()) < 0.9
+    bits = Bits(torch.bfloat16, -30.0, certain, 1e-8, 0.99)
+    shared = tuple(LowRank(M_i.left, recovery.deltas[0].right) for M_i in recovery.deltas)
+    certificate = certify(Stack.of(given.stack), replace(recovery, bits=bits, deltas=shared))
+    assert certificate.verdict is Verdict.APPROXIMATE
+    assert "nothing tells the weight from the adapters: errors that many entries share" in certificate.reason
 
 
 def test_more_noise_than_storage_explains_is_seen():

@@ -5,7 +5,6 @@ must be assumed is said in `Certificate.reason`, and in the section on the certi
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from detune.solvers.grid import name_of
 from detune.solvers.identifiability import ErrorTraces, error_traces
 from detune.solvers.misfit import Misfit
 from detune.solvers.normal_operator import Core
-from detune.solvers.nullspace import undetermined
+from detune.solvers.nullspace import blurs, undetermined
 from detune.solvers.principal import lacks_principal_part
 from detune.solvers.rounding import StoredError, rounded_mse
 from detune.solvers.space import Space
@@ -105,22 +104,27 @@ def _of_bits(stack: Stack, recovery: Recovery) -> Certificate:
         return Certificate(Verdict.APPROXIMATE, reason, 0, _log10(bits.expected_mse))
     amplified = _amplified(stack, recovery)
     if amplified > CLOSE_SPACES:
-        reason += (
-            f"; the adapters' spaces are close to each other, which amplifies noise {amplified:.2g} times: errors that "
-            "many entries share do not show in each"
+        why = (
+            "but for the grid, nothing tells the weight from the adapters"
+            if math.isinf(amplified)
+            else f"the adapters' spaces are close to each other, which amplifies noise {amplified:.2g} times"
         )
+        reason += f"; {why}: errors that many entries share do not show in each"
         return Certificate(Verdict.APPROXIMATE, reason, 0, _log10(bits.expected_mse))
     return Certificate(Verdict.FLOOR, reason, 0, _log10(bits.expected_mse))
 
 
 def _amplified(stack: Stack, recovery: Recovery) -> float:
-    """Root of the error of least squares over that of an average; 1 where there are no three models to solve for."""
+    """Root of the error of least squares over that of an average; infinite where it has no answer.
+
+    So it is for one or two models, and where spaces coincide as far as their own errors let tell.
+    """
     if stack.n < 3:
-        return 1.0
+        return math.inf
     spaces = _spaces(stack, recovery)
     core = Core.of([space.U for space in spaces], [space.V for space in spaces])
-    if undetermined(core, *_blurs(stack, spaces)):
-        return 1.0
+    if undetermined(core, *blurs(stack, spaces)):
+        return math.inf
     variances = stack.noise.square().to(core.Q.device)
     error = float((variances * error_traces(core).weight).sum()) / recovery.weight.numel()
     return math.sqrt(error * stack.n**2 / float(variances.sum()))
@@ -135,7 +139,7 @@ def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: fl
     """From the operator at the recovered spaces, the misfit and the storage noise."""
     spaces = _spaces(stack, recovery)
     core = Core.of([space.U for space in spaces], [space.V for space in spaces])
-    null = undetermined(core, *_blurs(stack, spaces))
+    null = undetermined(core, *blurs(stack, spaces))
     if null:
         reason = f"the data cannot see changes of the weight in a space of dimension {null}"
         return Certificate(Verdict.NOT_DETERMINED, reason, null)
@@ -280,8 +284,8 @@ class _Evidence:
                 "rounding brings most entries to the base's own numbers; how many it does not, depends on directions "
                 "that do not show"
             )
-        if self.coarse and mse > STEEP * rounded.if_less:
-            # There the intervals may have saved more than is known.
+        # Intervals may have saved more than is known; directions that do not show cost as much.
+        if (self.coarse or self._runs_into_noise) and mse > STEEP * rounded.if_less:
             return "rounding brings many entries to the base's own numbers; how many, cannot be predicted that closely"
         if self.rounded and self._weakest_delta < ALIKE * float(self.variances.mean()):
             return "deltas hardly exceed a unit in the last place: the models round alike, and that cannot be simulated"
@@ -325,17 +329,6 @@ class _Evidence:
             reach = possible.clamp(max=weakest[i]) * unseen.moves[: len(possible)]
             by_side[unseen.columns] += float(reach.square().sum()) / self.entries
         return max(by_side)
-
-
-def _blurs(stack: Stack, spaces: Sequence[Space]) -> tuple[list[Tensor], list[Tensor]]:
-    """The expected squared error of every basis vector, of columns and of rows: `sigma_i^2 size / s^2`.
-
-    To first order noise N turns a singular vector v by `N^T u / s` outside its space.
-    """
-    variances = stack.noise.square().to(stack.device)
-    inverse = [variance / space.S.square() for variance, space in zip(variances, spaces, strict=True)]
-    out, columns = stack.shape
-    return [out * each for each in inverse], [columns * each for each in inverse]
 
 
 def _excess(misfit: Misfit, traces: ErrorTraces, variances: Tensor) -> float:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from detune.solvers.normal_operator import Core
 from detune.solvers.random import seeded
+from detune.solvers.space import Space
+from detune.solvers.stack import Stack
 
 # Eigenvalues of sums of projectors below this are zeros of the arithmetic.
 ZERO = 1e-11
@@ -50,6 +52,17 @@ def undetermined(core: Core, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor],
             others = [[c_i for i, c_i in enumerate(outer) if i != j] for j in range(len(outer))]
             return hidden + sum(r * _common(rest).shape[1] for r, rest in zip(ranks, others, strict=True) if rest)
     return hidden + _of_core(Core.of(a, b) if hidden else core, seed)
+
+
+def blurs(stack: Stack, spaces: Sequence[Space]) -> tuple[list[Tensor], list[Tensor]]:
+    """The expected squared error of every basis vector, of columns and of rows: `sigma_i^2 size / s^2`.
+
+    To first order noise N turns a singular vector v by `N^T u / s` outside its space.
+    """
+    variances = stack.noise.square().to(stack.device)
+    inverse = [variance / space.S.square() for variance, space in zip(variances, spaces, strict=True)]
+    out, columns = stack.shape
+    return [out * each for each in inverse], [columns * each for each in inverse]
 
 
 def _clearly_determined(core: Core, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor]) -> bool:
