@@ -12,6 +12,7 @@ from torch import Tensor
 from detune.solvers.base import LowRank, NotRecoverable, Recovery, left_alone
 from detune.solvers.descent import downhill
 from detune.solvers.differences import SIGNAL, Difference, Differences, find_differences
+from detune.solvers.fine import from_fine
 from detune.solvers.fit import WStep, w_step, w_step_given_rows
 from detune.solvers.intersect import Spaces, Unsplittable, find_spaces, untranspose
 from detune.solvers.lattice import HALVES, UNSETTLED, Lattice, NoGrid
@@ -60,6 +61,9 @@ class Auto:
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Choose and solve; see `Solver.solve`. The reason says which and why."""
+        of_fine = from_fine(stack, self._solve_fine, rank)
+        if of_fine is not None:
+            return of_fine
         first = find_differences(stack, rank, self.seed)
         bits = self._bits_at_once(first, rank)
         if bits is not None:
@@ -71,6 +75,14 @@ class Auto:
             return self.lattice.refine(stack, found, rank)
         except NoGrid:
             return self.lattice.without_grid(stack, found)
+
+    def _solve_fine(self, part: Stack, rank: int | None) -> Recovery:
+        """Of models that others are left out beside: one or two are enough only on a grid."""
+        if part.n >= self.min_models:
+            return self.solve(part, rank)
+        if self.lattice is None:
+            raise NotRecoverable(f"{part.n} models stored finely", "expected three", "add models")
+        return self.lattice.refine_from(part, None, rank)
 
     def _bits_at_once(self, differences: Differences, rank: int | None) -> Recovery | None:
         """The bits where ranks would have to be searched for, and least squares might mislead: the fit finds them too.

@@ -142,6 +142,8 @@ class Recovery:
         saved_mse: By how much the weight's mean squared error per entry is below that of least squares.
         residuals: Where the last step has seen them: they save the certificate a pass over the models.
         agreed: Where at least two models have the weight's bits, `(out, in)`, bool: for methods that ask for no more.
+        of_models: The models that the weight is from, and that the residuals speak of, where the others are stored far
+            more coarsely; empty is all.
     """
 
     weight: Tensor
@@ -156,6 +158,7 @@ class Recovery:
     saved_mse: float = 0.0
     residuals: Residuals | None = None
     agreed: Tensor | None = None
+    of_models: tuple[int, ...] = ()
 
 
 def left_alone(stack: Stack, model: int, sign: str) -> Recovery:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detune.solvers.agreement import Solve, disagreement
 from detune.solvers.base import Recovery
+from detune.solvers.fine import fine_part
 from detune.solvers.grid import name_of
 from detune.solvers.identifiability import ErrorTraces, error_traces
 from detune.solvers.misfit import Misfit
@@ -77,6 +78,9 @@ def certify(
     structured = certify_structured(stack, recovery, stored, check, certify)
     if structured is not None:
         return structured
+    if recovery.of_models:
+        part, of_part = fine_part(stack, recovery)
+        return certify(part, of_part, stored, check)
     if recovery.method == "unchanged":
         return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
     if recovery.bits is not None:

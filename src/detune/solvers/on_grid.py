@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from detune.solvers.auto import Auto
 from detune.solvers.base import Recovery
+from detune.solvers.fine import from_fine
 from detune.solvers.lattice import Lattice, NoGrid
 from detune.solvers.stack import Stack
 
@@ -32,6 +33,9 @@ class OnGrid:
         """
         if stack.n < 3:
             return self.lattice.refine(stack, None, rank)
+        of_fine = from_fine(stack, self._solve_fine, rank)
+        if of_fine is not None:
+            return of_fine
         start = replace(Auto(), lattice=None).solve(stack, rank)
         if start.method == "unchanged":
             return start
@@ -39,3 +43,6 @@ class OnGrid:
             return self.lattice.refine(stack, start, rank)
         except NoGrid as why:
             return replace(start, reason=f"{start.reason}; {why}")
+
+    def _solve_fine(self, part: Stack, rank: int | None) -> Recovery:
+        return self.solve(part, rank) if part.n >= 3 else self.lattice.refine_from(part, None, rank)

@@ -169,6 +169,11 @@ class Stack:
         halves = (torch.bfloat16, torch.float16)
         return self.dtype if all(W_i.dtype in halves for W_i in self.matrices) else torch.float64
 
+    def part(self, models: Sequence[int]) -> "Stack":
+        """The stack of some of the models, in that order."""
+        told = tuple(self.told_noise[i] for i in models) if self.told_noise else ()
+        return replace(self, matrices=tuple(self.matrices[i] for i in models), told_noise=told)
+
     @cached_property
     def transposed(self) -> "Stack":
         """The same stack with rows and columns exchanged; nothing is copied."""
