@@ -1,5 +1,6 @@
 """Sets that are hard to recover: each reaches the floor, or the verdict says that it does not."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -105,6 +106,7 @@ SETS = {
     "two ranks fill the smaller side": HardSet(free(10), shape=(20, 60), refused="differ at full rank"),
     "two ranks are too many": HardSet(free(11), shape=(20, 60), refused="differ at full rank"),
 }
+STEP = {dtype: torch.finfo(dtype).eps for dtype in STORED}
 SIZE = {torch.float64: 0.1, torch.float32: 0.1, torch.bfloat16: 0.5}
 
 
@@ -140,6 +142,20 @@ def test_reaches_the_floor_or_says_that_it_does_not(name, dtype):
     if certificate.verdict is Verdict.NOT_DETERMINED:
         assert certificate.predicted_w_error is None
         assert certificate.undetermined > 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("turned", [False, True], ids=["A", "B"])
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_one_frozen_factor_never_gives_a_confident_answer(dtype, turned, seed):
+    """Whatever ranks fit best, the rank not told: part of W is hidden, and either the misfit or the verdict says so."""
+    generator, pick = seeded(seed), random.Random(seed)
+    W_star, rank = normal(generator, 48, 40), pick.randint(1, 6)
+    A, size = normal(generator, 40, rank), STEP[dtype] * 10 ** pick.uniform(0, 3)
+    models = [W_star + size * lora(generator, (48, 40), rank, A) for _ in range(pick.randint(3, 7))]
+    stack = Stack.of([(W_i.mT if turned else W_i).to(dtype) for W_i in models])
+    certificate = certify(stack, Auto().solve(stack))
+    assert certificate.verdict in (Verdict.APPROXIMATE, Verdict.NOT_DETERMINED), certificate.reason
 
 
 def test_what_all_adapters_share_is_taken_for_the_base_and_the_certificate_says_so():
