@@ -25,6 +25,7 @@ COMMANDS = {
     "family": [],
     "ranks": [],
     "certificate": [],
+    "exact": [],
     "bits": [],
 }
 INTRODUCTION = """# Benchmarks
