@@ -6,7 +6,7 @@ from detune.metrics import w_error
 from detune.solvers import Auto, Recovery, Stack
 from detune.solvers.base import LowRank
 from detune.solvers.fit import w_step
-from detune.solvers.relevance import within_reason
+from detune.solvers.relevance import split_off, within_reason
 from tests.cases import REGIMES, make_problem, normal, seeded
 
 SHAPE, RANK, N = (96, 80), 3, 4
@@ -41,6 +41,15 @@ def test_a_part_that_all_share_is_no_larger_than_it_shows():
     assert held.noise_ratio is not None
     assert held.noise_ratio < 1.05
     assert w_error(held.weight, W) < w_error(run_off.weight, W) - 1
+
+
+def test_sizes_are_about_right_from_the_first_turns_on():
+    """Where least squares knows the least of the shared part, turns that start from it come back too slowly."""
+    W, deltas, models = one_seed(1e-4)
+    split = split_off(Stack.of(models), [M_i.right for M_i in deltas], turns=2)
+    true = sum(M_i.energy for M_i in deltas)
+    assert true / 1.5 < sum(M_i.energy for M_i in split.deltas) < 1.5 * true
+    assert w_error(split.weight, W) < -7
 
 
 def test_deltas_that_have_not_run_off_stay():

@@ -29,6 +29,7 @@ from detune.solvers.stack import SMALL_ENTRIES, Stack
 __all__ = ["Split", "may_mislead", "split_off", "split_start", "within_reason"]
 
 TURNS = 25
+SMALLEST = 1e-300
 # A direction whose prior weighs this much more than its data is gone.
 GONE = 1e3
 # Singular values of a model's own deviation are followed from this share of the noise's edge on.
@@ -145,17 +146,23 @@ def split_off(stack: Stack, V: Sequence[Tensor] | None = None, turns: int = TURN
     models = torch.stack([W_i.to(stack.device, torch.float64) for W_i in stack.matrices])
     mean = models.mean(dim=0)
     centred = models - mean
-    V = V or [_leading(X_i, noise) for X_i in centred]
-    if not any(V_i.shape[1] for V_i in V):
+    right = V or [_leading(X_i, noise) for X_i in centred]
+    if not any(V_i.shape[1] for V_i in right):
         nothing = [LowRank(X_i.new_zeros(len(X_i), 0), X_i.new_zeros(X_i.shape[1], 0)) for X_i in centred]
         return _split(mean, centred, nothing, noise, 0)
-    prior = [V_i.new_zeros(V_i.shape[1]) for V_i in V]
+    prior: Sequence[Tensor] = [V_i.new_zeros(V_i.shape[1]) for V_i in right]
+    if V is not None:
+        # As large as each model shows them by itself: from a size that has run off the turns come back slowly.
+        shown = [torch.linalg.svd(X_i @ V_i, full_matrices=False) for X_i, V_i in zip(centred, V, strict=True)]
+        right = [V_i @ of_i.Vh.mT for V_i, of_i in zip(V, shown, strict=True)]
+        prior = [noise**2 * len(mean) / of_i.S.square().clamp(min=SMALLEST) for of_i in shown]
+    F = _regress(centred, right, prior)
     for _ in range(turns):
-        U, prior = _relevant(_regress(centred, V, prior), stack.shape[1], noise)
-        V, prior = _relevant(_regress(centred.mT, U, prior), stack.shape[0], noise)
-    F = _regress(centred, V, prior)
+        left, prior = _relevant(F, stack.shape[1], noise)
+        right, prior = _relevant(_regress(centred.mT, left, prior), stack.shape[0], noise)
+        F = _regress(centred, right, prior)
     taken = sum(float((1 / (1 + weight)).sum()) for weight in prior) * sum(stack.shape)
-    return _split(mean, centred, list(map(LowRank, F, V)), noise, taken)
+    return _split(mean, centred, list(map(LowRank, F, right)), noise, taken)
 
 
 def _split(mean: Tensor, centred: Tensor, deltas: Sequence[LowRank], noise: float, taken: float) -> Split:
@@ -199,7 +206,7 @@ def _relevant(F: Sequence[Tensor], entries: int, noise: float) -> tuple[list[Ten
     for F_i in F:
         Q, R = torch.linalg.qr(F_i)
         left, sizes, _ = torch.linalg.svd(R)
-        weights = noise**2 * entries / sizes.square().clamp(min=1e-300)
+        weights = noise**2 * entries / sizes.square().clamp(min=SMALLEST)
         kept = weights < GONE
         bases.append((Q @ left)[:, kept])
         prior.append(weights[kept])
