@@ -63,8 +63,7 @@ def _solve_group(
     stack: Stack, group: tuple[int, ...], solver: Solver, rank: int | None, stored: torch.dtype, check: bool
 ) -> tuple[Answer, Tensor]:
     """A matrix that some models have anew, a head for instance: the others tell what it was."""
-    kept = Stack(tuple(stack.matrices[i] for i in group), stack.dtype, stack.device)
-    answer, weight = _solve_matrix(kept, solver, rank, stored, check)
+    answer, weight = _solve_matrix(stack.part(group), solver, rank, stored, check)
     others = [i for i in range(stack.n) if i not in group]
     listed = f"model{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
     reason = f"{answer.reason}; without {listed} of the {stack.n} used: full rank here"

@@ -36,7 +36,7 @@ def disagreement(stack: Stack, solve: Solve) -> float | None:
     halves = stack.n >= HALVES_FROM
     parts = [everyone[::2], everyone[1::2]] if halves else [[j for j in everyone if j != i] for i in everyone]
     try:
-        weights = [solve(Stack(tuple(stack.matrices[i] for i in part), stack.dtype, stack.device)) for part in parts]
+        weights = [solve(stack.part(part)) for part in parts]
     except NotRecoverable:
         return None
     found = torch.stack([recovery.weight for recovery in weights])

@@ -12,7 +12,7 @@ from torch import Tensor
 from detune.solvers.base import LowRank, NotRecoverable, Recovery, left_alone
 from detune.solvers.descent import downhill
 from detune.solvers.differences import SIGNAL, Difference, Differences, find_differences
-from detune.solvers.fine import from_fine
+from detune.solvers.fine import FLOOR_RATIO, from_fine
 from detune.solvers.fit import WStep, w_step, w_step_given_rows
 from detune.solvers.intersect import Spaces, Unsplittable, find_spaces, untranspose
 from detune.solvers.lattice import HALVES, UNSETTLED, Lattice, NoGrid
@@ -24,8 +24,6 @@ from detune.solvers.space import Space
 from detune.solvers.spectral import Spectral
 from detune.solvers.stack import SMALL_ENTRIES, Stack
 
-# A residual of more than this many times the storage noise is not storage noise.
-FLOOR_RATIO = 2.0
 # Where the rank is told, singular values of differences are looked for down to this share of the storage noise.
 BELOW_NOISE = 0.5
 # Unless the residual is storage noise already.
