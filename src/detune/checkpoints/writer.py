@@ -11,9 +11,11 @@ import logging
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from mmap import mmap
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
@@ -21,7 +23,8 @@ from typing import Self
 import torch
 
 from detune.checkpoints.atomic import new_directory, reported, sync
-from detune.checkpoints.blocks import memory_of, new_block, round_to
+from detune.checkpoints.blocks import memory_of, round_to
+from detune.checkpoints.data_file import DataFile
 from detune.checkpoints.headers import Entry, encode_safetensors_header, safetensors_name
 from detune.checkpoints.layout import read_json
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
@@ -32,7 +35,8 @@ __all__ = ["CheckpointFiles", "CheckpointWriter"]
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 16 * 2**20
+# Rounding takes several copies of what it rounds.
+_ROUNDED_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class CheckpointFiles:
     ) -> None:
         self._like = like
         self._directory = directory
-        self._flags = os.O_WRONLY | (os.O_DSYNC if shared else 0)
+        self._shared = shared
+        self._buffers: deque[mmap] = deque()
         self._infos = {name: _stored(info, dtype) for name, info in like.tensors.items()}
         self._headers: dict[str, bytes] = {}
         self._sizes_bytes: dict[str, int] = {}
@@ -93,8 +98,7 @@ class CheckpointFiles:
             return tensor.detach().cpu().contiguous()
         stored = torch.empty(tensor.shape, dtype=dtype)
         values, flat = tensor.detach().reshape(-1), stored.view(-1)
-        # In blocks: rounding takes several copies of what it rounds.
-        step = _BLOCK_BYTES // dtype.itemsize
+        step = _ROUNDED_BYTES // dtype.itemsize
         for start in range(0, len(values), step):
             flat[start : start + step] = round_to(values[start : start + step], dtype).cpu()
         return stored
@@ -138,9 +142,12 @@ class CheckpointFiles:
             raise ValueError(f"tensor {name!r} is {tensor.dtype}, expected {info.dtype}")
         place = self._places[name]
         memory = memory_of(self.as_stored(name, tensor))
-        with self._opened(place.file) as descriptor:
-            for start in range(0, len(memory), _BLOCK_BYTES):
-                _write_at(descriptor, memory[start : start + _BLOCK_BYTES], place.offset + start)
+
+        def read(start: int, out: memoryview) -> None:
+            out[:] = memory[start : start + len(out)]
+
+        with self._opened(place.file) as file:
+            file.write(place.offset, len(memory), read)
 
     def copy(self, name: str) -> None:
         """Copy one tensor of `like` byte for byte, in blocks, or in the dtype asked for if that holds it exactly.
@@ -164,11 +171,12 @@ class CheckpointFiles:
             self.write(name, values)
             return
         place = self._places[name]
-        buffer = new_block(min(_BLOCK_BYTES, info.nbytes))
-        with self._opened(place.file) as descriptor:
-            for start in range(0, info.nbytes, _BLOCK_BYTES):
-                block = self._like.read_bytes(name, start, _BLOCK_BYTES, buffer)
-                _write_at(descriptor, block, place.offset + start)
+
+        def read(start: int, out: memoryview) -> None:
+            self._like.read_bytes(name, start, len(out), out)
+
+        with self._opened(place.file) as file:
+            file.write(place.offset, info.nbytes, read)
 
     def stored_bytes(self, names: Iterable[str]) -> int:
         """What some tensors take."""
@@ -194,8 +202,9 @@ class CheckpointFiles:
             OutputError: The disk refuses.
         """
         for file, header in self._headers.items():
-            with self._opened(file) as descriptor:
-                _write_at(descriptor, memoryview(header), 0)
+            # Not past the cache: readers look at it first, and it shares a page with the first tensor.
+            with self._report_disk(file), (self._directory / file).open("r+b") as opened:
+                opened.write(header)
         with self._report_disk(""):
             small: dict[str, bytes | Path] = {str(path): self._like.root / path for path in self._like.side_files()}
             small |= {safetensors_name(file): self._index(file) for file in self._like.index_files}
@@ -249,13 +258,12 @@ class CheckpointFiles:
         return reported(self._directory / file, self.needed_bytes)
 
     @contextmanager
-    def _opened(self, file: str) -> Iterator[int]:
-        with self._report_disk(file):
-            descriptor = os.open(self._directory / file, self._flags)
-            try:
-                yield descriptor
-            finally:
-                os.close(descriptor)
+    def _opened(self, file: str) -> Iterator[DataFile]:
+        with (
+            self._report_disk(file),
+            DataFile(self._directory / file, self._buffers, through=self._shared) as opened,
+        ):
+            yield opened
 
 
 class CheckpointWriter:
@@ -361,9 +369,3 @@ def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     if dtype is None or not info.dtype.is_floating_point or info.dtype == dtype:
         return info
     return replace(info, dtype=dtype, nbytes=math.prod(info.shape) * dtype.itemsize)
-
-
-def _write_at(descriptor: int, memory: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(memory):
-        done += os.pwrite(descriptor, memory[done:], offset + done)

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from detune.errors import InputError
+from detune.execution.memory import keep_freed_memory
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -90,6 +91,7 @@ def _begin(threads: int) -> None:
     """Set a worker up: Ctrl-C is its parent's to hear, and without its parent there is nothing to do."""
     import torch
 
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
