@@ -321,13 +321,14 @@ def test_ctrl_c_loses_nothing_that_is_done(fine, alone, tmp_path, solved, caplog
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_full_disk_loses_nothing_that_is_done(fine, alone, tmp_path, monkeypatch, processes, workers):
-    """A limit on the size of files stands for the disk: the second shard does not fit."""
+    """A disk as large as the first shard's tensors: those of the second do not fit."""
     write = os.pwrite
-    written = []
+    first = load_file(min((alone / "out").glob("*.safetensors")))
+    left = [sum(tensor.nbytes for tensor in first.values())]
 
     def refuse(descriptor: int, data: Any, offset: int) -> int:
-        written.append(len(data))
-        if len(written) > 4:
+        left[0] -= len(data)
+        if left[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(descriptor, data, offset)
 
@@ -336,7 +337,7 @@ def test_a_full_disk_loses_nothing_that_is_done(fine, alone, tmp_path, monkeypat
     with pytest.raises(OutputError, match=r"no space left for .*the checkpoint needs .*; free some space"):
         recover(fine, tmp_path, executor=executor)
     monkeypatch.undo()
-    assert journal(tmp_path).read_text().count("\n") == 3
+    assert 1 < journal(tmp_path).read_text().count("\n") <= len(first)
     recover(fine, tmp_path)
     assert results(tmp_path) == results(alone)
 

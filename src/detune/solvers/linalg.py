@@ -13,6 +13,8 @@ _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.bac
 _LARGE = 1 << 21
 # Spaces are far from each other where no pivot of their bases' Gram matrix is smaller; each is at most 1.
 _FAR = 0.1
+# Squares of singular values that differ by less than this are as exact in float32 as the storage of half precision.
+_CLOSE = 1e-4
 # Normal equations with a smaller pivot are solved by a pseudo-inverse.
 _LEAST_PIVOT = 1e-4
 
@@ -92,15 +94,24 @@ def _cholesky_qr(tall: Tensor) -> QR | None:
     return QR(Q, R)
 
 
-def thin_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`U, S, V` of a tall matrix, exact to the precision of its dtype, which U has; S and V are float64."""
+def thin_svd(tall: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """`U, S, V` of a tall matrix, exact to the precision of its dtype, which U has; S and V are float64.
+
+    Args:
+        tall: `(rows, width)`.
+        least: Smaller singular values, and what they do to U, do not matter.
+    """
     if tall.dtype == torch.float64:
         Q, R = torch.linalg.qr(tall)
         U, S, Vh = torch.linalg.svd(R)
         return Q @ U, S, Vh.mT
-    # The Gram matrix halves the digits: half of float64's are as many as float32 has.
-    exact = tall.double()
-    V = torch.linalg.eigh(exact.mT @ exact)[1].flip(1)
+    # The Gram matrix halves the digits: half of float64's are as many as float32 has, and half of float32's are enough
+    # where no singular value that matters is much smaller than the largest.
+    values, V = torch.linalg.eigh(gram(tall))
+    if not least**2 > _CLOSE * float(values[-1]):
+        exact = tall.double()
+        V = torch.linalg.eigh(exact.mT @ exact)[1]
+    V = V.flip(1)
     U = product(tall, V.to(tall.dtype))
     S = torch.linalg.vector_norm(U, dim=0, dtype=torch.float64)
     return U.div_(S.to(U.dtype).clamp(min=torch.finfo(U.dtype).tiny)), S, V
