@@ -124,7 +124,7 @@ def least_seconds(run: Callable[[], object]) -> float:
 def required(out: int, columns: int, n: int) -> dict[str, Counts]:
     """What each stage must do for one matrix."""
     entries, pairs = out * columns, n if n % 2 else n + 1
-    rows = min(out, FOLDED_ROWS)
+    rows = min(out, FOLDED_ROWS[torch.bfloat16])
     through = 2 * rows * columns * 2 * RANK
     # A pair's basis from its sketch, and a model's space from two of those: Gram matrices and products, thrice each.
     bases = pairs * 3 * 2 * columns * (2 * RANK) ** 2 // 2 + n * 3 * 2 * columns * 2 * RANK * RANK

@@ -11,7 +11,6 @@ Column spaces are the row spaces of the transposed stack.
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +23,12 @@ from detune.solvers.stack import Stack
 
 OVERSAMPLING = 8
 FIRST_RANK = 32
-# Rows after folding, at first. Each time there are four times as many, folding adds up less noise.
-FOLDED_ROWS = 512
+# Rows after folding: where storage noise is far below the deltas, and where it is not and folding more would lift it.
+FOLDED_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 1024, torch.float16: 1024}
 # Folding keeps a space of up to this share of its rows.
 FOLDED_RANK = 0.5
-# A spectrum ends above the noise if its last singular value is so many times the noise's estimated spectral norm,
-ABOVE = 2.0
-# and one of nearly all singular values if it is so many times that.
+# More than 7/8 of all singular values are a spectrum that runs out, unless the last stands so many times over the noise
+# and some do not.
 WELL_ABOVE = 4.0
 # A singular value counts as signal from this multiple of the noise's estimated spectral norm. The estimate is a bound,
 # a fifth above what noise reaches where all entries are of a kind; noise alone does not come near.
@@ -128,26 +126,22 @@ def find_differences(
     out, columns = stack.shape
     limit = min(out, columns)
     cut = columns if rank is None else 2 * rank
-    width = _padded(FIRST_RANK if rank is None else cut)
-    half_precision = any(W_i.dtype.itemsize <= 2 for W_i in stack.matrices)
-    rows = FOLDED_ROWS if fold else out
+    expected = FIRST_RANK if rank is None else cut
+    rows = FOLDED_ROWS.get(stack.matrices[0].dtype, max(FOLDED_ROWS.values())) if fold else out
     open_pairs = ring(stack.n)
     found: dict[tuple[int, int], Difference] = {}
     while open_pairs:
         finder = _RangeFinder(_fold(stack, rows, seed), seed)
         for i, j in open_pairs:
             norm = signal * float(torch.hypot(stack.noise_norm(i, finder.rows), stack.noise_norm(j, finder.rows)))
-            seen = finder.row_space(i, j, norm, width)
-            # The others will need about as many.
-            width = max(width, _padded(seen.rank))
-            # More than 7/8 of all, without a gap at the end, are a spectrum that runs out.
-            gap = seen.rank < limit and seen.last > WELL_ABOVE * norm
-            runs_out = seen.rank > limit - limit // 8 and not gap
-            full_rank = seen.rank > MOST_RANK or runs_out
-            # Where a spectrum runs into the rounding of half precision, folding has lifted that.
-            hidden = half_precision and rows == FOLDED_ROWS and not seen.ends_above_noise
-            if full_rank or finder.rows == out or (seen.rank <= FOLDED_RANK * finder.rows and not hidden):
-                found[i, j] = Difference((i, j), seen.basis[:, :cut], seen.singular_values[:cut], norm, full_rank)
+            basis, singular_values = finder.row_space(i, j, norm, expected)
+            # The others will need about as much.
+            expected = max(expected, len(singular_values))
+            rank_found = len(singular_values)
+            gap = rank_found < limit and float(singular_values[-1:].sum()) > WELL_ABOVE * norm
+            full_rank = rank_found > MOST_RANK or (rank_found > limit - limit // 8 and not gap)
+            if full_rank or rank_found <= FOLDED_RANK * finder.rows or finder.rows == out:
+                found[i, j] = Difference((i, j), basis[:, :cut], singular_values[:cut], norm, full_rank)
         open_pairs = tuple(pair for pair in open_pairs if pair not in found)
         rows *= 4
     return Differences(stack, {pair: found[pair] for pair in ring(stack.n)})
@@ -159,12 +153,11 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
     S is a sparse sign embedding of the rows.
 
     Rows that lie a multiple of the height apart share a bucket: neighbours, which often belong to one attention head
-    and change together, do not. Where that would not leave half as many rows, they are taken as they are.
+    and change together, do not. Where there are no more rows than asked for, they are taken as they are.
     """
     out, columns = stack.shape
     height = stack.block_height
-    buckets = -(-rows // height) * height
-    buckets = buckets if 2 * buckets <= out else out
+    buckets = out if rows >= out else min(out, -(-rows // height) * height)
     folded = torch.empty(stack.n - 1, buckets, columns, dtype=stack.dtype, device=stack.device)
     generator = stack.generator(seed)
     for block in stack.blocks():
@@ -180,29 +173,6 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
             target.addcmul_(block.differences, signs)
     stack.require_finite(folded.sum())
     return folded
-
-
-class _RowSpace(NamedTuple):
-    """A row space `(in, rank)`, its singular values, and what would be noise."""
-
-    basis: Tensor
-    singular_values: Tensor
-    floor: float
-
-    @property
-    def rank(self) -> int:
-        """How many singular values there are."""
-        return len(self.singular_values)
-
-    @property
-    def last(self) -> float:
-        """The least of them; 0 where there is none."""
-        return float(self.singular_values[-1:].sum())
-
-    @property
-    def ends_above_noise(self) -> bool:
-        """Whether nothing weaker is to be expected."""
-        return self.last > ABOVE * self.floor
 
 
 class _RangeFinder:
@@ -223,22 +193,21 @@ class _RangeFinder:
         """Rows after folding."""
         return self._matrices.shape[1]
 
-    def row_space(self, i: int, j: int, noise_norm: float, width: int) -> "_RowSpace":
-        """What of `W_i - W_j` is over the noise, by `width` test vectors or as many as are needed."""
+    def row_space(self, i: int, j: int, noise_norm: float, expected: int) -> tuple[Tensor, Tensor]:
+        """Row space and singular values of `W_i - W_j` over the noise, the rank expected or not."""
         A = _between(self._matrices, i, j)
         limit = min(A.shape)
         while True:
-            width = min(limit, width)
+            width = min(limit, _padded(expected))
             self._widen(width)
             Q = orthonormal(_between(self._images, i, j)[:, :width])
             V, S, _ = thin_svd(product(Q.mT, A).mT, noise_norm)
             # Below this is the rounding error of the products, not the storage's.
             floor = max(noise_norm, 8 * torch.finfo(A.dtype).eps * float(S[0]))
             rank = int(S.gt(floor).sum())
-            seen = _RowSpace(V[:, :rank], S[:rank], floor)
-            if width == limit or _padded(rank) <= width:
-                return seen
-            width *= 4
+            if _padded(rank) <= width or width == limit:
+                return V[:, :rank], S[:rank]
+            expected *= 4
 
     def _widen(self, width: int) -> None:
         """Make the images of so many test vectors, keeping those that there are."""
