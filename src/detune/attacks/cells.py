@@ -18,13 +18,11 @@ from detune.attacks.levels import Levels, levels_of
 from detune.attacks.rebuild import rebuild
 from detune.solvers import Stack
 from detune.solvers.lattice.estimate import LEAST_SIZE, Estimate
-from detune.solvers.lattice.joint import Measurements, joint_steps
+from detune.solvers.lattice.joint import Measurements, fit_rows, normalised
 from detune.solvers.lattice.posterior import Posterior, posterior
 
 __all__ = ["Cells", "between_levels", "within_cells"]
 
-# Of what an entry says of all M_i together a little is left, whatever W; and a line of no entry at all is not free.
-MOST_PULL, LEAST_SHARE = 0.999, 1e-9
 # Entries of all models that are worked on at a time: what is computed of them stays in the processor's cache.
 BLOCK_ENTRIES = 1 << 17
 # The cell that stands for what is known of W before: thin against the spread of a row's weights.
@@ -144,56 +142,21 @@ def _blocks(levels: Levels, estimates: Sequence[Estimate]) -> Iterator[_Block]:
         )
 
 
-def _fit_rows(levels: Levels, estimates: Sequence[Estimate]) -> list[Estimate]:
+def _fit_rows(levels: Levels, estimates: Sequence[Estimate]) -> tuple[Estimate, ...]:
     """A Newton step for every row of the left factors of all models together, given the right ones."""
-    estimates = [_normalised(e) for e in estimates]
-    right = [e.right for e in estimates]
-    outer = [(R[:, :, None] * R[:, None, :]).flatten(start_dim=1) for R in right]
-    # Rows of L are as large as they have been: what the data leave open stays near zero.
-    prior = [1 / e.left.square().mean(dim=0).clamp(min=LEAST_SIZE) for e in estimates]
-    left, spread = [torch.empty_like(e.left) for e in estimates], [torch.empty_like(e.rows[0]) for e in estimates]
-    for block in _blocks(levels, estimates):
-        measured = _measured(block)
-        factors = [
-            torch.linalg.cholesky((alone @ o).unflatten(1, (len(p), len(p))) + p.diag())
-            for alone, o, p in zip(measured.alone, outer, prior, strict=True)
-        ]
-        start = [e.left[block.rows] for e in estimates]
-        steps = joint_steps(measured, start, right, prior, factors)
-        for i, (L, step, factor) in enumerate(zip(start, steps, factors, strict=True)):
-            left[i][block.rows] = L + step
-            spread[i][block.rows] = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).mean(dim=1)
-    return [
-        replace(
-            e,
-            left=L,
-            rows=torch.stack([q, e.rows[1]]),
-            columns=torch.stack([e.columns[0], e.right.square().sum(dim=1)]),
-        )
-        for e, L, q in zip(estimates, left, spread, strict=True)
-    ]
+    estimates = [normalised(e) for e in estimates]
+    (fitted,) = fit_rows(estimates, None, ((block.rows, _measured(block)) for block in _blocks(levels, estimates)))
+    return fitted
 
 
 def _measured(block: _Block) -> Measurements:
     """What the cells say of the deltas: of a normal number in an interval, the score and its precision."""
-    v = block.v
-    found = _posterior(block.low, block.high, block.m, v)
-    delta, variance, pull = (part.view_as(v) for part in (found.delta, found.delta_variance, found.pull))
-    precision = (1 - (variance - pull.square()) / v).clamp(min=LEAST_SHARE) / v
-    pull = pull / v
-    pull = pull * (MOST_PULL / (pull.square() / precision).sum(dim=0)).clamp(max=1).sqrt()
-    return Measurements((delta - block.m) / v, precision, pull)
+    found = _posterior(block.low, block.high, block.m, block.v)
+    delta, variance, pull = (part.view_as(block.v) for part in (found.delta, found.delta_variance, found.pull))
+    return Measurements.of(found._replace(delta=delta, delta_variance=variance, pull=pull), block.m, block.v)
 
 
 def _posterior(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> Posterior:
     """Of every entry by itself, W between all grids; entries in one row."""
     low, high, m, v = (each.flatten(start_dim=1) for each in (low, high, m, v))
     return posterior(low, high, m, v, None)
-
-
-def _normalised(estimate: Estimate) -> Estimate:
-    """The same product with orthogonal columns of L, and `R^T R = in * I`."""
-    Q, T = torch.linalg.qr(estimate.right)
-    U, S, Vh = torch.linalg.svd(estimate.left @ T.mT, full_matrices=False)
-    root = len(Q) ** 0.5
-    return replace(estimate, left=U * (S / root), right=(Q @ Vh.mT) * root)

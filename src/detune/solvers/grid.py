@@ -67,13 +67,11 @@ def interval(stored: Tensor) -> Interval:
     values = stored.to(torch.float64)
     binade = _binade(values, stored.dtype)
     outward = binade * (torch.finfo(stored.dtype).eps / 2)
-    magnitude = values.abs()
+    magnitude, sign = values.abs(), values.sign()
     power = magnitude.eq(binade) & magnitude.gt(torch.finfo(stored.dtype).tiny)
-    inward = torch.where(power, outward / 2, outward)
-    return Interval(
-        values - torch.where(values > 0, inward, outward),
-        values + torch.where(values < 0, inward, outward),
-    )
+    # On one of the two sides; sums of what differs in its last bits only, and exact.
+    less = power * outward / 4
+    return Interval(values - outward + less * (1 + sign), values + outward - less * (1 - sign))
 
 
 def lies_on(values: Tensor, dtype: torch.dtype) -> bool:

@@ -54,7 +54,7 @@ def test_half_sweep_is_weighted_least_squares_where_every_entry_is_a_point(n):
     ]
     # Next to zero the grid is so fine that no entry is sure of its point.
     used = (torch.rand(40, 30, generator=generator) < 0.8) & (problem.W.abs() > SCALE / 4)
-    found = half_sweep(problem.stack, estimates, problem.grid, used)
+    (found,) = half_sweep(problem.stack, estimates, problem.grid, [used])
     for before, after, W_i in zip(estimates, found, problem.stack.matrices, strict=True):
         expected = row_by_row(before, W_i.double() - problem.W, used)
         # The prior of a row's coordinates pulls by the variance of an entry over M_i's squares in some 20 of them.
@@ -66,7 +66,7 @@ def test_half_sweep_says_how_well_it_knows_the_rows():
     problem = OnGridProblem((40, 30), rank=3, n=1, delta=1.0)
     v = (0.05 * problem.step) ** 2
     ((L, R),) = problem.factors
-    (after,) = half_sweep(problem.stack, [Estimate.of(LowRank(L, R), v)], problem.grid)
+    ((after,),) = half_sweep(problem.stack, [Estimate.of(LowRank(L, R), v)], problem.grid)
     _, variance = entries(replace(after, columns=after.columns * torch.tensor([[0.0], [1.0]])))
     assert float(variance.mean()) == pytest.approx(v * 3 / 30, rel=0.02)
 

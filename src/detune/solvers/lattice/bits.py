@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detune.solvers.grid import spacing
 from detune.solvers.lattice.estimate import Estimate
-from detune.solvers.lattice.sweep import sweep
+from detune.solvers.lattice.sweep import sweep, sweep_each
 from detune.solvers.lattice.view import Residual, View, views
 from detune.solvers.random import seeded
 from detune.solvers.stack import Stack
@@ -77,14 +77,15 @@ def cross_fitted(
     that entry's own word, and wrong grid points confirm themselves. So each of a few parts of such a matrix is answered
     by a sweep over the others. Where entries are many it makes no difference, and is not done.
     """
-    whole = sweep(stack, estimates, grid, seed=seed)
     out, width = stack.shape
     widest = max(e.left.shape[1] for e in estimates)
     if min(out, width) >= FEW_ENTRIES * widest:
+        whole = sweep(stack, estimates, grid, seed=seed)
         return whole, [Part(whole)]
     drawn = torch.randint(FOLDS, stack.shape, generator=seeded(seed, stack.device), device=stack.device)
     folds = [drawn == fold for fold in range(FOLDS)]
-    return whole, [Part(sweep(stack, estimates, grid, ~fold, seed), fold) for fold in folds]
+    whole, *others = sweep_each(stack, estimates, grid, [None, *(~fold for fold in folds)], seed)
+    return whole, list(map(Part, others, folds))
 
 
 def base_bits(stack: Stack, parts: Sequence[Part], grid: torch.dtype) -> BaseBits:

@@ -6,15 +6,27 @@ low rank too. Rows that are fitted model by model, each taking W from the others
 together they undo it in one.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from detune.solvers.lattice.estimate import LEAST_SIZE, Estimate
+from detune.solvers.lattice.posterior import Posterior
+from detune.solvers.linalg import product
+
 # A model's own equations are close to those of all: so many steps, or so small a rest, are enough.
 MOST_STEPS, REST = 12, 0.03
 LEAST = torch.finfo(torch.float64).tiny
+# Of what an entry says of all M_i together a little is left, whatever W.
+MOST_PULL = 0.999
+# A measurement that says nothing still has a precision: a line without any would leave its factors free.
+LEAST_SHARE = 1e-9
+# Entries of all models whose rows are solved for together: products with the other factors are large, and memory small.
+TOGETHER = 1 << 20
+# A model's own equations are made in float32, and must stay positive: so much of their diagonal is added.
+ROUNDED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -34,10 +46,118 @@ class Measurements:
     precision: Tensor
     pull: Tensor
 
+    @classmethod
+    def of(cls, found: Posterior, m: Tensor, v: Tensor) -> "Measurements":
+        """What a posterior adds to `M_i ~ N(m, v)`, all of one shape."""
+        precision = (1 - (found.delta_variance - found.pull.square()) / v).clamp(min=LEAST_SHARE) / v
+        pull = found.pull / v
+        pull *= (MOST_PULL / (pull.square() / precision).sum(dim=0)).clamp(max=1).sqrt()
+        return cls((found.delta - m) / v, precision, pull)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Measurements"]) -> "Measurements":
+        """Of the rows of all parts, one after the other."""
+        return cls(*(torch.cat(each, dim=1) for each in zip(*(p._tensors for p in parts), strict=True)))
+
+    def only(self, used: Tensor) -> "Measurements":
+        """What the others say is nothing; `(rows, in)`, bool."""
+        return Measurements(*(each * used for each in self._tensors))
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.gradient, self.precision, self.pull
+
     @property
     def alone(self) -> Tensor:
         """Precisions of each `M_i` with the others as they are."""
         return self.precision - self.pull.square()
+
+
+def fit_rows(
+    estimates: Sequence[Estimate],
+    seen: Tensor | None,
+    measured: Iterable[tuple[slice, Measurements]],
+    uses: Sequence[Tensor | None] = (None,),
+) -> list[tuple[Estimate, ...]]:
+    """New left factors for the right ones: a step for each row, and how well its numbers are known then.
+
+    Args:
+        estimates: One for each model, normalised.
+        seen: The columns that were looked at; None is all.
+        measured: What their entries say, rows by rows, in order.
+        uses: Choices of entries, `(out, seen)`, bool; None is all.
+
+    Returns:
+        New estimates for each choice.
+    """
+    right = [e.right if seen is None else e.right[seen] for e in estimates]
+    pairs = [torch.tril_indices(R.shape[1], R.shape[1], device=R.device) for R in right]
+    squares = [(R[:, i] * R[:, j]).float() for R, (i, j) in zip(right, pairs, strict=True)]
+    # Rows of L are as large as they have been: what the data leave open stays near zero.
+    prior = [1 / e.left.square().mean(dim=0).clamp(min=LEAST_SIZE) for e in estimates]
+
+    def blank() -> list[Estimate]:
+        return [replace(e, left=torch.empty_like(e.left), rows=torch.empty_like(e.rows)) for e in estimates]
+
+    fitted = [blank() for _ in uses]
+    for rows, all_here in _together(measured):
+        start = [e.left[rows] for e in estimates]
+        for used, new in zip(uses, fitted, strict=True):
+            here = all_here if used is None else all_here.only(used[rows])
+            factors = [
+                _factor(product(alone.float(), square), i, j, p)
+                for alone, square, (i, j), p in zip(here.alone, squares, pairs, prior, strict=True)
+            ]
+            steps = joint_steps(here, start, right, prior, factors)
+            for e, L, step, factor in zip(new, start, steps, factors, strict=True):
+                e.left[rows] = L + step
+                e.rows[0, rows] = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).mean(dim=1)
+    return [
+        tuple(
+            replace(
+                e,
+                rows=torch.stack([e.rows[0], old.rows[1]]),
+                columns=torch.stack([old.columns[0], old.right.square().sum(dim=1)]),
+            )
+            for e, old in zip(new, estimates, strict=True)
+        )
+        for new in fitted
+    ]
+
+
+def normalised(estimate: Estimate) -> Estimate:
+    """The same product with orthogonal columns of L, and `R^T R = in * I`: R's coordinates are then all alike."""
+    Q, T = torch.linalg.qr(estimate.right)
+    U, S, Vh = torch.linalg.svd(estimate.left @ T.mT, full_matrices=False)
+    root = Q.shape[0] ** 0.5
+    return replace(estimate, left=U * (S / root), right=(Q @ Vh.mT) * root)
+
+
+def _together(measured: Iterable[tuple[slice, Measurements]]) -> Iterator[tuple[slice, Measurements]]:
+    """The same in larger parts."""
+    parts: list[tuple[slice, Measurements]] = []
+
+    def joined() -> tuple[slice, Measurements]:
+        return slice(parts[0][0].start, parts[-1][0].stop), Measurements.joined([part for _, part in parts])
+
+    for part in measured:
+        parts.append(part)
+        if sum(measurements.pull.numel() for _, measurements in parts) >= TOGETHER:
+            yield joined()
+            parts = []
+    if parts:
+        yield joined()
+
+
+def _factor(packed: Tensor, i: Tensor, j: Tensor, prior: Tensor) -> Tensor:
+    """Cholesky factors of a model's own equations in every row, of which the lower triangles are given."""
+    normal = packed.new_zeros(len(packed), len(prior), len(prior), dtype=torch.float64)
+    normal[:, i, j] = packed.double()
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += prior + ROUNDED * diagonal
+    # Only the lower triangles are read.
+    factor: Tensor = torch.linalg.cholesky(normal)
+    return factor
 
 
 def joint_steps(
@@ -63,7 +183,7 @@ def joint_steps(
     def preconditioned(x: list[Tensor]) -> list[Tensor]:
         return [torch.cholesky_solve(x_i[..., None], factor)[..., 0] for x_i, factor in zip(x, factors, strict=True)]
 
-    def product(x: list[Tensor]) -> list[Tensor]:
+    def applied(x: list[Tensor]) -> list[Tensor]:
         y = torch.stack([x_i @ R.mT for x_i, R in zip(x, right, strict=True)])
         z = measured.precision * y - measured.pull * (measured.pull * y).sum(dim=0)
         return [z_i @ R + p * x_i for z_i, R, p, x_i in zip(z, right, prior, x, strict=True)]
@@ -76,7 +196,7 @@ def joint_steps(
         unsolved = size > REST**2 * first
         if not bool(unsolved.any()):
             break
-        image = product(direction)
+        image = applied(direction)
         along = unsolved * size / _dot(direction, image).clamp(min=LEAST)
         steps = [x + along * d for x, d in zip(steps, direction, strict=True)]
         residual = [r - along * a for r, a in zip(residual, image, strict=True)]

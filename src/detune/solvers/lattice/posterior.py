@@ -27,6 +27,8 @@ NODES = 9
 # Grid points that are blurred by a shared error leave no trace where they are nearer than so many of its deviations;
 # else so many to each side count.
 CLOSE, COMB = 1.5, 3
+# The exponential of less is nothing beside 1; that of much less takes ten times as long.
+UNSEEN = -50.0
 
 
 class Posterior(NamedTuple):
@@ -214,10 +216,16 @@ def _log_comb(T: Tensor, variance: Tensor, grid: torch.dtype) -> Tensor:
     """Logarithm of the density at T of a grid point, as likely as its step is long, and an error of that variance."""
     step = spacing(T, grid)
     off = T - nearest(T, grid)
-    exponents = [-(off + step * j).square() / (2 * variance) for j in range(-COMB, COMB + 1)]
-    comb = torch.logsumexp(torch.stack(exponents), dim=0) + (step.square() / (2 * math.pi * variance)).log() / 2
+    scale = -0.5 / variance
+    # The nearest tooth, and the others beside it.
+    others = torch.zeros_like(T)
+    for j in range(1, COMB + 1):
+        for side in (-j, j):
+            # (off + step j)^2 - off^2
+            others += ((2 * side * off + side**2 * step).mul_(step).mul_(scale)).clamp_(min=UNSEEN).exp_()
+    comb = off.square() * scale + others.log1p_() + (step.square() / (2 * math.pi * variance)).log() / 2
     # Where the teeth are so close that more of them count, they are as good as none.
-    return torch.where(step.square() > CLOSE**2 * variance, comb, 0.0)
+    return comb * (step.square() > CLOSE**2 * variance)
 
 
 def _mixture(p: Tensor, W: Tensor, moments: Moments, m: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:

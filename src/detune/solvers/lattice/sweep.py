@@ -9,14 +9,14 @@ The r numbers of a row need no more than a few hundred entries each, so wide mat
 columns: a sweep costs in proportion to `out + in`, not to their product.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from detune.solvers.lattice.estimate import LEAST_SIZE, Estimate
-from detune.solvers.lattice.joint import Measurements, joint_steps
+from detune.solvers.lattice.estimate import Estimate
+from detune.solvers.lattice.joint import LEAST_SHARE, Measurements, fit_rows, normalised
 from detune.solvers.lattice.posterior import SLACK
 from detune.solvers.lattice.truncated import one_sided, truncated_normal
 from detune.solvers.lattice.view import Settled, View, views
@@ -25,10 +25,6 @@ from detune.solvers.stack import Stack
 
 # A row of L is fitted to so many entries, or so many for each of its numbers, if there are more.
 MOST_SEEN, SEEN_PER_RANK = 1024, 48
-# Of what an entry says of all M_i together a little is left, whatever W.
-MOST_PULL = 0.999
-# A measurement that says nothing still has a precision: a line without any would leave its factors free.
-LEAST_SHARE = 1e-9
 # An end of its interval that is so many standard deviations off says nothing of an M_i.
 SILENT = 4.5
 
@@ -45,49 +41,48 @@ def sweep(
         used: Which entries to use, `(out, in)`, bool; None is all.
         seed: Of the columns, and rows, that are looked at.
     """
-    estimates = half_sweep(stack, estimates, grid, used, seed)
-    turned = half_sweep(
-        stack.transposed, [e.transposed for e in estimates], grid, None if used is None else used.mT, seed
-    )
-    return tuple(e.transposed for e in turned)
+    return next(sweep_each(stack, estimates, grid, [used], seed))
+
+
+def sweep_each(
+    stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype | None, uses: Sequence[Tensor | None], seed: int = 0
+) -> Iterator[tuple[Estimate, ...]]:
+    """A sweep from the same start for each of several choices of entries; what all entries say first is found once.
+
+    Args:
+        stack: As in `sweep`.
+        estimates: As there.
+        grid: As there.
+        uses: As `used` there, each.
+        seed: As there.
+    """
+    for left, used in zip(half_sweep(stack, estimates, grid, uses, seed), uses, strict=True):
+        turned = [None if used is None else used.mT]
+        (found,) = half_sweep(stack.transposed, [e.transposed for e in left], grid, turned, seed)
+        yield tuple(e.transposed for e in found)
 
 
 def half_sweep(
-    stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype | None, used: Tensor | None = None, seed: int = 0
-) -> tuple[Estimate, ...]:
-    """New left factors for the right ones, row by row."""
-    estimates = tuple(map(_normalised, estimates))
+    stack: Stack,
+    estimates: Sequence[Estimate],
+    grid: torch.dtype | None,
+    uses: Sequence[Tensor | None] = (None,),
+    seed: int = 0,
+) -> list[tuple[Estimate, ...]]:
+    """New left factors for the right ones, row by row, for each choice of entries."""
+    estimates = tuple(map(normalised, estimates))
     seen = _seen(stack, estimates, seed)
     looked_at = estimates
     if seen is not None:
         stack = replace(stack, matrices=tuple(W_i.index_select(1, seen.to(W_i.device)) for W_i in stack.matrices))
         looked_at = tuple(e.given_columns(seen) for e in estimates)
-        used = None if used is None else used[:, seen]
-    outer = [(e.right[:, :, None] * e.right[:, None, :]).flatten(start_dim=1) for e in looked_at]
-    # Rows of L are as large as they have been: what the data leave open stays near zero.
-    prior = [1 / e.left.square().mean(dim=0).clamp(min=LEAST_SIZE) for e in estimates]
-    right = [e.right for e in looked_at]
-    left = [torch.empty_like(e.left) for e in estimates]
-    spread = [torch.empty_like(e.rows[0]) for e in estimates]
-    for view in views(stack, looked_at):
-        measured = _measurements(view, grid, None if used is None else used[view.rows])
-        factors = [
-            torch.linalg.cholesky((alone @ o).unflatten(1, (len(p), len(p))) + p.diag())
-            for alone, o, p in zip(measured.alone, outer, prior, strict=True)
-        ]
-        start = [e.left[view.rows] for e in estimates]
-        steps = joint_steps(measured, start, right, prior, factors)
-        for i, (L, step, factor) in enumerate(zip(start, steps, factors, strict=True)):
-            left[i][view.rows] = L + step
-            spread[i][view.rows] = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).mean(dim=1)
-    return tuple(
-        replace(e, left=L, rows=torch.stack([q, e.rows[1]]), columns=torch.stack([e.columns[0], _profile(e.right)]))
-        for e, L, q in zip(estimates, left, spread, strict=True)
-    )
+        uses = [None if used is None else used[:, seen] for used in uses]
+    measured = ((view.rows, _measurements(view, grid)) for view in views(stack, looked_at))
+    return fit_rows(estimates, seen, measured, uses)
 
 
-def _measurements(view: View, grid: torch.dtype | None, used: Tensor | None) -> Measurements:
-    """What the entries say, those that are used."""
+def _measurements(view: View, grid: torch.dtype | None) -> Measurements:
+    """What the entries say."""
     gradient, precision, pull = (torch.zeros_like(view.m) for _ in range(3))
     if grid is None:
         places = torch.arange(view.m[0].numel(), device=view.m.device)
@@ -98,13 +93,9 @@ def _measurements(view: View, grid: torch.dtype | None, used: Tensor | None) -> 
     v = view.variance(places)
     _, _, m = view.at(places)
     found = view.posterior(places, v, grid, common=view.common(places, v))
-    h = (1 - (found.delta_variance - found.pull.square()) / v).clamp(min=LEAST_SHARE) / v
-    q = found.pull / v
-    q *= (MOST_PULL / (q.square() / h).sum(dim=0)).clamp(max=1).sqrt()
-    for whole, part in ((gradient, (found.delta - m) / v), (precision, h), (pull, q)):
+    said = Measurements.of(found, m, v)
+    for whole, part in ((gradient, said.gradient), (precision, said.precision), (pull, said.pull)):
         whole.flatten(start_dim=1)[:, places] = part
-        if used is not None:
-            whole *= used
     return Measurements(gradient, precision, pull)
 
 
@@ -136,15 +127,3 @@ def _seen(stack: Stack, estimates: Sequence[Estimate], seed: int) -> Tensor | No
         return None
     generator = seeded(seed, stack.device)
     return torch.randperm(columns, generator=generator, device=stack.device)[:enough].sort().values
-
-
-def _normalised(estimate: Estimate) -> Estimate:
-    """The same product with orthogonal columns of L, and `R^T R = in * I`: R's coordinates are then all alike."""
-    Q, T = torch.linalg.qr(estimate.right)
-    U, S, Vh = torch.linalg.svd(estimate.left @ T.mT, full_matrices=False)
-    root = Q.shape[0] ** 0.5
-    return replace(estimate, left=U * (S / root), right=(Q @ Vh.mT) * root)
-
-
-def _profile(right: Tensor) -> Tensor:
-    return right.square().sum(dim=1)

@@ -11,6 +11,9 @@ LOG_ROOT_2_PI = math.log(2 * math.pi) / 2
 FAR = 6.0
 # Below -LEAST nothing is left of the tail.
 LEAST = 35.0
+# Where the density and the tail are next to nothing in a dtype: computing what underflows takes ten times as long.
+NO_DENSITY = {torch.float64: -708.0, torch.float32: -87.0}
+NO_TAIL = {torch.float64: 26.0, torch.float32: 9.0}
 # Over intervals narrower than this the density is a parabola: differences of Phi would have no digits left.
 THIN = {torch.float64: 1e-3, torch.float32: 0.1}
 
@@ -42,9 +45,10 @@ def truncated_normal(a: Tensor, width: Tensor) -> Moments:
         width: Of the intervals; given apart, because `b - a` would have no digits left where they are thin. Broadcasts
             to the shape of `a`.
     """
-    mirrored = a + width / 2 > 0
-    a = torch.where(mirrored, -a - width, a)
-    b = a + width
+    # Arithmetic: it is many times faster than to choose with `torch.where`.
+    middle = a + width / 2
+    b = width / 2 - middle.abs()
+    a = b - width
     density_a, density_b = _density(a), _density(b)
     Z = (_below(b) - _below(a)).clamp_(min=torch.finfo(a.dtype).tiny)
     mean = (density_a - density_b) / Z
@@ -56,12 +60,12 @@ def truncated_normal(a: Tensor, width: Tensor) -> Moments:
     far = ~thin & (b < -FAR)
     special = (thin | far).flatten().nonzero().squeeze(1)
     if len(special):
-        a, b, width = (t.flatten()[special] for t in (a, b, width.expand_as(a)))
+        b, width = (t.flatten()[special] for t in (b, width.expand_as(b)))
         chosen = thin.flatten()[special]
-        narrow, tail = _thin(a + width / 2, width), _far(b, width)
+        narrow, tail = _thin(b - width / 2, width), _far(b, width)
         for whole, one, other in zip((log_Z, mean, variance), narrow, tail, strict=True):
             whole.view(-1)[special] = torch.where(chosen, one, other)
-    return Moments(log_Z, torch.where(mirrored, -mean, mean), variance.clamp_(min=0))
+    return Moments(log_Z, torch.copysign(mean, middle), variance.clamp_(min=0))
 
 
 def _thin(middle: Tensor, width: Tensor) -> Moments:
@@ -92,9 +96,9 @@ def one_sided(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _density(x: Tensor) -> Tensor:
-    return (x * x).mul_(-0.5).sub_(LOG_ROOT_2_PI).exp_()
+    return (x * x).mul_(-0.5).sub_(LOG_ROOT_2_PI).clamp_(min=NO_DENSITY[x.dtype]).exp_()
 
 
 def _below(x: Tensor) -> Tensor:
     """Phi(x); torch.special.ndtr has no digits left in the lower tail."""
-    return (x * -math.sqrt(0.5)).erfc_().mul_(0.5)
+    return (x * -math.sqrt(0.5)).clamp_(max=NO_TAIL[x.dtype]).erfc_().mul_(0.5)
