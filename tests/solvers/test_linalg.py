@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers import linalg
-from detune.solvers.linalg import joint_basis, orthonormal, product, qr, weighted_sum
+from detune.solvers.linalg import joint_basis, orthonormal, product, qr, thin_svd, weighted_sum
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -86,3 +86,15 @@ def test_weighted_sum_is_the_sum_however_matrices_lie_in_memory(by_columns: bool
     matrices = random(3, 20, 30, dtype=torch.float64).mT if by_columns else random(3, 30, 20, dtype=torch.float64)
     torch.testing.assert_close(weighted_sum(matrices, 0.25), 0.25 * matrices.sum(dim=0))
     assert torch.equal(weighted_sum(matrices[:0], 0.25), torch.zeros_like(matrices[0]))
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-3, 0.1])
+def test_thin_svd_is_exact_for_all_that_matters(least: float) -> None:
+    S = torch.logspace(0, -4, 9, dtype=torch.float64)
+    U, V = (orthonormal(random(rows, 9, seed=rows, dtype=torch.float64)) for rows in (200, 9))
+    found_U, found_S, found_V = thin_svd((U * S @ V.mT).float(), least)
+    kept = S.ge(least)
+    assert torch.allclose(found_S[kept], S[kept], rtol=1e-3)
+    assert torch.allclose((found_U.double() * found_S) @ found_V.mT, U * S @ V.mT, atol=1e-6)
+    inner = found_U[:, kept].double().mT @ found_U[:, kept].double()
+    assert torch.allclose(inner, torch.eye(len(inner), dtype=torch.float64), atol=2e-3)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from detune.solvers import Auto, Stack
 from detune.solvers.base import LowRank
+from detune.solvers.lattice import joint
 from detune.solvers.lattice import view as module
 from detune.solvers.lattice.estimate import Estimate
-from detune.solvers.lattice.sweep import half_sweep, sweep
+from detune.solvers.lattice.sweep import half_sweep, sweep, sweep_each
 from detune.solvers.lattice.view import views
 from tests.cases import normal, rms, seeded
 from tests.solvers.lattice.problems import SCALE, OnGridProblem
@@ -164,6 +165,19 @@ class TestSweep:
         ]
         for one, other in zip(*found, strict=True):
             assert torch.allclose(one.low_rank.dense(), other.low_rank.dense(), rtol=0, atol=1e-6 * problem.step)
+
+    @pytest.mark.parametrize("together", [1, 1 << 20])
+    def test_several_choices_of_entries_at_once_are_as_many_sweeps(self, monkeypatch, together):
+        problem = OnGridProblem((40, 30), rank=2, n=3, delta=1.0, merge=torch.bfloat16)
+        start = starting(problem)
+        uses = [None, *(torch.rand(40, 30, generator=seeded(seed)) < 0.7 for seed in range(2))]
+        expected = [sweep(problem.stack, start, problem.grid, used) for used in uses]
+        monkeypatch.setattr(joint, "TOGETHER", together)
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", 7 * 3 * 30)
+        for ones, others in zip(expected, sweep_each(problem.stack, start, problem.grid, uses), strict=True):
+            for one, other in zip(ones, others, strict=True):
+                assert torch.allclose(one.low_rank.dense(), other.low_rank.dense(), rtol=0, atol=1e-6 * problem.step)
+                assert torch.allclose(one.rows, other.rows, rtol=1e-5)
 
     def test_blocks_of_rows_change_nothing(self, monkeypatch):
         problem = OnGridProblem((40, 30), rank=2, n=3, delta=1.0, merge=torch.bfloat16)
