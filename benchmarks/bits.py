@@ -130,7 +130,7 @@ def half_merges(deltas: str, models: str) -> None:
             shares = (problem.limit, problem.share(lattice.weight), reached, problem.share(auto.weight))
             figures = [f"{x:9.4f}" for x in (*shares, problem.share(spectral), lattice.bits.share)]
             figures.append(f"{problem.wrong(lattice):9}")
-            figures.append(f"{w_error(lattice.weight, problem.W):9.2f} {math.log10(lattice.bits.expected_mse):9.2f}")
+            figures.append(f"{w_error(lattice.weight, problem.W):9.2f} {math.log10(lattice.bits.expected.mse):9.2f}")
             figures.append(f"{w_error(auto.weight, problem.W):9.2f} {w_error(spectral, problem.W):9.2f}")
             print(f"{delta:6.1f} {n:3} " + " ".join(figures), flush=True)
     print(f"smallest share of the limit: {worst:.4f}, target at least {GOAL}: {'met' if worst >= GOAL else 'MISSED'}")

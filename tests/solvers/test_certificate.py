@@ -9,11 +9,13 @@ import torch
 
 from detune.metrics import w_error
 from detune.solvers import Auto, Bits, Intersect, LowRank, Mean, Recovery, Single, Spectral, Stack
+from detune.solvers.base import Expected
 from detune.solvers.certificate import Certificate, Verdict, certify
 from detune.solvers.stack import storage_variance
 from tests.cases import Problem, Regime, make_problem, normal, rms, seeded
 
 NO_GRID = Auto(lattice=None)
+EXPECTED = Expected(1e-8, 3e-9, 4e-8)
 
 
 def problem(times: float = 300.0, **changes: object) -> Problem:
@@ -210,7 +212,7 @@ def test_bits_speak_for_themselves(certain, foreseeable, verdict, predicted):
     stack = Stack.of(given.stack)
     mask = torch.zeros(given.W_star.shape, dtype=torch.bool).flatten()
     mask[: int(certain * mask.numel())] = True
-    bits = Bits(torch.bfloat16, -30.0, mask.reshape(given.W_star.shape), 1e-8, foreseeable)
+    bits = Bits(torch.bfloat16, -30.0, mask.reshape(given.W_star.shape), EXPECTED, foreseeable)
     certificate = certify(stack, replace(NO_GRID.solve(stack), bits=bits))
     assert certificate.verdict is verdict
     assert certificate.undetermined == 0
@@ -223,7 +225,7 @@ def test_bits_beside_spaces_that_cannot_be_told_apart():
     given = problem()
     recovery = NO_GRID.solve(Stack.of(given.stack))
     certain = torch.rand(given.W_star.shape, generator=seeded()) < 0.9
-    bits = Bits(torch.bfloat16, -30.0, certain, 1e-8, 0.99)
+    bits = Bits(torch.bfloat16, -30.0, certain, EXPECTED, 0.99)
     shared = tuple(LowRank(M_i.left, recovery.deltas[0].right) for M_i in recovery.deltas)
     certificate = certify(Stack.of(given.stack), replace(recovery, bits=bits, deltas=shared))
     assert certificate.verdict is Verdict.APPROXIMATE

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from detune.solvers import LowRank, Recovery
+from detune.solvers.base import Expected
 from detune.solvers.normal_operator import Core
 from detune.solvers.rounding import StoredError, rounded_mse
 from tests.cases import Regime, make_problem, normal, rms, seeded
@@ -26,11 +27,17 @@ def answer(on_grid: bool, share: float) -> tuple[Recovery, Core, torch.Tensor, f
     return recovery, Core.of(U, V), W, averaged
 
 
+def rounded(
+    recovery: Recovery, core: Core, mse: float, averaged: float, stored: torch.dtype = torch.bfloat16
+) -> StoredError:
+    return rounded_mse(recovery, core, [torch.bfloat16] * N, stored, Expected(mse, mse / 2, mse * 4), averaged)
+
+
 @pytest.mark.parametrize("share", [0.3, 1.0])
 @pytest.mark.parametrize("on_grid", [True, False])
 def test_equals_what_rounding_does(on_grid, share):
     recovery, core, W, averaged = answer(on_grid, share)
-    predicted = rounded_mse(recovery, core, [torch.bfloat16] * N, torch.bfloat16, averaged * (1 + share), averaged).mse
+    predicted = rounded(recovery, core, averaged * (1 + share), averaged).mse
     true = rms(recovery.weight.bfloat16().double() - W) ** 2
     assert predicted == pytest.approx(true, rel=0.35)
 
@@ -38,17 +45,14 @@ def test_equals_what_rounding_does(on_grid, share):
 def test_a_base_off_the_grid_loses_by_rounding_and_one_on_it_gains():
     for on_grid in (True, False):
         recovery, core, _, averaged = answer(on_grid, 0.3)
-        predicted = rounded_mse(recovery, core, [torch.bfloat16] * N, torch.bfloat16, averaged * 1.3, averaged).mse
+        predicted = rounded(recovery, core, averaged * 1.3, averaged).mse
         assert (predicted < averaged) == on_grid
 
 
 def test_a_finer_dtype_changes_nothing():
     recovery, core, _, averaged = answer(False, 0.3)
-    assert rounded_mse(recovery, core, [torch.bfloat16] * N, torch.float32, averaged, averaged).mse == averaged
-
-
-def rounded(recovery: Recovery, core: Core, mse: float, averaged: float) -> StoredError:
-    return rounded_mse(recovery, core, [torch.bfloat16] * N, torch.bfloat16, mse, averaged)
+    found = rounded(recovery, core, averaged, averaged, torch.float32)
+    assert (found.mse, found.least, found.most) == (averaged, averaged / 2, averaged * 4)
 
 
 def test_a_smaller_error_is_undone_more_often():
@@ -56,6 +60,7 @@ def test_a_smaller_error_is_undone_more_often():
     on, core, _, averaged = answer(True, 1.0)
     found = rounded(on, core, averaged * 2, averaged)
     assert found.mse > 1.9 * found.if_less
+    assert found.least < found.if_less < found.mse < found.most
     off, core, _, averaged = answer(False, 1.0)
     found = rounded(off, core, averaged * 2, averaged)
     assert found.mse < 1.3 * found.if_less

@@ -73,6 +73,21 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """A mean squared error per entry that nobody has measured.
+
+    Attributes:
+        mse: What to expect.
+        least: It is hardly less than this.
+        most: Nor more than this.
+    """
+
+    mse: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
 class Bits:
     """What is known of the bits that the base was stored in.
 
@@ -81,15 +96,15 @@ class Bits:
         log10_false_positive: Logarithm of the probability that a base off that grid would have looked as if it were
             on it; the test's bound, not an estimate.
         certain: Where the weight is the base's, bit for bit, `(out, in)`, bool.
-        expected_mse: Mean squared error of the weight that the rest is expected to leave, per entry; the median.
-        foreseeable: The probability that the error is within a factor of two of that: where a few entries with long
-            steps decide, it is chance.
+        expected: Error of the weight that the rest is expected to leave: the median, and between what it is by chance.
+        foreseeable: The probability that the error is within a factor of two of the median: where a few entries with
+            long steps decide, it is chance.
     """
 
     grid: torch.dtype
     log10_false_positive: float
     certain: Tensor
-    expected_mse: float
+    expected: Expected
     foreseeable: float
 
     @property

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detune.solvers.base import Recovery
+from detune.solvers.base import Expected, Recovery
 from detune.solvers.grid import interval, spacing
 from detune.solvers.linalg import product
 from detune.solvers.normal_operator import Core
@@ -26,15 +26,13 @@ KNOWN_TO = 0.2
 
 
 @dataclass(frozen=True)
-class StoredError:
-    """What storing leaves of an error, and how sure that is.
+class StoredError(Expected):
+    """What storing leaves of an error: that of the stored weight.
 
     Attributes:
-        mse: Mean squared error per entry of the stored weight.
-        if_less: The same if the error before had been less, by as much as it is known to.
+        if_less: What it is if the error before was less by as much as it is known to, where nothing is in doubt.
     """
 
-    mse: float
     if_less: float
 
 
@@ -43,7 +41,7 @@ def rounded_mse(
     core: Core,
     dtypes: Sequence[torch.dtype],
     stored: torch.dtype,
-    mse: float,
+    before: Expected,
     averaged: float,
     seed: int = 0,
 ) -> StoredError:
@@ -57,14 +55,15 @@ def rounded_mse(
         core: The operator at its spaces.
         dtypes: Of the models.
         stored: The dtype to round to.
-        mse: The error of the weight as it is, per entry.
+        before: The error of the weight as it is.
         averaged: The part of it that is the mean of the n models' rounding errors in that very entry; the rest comes
             from everywhere, is normal, and larger where the spaces have large entries.
         seed: Of the sampled entries and of the draws.
     """
+    less = before.mse * 10**-KNOWN_TO
     if torch.finfo(stored).eps < min(torch.finfo(dtype).eps for dtype in dtypes):
         # Nothing is lost, and nothing undone.
-        return StoredError(mse, mse * 10**-KNOWN_TO)
+        return StoredError(before.mse, before.least, before.most, less)
     generator = seeded(seed, recovery.weight.device)
     rows, columns = _entries(recovery.weight, generator)
     weight = recovery.weight[rows, columns].double()
@@ -88,19 +87,17 @@ def rounded_mse(
     def rest(error: float) -> Tensor:
         return normal * (max(0.0, error - averaged) * leverage).sqrt()
 
-    less = mse * 10**-KNOWN_TO
+    errors = (before.mse, before.least, before.most, less)
     if stored == torch.float64:
         own = torch.rand(steps.shape, generator=generator, dtype=weight.dtype, device=weight.device) - 0.5
-        return StoredError(*(_in_float64(weight, steps, rest(error), own) for error in (mse, less)))
+        return StoredError(*(_in_float64(weight, steps, rest(error), own) for error in errors))
 
     def simulate(base: Tensor, error: float) -> _Stored:
         return _Stored.simulate(base, entries, dtypes, rest(error), stored, between)
 
-    off = simulate(base, mse)
-    if _on_grid(recovery.weight, weight, stored, off):
+    if _on_grid(recovery.weight, weight, stored, simulate(base, before.mse)):
         base = base.to(stored).double()
-        return StoredError(simulate(base, mse).mse, simulate(base, less).mse)
-    return StoredError(off.mse, simulate(base, less).mse)
+    return StoredError(*(simulate(base, error).mse for error in errors))
 
 
 def _in_float64(weight: Tensor, steps: Tensor, rest: Tensor, uniform: Tensor) -> float:

@@ -1,22 +1,18 @@
 """Verdicts on answers that are not of low rank as they stand: rearranged, scaled, of frozen factors, or voted for."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from detune.solvers.agreement import Solve
-from detune.solvers.base import LowRank, Recovery
+from detune.solvers.base import Expected, LowRank, Recovery
+from detune.solvers.evidence import MOST_LEFT, WRONG, moved_mse
 from detune.solvers.frozen_factors import Frozen, expected_mse
 from detune.solvers.kronecker import Rearranged, arrange_back, as_solved
 from detune.solvers.row_scales import Scaled, as_one_scale
 from detune.solvers.stack import Stack
 from detune.solvers.verdict import Certificate, Verdict
-
-# A misfit of more than this many times the storage noise's (root mean square) is not storage noise.
-MOST_LEFT = 2.0
-SMALLEST = 1e-99
 
 Certify = Callable[[Stack, Recovery, torch.dtype | None, Solve | None], Certificate]
 
@@ -51,14 +47,16 @@ def certify_structured(
 
 def _of_frozen(stack: Stack, recovery: Recovery) -> Certificate:
     """What known factors leave unknown is far less than a rank: the misfit and draws of noise tell."""
-    predicted = math.log10(max(expected_mse(stack, recovery), SMALLEST))
+    mse = expected_mse(stack, recovery)
     left = recovery.noise_ratio or 0.0
     if left > MOST_LEFT:
         reason = f"{left:.2g} times the storage noise is left: adapters of these factors do not explain the data"
-        return Certificate(Verdict.APPROXIMATE, reason, 0, predicted)
-    return Certificate(
-        Verdict.FLOOR, "the only answer with these factors; storage noise is all that is left", 0, predicted
-    )
+        # If it is noise it is in the weight too; and factors that are wrong altogether moved the answer by that much.
+        most = WRONG * max(left**2 * mse, moved_mse(recovery))
+        expected = Expected(left**2 * mse, mse, most)
+        return Certificate.of_error(Verdict.APPROXIMATE, reason, expected)
+    reason = "the only answer with these factors; storage noise is all that is left"
+    return Certificate.of_error(Verdict.FLOOR, reason, mse)
 
 
 def _of_votes(agreed: Tensor) -> Certificate:
@@ -75,7 +73,9 @@ def _but_for_scales(stack: Stack, recovery: Recovery, deltas: Sequence[LowRank],
     scales, rest, null = len(deltas[0].scale) if isinstance(deltas[0], Scaled) else 0, "", 0
     if any(recovery.ranks):
         found = certify(stack, recovery, torch.float64, None)
-        error = "" if found.predicted_w_error is None else f", W-Error {found.predicted_w_error:.2f}"
+        error = "" if found.worst_w_error is None else f", W-Error up to {found.worst_w_error:.2f}"
+        if found.verdict is Verdict.FLOOR and found.predicted_w_error is not None:
+            error = f", W-Error {found.predicted_w_error:.2f}"
         rest, null = f"; but for them: {found.verdict}{error}", found.undetermined or 0
     reason = f"the lengths of {scales} rows or columns are a guess{rest}"
     return Certificate(Verdict.NOT_DETERMINED, reason, scales + null)

@@ -58,7 +58,7 @@ class TestHalfMerges:
         assert recovery.bits is not None
         error = rms(recovery.weight - problem.W)
         assert error < 0.5 * rms(start.weight - problem.W)
-        assert recovery.bits.expected_mse == pytest.approx(error**2, rel=1)
+        assert recovery.bits.expected.mse == pytest.approx(error**2, rel=1)
         assert recovery.noise_ratio == pytest.approx(1, abs=0.05)
         assert lies_on(recovery.weight, torch.bfloat16)
 

@@ -7,6 +7,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from detune.solvers.base import Expected
 from detune.solvers.grid import spacing
 from detune.solvers.lattice.estimate import Estimate
 from detune.solvers.lattice.sweep import sweep, sweep_each
@@ -30,6 +31,8 @@ FOLDS = 8
 EXPONENTS = 128
 # Of the number of wrong entries.
 DRAWS = 4000
+# The share of them that is below the range of the error, and the share above it.
+OUTSIDE = 0.01
 # What they are outside by counts from this share of a step on.
 HARMLESS = 0.01
 
@@ -41,15 +44,15 @@ class BaseBits:
     Attributes:
         weight: `(out, in)`, compute dtype.
         certain: Where it is certain, `(out, in)`, bool.
-        expected_mse: Mean squared error per entry that the others are expected to leave.
-        foreseeable: The probability that the error is within a factor of two of that.
+        expected: Error that the others are expected to leave.
+        foreseeable: The probability that it is within a factor of two of its median.
         relative_residual: As in `Recovery`.
         noise_ratio: As there.
     """
 
     weight: Tensor
     certain: Tensor
-    expected_mse: float
+    expected: Expected
     foreseeable: float
     relative_residual: float
     noise_ratio: float
@@ -130,8 +133,8 @@ def _exponent(step: Tensor) -> Tensor:
     return (torch.frexp(step)[1] + EXPONENTS // 2).clamp(0, EXPONENTS - 1).long()
 
 
-def _outlook(wrong: Tensor, entries: int) -> tuple[float, float]:
-    """The median of the mean squared error, and the probability to be within a factor of two of it.
+def _outlook(wrong: Tensor, entries: int) -> tuple[Expected, float]:
+    """The mean squared error, and the probability to be within a factor of two of its median.
 
     Wrong entries come one by one, and those with the longest steps weigh most: their numbers are Poisson numbers.
 
@@ -144,7 +147,8 @@ def _outlook(wrong: Tensor, entries: int) -> tuple[float, float]:
     sums = (draws * torch.exp2(2 * exponents)).sum(dim=1)
     median = float(sums.median())
     near = (sums >= median / 2) & (sums <= 2 * median)
-    return median / entries, float(near.double().mean())
+    least, most = (float(sums.quantile(share)) for share in (OUTSIDE, 1 - OUTSIDE))
+    return Expected(median / entries, least / entries, most / entries), float(near.double().mean())
 
 
 def _off(strained: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ class Lattice:
         known = start.ranks if start is not None and start.ranks else (1,) * stack.n
         deltas = tuple(e.significant if r else e.nothing for e, r in zip(estimates, known, strict=True))
         name = name_of(fit.grid)
-        bits = Bits(fit.grid, fit.log10_false_positive, found.certain, found.expected_mse, found.foreseeable)
+        bits = Bits(fit.grid, fit.log10_false_positive, found.certain, found.expected, found.foreseeable)
         before = f"{start.reason}; then " if start is not None else ""
         return Recovery(
             found.weight,
