@@ -22,7 +22,7 @@ class Status(StrEnum):
     FLOOR = "to the storage floor"
     """As close as the rounding of the models lets any method come; `predicted_w_error` says how close."""
     APPROXIMATE = "approximate"
-    """Best effort: it may be further from the base than predicted."""
+    """Best effort: the error is known to a range only, from `best_w_error` to `worst_w_error`."""
     AVERAGED = "averaged"
     """The mean of the models: the method asked for, or a vector, which has no low rank to use."""
     NOT_DETERMINED = "not determined"
@@ -51,6 +51,8 @@ class TensorRow:
         undetermined: Dimension of the changes of the tensor that the data cannot see; 0 is unique.
         predicted_w_error: `log10` of the mean squared error to expect, from storage noise and conditioning; None where
             there is none or no telling.
+        best_w_error: Lower end of the range that it is in; None, beside an upper end, where the tensor may be exact.
+        worst_w_error: Upper end.
         agreement: The same figure from the disagreement of recoveries from parts of the models.
         grid: The dtype that the base was found to have been stored in.
         log10_false_positive: Logarithm of the probability that a base off that grid had passed for one on it.
@@ -69,6 +71,8 @@ class TensorRow:
     noise_ratio: float | None = None
     undetermined: int | None = None
     predicted_w_error: float | None = None
+    best_w_error: float | None = None
+    worst_w_error: float | None = None
     agreement: float | None = None
     grid: str | None = None
     log10_false_positive: float | None = None
@@ -146,6 +150,7 @@ class Report:
             "largest_relative_residual": max((row.relative_residual or 0.0 for row in solved), default=None),
             "mean_predicted_w_error": statistics.fmean(predicted) if predicted else None,
             "worst_predicted_w_error": max(predicted, default=None),
+            "worst_w_error": max((row.worst_w_error for row in solved if row.worst_w_error is not None), default=None),
             "ranks": _ranks_by_model([row for row in solved if row.ranks]),
             "seconds": self.seconds,
         }
@@ -164,6 +169,11 @@ class Report:
         if self.reading is not None:
             content["reading"] = asdict(self.reading)
         return json.dumps(content, indent=1) + "\n"
+
+
+def w_error_range(best: float | None, worst: float) -> str:
+    """A range in words: "-6.9 to -4.1", or "up to -33.1" where the tensor may be exact."""
+    return f"up to {worst:.1f}" if best is None else f"{best:.1f} to {worst:.1f}"
 
 
 def versions() -> dict[str, str]:

@@ -4,13 +4,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
-from detune.report import Reading, Report, Status, TensorRow
+from detune.report import Reading, Report, Status, TensorRow, w_error_range
 
 if TYPE_CHECKING:
     from detune.bench.results import CellResult
@@ -33,7 +34,7 @@ MEANING = {
     Status.SHARED: "identical in all models, copied",
     Status.EXACT: "exact: the base's bits",
     Status.FLOOR: "to the storage floor",
-    Status.APPROXIMATE: "approximate: may be further from the base than predicted",
+    Status.APPROXIMATE: "approximate: the error is known to a range only",
     Status.AVERAGED: "averaged",
     Status.NOT_DETERMINED: "not determined by these models",
 }
@@ -56,7 +57,7 @@ def show_report(report: Report, out: Path | None = None) -> None:
             f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
             "×".join(map(str, rows[0].shape)),
             rows[0].status,
-            _worst_prediction(rows),
+            _expected(rows),
             rows[0].method,
             _ranks(rows),
             _largest(row.relative_residual for row in rows),
@@ -298,10 +299,15 @@ def _span(numbers: Iterable[int]) -> str:
     return "" if not known else f"{known[0]}" if len(known) == 1 else f"{known[0]}-{known[-1]}"
 
 
-def _worst_prediction(rows: Sequence[TensorRow]) -> str:
-    """The predicted W-Error, the worst of a kind; an exact tensor has none."""
-    known = [row.predicted_w_error for row in rows if row.predicted_w_error is not None]
-    return f"{max(known):.2f}" if known else "none" if rows[0].status is Status.EXACT else ""
+def _expected(rows: Sequence[TensorRow]) -> str:
+    """The W-Error to expect, the worst of a kind; a range where no more is known. An exact tensor has none."""
+    known = [(row.worst_w_error, row) for row in rows if row.worst_w_error is not None]
+    if not known:
+        return "none" if rows[0].status is Status.EXACT else ""
+    end, worst = max(known, key=itemgetter(0))
+    if worst.status is Status.APPROXIMATE:
+        return w_error_range(worst.best_w_error, end)
+    return f"{worst.predicted_w_error:.2f}"
 
 
 def _certain(rows: Sequence[TensorRow]) -> str:

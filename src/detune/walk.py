@@ -59,6 +59,8 @@ class Answer:
             self.noise_ratio,
             certificate.undetermined if certificate else None,
             certificate.predicted_w_error if certificate else None,
+            certificate.best_w_error if certificate else None,
+            certificate.worst_w_error if certificate else None,
             certificate.agreement if certificate else None,
             name_of(bits.grid) if bits else None,
             bits.log10_false_positive if bits else None,

@@ -76,6 +76,25 @@ class TestThePage:
         assert "true W-Error" not in render(blind)
         assert "predicted W-Error" in render(blind)
 
+    def test_shows_a_range_where_no_more_is_known(self, blind):
+        """Of a tensor, and of all of them together at the top."""
+        known = {"predicted_w_error": -6.6, "best_w_error": -6.9, "worst_w_error": -4.1}
+        entry = blind.matrices[0]
+        last = entry.outcomes[-1].model_copy(update={"verdict": "approximate", **known})
+        changed = entry.model_copy(update={"outcomes": (*entry.outcomes[:-1], last)})
+        point = blind.curve[-1].model_copy(update=known | {"worst_w_error": -5.1})
+        page = render(
+            blind.model_copy(
+                update={
+                    "tensors": tuple(changed if tensor is entry else tensor for tensor in blind.tensors),
+                    "curve": (*blind.curve[:-1], point),
+                }
+            )
+        )
+        assert "<td>−6.9 to −4.1</td>" in page
+        assert "<dd><small>−6.9 to −5.1</small></dd>" in page
+        assert r"\u22126.9 to \u22124.1, approximate" in page
+
     @pytest.mark.parametrize("count", [1, 2])
     def test_is_made_where_nothing_is_given_away(self, fine, count):
         page = render(audit(fine.models[:count], fine.base))

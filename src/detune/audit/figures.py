@@ -195,7 +195,9 @@ def _cell(report: AuditReport, entry: TensorEntry | None, models: int, exact: fl
     outcome = entry.outcomes[models - 1]
     error = exact if _is_exact(report, outcome) else error_of(report, outcome)
     text = "exact" if _is_exact(report, outcome) else "–" if error is None else minus(error)
-    told = f"{label(entry.name, 80)}<br>{text}, {outcome.verdict}, by {label(outcome.method)}"
+    # A range, where there is one and nothing was measured.
+    shown = (report.base is None and outcome.expected.replace("-", "−")) or text
+    told = f"{label(entry.name, 80)}<br>{shown}, {outcome.verdict}, by {label(outcome.method)}"
     return _Cell(error, text, told)
 
 

@@ -67,6 +67,8 @@ def curve_of(matrices: Sequence[TensorEntry], releases: int) -> tuple[CurvePoint
 def _point(models: int, outcomes: Sequence[Outcome]) -> CurvePoint:
     errors = [outcome.w_error for outcome in outcomes if outcome.w_error is not None]
     predicted = [outcome.predicted_w_error for outcome in outcomes if outcome.predicted_w_error is not None]
+    ends = [(o.best_w_error, o.worst_w_error) for o in outcomes if o.worst_w_error is not None]
+    lower, upper = ([end for end in side if end is not None] for side in zip(*ends, strict=True)) if ends else ([], [])
     identical = [outcome.identical for outcome in outcomes if outcome.identical is not None]
     return CurvePoint(
         models=models,
@@ -75,6 +77,8 @@ def _point(models: int, outcomes: Sequence[Outcome]) -> CurvePoint:
         best=min(errors, default=None),
         worst=max(errors, default=None),
         predicted_w_error=fmean(predicted) if predicted else None,
+        best_w_error=fmean(lower) if lower and len(lower) == len(upper) else None,
+        worst_w_error=fmean(upper) if upper else None,
         identical=fmean(identical) if identical else None,
     )
 

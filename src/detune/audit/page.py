@@ -46,7 +46,7 @@ def render(report: AuditReport) -> str:
     environment = Environment(
         loader=PackageLoader("detune.audit", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"number": _number, "share": _share, "code": _code, "power": _power}
+    environment.filters |= {"number": _number, "share": _share, "code": _code, "power": _power, "print": _print}
     shown = charts(report)
     return environment.get_template("page.html.jinja").render(
         report=report,
@@ -90,6 +90,11 @@ def _code(text: str) -> "Markup":
 def _number(value: float | None, digits: int = 2) -> str:
     """A W-Error, with a minus sign as print has it."""
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _print(text: str) -> str:
+    """Numbers in words, with minus signs as print has them."""
+    return text.replace("-", "−") or "–"
 
 
 def _power(value: float) -> "Markup":

@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from detune.report import Status, w_error_range
+
 __all__ = [
     "FORMAT",
     "AuditReport",
@@ -29,6 +31,9 @@ __all__ = [
 FORMAT: Literal["detune-audit/1"] = "detune-audit/1"
 
 Level = Literal["error", "warning", "note"]
+
+# A range that ends no further above a prediction is what every prediction has, but for the rounding of a mean.
+AS_CLOSE = 0.301
 
 
 class _Record(BaseModel):
@@ -93,6 +98,8 @@ class Outcome(_Record):
         undetermined: Dimension of what the releases cannot tell; None where it was not looked at.
         grid: The dtype that the base was found to have been stored in.
         predicted_w_error: `log10` of the mean squared error to expect, without the truth.
+        best_w_error: Lower end of the range that it is in; None, beside an upper end, where the tensor may be exact.
+        worst_w_error: Upper end of that range.
         w_error: The same against the base; None where there is none, or where all entries are equal.
         identical: Share of the entries that have the base's bits; None without the base.
         given_away: Whether the tensor counts as given away, by so many releases or by fewer of them.
@@ -107,10 +114,19 @@ class Outcome(_Record):
     undetermined: int | None = None
     grid: str | None = None
     predicted_w_error: float | None = None
+    best_w_error: float | None = None
+    worst_w_error: float | None = None
     w_error: float | None = None
     identical: float | None = None
     given_away: bool
     seconds: float
+
+    @property
+    def expected(self) -> str:
+        """The W-Error to expect without the truth, in words; empty where there is none."""
+        if self.worst_w_error is not None and self.verdict == Status.APPROXIMATE:
+            return w_error_range(self.best_w_error, self.worst_w_error)
+        return "" if self.predicted_w_error is None else f"{self.predicted_w_error:.2f}"
 
 
 class Spectrum(_Record):
@@ -182,6 +198,8 @@ class CurvePoint(_Record):
         best: The lowest of them.
         worst: The highest.
         predicted_w_error: Mean of the predictions, where there are some.
+        best_w_error: Mean of the lower ends of their ranges; None where some have none.
+        worst_w_error: Mean of the upper ends.
         identical: Share of the matrices' entries that have the base's bits; None without the base.
     """
 
@@ -191,7 +209,17 @@ class CurvePoint(_Record):
     best: float | None = None
     worst: float | None = None
     predicted_w_error: float | None = None
+    best_w_error: float | None = None
+    worst_w_error: float | None = None
     identical: float | None = None
+
+    @property
+    def expected(self) -> str:
+        """The W-Error to expect without the truth, in words: a range where one matrix is known to a range only."""
+        close = None if self.predicted_w_error is None else self.predicted_w_error + AS_CLOSE
+        if self.worst_w_error is not None and (close is None or self.worst_w_error > close):
+            return w_error_range(self.best_w_error, self.worst_w_error)
+        return "" if self.predicted_w_error is None else f"{self.predicted_w_error:.2f}"
 
 
 class Behaviour(_Record):

@@ -234,6 +234,8 @@ def _outcome(
         undetermined=certificate.undetermined if certificate else None,
         grid=name_of(answer.bits.grid) if answer.bits else None,
         predicted_w_error=certificate.predicted_w_error if certificate else None,
+        best_w_error=certificate.best_w_error if certificate else None,
+        worst_w_error=certificate.worst_w_error if certificate else None,
         w_error=math.log10(mse) if mse else None,
         identical=None if truth is None else bit_identical(weight, truth),
         given_away=is_given_away(answer.status, None if mse is None else mse**0.5, figures.change, figures.noise),

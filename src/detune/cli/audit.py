@@ -105,9 +105,8 @@ def _show(report: "AuditReport", page: Path | None) -> None:
             "" if point.w_error is None else f"{point.w_error:.2f}",
             "" if point.identical is None else f"{100 * point.identical:.2f} %",
         )
-        predicted = "" if point.predicted_w_error is None else f"{point.predicted_w_error:.2f}"
         given_away = f"{point.given_away} of {report.verdict.matrices}"
-        table.add_row(str(point.models), given_away, *(measured if report.base else ()), predicted)
+        table.add_row(str(point.models), given_away, *(measured if report.base else ()), point.expected)
     console.print(table)
     console.print()
     assumed = {rule.id for rule in ASSUMPTIONS}
