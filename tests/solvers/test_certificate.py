@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from detune.metrics import w_error
-from detune.solvers import Auto, Bits, Intersect, LowRank, Mean, Recovery, Single, Spectral, Stack
-from detune.solvers.base import Expected
+from detune.solvers import Auto, Bits, Expected, Intersect, LowRank, Mean, Recovery, Single, Spectral, Stack
 from detune.solvers.certificate import Certificate, Verdict, certify
 from detune.solvers.stack import storage_variance
 from tests.cases import Problem, Regime, make_problem, normal, rms, seeded

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from detune.metrics import w_error
-from detune.solvers import Auto, Bits, Recovery, Stack
-from detune.solvers.base import Expected
+from detune.solvers import Auto, Bits, Expected, Recovery, Stack
 from detune.solvers.certificate import SHARED, Certificate, Verdict, certify
 from detune.solvers.evidence import _at_quantile
 from detune.solvers.stack import storage_variance

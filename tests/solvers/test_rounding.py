@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from detune.solvers import LowRank, Recovery
-from detune.solvers.base import Expected
+from detune.solvers import Expected, LowRank, Recovery
 from detune.solvers.normal_operator import Core
 from detune.solvers.rounding import StoredError, rounded_mse
 from tests.cases import Regime, make_problem, normal, rms, seeded

@@ -1,7 +1,7 @@
 """Recovery methods: pure functions of a stack of matrices. `SOLVERS` names them."""
 
 from detune.solvers.auto import Auto
-from detune.solvers.base import Bits, LowRank, NotLowRank, NotRecoverable, Recovery, Solver
+from detune.solvers.base import Bits, Expected, LowRank, NotLowRank, NotRecoverable, Recovery, Solver
 from detune.solvers.frozen_factors import FrozenFactors
 from detune.solvers.intersect import Intersect
 from detune.solvers.kronecker import Kronecker
@@ -34,6 +34,7 @@ __all__ = [
     "SOLVERS",
     "Auto",
     "Bits",
+    "Expected",
     "FrozenFactors",
     "Intersect",
     "Kronecker",

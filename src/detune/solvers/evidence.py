@@ -15,7 +15,7 @@ from detune.solvers.normal_operator import Core
 from detune.solvers.rounding import StoredError
 from detune.solvers.space import Space
 from detune.solvers.stack import Stack
-from detune.solvers.unseen import unseen_directions
+from detune.solvers.unseen import Unseen, unseen_directions
 
 # A misfit of more than this many times the storage noise's (root mean square) is not storage noise.
 MOST_LEFT = 2.0
@@ -232,16 +232,26 @@ class Evidence:
 
     def _hidden_by_side(self, gap: float) -> list[float]:
         """From directions of the rows and of the columns that are less than so many times weaker than those found."""
-        strongest = max((float(space.S[0]) for space in self.spaces if len(space.S)), default=0.0)
-        weakest = [float(space.S[-1]) if len(space.S) else strongest for space in self.spaces]
-        least = [each / gap if len(space.S) else 0.0 for each, space in zip(weakest, self.spaces, strict=True)]
         by_side = [0.0, 0.0]
-        for unseen in unseen_directions(self.core, self._noticed, least):
+        for unseen in self._unseen:
             i, strengths = unseen.model, unseen.strengths
-            possible = strengths[strengths > least[i]] if least[i] else strengths[:1]
-            reach = possible.clamp(max=weakest[i]) * unseen.moves[: len(possible)]
+            least = self._weakest[i] / gap if len(self.spaces[i].S) else 0.0
+            possible = strengths[strengths > least] if least else strengths[:1]
+            reach = possible.clamp(max=self._weakest[i]) * unseen.moves[: len(possible)]
             by_side[unseen.columns] += float(reach.square().sum()) / self.entries
         return by_side
+
+    @cached_property
+    def _weakest(self) -> list[float]:
+        """The weakest singular value of each model; of one that has none, the strongest of the others."""
+        strongest = max((float(space.S[0]) for space in self.spaces if len(space.S)), default=0.0)
+        return [float(space.S[-1]) if len(space.S) else strongest for space in self.spaces]
+
+    @cached_property
+    def _unseen(self) -> tuple[Unseen, ...]:
+        """What could have escaped; where no spectrum runs into the noise, only what is asked for, which is quick."""
+        least = None if self._runs_into_noise else [each / GAP for each in self._weakest]
+        return unseen_directions(self.core, self._noticed, least)
 
 
 def moved_mse(recovery: Recovery) -> float:
