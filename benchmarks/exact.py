@@ -3,7 +3,7 @@
     python benchmarks/exact.py [PROBLEMS] [PNG] [FIRST]
 
 One to eight models, of the kinds of `benchmarks/certificate.py`, and the same columns. Expected: no "exact" with an
-entry that is not the base's own number, and 95 % in the range. Problems have seeds from 9000 on: verdicts and ranges
+entry that is not the base's own number, and 95 % in the range. Problems have seeds from 10000 on: verdicts and ranges
 were made by what was seen at those below.
 """
 

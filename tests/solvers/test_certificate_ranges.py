@@ -9,7 +9,7 @@ import torch
 
 from detune.metrics import w_error
 from detune.solvers import Auto, Bits, Expected, Recovery, Stack
-from detune.solvers.certificate import SHARED, Certificate, Verdict, certify
+from detune.solvers.certificate import BITS_LESS, SHARED, Certificate, Verdict, certify
 from detune.solvers.evidence import _at_quantile
 from detune.solvers.stack import storage_variance
 from tests.cases import Problem, Regime, make_problem, normal, seeded
@@ -102,8 +102,8 @@ def test_reach_as_far_as_parts_disagree():
 @pytest.mark.parametrize(
     ("expected", "same_rows", "best", "worst"),
     [
-        (Expected(1e-8, 2e-9, 4e-8), False, -9.0, math.log10(4e-8)),
-        (Expected(1e-8, 2e-9, 4e-8), True, -9.0, math.log10(4e-8 * SHARED)),
+        (Expected(1e-8, 2e-9, 4e-8), False, math.log10(BITS_LESS * 2e-9), math.log10(4e-8)),
+        (Expected(1e-8, 2e-9, 4e-8), True, math.log10(BITS_LESS * 2e-9), math.log10(4e-8 * SHARED)),
         (Expected(1e-8, 0.0, 4e-8), False, None, math.log10(4e-8)),
         # One entry that is wrong by a step of bfloat16.
         (Expected(0.0, 0.0, 0.0), False, None, pytest.approx(-8.4, abs=0.3)),

@@ -36,7 +36,7 @@ CLOSE_SPACES = 1.12
 # `benchmarks/certificate.py` and `benchmarks/exact.py` with seeds from 6000 to 6199;
 SHARED = 5.0
 # and, as the probabilities of entries are known no better than that, fewer.
-BITS_LESS = 0.5
+BITS_LESS = 0.3
 
 
 def certify(
