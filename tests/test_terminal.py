@@ -46,6 +46,15 @@ def test_the_worst_of_a_kind_is_shown(capsys):
     assert "-6.9 to -4.1" in capsys.readouterr().out
 
 
-def test_the_summary_has_the_end_of_the_worst():
+def test_a_reason_that_several_have_is_told_once(capsys):
+    rows = tuple(
+        TensorRow(f"w.{i}", (4, 4), "float32", Status.APPROXIMATE, "polish", reason)
+        for i, reason in enumerate(["why", "because", "why", "why"])
+    )
+    show_report(Report({}, (), rows, 1.0))
+    assert capsys.readouterr().out.splitlines()[-2:] == ["  w.0 and 2 more: why", "  w.1: because"]
+
+
+def test_the_summary_has_the_end_of_of_the_worst():
     report = Report({}, (), (row(Status.APPROXIMATE, -6.6, -6.9, -4.1), row(Status.FLOOR, -9, -9.3, -8.7)), 1.0)
     assert report.summary["worst_w_error"] == -4.1

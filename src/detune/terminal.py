@@ -71,9 +71,13 @@ def show_report(report: Report, out: Path | None = None) -> None:
             console.print(f"left out {model.spec}: {model.left_out}", highlight=False, soft_wrap=True)
     for status, count in report.counts.items():
         console.print(f"{count} tensor{'s' * (count != 1)} {MEANING[status]}", highlight=False)
+    names: dict[str, list[str]] = {}
     for row in changed:
         if row.status in (Status.NOT_DETERMINED, Status.APPROXIMATE):
-            console.print(f"  {row.name}: {row.reason}", highlight=False, soft_wrap=True)
+            names.setdefault(row.reason, []).append(row.name)
+    for reason, (name, *others) in names.items():
+        more = f" and {len(others)} more" if others else ""
+        console.print(f"  {name}{more}: {reason}", highlight=False, soft_wrap=True)
     _show_reading(console, report.reading)
     if out is not None:
         took = f"wrote {out} in {report.seconds:.1f} s"
