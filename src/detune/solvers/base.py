@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from detune.errors import DetuneError
+from detune.solvers.linalg import gram
 from detune.solvers.stack import Stack
 
 # Adapters add up to less than this in practice; a difference of more is one of full rank.
@@ -69,7 +70,7 @@ class LowRank:
     @property
     def energy(self) -> float:
         """`|M_i|_F^2`, from the factors."""
-        return float(((self.left.mT @ self.left) * (self.right.mT @ self.right)).sum())
+        return float((gram(self.left) * gram(self.right)).sum())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank, Recovery
-from detune.solvers.linalg import orthonormal
+from detune.solvers.linalg import orthonormal, product
 
 # Adapters that start from one part of the base and are trained a little stay closer than this to each other (cosine).
 # Others do not, but for checkpoints of one run: the null space tells these apart.
@@ -140,4 +140,4 @@ def _norm(left: Tensor, right: Tensor) -> float:
 
 def _inner(A: LowRank, B: LowRank) -> float:
     """`tr(A^T B)`."""
-    return float(((A.left.mT @ B.left) * (A.right.mT @ B.right)).sum())
+    return float((product(A.left.mT, B.left).double() * product(A.right.mT, B.right)).sum())
