@@ -65,6 +65,30 @@ def test_hold_the_truth():
     assert sorted(widths)[len(widths) // 2] < 2.5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_least_squares_on_a_coarse_grid_is_not_foreseen_to_the_bit(dtype):
+    """The mean of the rounding errors alone would bring every entry back; a little more than that does not."""
+    noise = float(storage_variance(normal(seeded(), 1000).to(dtype)).mean().sqrt())
+    given = make_problem(Regime((128, 96), (1,) * 4, 0.0, 5 * noise, 0.5, dtype), seeded(1))
+    W_star = given.W_star.to(dtype).double()
+    stack = Stack.of(torch.stack([W_star + M_i for M_i in given.deltas]).to(dtype))
+    recovery = SOLVER.solve(stack)
+    found = certify(stack, recovery, stored=dtype)
+    assert holds(found, w_error(recovery.weight.to(dtype), W_star))
+
+
+def test_more_than_storage_noise_is_told():
+    """Adapters of rank 3 that are given two directions each: the third is in the misfit, though below what shows."""
+    given = make_problem(Regime((64, 48), (3,) * 5, 0.0, 1e-4, 0.5, torch.float32), seeded(2))
+    stack = Stack.of(given.stack)
+    noise = float(stack.noise.mean())
+    weak = [1.2 * noise * normal(seeded(i), 64, 1) @ normal(seeded(9 + i), 1, 48) for i in range(5)]
+    stack = Stack.of(torch.stack([W_i.double() + M_i for W_i, M_i in zip(given.stack, weak, strict=True)]).float())
+    found = certify(stack, SOLVER.solve(stack, rank=3))
+    assert found.verdict is Verdict.APPROXIMATE
+    assert "more is left than storage noise" in found.reason
+
+
 def test_a_prediction_without_doubt_has_one_of_its_own():
     given = make_problem(Regime(scale=1e-4, dtype=torch.float32), seeded())
     stack = Stack.of(given.stack)

@@ -19,6 +19,9 @@ from detune.solvers.unseen import Unseen, unseen_directions
 
 # A misfit of more than this many times the storage noise's (root mean square) is not storage noise.
 MOST_LEFT = 2.0
+# A variance of the misfit that is so many times that of the storage noise (seen to a few per cent of it) has directions
+# of the adapters in it that were not found.
+MOST_EXCESS = 1.2
 # Of more than this the computation is the cause, if it can be.
 MOST_COMPUTED = 1.2
 # Factors are computed to this many units of float64's precision.
@@ -150,7 +153,8 @@ class Evidence:
     def mse(self) -> float:
         """Mean squared error to expect of the weight."""
         mse = self.noise + self.distance
-        finer = self.coarse and not self._runs_into_noise and self.amplified < AMPLIFIED
+        # Least squares alone has saved nothing.
+        finer = self.saved and not self._runs_into_noise and self.amplified < AMPLIFIED
         return mse * FINER if finer else mse
 
     @property
@@ -161,7 +165,8 @@ class Evidence:
     @property
     def expected(self) -> Expected:
         """The error of the weight before it is stored, and between what it is."""
-        mse, directions, runs_on = self.mse, self.traces.directions, self._runs_into_noise
+        mse, directions = self.mse, self.traces.directions
+        runs_on = self._runs_into_noise or self.excess > MOST_EXCESS
         most = (mse + self.could_hide) * (MORE_RUNNING_ON if runs_on else MORE)
         most *= max(1.0, _at_quantile(LIKELY, directions))
         wrong = WRONG * (self.moved + mse)
@@ -187,6 +192,8 @@ class Evidence:
                 "directions as strong as the weakest found would not show where the adapters' spaces are close to each "
                 "other"
             )
+        if self.excess > MOST_EXCESS:
+            return "more is left than storage noise: some directions of the adapters are in it, and were not found"
         if self.distance > MOST_DISTANT * self.noise:
             return "the solver stopped short of the most likely answer"
         if mse < TAIL * self.mse and self._runs_into_noise:
