@@ -19,8 +19,8 @@ from detune.solvers.unseen import Unseen, unseen_directions
 
 # A misfit of more than this many times the storage noise's (root mean square) is not storage noise.
 MOST_LEFT = 2.0
-# A variance of the misfit that is so many times that of the storage noise (seen to a few per cent of it) has directions
-# of the adapters in it that were not found.
+# A variance of the misfit that is so many times that of the storage noise, which is seen to a few per cent of it, has
+# directions in it that were not found, where spectra run into the noise; elsewhere a merge that was rounded on its way.
 MOST_EXCESS = 1.2
 # Of more than this the computation is the cause, if it can be.
 MOST_COMPUTED = 1.2
@@ -165,8 +165,7 @@ class Evidence:
     @property
     def expected(self) -> Expected:
         """The error of the weight before it is stored, and between what it is."""
-        mse, directions = self.mse, self.traces.directions
-        runs_on = self._runs_into_noise or self.excess > MOST_EXCESS
+        mse, directions, runs_on = self.mse, self.traces.directions, self._runs_into_noise
         most = (mse + self.could_hide) * (MORE_RUNNING_ON if runs_on else MORE)
         most *= max(1.0, _at_quantile(LIKELY, directions))
         wrong = WRONG * (self.moved + mse)
@@ -192,8 +191,6 @@ class Evidence:
                 "directions as strong as the weakest found would not show where the adapters' spaces are close to each "
                 "other"
             )
-        if self.excess > MOST_EXCESS:
-            return "more is left than storage noise: some directions of the adapters are in it, and were not found"
         if self.distance > MOST_DISTANT * self.noise:
             return "the solver stopped short of the most likely answer"
         if mse < TAIL * self.mse and self._runs_into_noise:
@@ -206,6 +203,8 @@ class Evidence:
             return "rounding brings many entries to the base's own numbers; how many, cannot be predicted that closely"
         if self.rounded and self._weakest_delta < ALIKE * float(self.variances.mean()):
             return "deltas hardly exceed a unit in the last place: the models round alike, and that cannot be simulated"
+        if self.excess > MOST_EXCESS and self._runs_into_noise:
+            return "more is left than storage noise: directions of the adapters that were not found may be in it"
         if not self.traces.solved:
             return "the equations are too ill-conditioned to tell how the noise enters"
         if self.traces.directions < FEW:
