@@ -105,16 +105,25 @@ def thin_svd(tall: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         Q, R = torch.linalg.qr(tall)
         U, S, Vh = torch.linalg.svd(R)
         return Q @ U, S, Vh.mT
-    # The Gram matrix halves the digits: half of float64's are as many as float32 has, and half of float32's are enough
-    # where no singular value that matters is much smaller than the largest.
-    values, V = torch.linalg.eigh(gram(tall))
-    if not least**2 > _CLOSE * float(values[-1]):
-        exact = tall.double()
-        V = torch.linalg.eigh(exact.mT @ exact)[1]
-    V = V.flip(1)
+    V = _right_vectors(tall, least)
     U = product(tall, V.to(tall.dtype))
     S = torch.linalg.vector_norm(U, dim=0, dtype=torch.float64)
     return U.div_(S.to(U.dtype).clamp(min=torch.finfo(U.dtype).tiny)), S, V
+
+
+def _right_vectors(tall: Tensor, least: float) -> Tensor:
+    """From the Gram matrix, which halves the digits: half of float64's are as many as float32 has.
+
+    Half of float32's are enough where no singular value that matters is much smaller than the largest.
+    """
+    vectors: Tensor
+    if least:
+        values, vectors = torch.linalg.eigh(gram(tall))
+        if least**2 > _CLOSE * float(values[-1]):
+            return vectors.flip(1)
+    exact = tall.double()
+    vectors = torch.linalg.eigh(exact.mT @ exact)[1]
+    return vectors.flip(1)
 
 
 def joint_basis(bases: Sequence[Tensor]) -> QR:

@@ -96,10 +96,18 @@ def fit_rows(
     # Rows of L are as large as they have been: what the data leave open stays near zero.
     prior = [1 / e.left.square().mean(dim=0).clamp(min=LEAST_SIZE) for e in estimates]
 
-    def blank() -> list[Estimate]:
-        return [replace(e, left=torch.empty_like(e.left), rows=torch.empty_like(e.rows)) for e in estimates]
+    def unfilled() -> tuple[Estimate, ...]:
+        return tuple(
+            replace(
+                e,
+                left=torch.empty_like(e.left),
+                rows=e.rows.clone(),
+                columns=torch.stack([e.columns[0], e.right.square().sum(dim=1)]),
+            )
+            for e in estimates
+        )
 
-    fitted = [blank() for _ in uses]
+    fitted = [unfilled() for _ in uses]
     for rows, all_here in _together(measured):
         start = [e.left[rows] for e in estimates]
         for used, new in zip(uses, fitted, strict=True):
@@ -112,17 +120,7 @@ def fit_rows(
             for e, L, step, factor in zip(new, start, steps, factors, strict=True):
                 e.left[rows] = L + step
                 e.rows[0, rows] = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).mean(dim=1)
-    return [
-        tuple(
-            replace(
-                e,
-                rows=torch.stack([e.rows[0], old.rows[1]]),
-                columns=torch.stack([old.columns[0], old.right.square().sum(dim=1)]),
-            )
-            for e, old in zip(new, estimates, strict=True)
-        )
-        for new in fitted
-    ]
+    return fitted
 
 
 def normalised(estimate: Estimate) -> Estimate:
