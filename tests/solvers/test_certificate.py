@@ -114,7 +114,7 @@ def test_exact_is_never_wrong():
     assert exact >= 12
 
 
-@pytest.mark.parametrize("seed", [2, 3, 5])
+@pytest.mark.parametrize("seed", [2, 5, 6])
 def test_directions_that_do_not_show_make_what_storing_undoes_unforeseeable(seed):
     """Spectra that go on below the noise: the error may be a few times what it seems, and once stored many times."""
     drawn = make_problem(Regime((40, 40), (10,) * 6, 7.0, 1e-14, 0.5), seeded(seed))

@@ -44,6 +44,21 @@ def find_device(device: torch.device | str) -> torch.device:
     return torch.device(device)
 
 
+@lru_cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products of bf16 matrices, added up in float32, take half the time: on CPUs with units for them.
+
+    Elsewhere they are emulated. GPUs are left to float32: how they add up is for their libraries to choose.
+
+    Args:
+        device: Where to compute.
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    # Torch has no public name for it in all versions.
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
 @dataclass(frozen=True)
 class _Upload:
     """Rows on their way.

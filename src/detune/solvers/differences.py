@@ -131,7 +131,7 @@ def find_differences(
     open_pairs = ring(stack.n)
     found: dict[tuple[int, int], Difference] = {}
     while open_pairs:
-        finder = _RangeFinder(_fold(stack, rows, seed), seed)
+        finder = _RangeFinder(_fold(stack, rows, seed), stack.dtype, seed)
         for i, j in open_pairs:
             norm = signal * float(torch.hypot(stack.noise_norm(i, finder.rows), stack.noise_norm(j, finder.rows)))
             basis, singular_values = finder.row_space(i, j, norm, expected)
@@ -150,7 +150,7 @@ def find_differences(
 def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
     """`S (W_i - W_1)` for all models but the first, `(n - 1, rows or a little more, in)`.
 
-    S is a sparse sign embedding of the rows.
+    S is a sparse sign embedding of the rows. The dtype is `stack.product_dtype`.
 
     Rows that lie a multiple of the height apart share a bucket: neighbours, which often belong to one attention head
     and change together, do not. Where there are no more rows than asked for, they are taken as they are.
@@ -172,7 +172,7 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
         else:
             target.addcmul_(block.differences, signs)
     stack.require_finite(folded.sum())
-    return folded
+    return folded.to(stack.product_dtype)
 
 
 class _RangeFinder:
@@ -180,11 +180,13 @@ class _RangeFinder:
 
     Args:
         matrices: `W_i - W_1`, folded, for all models but the first, `(n - 1, rows, in)`.
+        dtype: Of what is made of them.
         seed: Of the test vectors.
     """
 
-    def __init__(self, matrices: Tensor, seed: int) -> None:
+    def __init__(self, matrices: Tensor, dtype: torch.dtype, seed: int) -> None:
         self._matrices = matrices
+        self._dtype = dtype
         self._generator = seeded(seed, matrices.device)
         self._images = matrices.new_empty(*matrices.shape[:2], 0)
 
@@ -200,10 +202,10 @@ class _RangeFinder:
         while True:
             width = min(limit, _padded(expected))
             self._widen(width)
-            Q = orthonormal(_between(self._images, i, j)[:, :width])
-            V, S, _ = thin_svd(product(Q.mT, A).mT, noise_norm)
+            Q = orthonormal(_between(self._images, i, j)[:, :width].to(self._dtype))
+            V, S, _ = thin_svd(product(Q.mT.to(A), A).mT.to(self._dtype), noise_norm)
             # Below this is the rounding error of the products, not the storage's.
-            floor = max(noise_norm, 8 * torch.finfo(A.dtype).eps * float(S[0]))
+            floor = max(noise_norm, 8 * torch.finfo(self._dtype).eps * float(S[0]))
             rank = int(S.gt(floor).sum())
             if _padded(rank) <= width or width == limit:
                 return V[:, :rank], S[:rank]
@@ -215,7 +217,7 @@ class _RangeFinder:
         if width <= before:
             return
         size = matrices.shape[2], width - before
-        test = torch.randn(size, generator=self._generator, dtype=matrices.dtype, device=matrices.device)
+        test = torch.randn(size, generator=self._generator, dtype=self._dtype, device=matrices.device).to(matrices)
         self._images = torch.cat([self._images, torch.stack([product(matrix, test) for matrix in matrices])], dim=2)
 
 

@@ -1,6 +1,7 @@
 """What the data say of an answer with deltas: the error to expect, what speaks against that, and between what it is."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
@@ -114,7 +115,7 @@ class Evidence:
             _excess(misfit, traces, variances),
             computed,
             recovery.saved_mse,
-            moved_mse(recovery),
+            _moved_mse(core, spaces, entries),
             torch.finfo(recovery.weight.dtype).eps >= torch.finfo(stored).eps,
             any(W_i.dtype.itemsize <= 2 for W_i in stack.matrices),
             entries,
@@ -271,6 +272,12 @@ def moved_mse(recovery: Recovery) -> float:
     deltas = recovery.deltas
     total = LowRank(torch.cat([M_i.left for M_i in deltas], dim=1), torch.cat([M_i.right for M_i in deltas], dim=1))
     return total.energy / len(deltas) ** 2 / recovery.weight.numel()
+
+
+def _moved_mse(core: Core, spaces: Sequence[Space], entries: int) -> float:
+    """The same, of deltas in the coordinates of the core."""
+    total = sum((a_i * space.S) @ b_i.mT for a_i, b_i, space in zip(core.a, core.b, spaces, strict=True))
+    return float(torch.as_tensor(total).square().sum()) / len(spaces) ** 2 / entries
 
 
 def _excess(misfit: Misfit, traces: ErrorTraces, variances: Tensor) -> float:

@@ -115,7 +115,7 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
     Raises:
         InputError: The stack holds NaN or Inf.
     """
-    V = [V_i.to(stack.device, stack.factor_dtype) for V_i in V]
+    V = [V_i.to(stack.device, stack.factor_dtype).contiguous() for V_i in V]
     right = [V_i.to(stack.dtype) for V_i in V]
     accumulator = _Accumulator(stack, right)
     ranks = [V_i.shape[1] for V_i in V]

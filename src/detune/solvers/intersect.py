@@ -126,7 +126,7 @@ def intersect(differences: Differences, ranks: tuple[int, ...]) -> Spaces:
         r = min(r, len(cosines))
         Y = overlap.mT @ X[:, :r] / cosines[:r].clamp(min=LEAST_COSINE)
         principal = product(before, X[:, :r].to(before)) + product(after, Y.to(after))
-        bases.append(orthonormal(principal.double()))
+        bases.append(orthonormal(principal).double())
         if r and len(cosines) > r:
             separation = min(separation, max(0.0, 1 - float(cosines[r]) ** 2))
     return Spaces(differences.stack, False, tuple(bases), separation)

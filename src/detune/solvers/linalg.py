@@ -15,6 +15,8 @@ _LARGE = 1 << 21
 _FAR = 0.1
 # Squares of singular values that differ by less than this are as exact in float32 as the storage of half precision.
 _CLOSE = 1e-4
+# The smallest pivot over the largest down to which Cholesky QR of a Gram matrix in a dtype, done twice, is exact for it.
+_LEAST_SPREAD = {torch.float32: 1e-2, torch.float64: 1e-5}
 # Normal equations with a smaller pivot are solved by a pseudo-inverse.
 _LEAST_PIVOT = 1e-4
 
@@ -64,12 +66,17 @@ class QR(NamedTuple):
 
 def orthonormal(tall: Tensor) -> Tensor:
     """An orthonormal basis of the column span, same shape and dtype."""
-    return qr(tall).Q.to(tall.dtype)
+    return qr(tall).Q
 
 
 def qr(tall: Tensor) -> QR:
-    """`tall = Q R` in float64, both of the matrix's width; R is any square matrix."""
-    return _cholesky_qr(tall) or QR(*torch.linalg.qr(tall.double()))
+    """`tall = Q R` to the precision of its dtype, which Q has; both are of its width, and R is any square matrix, float64.
+
+    Float32 is computed with as such where that loses nothing: a fifth of the time.
+    """
+    exact = tall.double()
+    Q, R = _cholesky_qr(tall) or _cholesky_qr(exact) or QR(*torch.linalg.qr(exact))
+    return QR(Q.to(tall.dtype), R)
 
 
 def _cholesky_qr(tall: Tensor) -> QR | None:
@@ -78,20 +85,28 @@ def _cholesky_qr(tall: Tensor) -> QR | None:
     The error of Cholesky QR grows with the square of the condition number, so it is done again (then it is as
     orthogonal as any: Yamamoto et al. 2015, doi 10.1553/etna_vol44s306) unless that is small.
     """
-    Q = tall.double()
-    R = None
+    Q, R = tall, None
     for _ in range(2):
-        L, failed = torch.linalg.cholesky_ex(Q.mT @ Q)
+        L, failed = torch.linalg.cholesky_ex(gram(Q))
         diagonal = L.diagonal()
         spread = float(diagonal.min() / diagonal.max()) if diagonal.numel() else 1.0
-        if failed or not spread > 1e-5:
+        if failed or not spread > _LEAST_SPREAD[tall.dtype]:
             return None
-        Q = torch.linalg.solve_triangular(L, Q.mT, upper=False).mT
+        Q = _divided(Q, L)
         R = L.mT if R is None else L.mT @ R
         if spread > 0.1:
             break
     assert R is not None
     return QR(Q, R)
+
+
+def _divided(tall: Tensor, L: Tensor) -> Tensor:
+    """`X L^-T` in the dtype of X, for a triangular L in float64."""
+    if tall.dtype == torch.float64:
+        solved: Tensor = torch.linalg.solve_triangular(L, tall.mT, upper=False).mT
+        return solved
+    eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
+    return product(tall, torch.linalg.solve_triangular(L, eye, upper=False).mT.to(tall.dtype))
 
 
 def thin_svd(tall: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,8 +122,8 @@ def thin_svd(tall: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         return Q @ U, S, Vh.mT
     V = _right_vectors(tall, least)
     U = product(tall, V.to(tall.dtype))
-    S = torch.linalg.vector_norm(U, dim=0, dtype=torch.float64)
-    return U.div_(S.to(U.dtype).clamp(min=torch.finfo(U.dtype).tiny)), S, V
+    S = torch.linalg.vector_norm(U, dim=0)
+    return U.div_(S.clamp(min=torch.finfo(U.dtype).tiny)), S.double(), V
 
 
 def _right_vectors(tall: Tensor, least: float) -> Tensor:
@@ -118,9 +133,9 @@ def _right_vectors(tall: Tensor, least: float) -> Tensor:
     """
     vectors: Tensor
     if least:
-        values, vectors = torch.linalg.eigh(gram(tall))
+        values, vectors = torch.linalg.eigh(product(tall.mT, tall))
         if least**2 > _CLOSE * float(values[-1]):
-            return vectors.flip(1)
+            return vectors.flip(1).double()
     exact = tall.double()
     vectors = torch.linalg.eigh(exact.mT @ exact)[1]
     return vectors.flip(1)
@@ -145,15 +160,13 @@ def _joint_basis_of_far_spaces(joint: Tensor) -> QR | None:
     diagonal = L.diagonal()
     if failed or not diagonal.numel() or not float(diagonal.min()) > _FAR:
         return None
-    eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
-    inverse = torch.linalg.solve_triangular(L, eye, upper=False)
-    return QR(product(joint, inverse.mT.to(joint.dtype)), L.mT)
+    return QR(_divided(joint, L), L.mT)
 
 
 def _joint_basis_of_any(joint: Tensor) -> QR:
-    found = _cholesky_qr(joint)
+    exact = joint.double()
+    found = _cholesky_qr(exact)
     if found is None:
-        exact = joint.double()
         values, vectors = torch.linalg.eigh(exact.mT @ exact)
         keep = values.gt(1e-12)
         Q = orthonormal(exact @ (vectors[:, keep] / values[keep].sqrt()))

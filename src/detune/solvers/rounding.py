@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detune.solvers.base import Expected, Recovery
+from detune.solvers.base import Expected, LowRank, Recovery
 from detune.solvers.grid import interval, spacing
 from detune.solvers.linalg import product
 from detune.solvers.normal_operator import Core
@@ -68,10 +68,7 @@ def rounded_mse(
     rows, columns = _entries(recovery.weight, generator)
     weight = recovery.weight[rows, columns].double()
     between = recovery.saved_mse > 0
-    # In float32 they are near enough: what is simulated takes off the very deltas that it has put on.
-    entries = torch.stack(
-        [(M_i.left.float()[rows] * M_i.right.float()[columns]).sum(dim=1) for M_i in recovery.deltas]
-    ).double()
+    entries = torch.stack([_entries_of(M_i, rows, columns) for M_i in recovery.deltas])
     # Where a base may be as far as anybody knows: within the rounding of the models.
     steps = torch.stack([spacing(weight + M_i, dtype) for M_i, dtype in zip(entries, dtypes, strict=True)])
     reach = steps.amax(dim=0)
@@ -166,6 +163,18 @@ def _on_grid(weight: Tensor, sampled: Tensor, stored: torch.dtype, off: _Stored)
     found = _distances(sampled, stored)
     error = ((found.var() + off.distances.var()) / len(found)).sqrt()
     return bool(off.distances.mean() - found.mean() > SURE * error)
+
+
+def _entries_of(M_i: LowRank, rows: Tensor, columns: Tensor) -> Tensor:
+    """Some entries of a delta, float64.
+
+    By float32 they are near enough: what is simulated takes off the very deltas that it has put on.
+    """
+    # Rows that lie in one piece are picked several times faster.
+    left, right = (
+        factor.float().contiguous().index_select(0, places) for factor, places in ((M_i.left, rows), (M_i.right, columns))
+    )
+    return left.mul_(right).sum(dim=1).double()
 
 
 def _leverage(core: Core, rows: Tensor, columns: Tensor) -> Tensor:

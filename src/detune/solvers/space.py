@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers.base import LowRank
-from detune.solvers.linalg import qr
+from detune.solvers.linalg import product, qr
 
 __all__ = ["Space"]
 
@@ -34,9 +34,9 @@ class Space:
 
         Args:
             M_i: The delta.
-            dtype: Of the bases, which are computed in float64.
+            dtype: Of the bases, which are as exact as it is.
         """
-        left, right = qr(M_i.left), qr(M_i.right)
-        U, S, V = torch.linalg.svd(left.R @ right.R.mT)
+        left, right = qr(M_i.left.to(dtype)), qr(M_i.right.to(dtype))
+        U, S, Vh = torch.linalg.svd(left.R @ right.R.mT)
         kept = S.gt(ROUNDING * S[:1])
-        return cls((left.Q @ U[:, kept]).to(dtype), S[kept], (right.Q @ V.mT[:, kept]).to(dtype))
+        return cls(product(left.Q, U[:, kept].to(dtype)), S[kept], product(right.Q, Vh.mT[:, kept].to(dtype)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detune.errors import InputError
-from detune.solvers.device import find_device, upload
+from detune.solvers.device import find_device, multiplies_bfloat16, upload
 from detune.solvers.grid import spacing
 from detune.solvers.linalg import weighted_sum
 from detune.solvers.random import seeded
@@ -39,6 +39,8 @@ SMALL_ENTRIES = 1 << 20
 # A float32 GEMM over D with blocked accumulation errs by about 3e-7 rms(D) per unit test vector. It is lost in the
 # storage noise sigma as long as rms(D) stays below this many sigma.
 FLOAT32_RANGE = float(1 << 20)
+# Rounding whose spectral norm is no larger than this share of the noise's adds less than a hundredth to its energy.
+COVERED = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,23 @@ class Stack:
         halves = (torch.bfloat16, torch.float16)
         return self.dtype if all(W_i.dtype in halves for W_i in self.matrices) else torch.float64
 
+    @cached_property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype for products of the differences with factors: bf16 where it is quicker and noise covers its rounding.
+
+        So it is of half-precision models with deltas of a few per cent of the weights. Elsewhere the compute dtype.
+        """
+        if self.dtype != torch.float32 or not multiplies_bfloat16(self.device):
+            return self.dtype
+        rows = self.shape[0]
+        reference = _sample(self.matrices[0]).to(self.dtype)
+        for i, W_i in enumerate(self.matrices[1:], 1):
+            difference = _sample(W_i).to(self.dtype) - reference
+            rounding = self._spectral_norm(storage_variance(difference.bfloat16()), rows)
+            if not bool(rounding <= COVERED * torch.hypot(self.noise_norm(0, rows), self.noise_norm(i, rows))):
+                return self.dtype
+        return torch.bfloat16
+
     def part(self, models: Sequence[int]) -> "Stack":
         """The stack of some of the models, in that order."""
         told = tuple(self.told_noise[i] for i in models) if self.told_noise else ()
@@ -248,8 +267,11 @@ class Stack:
         Handel 2016, Theorem 1.1, without its lower-order term); on equal variances, `sigma (sqrt d + sqrt k)`. Folding
         d rows onto m adds up `d / m` variances in each entry.
         """
+        return self._spectral_norm(self._variances[model], rows)
+
+    def _spectral_norm(self, variance: Tensor, rows: int) -> Tensor:
+        """The same for any variances of some rows, `(rows, in)`."""
         out, width = self.shape
-        variance = self._variances[model]
         columns = variance.mean(dim=0).max() * out
         longest = variance.mean(dim=1).max() * width * out / rows
         return columns.sqrt() + longest.sqrt()
