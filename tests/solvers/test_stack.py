@@ -79,6 +79,25 @@ def test_blocks_cover_all_rows_once():
         assert len(seen) > stack.block_height
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype", "units", "expected"),
+    [
+        (0.01, torch.bfloat16, True, torch.bfloat16),
+        (0.5, torch.bfloat16, True, torch.float32),  # the differences' own rounding would show
+        (0.01, torch.float16, True, torch.float32),
+        (1e-3, torch.float16, True, torch.bfloat16),
+        (0.01, torch.bfloat16, False, torch.float32),
+        (1e-6, torch.float32, True, torch.float32),  # exact to the base's rounding: nothing to cover more
+        (0.01, torch.float64, True, torch.float64),
+    ],
+)
+def test_sketches_are_as_coarse_as_the_noise_allows(size, dtype, units, expected, monkeypatch):
+    monkeypatch.setattr("detune.solvers.stack.multiplies_bfloat16", lambda device: units)
+    base = normal(seeded(), 1100, 1000)
+    stack = Stack.of([(base + size * normal(seeded(i), 1100, 1000)).to(dtype) for i in (1, 2)])
+    assert stack.sketch_dtype is expected
+
+
 def test_transposing_copies_nothing():
     stack = Stack.of(normal(seeded(), 3, 4, 5))
     assert stack.transposed.shape == (5, 4)

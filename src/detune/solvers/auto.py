@@ -14,7 +14,7 @@ from detune.solvers.descent import downhill
 from detune.solvers.differences import SIGNAL, Difference, Differences, find_differences
 from detune.solvers.fine import FLOOR_RATIO, from_fine
 from detune.solvers.fit import WStep, w_step, w_step_given_rows
-from detune.solvers.intersect import Spaces, Unsplittable, find_spaces, untranspose
+from detune.solvers.intersect import Spaces, Unsplittable, find_spaces
 from detune.solvers.lattice import HALVES, UNSETTLED, Lattice, NoGrid
 from detune.solvers.polish import Polish, Polished
 from detune.solvers.principal import with_principal_part
@@ -150,7 +150,7 @@ class Auto:
             start = w_step_given_rows(spaces.stack, spaces.bases)
             if step is None or not (polished.converged and step.noise_ratio <= start.noise_ratio):
                 step, method, steps = start, "intersect", 0
-        step = untranspose(step) if spaces.transposed else step
+        step = step.transposed if spaces.transposed else step
         return Recovery(
             step.weight,
             method,

@@ -68,6 +68,11 @@ class LowRank:
         return self.left @ self.right.mT
 
     @property
+    def transposed(self) -> "LowRank":
+        """Of the transposed matrix."""
+        return LowRank(self.right, self.left)
+
+    @property
     def energy(self) -> float:
         """`|M_i|_F^2`, from the factors."""
         return float((gram(self.left) * gram(self.right)).sum())

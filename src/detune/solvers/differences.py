@@ -150,7 +150,7 @@ def find_differences(
 def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
     """`S (W_i - W_1)` for all models but the first, `(n - 1, rows or a little more, in)`.
 
-    S is a sparse sign embedding of the rows. The dtype is `stack.product_dtype`.
+    S is a sparse sign embedding of the rows. The dtype is `stack.sketch_dtype`.
 
     Rows that lie a multiple of the height apart share a bucket: neighbours, which often belong to one attention head
     and change together, do not. Where there are no more rows than asked for, they are taken as they are.
@@ -158,21 +158,29 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
     out, columns = stack.shape
     height = stack.block_height
     buckets = out if rows >= out else min(out, -(-rows // height) * height)
-    folded = torch.empty(stack.n - 1, buckets, columns, dtype=stack.dtype, device=stack.device)
-    generator = stack.generator(seed)
-    for block in stack.blocks():
-        start = block.rows.start % buckets
-        target = folded[:, start : start + block.reference.shape[0]]
-        if buckets == out:
-            target.copy_(block.differences)
-            continue
-        signs = stack.gaussian(generator, block.reference.shape[0], 1).sign()
-        if block.rows.start < buckets:
-            torch.mul(block.differences, signs, out=target)
-        else:
-            target.addcmul_(block.differences, signs)
+    signs = stack.gaussian(stack.generator(seed), out, 1).sign() if buckets < out else stack.zeros(out, 1) + 1
+    if stack.by_columns:
+        folded = _fold_columns(stack.transposed, buckets, signs.mT).mT
+    else:
+        folded = stack.zeros(stack.n - 1, buckets, columns)
+        for block in stack.blocks():
+            start = block.rows.start % buckets
+            target = folded[:, start : start + block.reference.shape[0]]
+            target.addcmul_(block.differences, signs[block.rows])
     stack.require_finite(folded.sum())
-    return folded.to(stack.product_dtype)
+    return folded.to(stack.sketch_dtype)
+
+
+def _fold_columns(stack: Stack, buckets: int, signs: Tensor) -> Tensor:
+    """`(W_i - W_1) S^T`, `(n - 1, out, buckets)`, for signs `(1, in)`."""
+    out, columns = stack.shape
+    folded = stack.zeros(stack.n - 1, out, buckets)
+    for block in stack.blocks():
+        for start in range(0, columns, buckets):
+            some = slice(start, start + buckets)
+            differences = block.differences[:, :, some]
+            folded[:, block.rows, : differences.shape[2]].addcmul_(differences, signs[:, some])
+    return folded
 
 
 class _RangeFinder:

@@ -1,4 +1,8 @@
-"""Passes over the full matrices that the solvers share: projections, and the last step to the answer."""
+"""Passes over the full matrices that the solvers share: projections, and the last step to the answer.
+
+All of them go over the matrices as they lie in memory: what is asked of a transposed stack is the transposed of what
+is done with the stack itself.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +22,8 @@ def project_right(stack: Stack, V: Sequence[Tensor]) -> tuple[Tensor, ...]:
         stack: The models.
         V: `(in, r_i)` for each.
     """
+    if stack.by_columns:
+        return tuple(F_i.mT for F_i in project_left(stack.transposed, V))
     V = [V_i.to(stack.dtype) for V_i in V]
     F = [stack.zeros(stack.shape[0], V_i.shape[1]) for V_i in V]
     for block in stack.blocks():
@@ -33,6 +39,8 @@ def project_left(stack: Stack, U: Sequence[Tensor]) -> tuple[Tensor, ...]:
         stack: The models.
         U: `(out, r_i)` for each.
     """
+    if stack.by_columns:
+        return tuple(E_i.mT for E_i in project_right(stack.transposed, U))
     U = [U_i.to(stack.dtype) for U_i in U]
     E = [stack.zeros(U_i.shape[1], stack.shape[1]) for U_i in U]
     for block in stack.blocks():
@@ -85,6 +93,14 @@ class WStep:
     noise_ratio: float
     residuals: Residuals | None = None
 
+    @property
+    def transposed(self) -> "WStep":
+        """Of the transposed stack."""
+        weight, deltas, residuals = self.weight.mT, tuple(M_i.transposed for M_i in self.deltas), self.residuals
+        if residuals is not None:
+            residuals = replace(residuals, weight=weight, deltas=deltas, transposed=not residuals.transposed)
+        return replace(self, weight=weight, deltas=deltas, residuals=residuals)
+
 
 def w_step(stack: Stack, deltas: Sequence[LowRank]) -> WStep:
     """`W = mean_i (W_i - M_i)` on the full matrices: the storage noise of all n models averages out.
@@ -98,6 +114,8 @@ def w_step(stack: Stack, deltas: Sequence[LowRank]) -> WStep:
     Raises:
         InputError: The stack holds NaN or Inf.
     """
+    if stack.by_columns:
+        return w_step(stack.transposed, [M_i.transposed for M_i in deltas]).transposed
     accumulator = _Accumulator(stack, [M_i.right for M_i in deltas])
     left = [M_i.left.to(stack.device, stack.dtype) for M_i in deltas]
     for block in stack.blocks():
@@ -106,7 +124,7 @@ def w_step(stack: Stack, deltas: Sequence[LowRank]) -> WStep:
 
 
 def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
-    """`solve_given_rows` and `w_step` in one pass: the rows of `F_i` need no others.
+    """`solve_given_rows` and `w_step` in one pass, as the rows of `F_i` need no others; in two on a transposed stack.
 
     Args:
         stack: The models.
@@ -116,6 +134,8 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
         InputError: The stack holds NaN or Inf.
     """
     V = [V_i.to(stack.device, stack.factor_dtype).contiguous() for V_i in V]
+    if stack.by_columns:
+        return _w_step_given_columns(stack.transposed, V).transposed
     right = [V_i.to(stack.dtype) for V_i in V]
     accumulator = _Accumulator(stack, right)
     ranks = [V_i.shape[1] for V_i in V]
@@ -131,6 +151,22 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
             left_over += product(left_i.mT, rest_i)
     step = accumulator.finish(tuple(map(LowRank, torch.split(F.to(stack.factor_dtype), ranks, dim=1), V)))
     return replace(step, residuals=Residuals(step.weight, step.deltas, accumulator.residual, products))
+
+
+def _w_step_given_columns(stack: Stack, U: Sequence[Tensor]) -> WStep:
+    """The same where the column spaces are known, `(out, r_i)`: what is best in them takes all rows."""
+    onto_left = project_left(stack, U)
+    right = solve_given_rows([E_i.mT for E_i in onto_left], U)
+    accumulator = _Accumulator(stack, right)
+    left, right_here = ([X_i.to(stack.dtype) for X_i in X] for X in (U, right))
+    products = tuple(stack.zeros(stack.shape[0], U_i.shape[1]) for U_i in U)
+    for block in stack.blocks():
+        rest = accumulator.add(block, [left_i[block.rows] for left_i in left])
+        for left_over, right_i, rest_i in zip(products, right_here, rest, strict=True):
+            left_over[block.rows] = product(rest_i, right_i)
+    step = accumulator.finish(tuple(map(LowRank, U, right)))
+    turned = tuple(left_over.mT for left_over in products)
+    return replace(step, residuals=Residuals(step.weight, step.deltas, accumulator.residual, turned, transposed=True))
 
 
 class _Accumulator:

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detune.solvers.base import LowRank, NotLowRank, NotRecoverable, Recovery
+from detune.solvers.base import NotLowRank, NotRecoverable, Recovery
 from detune.solvers.differences import Differences, find_differences
-from detune.solvers.fit import WStep, w_step_given_rows
+from detune.solvers.fit import w_step_given_rows
 from detune.solvers.linalg import orthonormal, product
 from detune.solvers.stack import Stack
 
@@ -67,7 +67,7 @@ class Intersect:
         """Recover by intersection; see `Solver.solve`."""
         spaces = find_spaces(find_differences(stack, rank, self.seed), rank, self.seed)
         step = w_step_given_rows(spaces.stack, spaces.bases)
-        step = untranspose(step) if spaces.transposed else step
+        step = step.transposed if spaces.transposed else step
         return Recovery(
             step.weight,
             "intersect",
@@ -130,15 +130,6 @@ def intersect(differences: Differences, ranks: tuple[int, ...]) -> Spaces:
         if r and len(cosines) > r:
             separation = min(separation, max(0.0, 1 - float(cosines[r]) ** 2))
     return Spaces(differences.stack, False, tuple(bases), separation)
-
-
-def untranspose(step: WStep) -> WStep:
-    """The step of a transposed stack, turned back."""
-    deltas = tuple(LowRank(M_i.right, M_i.left) for M_i in step.deltas)
-    weight, residuals = step.weight.mT, step.residuals
-    if residuals is not None:
-        residuals = replace(residuals, weight=weight, deltas=deltas, transposed=not residuals.transposed)
-    return replace(step, weight=weight, deltas=deltas, residuals=residuals)
 
 
 def _widest_triple(ranks: tuple[int, ...]) -> int:

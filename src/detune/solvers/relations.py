@@ -182,7 +182,8 @@ def _singular_values(scaled: Tensor) -> Tensor:
         values: Tensor = torch.linalg.eigvalsh(product(rounded, rounded.mT)).clamp(min=0).sqrt().flip(0)
         if float(values[0]) < most:
             return values.double()
-    return torch.linalg.svdvals(scaled)
+    values = torch.linalg.svdvals(scaled)
+    return values
 
 
 def _judge(values: Tensor, p: int, q: int) -> Relation:

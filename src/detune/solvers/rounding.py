@@ -172,7 +172,8 @@ def _entries_of(M_i: LowRank, rows: Tensor, columns: Tensor) -> Tensor:
     """
     # Rows that lie in one piece are picked several times faster.
     left, right = (
-        factor.float().contiguous().index_select(0, places) for factor, places in ((M_i.left, rows), (M_i.right, columns))
+        factor.float().contiguous().index_select(0, places)
+        for factor, places in ((M_i.left, rows), (M_i.right, columns))
     )
     return left.mul_(right).sum(dim=1).double()
 

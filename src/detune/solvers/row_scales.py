@@ -26,7 +26,7 @@ from detune.solvers.auto import Auto
 from detune.solvers.base import LowRank, NotRecoverable, Recovery
 from detune.solvers.differences import find_differences
 from detune.solvers.fit import WStep, w_step, w_step_given_rows
-from detune.solvers.intersect import find_spaces, untranspose
+from detune.solvers.intersect import find_spaces
 from detune.solvers.linalg import orthonormal, thin_svd
 from detune.solvers.polish import Polish
 from detune.solvers.stack import Stack
@@ -152,7 +152,7 @@ class RowScales:
         step = w_step(spaces.stack, polished.deltas) if polished.converged else None
         start = w_step_given_rows(spaces.stack, spaces.bases)
         best = start if step is None or start.noise_ratio < step.noise_ratio else step
-        return untranspose(best) if spaces.transposed else best
+        return best.transposed if spaces.transposed else best
 
 
 def as_one_scale(stack: Stack, recovery: Recovery) -> tuple[Stack, Recovery] | None:

@@ -172,10 +172,10 @@ class Stack:
         return self.dtype if all(W_i.dtype in halves for W_i in self.matrices) else torch.float64
 
     @cached_property
-    def product_dtype(self) -> torch.dtype:
-        """The dtype for products of the differences with factors: bf16 where it is quicker and noise covers its rounding.
+    def sketch_dtype(self) -> torch.dtype:
+        """The dtype of sketches: bf16 where it is quicker and noise covers its rounding, the compute dtype elsewhere.
 
-        So it is of half-precision models with deltas of a few per cent of the weights. Elsewhere the compute dtype.
+        The noise does in half-precision models with deltas of a few per cent of the weights.
         """
         if self.dtype != torch.float32 or not multiplies_bfloat16(self.device):
             return self.dtype
@@ -199,6 +199,11 @@ class Stack:
         return replace(self, matrices=tuple(W_i.mT for W_i in self.matrices))
 
     @property
+    def by_columns(self) -> bool:
+        """Whether the matrices lie in memory column by column: passes over them should go over the transposed stack."""
+        return self.matrices[0].stride(0) < self.matrices[0].stride(1)
+
+    @property
     def block_height(self) -> int:
         """Rows of a block."""
         return min(self.shape[0], max(BLOCK_ROWS, BLOCK_ENTRIES // self.shape[1]))
@@ -206,23 +211,14 @@ class Stack:
     def blocks(self) -> Iterator[Block]:
         """All rows, block by block, in order. The buffer is used again: it is valid until the next block."""
         out, height = self.shape[0], self.block_height
-        memory = self.zeros(self.n * height * self.shape[1])
+        memory = self.zeros(self.n, height, self.shape[1])
         runs = [slice(start, min(start + height, out)) for start in range(0, out, height)]
         for rows, stored in zip(runs, upload(self.matrices, runs, self.device), strict=True):
             reference = stored[0].to(self.dtype)
-            block = Block(rows, reference, self._laid_out(memory, reference.shape[0]))
+            block = Block(rows, reference, memory[:, : reference.shape[0]])
             for W_i, difference in zip(stored[1:], block.differences, strict=True):
                 difference.copy_(W_i).sub_(reference)
             yield block
-
-    def _laid_out(self, memory: Tensor, height: int) -> Tensor:
-        """Memory for the rows of a block in all models, `(n, height, in)`."""
-        width = self.shape[1]
-        used = memory[: self.n * height * width]
-        if self.matrices[0].stride(0) < self.matrices[0].stride(1):
-            # A transposed stack: the block is laid out as its matrices are, or every copy would jump about.
-            return used.view(self.n, width, height).mT
-        return used.view(self.n, height, width)
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros in the compute dtype, on the device."""
