@@ -11,7 +11,7 @@ from detune.solvers.device import upload
 from detune.solvers.linalg import product
 from detune.solvers.normal_operator import Core
 from detune.solvers.space import Space
-from detune.solvers.stack import Stack, storage_variance
+from detune.solvers.stack import Stack, storage_energy
 
 # An average leaves residuals that sum to zero but for its rounding: a sum of less than this share of their energy is
 # not looked at closer.
@@ -139,13 +139,13 @@ class _Sums:
         coordinates, other = (core.b, core.Q) if known.transposed else (core.a, core.P)
         sides[known.transposed] = _Side.of(products, other).times(-torch.cat(coordinates, dim=1))
         left, right = sides
-        energy = known.energy - float(torch.linalg.vector_norm(products)) ** 2
+        energy = known.energy - _energy(products)
         return cls(energy, 0.0, 0.0, left, right, torch.zeros_like(left.inner))
 
     @classmethod
     def measured(cls, stack: Stack, recovery: Recovery, core: Core, spaces: Sequence[Space]) -> "_Sums":
         """In one pass over the models, block by block."""
-        energy = all_energy = rounding = 0.0
+        energy = all_energy = 0.0
         right = [M_i.right.to(stack.device, stack.dtype).mT for M_i in recovery.deltas]
         left = [M_i.left.to(stack.device, stack.dtype) for M_i in recovery.deltas]
         U, V = [space.U.to(stack.dtype) for space in spaces], [space.V.to(stack.dtype) for space in spaces]
@@ -157,30 +157,36 @@ class _Sums:
         runs = [slice(start, start + height) for start in range(0, out, height)]
         for rows, stored in zip(runs, upload(stack.matrices, runs, stack.device), strict=True):
             weight = recovery.weight[rows].to(stack.device, stack.dtype)
-            rounding += float(storage_variance(recovery.weight[rows]).sum())
             total = torch.zeros_like(weight)
             here = 0.0
             for i, W_i in enumerate(stored):
-                e_i = (W_i.to(stack.dtype) - weight).addmm_(left[i][rows], right[i], alpha=-1)
-                here += float(torch.linalg.vector_norm(e_i)) ** 2
+                e_i = (W_i.to(stack.dtype) - weight).sub_(product(left[i][rows], right[i]))
+                here += _energy(e_i)
                 total += e_i
-                E[i].addmm_(U[i][rows].mT, e_i)
-                torch.mm(e_i, V[i], out=F[i][rows])
-            total_here = float(torch.linalg.vector_norm(total)) ** 2
+                E[i] += product(U[i][rows].mT, e_i)
+                F[i][rows] = product(e_i, V[i])
+            total_here = _energy(total)
             energy += here
             all_energy += total_here
             if total_here > NEGLIGIBLE * here:
-                total_left.addmm_(Q[rows].mT, total)
-                torch.mm(total, P, out=total_right[rows])
-        Q, P, L, R = (matrix.to(core.dtype) for matrix in (core.Q, core.P, total_left, total_right))
-        E_all, F_all = torch.cat(E).to(Q), torch.cat(F, dim=1).to(Q)
-        common = Q.mT @ R
-        outside = all_energy - float(L.square().sum()) - float(R.square().sum()) + float(common.square().sum())
-        energy -= float(E_all.square().sum()) + float(F_all.square().sum())
-        for a_i, b_i, F_i in zip(core.a, core.b, F, strict=True):
-            both = a_i.mT @ (Q.mT @ F_i.to(Q))
-            energy += float(both.square().sum())
+                total_left += product(Q[rows].mT, total)
+                total_right[rows] = product(total, P)
+        dtype = stack.factor_dtype
+        Q, P, L, R = (matrix.to(dtype) for matrix in (core.Q, core.P, total_left, total_right))
+        E_all, F_all = torch.cat(E).to(dtype), torch.cat(F, dim=1).to(dtype)
+        a_all, b_all = torch.cat(core.a, dim=1).to(dtype), torch.cat(core.b, dim=1).to(dtype)
+        common = product(Q.mT, R).double()
+        outside = all_energy - _energy(L) - _energy(R) + _energy(common)
+        energy -= _energy(E_all) + _energy(F_all)
+        onto_Q = torch.split(product(Q.mT, F_all).double(), [V_i.shape[1] for V_i in V], dim=1)
+        for a_i, b_i, QF_i in zip(core.a, core.b, onto_Q, strict=True):
+            both = a_i.mT @ QF_i
+            energy += _energy(both)
             common = common - a_i @ both @ b_i.mT
-        left_side = _Side.of(L - torch.cat(core.a, dim=1) @ E_all, P)
-        right_side = _Side.of((R - F_all @ torch.cat(core.b, dim=1).mT).mT, Q)
-        return cls(energy, max(0.0, outside), rounding, left_side, right_side, common)
+        left_side = _Side.of(L - product(a_all, E_all), P)
+        right_side = _Side.of((R - product(F_all, b_all.mT)).mT, Q)
+        return cls(energy, max(0.0, outside), storage_energy(recovery.weight), left_side, right_side, common)
+
+
+def _energy(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2

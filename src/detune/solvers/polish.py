@@ -21,7 +21,7 @@ from torch import Tensor
 
 from detune.solvers.base import LowRank
 from detune.solvers.fit import project_left, project_right, solve_given_rows
-from detune.solvers.linalg import orthonormal
+from detune.solvers.linalg import orthonormal, product
 from detune.solvers.normal_operator import Core
 from detune.solvers.stack import Stack
 
@@ -108,10 +108,11 @@ class Tangent:
     @classmethod
     def of(cls, X: Tensor, Y: Tensor, U: Tensor, V: Tensor) -> "Tangent":
         """From `X` `(r, in)` and `Y` `(out, r)`, at orthonormal U and V."""
-        S = X @ V
-        X, Y = X - S @ V.mT, Y - U @ (U.mT @ Y)
+        S = product(X, V)
+        X, Y = X - product(S, V.mT), Y - product(U, product(U.mT, Y))
         QX, QY = orthonormal(X.mT), orthonormal(Y)
-        small = torch.cat([torch.cat([S, X @ QX], dim=1), torch.cat([QY.mT @ Y, torch.zeros_like(S)], dim=1)])
+        upper, lower = (S, product(X, QX)), (product(QY.mT, Y), torch.zeros_like(S))
+        small = torch.cat([torch.cat(row, dim=1) for row in (upper, lower)])
         return cls(torch.cat([U, QY], dim=1), small, torch.cat([V, QX], dim=1))
 
     @property
@@ -123,7 +124,7 @@ class Tangent:
         """Best rank-r approximation (Vandereycken 2013, eq. 3.1)."""
         A, sigma, Bh = torch.linalg.svd(self.small)
         r = self.rank
-        return LowRank(self.left @ (A[:, :r] * sigma[:r]), self.right @ Bh[:r].mT)
+        return LowRank(product(self.left, A[:, :r] * sigma[:r]), product(self.right, Bh[:r].mT))
 
     @property
     def second_order(self) -> float:
@@ -164,20 +165,20 @@ def gauss_newton_step(
 
     # Right-hand side -sum_i [U_i E_i + F_i V_i^T - U_i (U_i^T F_i) V_i^T], block by block. All models go into one
     # product: with a thin one for each, and P or Q in all of them, the cost would be cubic in their number.
-    aE, Fb = a_all @ E_all, F_all @ b_all.mT  # (s_U, in), (out, s_V)
-    aEP, QFb = aE @ P, Q.mT @ Fb
-    left = aEP @ P.mT - aE  # outside P
-    right = Q @ QFb - Fb  # outside Q
+    aE, Fb = product(a_all, E_all), product(F_all, b_all.mT)  # (s_U, in), (out, s_V)
+    aEP, QFb = product(aE, P), product(Q.mT, Fb)
+    left = product(aEP, P.mT) - aE  # outside P
+    right = product(Q, QFb) - Fb  # outside Q
     middle = -aEP - QFb
     for F_i, U_i, a_i, b_i in zip(F, U, a, b, strict=True):
-        middle += a_i @ (U_i.mT @ F_i) @ b_i.mT
+        middle += a_i @ product(U_i.mT, F_i) @ b_i.mT
 
     # Delta = W - mean = Q left + right P^T + Q middle P^T.
-    left = core.inverse_G_U @ left
-    right = right @ core.inverse_G_V
+    left = product(core.inverse_G_U, left)
+    right = product(right, core.inverse_G_V)
     precision = options.cg_tolerance * noise * (len(U) * middle.numel()) ** 0.5
     middle = core.solve(middle, precision, options.cg_steps)
     # U_i^T (W_i - W), where `right` has no part in Q, and (W_i - W) V_i, where `left` has none in P.
-    X = torch.split(E_all - a_all.mT @ (left + middle @ P.mT), ranks)
-    Y = torch.split(F_all - (Q @ middle + right) @ b_all, ranks, dim=1)
+    X = torch.split(E_all - product(a_all.mT, left + product(middle, P.mT)), ranks)
+    Y = torch.split(F_all - product(product(Q, middle) + right, b_all), ranks, dim=1)
     return tuple(map(Tangent.of, X, Y, U, V))

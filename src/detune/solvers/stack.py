@@ -285,6 +285,11 @@ def storage_variance(values: Tensor) -> Tensor:
     return spacing(values, values.dtype).square() / 12
 
 
+def storage_energy(matrix: Tensor) -> float:
+    """Expected energy of the rounding error of a stored matrix, judged by some rows as the noise of the models is."""
+    return float(storage_variance(_sample(matrix)).mean()) * matrix.numel()
+
+
 def _as_rounded(samples: Sequence[Tensor]) -> list[Tensor]:
     """The values in the dtype that they were rounded to: float32 files may hold what was bf16 or fp16 before.
 
