@@ -109,9 +109,8 @@ def _alike(M: Sequence[LowRank]) -> bool:
     """Whether neighbours are nearly the same."""
     if len(M) < 2 or not all(M_i.rank for M_i in M):
         return False
-    squares = [M_i.energy for M_i in M]
-    neighbours = [(i, (i + 1) % len(M)) for i in range(len(M))]
-    return all(_inner(M[i], M[j]) >= ALIKE * (squares[i] * squares[j]) ** 0.5 for i, j in neighbours)
+    neighbours = zip(M, (*M[1:], M[0]), strict=True)
+    return all(_inner(M_i, M_j) >= ALIKE * math.sqrt(M_i.energy * M_j.energy) for M_i, M_j in neighbours)
 
 
 def _unknown(P: LowRank, sides: list[tuple[Tensor, bool]]) -> int:
