@@ -162,24 +162,32 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
     if stack.by_columns:
         folded = _fold_columns(stack.transposed, buckets, signs.mT).mT
     else:
-        folded = stack.zeros(stack.n - 1, buckets, columns)
-        for block in stack.blocks():
-            start = block.rows.start % buckets
-            target = folded[:, start : start + block.reference.shape[0]]
-            target.addcmul_(block.differences, signs[block.rows])
-    stack.require_finite(folded.sum())
-    return folded.to(stack.sketch_dtype)
+        folded = torch.empty(stack.n - 1, buckets, columns, dtype=stack.sketch_dtype, device=stack.device)
+        total = stack.zeros(stack.n - 1, height, columns)
+        for block in stack.blocks(buckets):
+            bucket, count = block.rows.start % buckets, block.reference.shape[0]
+            if block.rows.start < buckets:
+                torch.mul(block.differences, signs[block.rows], out=total[:, :count])
+            else:
+                total[:, :count].addcmul_(block.differences, signs[block.rows])
+            if block.rows.start + buckets >= out:
+                # The last of the bucket.
+                folded[:, bucket : bucket + height] = total[:, : min(height, buckets - bucket)]
+    stack.require_finite(folded.sum(dtype=stack.dtype))
+    return folded
 
 
 def _fold_columns(stack: Stack, buckets: int, signs: Tensor) -> Tensor:
     """`(W_i - W_1) S^T`, `(n - 1, out, buckets)`, for signs `(1, in)`."""
     out, columns = stack.shape
-    folded = stack.zeros(stack.n - 1, out, buckets)
+    folded = torch.empty(stack.n - 1, out, buckets, dtype=stack.sketch_dtype, device=stack.device)
     for block in stack.blocks():
-        for start in range(0, columns, buckets):
+        total = block.differences[:, :, :buckets] * signs[:, :buckets]
+        for start in range(buckets, columns, buckets):
             some = slice(start, start + buckets)
             differences = block.differences[:, :, some]
-            folded[:, block.rows, : differences.shape[2]].addcmul_(differences, signs[:, some])
+            total[:, :, : differences.shape[2]].addcmul_(differences, signs[:, some])
+        folded[:, block.rows] = total
     return folded
 
 

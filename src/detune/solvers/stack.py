@@ -208,11 +208,18 @@ class Stack:
         """Rows of a block."""
         return min(self.shape[0], max(BLOCK_ROWS, BLOCK_ENTRIES // self.shape[1]))
 
-    def blocks(self) -> Iterator[Block]:
-        """All rows, block by block, in order. The buffer is used again: it is valid until the next block."""
+    def blocks(self, period: int | None = None) -> Iterator[Block]:
+        """All rows, block by block. The buffer is used again: it is valid until the next block.
+
+        Args:
+            period: A multiple of the block's height. Blocks that lie so many rows apart come one after the other; in
+                order without.
+        """
         out, height = self.shape[0], self.block_height
         memory = self.zeros(self.n, height, self.shape[1])
-        runs = [slice(start, min(start + height, out)) for start in range(0, out, height)]
+        period = out if period is None else period
+        starts = [start for first in range(0, min(period, out), height) for start in range(first, out, period)]
+        runs = [slice(start, min(start + height, out)) for start in starts]
         for rows, stored in zip(runs, upload(self.matrices, runs, self.device), strict=True):
             reference = stored[0].to(self.dtype)
             block = Block(rows, reference, memory[:, : reference.shape[0]])
