@@ -163,16 +163,18 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
         folded = _fold_columns(stack.transposed, buckets, signs.mT).mT
     else:
         folded = torch.empty(stack.n - 1, buckets, columns, dtype=stack.sketch_dtype, device=stack.device)
-        total = stack.zeros(stack.n - 1, height, columns)
         for block in stack.blocks(buckets):
-            bucket, count = block.rows.start % buckets, block.reference.shape[0]
-            if block.rows.start < buckets:
-                torch.mul(block.differences, signs[block.rows], out=total[:, :count])
+            start, bucket = block.rows.start, block.rows.start % buckets
+            kept = folded[:, bucket : bucket + height]
+            if start == bucket:
+                # The very memory, if it has the compute dtype.
+                total = kept.to(stack.dtype)
+                torch.mul(block.differences, signs[block.rows], out=total)
             else:
-                total[:, :count].addcmul_(block.differences, signs[block.rows])
-            if block.rows.start + buckets >= out:
+                total[:, : block.reference.shape[0]].addcmul_(block.differences, signs[block.rows])
+            if total.dtype != kept.dtype and start + buckets >= out:
                 # The last of the bucket.
-                folded[:, bucket : bucket + height] = total[:, : min(height, buckets - bucket)]
+                kept.copy_(total)
     stack.require_finite(folded.sum(dtype=stack.dtype))
     return folded
 
