@@ -106,3 +106,11 @@ def test_thin_svd_is_exact_for_all_that_matters(least: float) -> None:
     assert torch.allclose((found_U.double() * found_S) @ found_V.mT, U * S @ V.mT, atol=1e-6)
     inner = found_U[:, kept].double().mT @ found_U[:, kept].double()
     assert torch.allclose(inner, torch.eye(len(inner), dtype=torch.float64), atol=2e-3)
+
+
+def test_singular_vectors_of_many_rows_are_as_long_as_float32_can_tell() -> None:
+    """A sum of 20000 squares in float32 loses two digits, and what is found of float32 merges with them."""
+    U = thin_svd(random(20000, 5).mT.contiguous().mT)[0]
+    torch.testing.assert_close(U.double().norm(dim=0), torch.ones(5).double(), rtol=0, atol=1e-7)
+    tall = thin_svd(random(20000, 5))[0]
+    torch.testing.assert_close(tall.double().norm(dim=0), torch.ones(5).double(), rtol=0, atol=1e-7)

@@ -131,7 +131,7 @@ def find_differences(
     open_pairs = ring(stack.n)
     found: dict[tuple[int, int], Difference] = {}
     while open_pairs:
-        finder = _RangeFinder(_fold(stack, rows, seed), stack.dtype, seed)
+        finder = _RangeFinder(_fold(stack, rows, seed), stack, seed)
         for i, j in open_pairs:
             norm = signal * float(torch.hypot(stack.noise_norm(i, finder.rows), stack.noise_norm(j, finder.rows)))
             basis, singular_values = finder.row_space(i, j, norm, expected)
@@ -198,13 +198,13 @@ class _RangeFinder:
 
     Args:
         matrices: `W_i - W_1`, folded, for all models but the first, `(n - 1, rows, in)`.
-        dtype: Of what is made of them.
+        stack: That they are of.
         seed: Of the test vectors.
     """
 
-    def __init__(self, matrices: Tensor, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, matrices: Tensor, stack: Stack, seed: int) -> None:
         self._matrices = matrices
-        self._dtype = dtype
+        self._stack = stack
         self._generator = seeded(seed, matrices.device)
         self._images = matrices.new_empty(*matrices.shape[:2], 0)
 
@@ -220,10 +220,10 @@ class _RangeFinder:
         while True:
             width = min(limit, _padded(expected))
             self._widen(width)
-            Q = orthonormal(_between(self._images, i, j)[:, :width].to(self._dtype))
-            V, S, _ = thin_svd(product(Q.mT.to(A), A).mT.to(self._dtype), noise_norm)
+            Q = orthonormal(_between(self._images, i, j)[:, :width].to(self._stack.factor_dtype))
+            V, S, _ = thin_svd(product(Q.mT.to(A), A).mT.to(self._stack.dtype), noise_norm)
             # Below this is the rounding error of the products, not the storage's.
-            floor = max(noise_norm, 8 * torch.finfo(self._dtype).eps * float(S[0]))
+            floor = max(noise_norm, 8 * torch.finfo(V.dtype).eps * float(S[0]))
             rank = int(S.gt(floor).sum())
             if _padded(rank) <= width or width == limit:
                 return V[:, :rank], S[:rank]
@@ -235,7 +235,7 @@ class _RangeFinder:
         if width <= before:
             return
         size = matrices.shape[2], width - before
-        test = torch.randn(size, generator=self._generator, dtype=self._dtype, device=matrices.device).to(matrices)
+        test = self._stack.gaussian(self._generator, *size).to(matrices)
         self._images = torch.cat([self._images, torch.stack([product(matrix, test) for matrix in matrices])], dim=2)
 
 

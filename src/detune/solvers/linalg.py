@@ -120,8 +120,8 @@ def thin_svd(tall: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         return Q @ U, S, Vh.mT
     V = _right_vectors(tall, least)
     U = product(tall, V.to(tall.dtype))
-    S = torch.linalg.vector_norm(U, dim=0)
-    return U.div_(S.clamp(min=torch.finfo(U.dtype).tiny)), S.double(), V
+    S = torch.linalg.vector_norm(U, dim=0, dtype=torch.float64)
+    return U.div_(S.to(U.dtype).clamp(min=torch.finfo(U.dtype).tiny)), S, V
 
 
 def _right_vectors(tall: Tensor, least: float) -> Tensor:
