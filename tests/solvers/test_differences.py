@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detune.solvers import NonFinite, Stack
-from detune.solvers.differences import find_differences, ring
+from detune.solvers.differences import SIGNAL, find_differences, ring
 from tests.cases import Regime, make_problem, normal, rms, seeded
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -89,3 +89,17 @@ def test_nan_is_found_wherever_it_is(place):
     stack[place] = float("nan")
     with pytest.raises(NonFinite, match=f"matrix {place[0]} holds NaN or Inf"):
         find_differences(Stack.of(stack))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_large_matrices_show_directions_hardly_above_the_noise(fold):
+    """A direction 1.4 times as strong as the noise of a difference lies mostly outside the images of test vectors."""
+    generator, shape = seeded(), (1100, 1000)
+    W = (normal(generator, *shape) / shape[1] ** 0.5).bfloat16().double()
+    noise = SIGNAL * 2**0.5 * float(Stack.of([W.bfloat16()]).noise_norm(0, shape[0]))
+    sizes = torch.tensor([30.0, 10.0, 3.0, 1.4, 1.4]).double() * noise
+    models = []
+    for i in range(3):
+        U, V = (torch.linalg.qr(normal(seeded(10 * i + j + 1), side, 5))[0] for j, side in enumerate(shape))
+        models.append((W + (U * sizes) @ V.mT).bfloat16())
+    assert find_differences(Stack.of(models), fold=fold).ranks == (5, 5, 5)
