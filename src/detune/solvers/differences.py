@@ -168,18 +168,19 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
         folded = _fold_columns(stack.transposed, buckets, signs.mT).mT
     else:
         folded = torch.empty(stack.n - 1, buckets, columns, dtype=stack.sketch_dtype, device=stack.device)
+        coarse = folded.dtype != stack.dtype
+        total = stack.zeros(stack.n - 1, height, columns) if coarse else folded
         for block in stack.blocks(buckets):
             start, bucket = block.rows.start, block.rows.start % buckets
             kept = folded[:, bucket : bucket + height]
+            target = total[:, : kept.shape[1]] if coarse else kept
             if start == bucket:
-                # The very memory, if it has the compute dtype.
-                total = kept.to(stack.dtype)
-                torch.mul(block.differences, signs[block.rows], out=total)
+                torch.mul(block.differences, signs[block.rows], out=target)
             else:
-                total[:, : block.reference.shape[0]].addcmul_(block.differences, signs[block.rows])
-            if total.dtype != kept.dtype and start + buckets >= out:
+                target[:, : block.reference.shape[0]].addcmul_(block.differences, signs[block.rows])
+            if coarse and start + buckets >= out:
                 # The last of the bucket.
-                kept.copy_(total)
+                kept.copy_(target)
     stack.require_finite(folded.sum(dtype=stack.dtype))
     return folded
 

@@ -72,9 +72,11 @@ def qr(tall: Tensor) -> QR:
 
     Exact to the precision of its dtype, which Q has. Products are in float32 where that loses nothing: much quicker.
     """
-    exact = tall.double()
-    Q, R = _cholesky_qr(tall) or _cholesky_qr(exact) or QR(*torch.linalg.qr(exact))
-    return QR(Q.to(tall.dtype), R)
+    found = _cholesky_qr(tall)
+    if found is None:
+        exact = tall.double()
+        found = _cholesky_qr(exact) or QR(*torch.linalg.qr(exact))
+    return QR(found.Q.to(tall.dtype), found.R)
 
 
 def _cholesky_qr(tall: Tensor) -> QR | None:
