@@ -126,6 +126,16 @@ def test_directions_that_do_not_show_make_what_storing_undoes_unforeseeable(seed
     assert "cannot be predicted that closely" in certificate.reason
 
 
+@pytest.mark.parametrize("solver", [NO_GRID, Intersect()], ids=["auto", "intersect"])
+@pytest.mark.parametrize("decay", [0.0, 4.0])
+def test_what_storing_undoes_of_large_float32_matrices_is_foreseen(decay, solver):
+    """Most entries become the base's own numbers: after float32 products twice as many would not."""
+    drawn = make_problem(Regime((1100, 1000), (16,) * 3, decay, 0.03, 0.0), seeded())
+    given = on_grid(drawn, torch.float32, torch.float32)
+    certificate, recovery = certificate_of(given, solver)
+    assert certificate.predicted_w_error == pytest.approx(true_error(given, recovery), abs=0.15)
+
+
 def test_a_base_on_the_grid_is_hit_more_often_than_chance_allows():
     """Where the base was stored in the models' dtype, rounding the answer undoes small errors."""
     given = problem(dtype=torch.float32, ranks=(3,) * 5)
