@@ -67,8 +67,8 @@ def solve_with(act: Callable[[int], None]) -> Callable[[str, tuple[Tensor, ...]]
 
 
 def test_the_next_stack_is_read_while_others_are_solved(family, monkeypatch, threads):
-    # Three float32 models, and three copies beside: room for one in work for each thread, and one more.
-    monkeypatch.setattr(lanes, "HELD", 6 * threads + 3)
+    # Three float32 models, and three float64 copies beside: room for one in work for each thread, and one more.
+    monkeypatch.setattr(lanes, "HELD", 9 * threads + 3)
     stacks = Stacks(family, monkeypatch)
 
     def act(layer: int) -> None:

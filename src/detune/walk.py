@@ -21,7 +21,7 @@ from detune.solvers.grid import name_of
 logger = logging.getLogger(__name__)
 
 OnTensor = Callable[[str, TensorRow | None], None]
-# What solvers hold for each model beyond three, in float32 copies of a matrix: mostly its folded rows.
+# The same for each model beyond three: mostly its folded rows.
 MORE_COPIES = 1 / 3
 
 
@@ -88,7 +88,7 @@ def walk(
         on_tensor: For progress: called with the name and None before, with the row after.
         names: The tensors to visit; None is all of them, in file order.
         device: Where `on_changed` computes; None is the CPU. A GPU takes one tensor at a time.
-        working_copies: What it holds beside the stack of three models, in float32 copies of a matrix.
+        working_copies: What it holds beside the stack of three models; see `Solver`.
 
     Returns:
         A row for each tensor, in the order of the names.
@@ -135,9 +135,12 @@ def walk(
 
 def _load(family: Family, name: str, working_copies: int) -> Load:
     entries = math.prod(family.shape(name))
-    stack_bytes = entries * sum(dtype.itemsize for dtype in family.dtypes(name))
+    itemsizes = [dtype.itemsize for dtype in family.dtypes(name)]
+    stack_bytes = entries * sum(itemsizes)
     copies = working_copies + MORE_COPIES * max(0, family.n - 3)
-    return Load(entries, stack_bytes, stack_bytes + round(copies * 4 * entries))
+    # Of models in float32 most is computed in float64.
+    held = copies * (4 if max(itemsizes) <= 2 else 8)
+    return Load(entries, stack_bytes, stack_bytes + round(held * entries))
 
 
 def _visit(

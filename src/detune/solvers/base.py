@@ -204,8 +204,8 @@ class Solver(Protocol):
 
     Attributes:
         min_models: The fewest models that it makes sense with.
-        working_copies: What it holds beside the stack of three models at most, in float32 copies of a large matrix: so
-            many matrices are solved at the same time as memory allows.
+        working_copies: What it holds beside the stack of three models at most, in copies of a large matrix in float32,
+            or in float64 of models in float32: so many matrices are solved at the same time as memory allows.
     """
 
     min_models: ClassVar[int]

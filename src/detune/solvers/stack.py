@@ -37,8 +37,8 @@ BLOCK_ROWS = 64
 # Below this many entries float64 costs nothing that anybody notices.
 SMALL_ENTRIES = 1 << 20
 # A float32 GEMM over D with blocked accumulation errs by about 3e-7 rms(D) per unit test vector: by a fiftieth of the
-# storage noise sigma where rms(D) is so many sigma. At 2^18 it was seen: where the base lies on the models' own grid, an
-# error a few per cent larger before storing leaves twice as many entries off it.
+# storage noise sigma where rms(D) is so many sigma. From 2^18 on it shows: where the base lies on the models' own grid,
+# an error a few per cent larger before storing leaves twice as many entries off it.
 FLOAT32_RANGE = float(1 << 16)
 # Rounding whose spectral norm is no larger than this share of the noise's adds less than a hundredth to its energy.
 COVERED = 1 / 16
