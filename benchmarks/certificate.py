@@ -13,7 +13,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from detune.metrics import w_error
-from detune.solvers import Auto, NotRecoverable, OnGrid, Stack
+from detune.solvers import Auto, NotRecoverable, OnGrid, Solver, Stack
 from detune.solvers.certificate import Verdict, certify
 from detune.solvers.grid import name_of
 from detune.solvers.stack import storage_variance
@@ -39,6 +39,7 @@ COLOURS = {
 RANGED = (Verdict.FLOOR, Verdict.APPROXIMATE)
 # Solvers, thresholds and ranges were made by what was seen at seeds below.
 FIRST = 13000
+SIDES = (40, 64, 96, 128)
 SOLVER, ON_GRID = Auto(), OnGrid()
 
 
@@ -115,7 +116,7 @@ class Outcome:
         return -math.inf if self.predicted is None and self.verdict is not Verdict.NOT_DETERMINED else self.predicted
 
 
-def draw(seed: int, coarse: bool = False) -> Problem:
+def draw(seed: int, coarse: bool = False, sides: Sequence[int] = SIDES) -> Problem:
     """A problem: shapes 40 to 256, ranks 1 to 16, 3 to 8 models, or from one on where the bits can come back.
 
     Half of the bases lie on their dtype's grid, as published ones do; in float64 all do. Deltas are 3 to 10,000 times
@@ -125,10 +126,11 @@ def draw(seed: int, coarse: bool = False) -> Problem:
         seed: Of everything.
         coarse: Whether the base is in half precision and the merges in float32: there the bits can come back. Deltas
             are 0.1 to 1000 times the rounding errors of the base's dtype; to 10 times those of one or two models.
+        sides: For other shapes: the shorter side is one of these, the longer up to twice the longest.
     """
     pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    side = pick.choice([40, 64, 96, 128])
-    other = min(256, int(side * pick.choice([1, 1.5, 2, 3])))
+    side = pick.choice(sides)
+    other = min(2 * max(sides), int(side * pick.choice([1, 1.5, 2, 3])))
     shape = pick.choice([(side, other), (other, side)])
     most = min(16, min(shape) // 3, max(shape) // 4)
     n = pick.randint(1 if coarse else 3, 8)
@@ -156,14 +158,16 @@ def draw(seed: int, coarse: bool = False) -> Problem:
     return Problem(W, torch.stack(models), times, about)
 
 
-def outcomes(problems: int, first: int, coarse: bool = False) -> Iterator[Outcome]:
+def outcomes(
+    problems: int, first: int, coarse: bool = False, sides: Sequence[int] = SIDES, solver: Solver = SOLVER
+) -> Iterator[Outcome]:
     refused = 0
     for seed in range(first, first + problems):
-        problem = draw(seed, coarse)
+        problem = draw(seed, coarse, sides)
         stack = Stack.of(problem.models)
         began = time.perf_counter()
         try:
-            recovery = (SOLVER if stack.n > 2 else ON_GRID).solve(stack)
+            recovery = (solver if stack.n > 2 else ON_GRID).solve(stack)
         except NotRecoverable:
             refused += 1
             continue

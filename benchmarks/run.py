@@ -26,6 +26,7 @@ COMMANDS = {
     "ranks": [],
     "certificate": [],
     "exact": [],
+    "large": [],
     "bits": [],
 }
 INTRODUCTION = """# Benchmarks

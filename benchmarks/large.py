@@ -1,0 +1,27 @@
+"""Is the certificate right for large matrices? Random problems of more than a million entries, whose truth is known.
+
+    python benchmarks/large.py [PROBLEMS] [FIRST]
+
+The problems of `benchmarks/certificate.py` and its columns, but with sides of 1056 to 2560: these are not always
+computed in float64, ranks are those of the pairs, and bits are not looked for. Expected: 95 % in the range, and 95 %
+within 0.3 where the verdict is "to the storage floor".
+"""
+
+import sys
+
+import torch
+from certificate import outcomes, print_table
+
+from detune.solvers import Auto
+
+FIRST = 20000
+SIDES = (1056, 1280)
+
+
+def main(problems: int = 60, first: int = FIRST) -> None:
+    torch.set_num_threads(1)
+    print_table(list(outcomes(problems, first, sides=SIDES, solver=Auto(lattice=None))))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
