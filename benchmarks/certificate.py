@@ -40,6 +40,7 @@ RANGED = (Verdict.FLOOR, Verdict.APPROXIMATE)
 # Solvers, thresholds and ranges were made by what was seen at seeds below.
 FIRST = 13000
 SIDES = (40, 64, 96, 128)
+MOST_TIMES = 1e4
 SOLVER, ON_GRID = Auto(), OnGrid()
 
 
@@ -116,7 +117,7 @@ class Outcome:
         return -math.inf if self.predicted is None and self.verdict is not Verdict.NOT_DETERMINED else self.predicted
 
 
-def draw(seed: int, coarse: bool = False, sides: Sequence[int] = SIDES) -> Problem:
+def draw(seed: int, coarse: bool = False, sides: Sequence[int] = SIDES, most: float = MOST_TIMES) -> Problem:
     """A problem: shapes 40 to 256, ranks 1 to 16, 3 to 8 models, or from one on where the bits can come back.
 
     Half of the bases lie on their dtype's grid, as published ones do; in float64 all do. Deltas are 3 to 10,000 times
@@ -127,14 +128,15 @@ def draw(seed: int, coarse: bool = False, sides: Sequence[int] = SIDES) -> Probl
         coarse: Whether the base is in half precision and the merges in float32: there the bits can come back. Deltas
             are 0.1 to 1000 times the rounding errors of the base's dtype; to 10 times those of one or two models.
         sides: For other shapes: the shorter side is one of these, the longer up to twice the longest.
+        most: For larger deltas than 10,000 times the storage noise.
     """
     pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     side = pick.choice(sides)
     other = min(2 * max(sides), int(side * pick.choice([1, 1.5, 2, 3])))
     shape = pick.choice([(side, other), (other, side)])
-    most = min(16, min(shape) // 3, max(shape) // 4)
+    highest = min(16, min(shape) // 3, max(shape) // 4)
     n = pick.randint(1 if coarse else 3, 8)
-    ranks = [pick.randint(1, most)] * n if pick.random() < 0.5 else [pick.randint(1, most) for _ in range(n)]
+    ranks = [pick.randint(1, highest)] * n if pick.random() < 0.5 else [pick.randint(1, highest) for _ in range(n)]
     dtype, decay, shared = (
         pick.choice(HALVES if coarse else DTYPES),
         pick.choice([0, 2, 4, 7]),
@@ -143,7 +145,7 @@ def draw(seed: int, coarse: bool = False, sides: Sequence[int] = SIDES) -> Probl
     W = torch.randn(shape, generator=generator, dtype=torch.float64)
     on_grid = coarse or pick.random() < 0.5
     W = W.to(dtype).double() if on_grid else W
-    times = 10 ** (pick.uniform(-1, 3 if n > 2 else 1) if coarse else pick.uniform(math.log10(3), 4))
+    times = 10 ** (pick.uniform(-1, 3 if n > 2 else 1) if coarse else pick.uniform(math.log10(3), math.log10(most)))
     size = min(30.0, times * float(storage_variance(W.to(dtype)).mean().sqrt()))
     common = torch.randn(shape[1], max(ranks), generator=generator, dtype=torch.float64)
     models = []
@@ -159,11 +161,16 @@ def draw(seed: int, coarse: bool = False, sides: Sequence[int] = SIDES) -> Probl
 
 
 def outcomes(
-    problems: int, first: int, coarse: bool = False, sides: Sequence[int] = SIDES, solver: Solver = SOLVER
+    problems: int,
+    first: int,
+    coarse: bool = False,
+    sides: Sequence[int] = SIDES,
+    most: float = MOST_TIMES,
+    solver: Solver = SOLVER,
 ) -> Iterator[Outcome]:
     refused = 0
     for seed in range(first, first + problems):
-        problem = draw(seed, coarse, sides)
+        problem = draw(seed, coarse, sides, most)
         stack = Stack.of(problem.models)
         began = time.perf_counter()
         try:

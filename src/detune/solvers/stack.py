@@ -37,8 +37,7 @@ BLOCK_ROWS = 64
 # Below this many entries float64 costs nothing that anybody notices.
 SMALL_ENTRIES = 1 << 20
 # A float32 GEMM over D with blocked accumulation errs by about 3e-7 rms(D) per unit test vector: by a fiftieth of the
-# storage noise sigma where rms(D) is so many sigma. From 2^18 on it shows: where the base lies on the models' own grid,
-# an error a few per cent larger before storing leaves twice as many entries off it.
+# storage noise sigma where rms(D) is so many sigma.
 FLOAT32_RANGE = float(1 << 16)
 # Rounding whose spectral norm is no larger than this share of the noise's adds less than a hundredth to its energy.
 COVERED = 1 / 16
@@ -105,8 +104,8 @@ class Stack:
 
         Args:
             matrices: `(n, out, in)` or `n` tensors `(out, in)`, any float dtype.
-            dtype: float32 or float64; by default float32 where the storage noise covers its rounding
-                (bf16 and fp16 always, large float32 matrices with small deltas), float64 elsewhere.
+            dtype: float32 or float64; by default float32 for large matrices that hold bf16 or fp16, as far as the
+                storage noise covers its rounding, and float64 elsewhere.
             device: Where to compute; by default where the first matrix lies. See `find_device`.
 
         Raises:
@@ -317,12 +316,14 @@ def _sample(matrix: Tensor, rows: int = 64) -> Tensor:
 
 
 def _compute_dtype(matrices: tuple[Tensor, ...]) -> torch.dtype:
-    if any(W_i.dtype == torch.float64 for W_i in matrices):
-        return torch.float64
     if matrices[0].numel() <= SMALL_ENTRIES:
         return torch.float64
-    samples = [_sample(W_i) for W_i in matrices]
+    samples = _as_rounded([_sample(W_i) for W_i in matrices])
+    if any(sample.dtype.itemsize > 2 for sample in samples):
+        # Storing an answer in float32 gives most entries the base's own numbers, if it lies on that grid. Whether it
+        # does shows in float64 alone, and an error a few per cent larger leaves twice as many entries off it.
+        return torch.float64
     reference = samples[0].double()
     largest = max((sample.double() - reference).square().mean().sqrt() for sample in samples)
-    noise = min(storage_variance(sample).mean().sqrt() for sample in _as_rounded(samples))
+    noise = min(storage_variance(sample).mean().sqrt() for sample in samples)
     return torch.float32 if largest <= FLOAT32_RANGE * noise else torch.float64
