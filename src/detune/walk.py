@@ -21,7 +21,7 @@ from detune.solvers.grid import name_of
 logger = logging.getLogger(__name__)
 
 OnTensor = Callable[[str, TensorRow | None], None]
-# The same for each model beyond three: mostly its folded rows.
+# What solvers hold for each model beyond three, in copies of a matrix: mostly its folded rows.
 MORE_COPIES = 1 / 3
 
 
