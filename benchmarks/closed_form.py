@@ -1,9 +1,9 @@
 """How fast is the closed form? One 4096x4096 matrix, r=64, n=3, against averaging and against the published method.
 
 Expected: at least 300 times faster than 1000 iterations of Spectral DeTuning in its published form (full matrices,
-`torch.svd_lowrank`, float32), and at most 2.5 times the time of averaging the three matrices in float32. Our own methods
-compute float32 models in float64. Fewer iterations are scaled up: like the full run, they spend their second half at
-the full rank.
+`torch.svd_lowrank`, float32), and at most 2.5 times the time of averaging the three matrices in float32. Our own
+methods compute float32 models in float64. Fewer iterations are scaled up: like the full run, they spend their second
+half at the full rank.
 """
 
 import argparse
