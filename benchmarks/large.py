@@ -4,8 +4,8 @@
 
 The problems of `benchmarks/certificate.py` and its columns, but with sides of 1056 to 2560 and deltas up to a million
 times the storage noise, which is some per cent of a float32 weight: these are not always computed in float64, ranks are
-those of the pairs, and bits are not looked for. Expected: 95 % in the range, and 95 %
-within 0.3 where the verdict is "to the storage floor".
+those of the pairs, and bits are not looked for. Expected: 95 % in the range, and 95 % within 0.3 where the verdict is
+"to the storage floor".
 """
 
 import sys

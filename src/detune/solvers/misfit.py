@@ -136,8 +136,8 @@ class _Sums:
             ]
         )
         sides = [_Side.zeros(core.Q, core.P), _Side.zeros(core.P, core.Q)]
-        coordinates, other = (core.b, core.Q) if known.transposed else (core.a, core.P)
-        sides[known.transposed] = _Side.of(products, other).times(-torch.cat(coordinates, dim=1))
+        other = core.Q if known.transposed else core.P
+        sides[known.transposed] = _Side.of(products, other).times(-core.joint[known.transposed])
         left, right = sides
         energy = known.energy - _energy(products)
         return cls(energy, 0.0, 0.0, left, right, torch.zeros_like(left.inner))
@@ -174,7 +174,7 @@ class _Sums:
         dtype = stack.factor_dtype
         Q, P, L, R = (matrix.to(dtype) for matrix in (core.Q, core.P, total_left, total_right))
         E_all, F_all = torch.cat(E).to(dtype), torch.cat(F, dim=1).to(dtype)
-        a_all, b_all = torch.cat(core.a, dim=1).to(dtype), torch.cat(core.b, dim=1).to(dtype)
+        a_all, b_all = (coordinates.to(dtype) for coordinates in core.joint)
         common = product(Q.mT, R).double()
         outside = all_energy - _energy(L) - _energy(R) + _energy(common)
         energy -= _energy(E_all) + _energy(F_all)

@@ -84,7 +84,7 @@ class Core:
 
     def apply(self, X: Tensor) -> Tensor:
         """`sum_i (I - a_i a_i^T) X (I - b_i b_i^T)` on the core, `(s_U, s_V)`: all models in each large product."""
-        joint_a, joint_b = self._joint
+        joint_a, joint_b = self.joint
         left, right = product(joint_a.mT, X), product(X, joint_b)
         left_of = torch.split(left, [a_i.shape[1] for a_i in self.a])
         right_of = torch.split(right, [b_i.shape[1] for b_i in self.b], dim=1)
@@ -93,7 +93,7 @@ class Core:
         return len(self.a) * X - product(joint_a, left) - product(right, joint_b.mT)
 
     @cached_property
-    def _joint(self) -> tuple[Tensor, Tensor]:
+    def joint(self) -> tuple[Tensor, Tensor]:
         """All `a_i` side by side, and all `b_i`."""
         return torch.cat(self.a, dim=1), torch.cat(self.b, dim=1)
 

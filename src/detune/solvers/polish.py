@@ -161,7 +161,7 @@ def gauss_newton_step(
 
     ranks = [U_i.shape[1] for U_i in U]
     E_all, F_all = torch.cat(list(E)), torch.cat(list(F), dim=1)
-    a_all, b_all = torch.cat(a, dim=1), torch.cat(b, dim=1)
+    a_all, b_all = core.joint
 
     # Right-hand side -sum_i [U_i E_i + F_i V_i^T - U_i (U_i^T F_i) V_i^T], block by block. All models go into one
     # product: with a thin one for each, and P or Q in all of them, the cost would be cubic in their number.
