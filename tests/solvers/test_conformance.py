@@ -1,6 +1,8 @@
 """What every solver must do, on every row of the table."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -100,6 +102,33 @@ def test_is_deterministic_and_leaves_the_global_generator_alone(case):
     assert torch.random.get_rng_state().equal(state)
     torch.manual_seed(2)
     assert solve(case, stack).weight.equal(first.weight)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_answers_alike_from_two_threads_and_leaves_the_global_generator_alone(name):
+    """Tensors are solved in threads; the light bfloat16 ones need what few others do."""
+    regimes = ["plain", "one seed", "high ranks", "float32", "bfloat16", "float16"]
+    stacks = [make_problem(REGIMES[regime], seeded(seed)).stack for seed, regime in enumerate(regimes)]
+    stacks.append(
+        make_problem(Regime(scale=0.002, dtype=torch.bfloat16, shape=(160, 96), ranks=(3,) * 3), seeded()).stack
+    )
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    alone = [bits_of(name, stack) for stack in stacks]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(partial(bits_of, name), stacks * 2))
+    assert [i for i, bits in enumerate(together) if bits != alone[i % len(alone)]] == []
+    assert torch.random.get_rng_state().equal(state)
+
+
+def bits_of(name: str, stack: torch.Tensor) -> bytes:
+    """The bits of an answer and of its deltas; of a refusal, its words."""
+    try:
+        recovery = SOLVERS[name]().solve(Stack.of(stack))
+    except NotRecoverable as refusal:
+        return str(refusal).encode()
+    parts = [recovery.weight, *(side for M_i in recovery.deltas for side in (M_i.left, M_i.right))]
+    return b"".join(part.cpu().contiguous().numpy().tobytes() for part in parts)
 
 
 @cases

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from detune.solvers import linalg
-from detune.solvers.linalg import joint_basis, orthonormal, product, qr, thin_svd, weighted_sum
+from detune.solvers.linalg import joint_basis, orthonormal, product, qr, randomized_svd, thin_svd, weighted_sum
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -114,3 +114,24 @@ def test_singular_vectors_of_many_rows_are_as_long_as_float32_can_tell() -> None
     torch.testing.assert_close(U.double().norm(dim=0), torch.ones(5).double(), rtol=0, atol=1e-7)
     tall = thin_svd(random(20000, 5))[0]
     torch.testing.assert_close(tall.double().norm(dim=0), torch.ones(5).double(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (3, 60, 40), (3, 40, 60)])
+def test_randomized_svd_finds_what_leads(shape: tuple[int, ...]) -> None:
+    small = random(*shape[:-1], 5, dtype=torch.float64) @ random(*shape[:-2], 5, shape[-1], seed=1, dtype=torch.float64)
+    U, S, V = randomized_svd(small, 5, torch.Generator().manual_seed(2))
+    assert torch.allclose((U * S.unsqueeze(-2)) @ V.mT, small, rtol=0, atol=1e-12)
+    assert torch.allclose(S, torch.linalg.svdvals(small)[..., :5])
+    assert torch.allclose(U.mT @ U, torch.eye(5).double())
+    assert torch.allclose(V.mT @ V, torch.eye(5).double())
+
+
+def test_randomized_svd_is_torchs_from_the_same_draws() -> None:
+    """The published code calls `torch.svd_lowrank`."""
+    matrix = random(50, 30)
+    ours = randomized_svd(matrix, 6, torch.Generator().manual_seed(3))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        expected = torch.svd_lowrank(matrix, q=6, niter=2)
+    for part, published in zip(ours, expected, strict=True):
+        assert torch.equal(part, published)

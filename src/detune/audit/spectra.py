@@ -8,7 +8,8 @@ from torch import Tensor
 
 from detune.audit.record import Spectrum
 from detune.solvers import Stack
-from detune.training import seeded
+from detune.solvers.linalg import randomized_svd
+from detune.solvers.random import seeded
 from detune.walk import matricise
 
 __all__ = ["spectrum"]
@@ -25,9 +26,6 @@ def spectrum(tensors: Sequence[Tensor], ranks: Sequence[int]) -> Spectrum:
     Args:
         tensors: Of two releases, as stored.
         ranks: Found for them; empty where none were.
-
-    Reference:
-        Halko, Martinsson & Tropp 2011 (arXiv 0909.4061), Algorithm 5.1, for the estimate.
     """
     stack = Stack.of([matricise(tensor) for tensor in tensors[:2]])
     difference = stack.matrices[1].double() - stack.matrices[0].double()
@@ -36,7 +34,6 @@ def spectrum(tensors: Sequence[Tensor], ranks: Sequence[int]) -> Spectrum:
     if min(difference.shape) <= EXACT_UP_TO:
         values = torch.linalg.svdvals(difference)
     else:
-        with seeded(0):
-            _, values, _ = torch.svd_lowrank(difference, q=min(*difference.shape, shown + shown // 2), niter=2)
+        _, values, _ = randomized_svd(difference, min(*difference.shape, shown + shown // 2), seeded(0))
     noise = math.hypot(*(float(stack.noise_norm(i, stack.shape[0])) for i in range(2)))
     return Spectrum(values=tuple(values[:shown].tolist()), rank=rank, noise=noise)

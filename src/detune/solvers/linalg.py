@@ -126,6 +126,37 @@ def thin_svd(tall: Tensor, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     return U.div_(S.to(U.dtype).clamp(min=torch.finfo(U.dtype).tiny)), S, V
 
 
+def randomized_svd(
+    matrices: Tensor, rank: int, generator: torch.Generator, power_passes: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading `U, S, V` of matrices, from their products with random vectors.
+
+    torch's own `svd_lowrank` draws from the generator that all threads share.
+
+    Args:
+        matrices: `(..., rows, columns)`, float32 or float64.
+        rank: How many singular values; at most the smaller side.
+        generator: Draws the random vectors, on the device of the matrices.
+        power_passes: Products with `X X^T`: more of them where singular values fall slowly.
+
+    Returns:
+        `(..., rows, rank)`, `(..., rank)` and `(..., columns, rank)`, in the dtype of the matrices.
+
+    Reference:
+        Halko, Martinsson & Tropp 2011 (arXiv 0909.4061), Algorithms 4.4 and 5.1.
+    """
+    if matrices.shape[-2] < matrices.shape[-1]:
+        V, S, U = randomized_svd(matrices.mT, rank, generator, power_passes)
+        return U, S, V
+    drawn = torch.randn(matrices.shape[-1], rank, generator=generator, dtype=matrices.dtype, device=generator.device)
+    Q = torch.linalg.qr(matrices @ drawn).Q
+    for _ in range(power_passes):
+        Q = torch.linalg.qr(matrices.mT @ Q).Q
+        Q = torch.linalg.qr(matrices @ Q).Q
+    U, S, Vh = torch.linalg.svd(Q.mT @ matrices, full_matrices=False)
+    return Q @ U, S, Vh.mT
+
+
 def _right_vectors(tall: Tensor, least: float) -> Tensor:
     """From the Gram matrix, which halves the digits: half of float64's are as many as float32 has.
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from detune.solvers.base import LowRank, Recovery
 from detune.solvers.fit import w_step
-from detune.solvers.linalg import orthonormal
+from detune.solvers.linalg import orthonormal, randomized_svd
+from detune.solvers.random import seeded
 from detune.solvers.space import Space
 from detune.solvers.stack import SMALL_ENTRIES, Stack
 
@@ -175,12 +176,9 @@ def _split(mean: Tensor, centred: Tensor, deltas: Sequence[LowRank], noise: floa
 def _leading(X_i: Tensor, noise: float) -> Tensor:
     """The right singular vectors of a deviation that may be more than noise, `(in, q)`."""
     edge = noise * sum(size**0.5 for size in X_i.shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        _, values, V = torch.svd_lowrank(X_i, q=min(MOST, *X_i.shape), niter=4)
+    _, values, V = randomized_svd(X_i, min(MOST, *X_i.shape), seeded(0, X_i.device), power_passes=4)
     # The bulk itself reaches to the edge: none is followed where the first does not stand over it.
-    leading: Tensor = V[:, : int(values.gt(FOLLOWED * edge).sum()) if float(values[0]) > edge else 0]
-    return leading
+    return V[:, : int(values.gt(FOLLOWED * edge).sum()) if float(values[0]) > edge else 0]
 
 
 def _regress(centred: Tensor, V: Sequence[Tensor], prior: Sequence[Tensor]) -> list[Tensor]:

@@ -15,6 +15,8 @@ from detune.solvers.base import LowRank, NotLowRank, NotRecoverable, Recovery
 from detune.solvers.core import JointCore
 from detune.solvers.differences import find_differences
 from detune.solvers.fit import w_step
+from detune.solvers.linalg import randomized_svd
+from detune.solvers.random import seeded
 from detune.solvers.stack import Stack
 
 
@@ -83,7 +85,7 @@ class Spectral:
 
     Attributes:
         iterations: M-steps.
-        svd: "lowrank" is `torch.svd_lowrank`, randomised, as in the published code; "exact" is LAPACK's.
+        svd: "lowrank" is a randomised one with two power passes, as in the published code; "exact" is LAPACK's.
         on_core: Iterate on the joint core (same iterates, small matrices); False is the published form.
         schedule: False keeps q at the full rank from the start.
         patience: Of the rank scheduler.
@@ -133,24 +135,22 @@ class Spectral:
         schedule = RankSchedule(rank, self.iterations, self.patience)
         state = ScheduleState(1 if self.schedule else rank)
         W = models.mean(dim=0)
-        # svd_lowrank draws from the global generator: borrow it, and leave it as it was.
-        with torch.random.fork_rng(devices=[models.device] if models.is_cuda else []):
-            torch.manual_seed(self.seed)
-            for iteration in range(self.iterations):
-                U, S, V = self._truncated_svd(models - W, state.rank)
-                left = U * S.unsqueeze(-2)
-                rest = torch.baddbmm(models, left, V.mT, alpha=-1)
-                W = rest.mean(dim=0)
-                loss = float((rest - W).square().mean())
-                if on_step:
-                    on_step(Iteration(state.rank, loss, W))
-                if self.schedule:
-                    state = schedule.step(state, loss, iteration)
+        generator = seeded(self.seed, models.device)
+        for iteration in range(self.iterations):
+            U, S, V = self._truncated_svd(models - W, state.rank, generator)
+            left = U * S.unsqueeze(-2)
+            rest = torch.baddbmm(models, left, V.mT, alpha=-1)
+            W = rest.mean(dim=0)
+            loss = float((rest - W).square().mean())
+            if on_step:
+                on_step(Iteration(state.rank, loss, W))
+            if self.schedule:
+                state = schedule.step(state, loss, iteration)
         return tuple(LowRank(left_i, V_i) for left_i, V_i in zip(left, V, strict=True))
 
-    def _truncated_svd(self, matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _truncated_svd(self, matrices: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Best rank-q approximation of each matrix (Eckart & Young 1936): `U, S, V`."""
         if self.svd == "lowrank":
-            return torch.svd_lowrank(matrices, q=rank, niter=2)
+            return randomized_svd(matrices, rank, generator)
         U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
         return U[..., :rank], S[..., :rank], Vh[..., :rank, :].mT

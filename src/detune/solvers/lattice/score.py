@@ -19,6 +19,8 @@ from detune.solvers.differences import find_differences
 from detune.solvers.grid import interval, nearest, spacing
 from detune.solvers.lattice.estimate import Estimate
 from detune.solvers.lattice.view import views
+from detune.solvers.linalg import randomized_svd
+from detune.solvers.random import seeded
 from detune.solvers.stack import Stack
 
 # Rows with about so many entries show the size of the deltas.
@@ -157,10 +159,7 @@ def _svd(score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if min(score.shape) <= SMALL:
         U, S, Vh = torch.linalg.svd(score, full_matrices=False)
         return U, S, Vh.mT
-    with torch.random.fork_rng(devices=[score.device] if score.is_cuda else []):
-        torch.manual_seed(0)
-        U, S, V = torch.svd_lowrank(score, q=SMALL // 4, niter=POWER_PASSES)
-    return U, S, V
+    return randomized_svd(score, SMALL // 4, seeded(0, score.device), POWER_PASSES)
 
 
 def _before_last_gap(S: Tensor) -> int:
