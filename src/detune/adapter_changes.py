@@ -89,7 +89,7 @@ class PlacesOf:
 
     def of(self, name: str) -> PeftPlaces:
         """What PEFT can take of the component that a tensor belongs to."""
-        component = name[: name.rfind("/") + 1]
+        component = self._model.tensors[name].component
         if component not in self._known:
             self._known[component] = PeftPlaces(find_places(self._model, component))
         return self._known[component]

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from detune.adapter_changes import AdapterRow, Change, ChangeFitter, Kept, PlacesOf, adapter_names
-from detune.checkpoints import Checkpoint, Kind, PeftWriter, new_directory, open_checkpoint
+from detune.checkpoints import Checkpoint, Kind, PeftWriter, inside, new_directory, open_checkpoint
 from detune.clusters import STRANGER, find_clusters, why_foreign
 from detune.errors import InputError, OutputError
 from detune.family import Family, is_shared, misfit
@@ -231,9 +231,9 @@ class Extractor:
         return replace(self._as_base[row.model, row.name], reason=reason)
 
     def _writer(self, i: int, name: str) -> PeftWriter:
-        component = name[: name.rfind("/") + 1]
+        component = self._models[0].tensors[name].component
         if (i, component) not in self._writers:
-            directory = self._directory / self._names[i] / component
+            directory = inside(self._directory, PurePosixPath(self._names[i], component))
             base = f"{self._base}/{component}".rstrip("/")
             self._writers[i, component] = PeftWriter(directory, self._places.of(name), base)
         return self._writers[i, component]

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
-from detune.errors import OutputError
+from detune.errors import InputError, OutputError
 
 
 def copy_all(like: Checkpoint, out: Path, **options: Any) -> None:
@@ -170,7 +170,7 @@ def test_added_files(like: Checkpoint, out: Path) -> None:
             writer.copy(name)
         writer.add_file("detune.json", b"{}")
         writer.add_file("config.json", b"mine")
-        with pytest.raises(ValueError, match="leads outside"):
+        with pytest.raises(InputError, match="would be written outside"):
             writer.add_file("../x", b"")
     assert (out / "detune.json").read_bytes() == b"{}"
     assert (out / "config.json").read_bytes() == b"mine"

@@ -237,7 +237,7 @@ def test_a_pack_writes_nowhere_else(packed, tmp_path, path):
 @pytest.mark.parametrize("name", ["..", "a/b", "model-1"])
 def test_a_pack_has_one_directory_for_each_model(packed, tmp_path, name):
     edit_manifest(packed, lambda manifest: manifest["models"][0].update(name=name))
-    refuse(packed, tmp_path, "damaged in its manifest; (a file is to go to|two files have one name)")
+    refuse(packed, tmp_path, "damaged in its manifest; (a file is to go to|a model is to go|two files have one name)")
 
 
 @pytest.mark.parametrize(

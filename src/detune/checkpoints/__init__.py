@@ -13,6 +13,7 @@ from detune.checkpoints.lora import Lora, LoraLayer, open_lora
 from detune.checkpoints.masks import save_mask, write_masks
 from detune.checkpoints.modules import Kind, Place, find_places
 from detune.checkpoints.opening import absolute, is_on_hub, open_checkpoint
+from detune.checkpoints.paths import inside
 from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, peft_layer, read_layers, save_layers
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.target import Target
@@ -40,6 +41,7 @@ __all__ = [
     "claim",
     "find_places",
     "identity",
+    "inside",
     "is_on_hub",
     "move_into_place",
     "new_directory",

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from detune.checkpoints.paths import is_plain_path
 from detune.errors import InputError
 
 __all__ = ["SIDE_SUFFIXES", "component_dirs", "pick_weights", "read_json", "side_files", "weight_map"]
@@ -105,7 +106,7 @@ def component_dirs(root: Path) -> list[str]:
     except (AttributeError, TypeError, KeyError) as error:
         raise InputError(f"{root} has a malformed list of components", str(error), "copy the model again") from error
     for name in found:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if name not in ("", ".") and not is_plain_path(name):
             raise InputError(f"{root} names a component outside itself", f"got {name!r}", "do not trust this model")
     return list(dict.fromkeys("" if name == "." else name for name in found))
 

@@ -195,8 +195,8 @@ def _match(module: str, names: Collection[str]) -> list[str]:
 
 def _aliases(base: Checkpoint) -> dict[str, str]:
     found: dict[str, str] = {}
-    for prefix in {info.file[: info.file.rfind("/") + 1] for info in base.tensors.values()}:
-        names = [name.removeprefix(prefix) for name in base.tensors if name.startswith(prefix)]
+    for prefix in {info.component for info in base.tensors.values()}:
+        names = [name.removeprefix(prefix) for name, info in base.tensors.items() if info.component == prefix]
         renamed = names_in_memory(base.root / prefix, names)
         found |= {prefix + name: prefix + stored for name, stored in renamed.items()}
     return found

@@ -61,11 +61,7 @@ def find_places(model: Checkpoint, component: str = "") -> Mapping[str, Place]:
         Qualified name to place. transformers is asked where the tensors go; for a model that it does not know the
         names and shapes have to tell, and every tensor stays where it is stored.
     """
-    infos = {
-        name.removeprefix(component): info
-        for name, info in model.tensors.items()
-        if name.startswith(component) and "/" not in name.removeprefix(component)
-    }
+    infos = {name.removeprefix(component): info for name, info in model.tensors.items() if info.component == component}
     known = modules_in_memory(model.root / component, infos)
     if known:
         return {component + name: _known(place, infos[name]) for name, place in known.items()}

@@ -40,6 +40,14 @@ class TensorInfo:
     nbytes: int
     file: str
 
+    @property
+    def component(self) -> str:
+        """The directory of its weight file with a slash, empty for the checkpoint's own.
+
+        It is what the checkpoint's list of components says, whatever the tensor's own name holds.
+        """
+        return self.file[: self.file.rfind("/") + 1]
+
 
 @dataclass(frozen=True)
 class WeightFile:
@@ -194,7 +202,7 @@ class Checkpoint:
         """
         file = self.tensors[name].file
         sha256 = self._storage.known_sha256(file)
-        return None if sha256 is None else (sha256, name.removeprefix(file[: file.rfind("/") + 1]))
+        return None if sha256 is None else (sha256, name.removeprefix(self.tensors[name].component))
 
     def read_bytes(
         self, name: str, start: int = 0, length: int | None = None, out: memoryview | None = None

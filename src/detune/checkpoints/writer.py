@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from mmap import mmap
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -27,6 +27,7 @@ from detune.checkpoints.blocks import memory_of, round_to
 from detune.checkpoints.data_file import DataFile
 from detune.checkpoints.headers import Entry, encode_safetensors_header, safetensors_name
 from detune.checkpoints.layout import read_json
+from detune.checkpoints.paths import inside
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.target import Target
 from detune.errors import InputError, OutputError
@@ -114,7 +115,7 @@ class CheckpointFiles:
         """
         found = True
         for file, size_bytes in self._sizes_bytes.items():
-            path = self._directory / file
+            path = inside(self._directory, file)
             if path.is_file() and path.stat().st_size == size_bytes:
                 continue
             found = False
@@ -203,14 +204,14 @@ class CheckpointFiles:
         """
         for file, header in self._headers.items():
             # Not past the cache: readers look at it first, and it shares a page with the first tensor.
-            with self._report_disk(file), (self._directory / file).open("r+b") as opened:
+            with self._report_disk(file), inside(self._directory, file).open("r+b") as opened:
                 opened.write(header)
         with self._report_disk(""):
             small: dict[str, bytes | Path] = {str(path): self._like.root / path for path in self._like.side_files()}
             small |= {safetensors_name(file): self._index(file) for file in self._like.index_files}
         for name, content in (small | dict(extra)).items():
             with self._report_disk(name):
-                path = self._directory / name
+                path = inside(self._directory, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
 
@@ -261,7 +262,7 @@ class CheckpointFiles:
     def _opened(self, file: str) -> Iterator[DataFile]:
         with (
             self._report_disk(file),
-            DataFile(self._directory / file, self._buffers, through=self._shared) as opened,
+            DataFile(inside(self._directory, file), self._buffers, through=self._shared) as opened,
         ):
             yield opened
 
@@ -324,12 +325,10 @@ class CheckpointWriter:
             data: Its content.
 
         Raises:
-            ValueError: The path leads outside the output directory.
+            InputError: The path leads outside the output directory.
         """
-        path = PurePosixPath(relative_path)
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{relative_path} leads outside the output directory")
-        self._extra[str(path)] = data
+        inside(self._target.out, relative_path)
+        self._extra[str(relative_path)] = data
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:

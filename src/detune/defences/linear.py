@@ -18,7 +18,7 @@ def linear_weights(model: Checkpoint) -> Mapping[str, Kind]:
     Args:
         model: With its `config.json`; of a model that transformers does not know, names and shapes tell.
     """
-    components = dict.fromkeys(name[: name.rfind("/") + 1] for name in model.tensors)
+    components = dict.fromkeys(info.component for info in model.tensors.values())
     places = {name: place for component in components for name, place in find_places(model, component).items()}
     return {
         name: places[name].kind

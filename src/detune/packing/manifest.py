@@ -4,13 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 
 from detune import __version__
 from detune.checkpoints.headers import DTYPES
+from detune.checkpoints.paths import is_plain_path
 
 FORMAT = "detune pack"
 VERSION = 1
@@ -143,7 +143,9 @@ class Manifest:
             raise ValueError(f"{content['format']} {content['version']}, expected {FORMAT} {VERSION}")
         base = tuple(BaseTensor(row["name"], tuple(row["shape"]), DTYPES[row["dtype"]]) for row in content["base"])
         models = tuple(_model(row) for row in content["models"])
-        _check_paths([model.name for model in models], parts=1)
+        _check_paths([model.name for model in models])
+        if any("/" in model.name for model in models):
+            raise ValueError("a model is to go to a directory below its own")
         return cls(base, models)
 
 
@@ -159,12 +161,10 @@ def _model(row: Mapping[str, Any]) -> PackedModel:
     return PackedModel(row["name"], row["spec"], files, tensors)
 
 
-def _check_paths(paths: Sequence[str], parts: int | None = None) -> None:
+def _check_paths(paths: Sequence[str]) -> None:
     """A pack from anybody must not write anywhere else."""
     for path in paths:
-        pure = PurePosixPath(path)
-        inside = pure.parts and not pure.is_absolute() and ".." not in pure.parts and "\\" not in path
-        if not inside or str(pure) != path or (parts is not None and len(pure.parts) != parts):
+        if not is_plain_path(path):
             raise ValueError(f"a file is to go to {path!r}")
     if len(set(paths)) != len(paths):
         raise ValueError("two files have one name")

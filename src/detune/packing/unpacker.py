@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from detune.checkpoints import new_directory
+from detune.checkpoints import inside, new_directory
 from detune.checkpoints.blocks import memory_of
 from detune.errors import InputError
 from detune.packing.archive import MANIFEST, ArchiveReader
@@ -72,7 +72,7 @@ def unpack(pack: str | Path, out: str | Path, *, on_file: OnFile | None = None) 
             for file in model.files:
                 if on_file:
                     on_file(f"{model.name}/{file.path}")
-                path = partial / model.name / file.path
+                path = inside(partial, f"{model.name}/{file.path}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("xb") as stream:
                     for block in contents.checked(model, file):

@@ -1,0 +1,50 @@
+"""The one way from a name that stands in a file to a path that is written.
+
+Names in files are anybody's: of tensors, components, shards, packed files. None of them may lead a write elsewhere.
+"""
+
+from pathlib import Path, PurePath, PurePosixPath
+
+from detune.errors import InputError
+
+__all__ = ["inside", "is_plain_path"]
+
+
+def is_plain_path(path: str) -> bool:
+    r"""Whether a relative path is nothing but names, one inside the other.
+
+    Example:
+        >>> [is_plain_path(path) for path in ("unet", "docs/a.txt", "../a", "/a", "a//b", "./a", "a\n", "a\\b", "")]
+        [True, True, False, False, False, False, False, False, False]
+    """
+    names = path.split("/")
+    return path.isprintable() and "\\" not in path and not {"", ".", ".."}.intersection(names)
+
+
+def inside(directory: Path, relative: str | PurePath) -> Path:
+    """The path of what is to be written in a directory, and nowhere else.
+
+    Args:
+        directory: The directory that is being filled.
+        relative: Where in it, as a file says it.
+
+    Returns:
+        `directory / relative`.
+
+    Raises:
+        InputError: It would lead outside: by its name, or by a link that is in the way.
+
+    Example:
+        >>> inside(Path("out"), "unet/model.safetensors").as_posix()
+        'out/unet/model.safetensors'
+    """
+    text = PurePosixPath(relative).as_posix() if isinstance(relative, PurePath) else relative
+    path = directory / text
+    root = directory.resolve()
+    if not is_plain_path(text) or path.is_symlink() or not path.parent.resolve().is_relative_to(root):
+        raise InputError(
+            f"{text!r} would be written outside {directory}",
+            "expected names of files and directories in it",
+            "do not trust where it comes from",
+        )
+    return path
