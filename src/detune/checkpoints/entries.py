@@ -1,0 +1,155 @@
+"""The table of contents of a weight file, whatever its format, and the rules that every such table keeps."""
+
+import math
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from detune.errors import DetuneError, InputError, reason_of
+
+__all__ = ["DTYPES", "DTYPE_NAMES", "Entry", "Header", "check_name", "check_shape", "parsing"]
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+DAMAGED = "download or copy the file again"
+
+# torch's own: its loops over elements take no more dimensions, and it counts elements in int64.
+MAX_DIMENSIONS = 64
+MAX_ELEMENTS = 2**63 - 1
+# A name of the largest models has some 200 characters.
+MAX_NAME_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor inside a weight file.
+
+    Attributes:
+        name: The name stored in the file.
+        dtype: The stored dtype.
+        shape: The stored shape.
+        offset: First byte of the tensor, counted from the start of the file.
+        stride: Strides in elements; None for a contiguous tensor, as all but pickled views are.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor when contiguous."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def span_bytes(self) -> int:
+        """Bytes of the file that the tensor's elements stretch over."""
+        if self.stride is None or 0 in self.shape:
+            return self.nbytes
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weight file says about itself.
+
+    Attributes:
+        entries: The tensors in the order of their offsets.
+        metadata: The `__metadata__` of a safetensors file.
+        raw: The first bytes of a safetensors file, up to the first tensor; None for a file of another format.
+    """
+
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+    raw: bytes | None
+
+
+@contextmanager
+def parsing(where: object, cure: str = DAMAGED) -> Iterator[None]:
+    """Turn whatever reading a file raises into the error for that file; ours passes as it is.
+
+    Parsers of formats that anybody may write raise what their authors did not foresee: every kind is caught.
+
+    Args:
+        where: The file.
+        cure: What to try.
+
+    Raises:
+        InputError: The block raised anything but an error of ours, an interrupt or an exit.
+    """
+    try:
+        yield
+    except DetuneError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read {where}", str(error.strerror or error), "check the path") from error
+    except Exception as error:
+        raise InputError(f"{where} is damaged", f"{type(error).__name__}: {reason_of(error)}", cure) from error
+
+
+def check_name(where: object, name: str) -> None:
+    """Refuse a tensor's name that no file or terminal can take: NUL and its like, half a surrogate pair, a book.
+
+    Raises:
+        InputError: It is one.
+    """
+    if len(name) > MAX_NAME_LENGTH:
+        raise InputError(
+            f"{where} has a tensor whose name has {len(name)} characters",
+            f"expected at most {MAX_NAME_LENGTH}",
+            DAMAGED,
+        )
+    # Cc: control characters. Cs: halves of surrogate pairs, which have no UTF-8.
+    strange = [character for character in name if unicodedata.category(character) in ("Cc", "Cs")]
+    if strange:
+        raise InputError(
+            f"{where} has a tensor with a character in its name that is no text",
+            f"found {strange[0]!a} in {name[:100]!a}",
+            "rename the tensor, if you trust the model",
+        )
+
+
+def check_shape(where: object, shape: Sequence[object]) -> tuple[int, ...]:
+    """Check that a tensor can have a shape, and return it.
+
+    Raises:
+        InputError: None can.
+    """
+    if len(shape) > MAX_DIMENSIONS:
+        raise InputError(f"{where} has {len(shape)} dimensions", f"expected at most {MAX_DIMENSIONS}", DAMAGED)
+    sizes = tuple(size for size in shape if type(size) is int and size >= 0)
+    if len(sizes) < len(shape):
+        raise InputError(f"{where} has the impossible shape {list(shape)}", "expected whole numbers", DAMAGED)
+    # Without the zeros: torch multiplies the others too, for the strides.
+    if math.prod(size for size in sizes if size) > MAX_ELEMENTS:
+        raise InputError(
+            f"{where} has the impossible shape {list(sizes)}", f"expected at most {MAX_ELEMENTS} elements", DAMAGED
+        )
+    return sizes
