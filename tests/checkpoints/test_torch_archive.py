@@ -170,10 +170,10 @@ def test_refuses_a_stride_that_stands_for_all_memory(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "x.bin")
 
 
-@pytest.mark.parametrize("name", ["a\0b", "\ud800", "a\x1b[2J", "w" * 5000])
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800", "w" * 5000])
 def test_refuses_names_that_are_no_text(tmp_path: Path, name: str) -> None:
     torch.save({name: torch.ones(2)}, tmp_path / "x.bin")
-    with pytest.raises(InputError, match=r"x\.bin has a tensor (with a character in its name|whose name has 5000)"):
+    with pytest.raises(InputError, match=r"x\.bin has a tensor whose name (is no text|has 5000)"):
         open_checkpoint(tmp_path / "x.bin")
 
 

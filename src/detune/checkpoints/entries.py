@@ -1,7 +1,6 @@
 """The table of contents of a weight file, whatever its format, and the rules that every such table keeps."""
 
 import math
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ def parsing(where: object, cure: str = DAMAGED) -> Iterator[None]:
 
 
 def check_name(where: object, name: str) -> None:
-    """Refuse a tensor's name that no file or terminal can take: NUL and its like, half a surrogate pair, a book.
+    """Refuse a tensor's name that other files cannot hold: NUL, half a surrogate pair, a book.
 
     Raises:
         InputError: It is one.
@@ -126,12 +125,10 @@ def check_name(where: object, name: str) -> None:
             f"expected at most {MAX_NAME_LENGTH}",
             DAMAGED,
         )
-    # Cc: control characters. Cs: halves of surrogate pairs, which have no UTF-8.
-    strange = [character for character in name if unicodedata.category(character) in ("Cc", "Cs")]
-    if strange:
+    if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
         raise InputError(
-            f"{where} has a tensor with a character in its name that is no text",
-            f"found {strange[0]!a} in {name[:100]!a}",
+            f"{where} has a tensor whose name is no text",
+            f"got {name[:100]!a}, expected neither NUL nor halves of surrogate pairs",
             "rename the tensor, if you trust the model",
         )
 
