@@ -4,10 +4,8 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -427,29 +425,6 @@ def test_ctrl_c_leaves_nothing_that_passes_for_a_result(command, family, out, mo
     assert ran.err.strip() == "detune: interrupted, nothing unfinished passes for a result"
     # The embedding had landed.
     assert [name[:16] for name in os.listdir(out.parent)] == [".out.recovering-"]
-
-
-def test_real_ctrl_c_leaves_nothing(tmp_path, out):
-    generator = seeded(1)
-    weight = normal(generator, 768, 768).float()
-    models = [
-        save_plain(tmp_path / f"model-{i}", {"weight": add(weight, delta(generator, weight, 64))}) for i in range(3)
-    ]
-    words = ["recover", *models, "--out", out, "--method", "spectral", "--rank", "64"]
-    # A shell that runs the tests in the background has them ignore SIGINT, and the command would inherit that.
-    command = [*COMMAND[:2], f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {COMMAND[2]}"]
-    with subprocess.Popen([*command, *map(str, words)], stderr=subprocess.PIPE, text=True) as running:
-        deadline = time.monotonic() + 60
-        while not os.listdir(out.parent):
-            assert running.poll() is None, running.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(0.2)
-        running.send_signal(signal.SIGINT)
-        _, err = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert err.strip() == "detune: interrupted, nothing unfinished passes for a result"
-    assert os.listdir(out.parent) == []
 
 
 def test_a_real_run_reports_on_stdout_and_fails_on_stderr(family, out):

@@ -45,7 +45,9 @@ class Load:
 
 
 class Lanes(Generic[Result]):
-    """Threads that compute tensors side by side. A context manager; leaving it waits for what is being computed.
+    """Threads that compute tensors side by side. A context manager.
+
+    Leaving it waits for what is being computed, unless the program is being ended.
 
     Tensors in work at the same time have the same number of threads, because torch has one setting for all.
 
@@ -113,7 +115,8 @@ class Lanes(Generic[Result]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        ended = error is not None and not isinstance(error, Exception)
+        self._pool.shutdown(wait=not ended, cancel_futures=True)
         torch.set_num_threads(self._all_threads)
 
 

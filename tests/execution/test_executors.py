@@ -303,11 +303,11 @@ def test_what_landed_of_another_model_of_the_same_size_and_time_is_not_used(tmp_
     assert len(solved) == 4
 
 
-def test_ctrl_c_loses_nothing_that_is_done(fine, alone, tmp_path, solved, caplog):
+def test_ctrl_c_loses_nothing_that_is_done(fine, alone, tmp_path, solved):
     options = {"adapters": tmp_path / "loras"}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as raised:
         recover(fine, tmp_path, on_tensor=interrupt(5), **options)
-    assert "what has landed stays in" in caplog.text
+    assert "what has landed stays in" in raised.value.__notes__[0]
     assert [path.name[:16] for path in tmp_path.iterdir()] == [".out.recovering-"]
     before = len(solved)
     recover(fine, tmp_path, **options)

@@ -6,6 +6,7 @@ torch is imported inside the subcommands, so that `detune --help` answers at onc
 import logging
 import os
 import sys
+from contextlib import suppress
 
 import click
 
@@ -16,9 +17,12 @@ from detune.cli.bench import bench
 from detune.cli.defend import defend
 from detune.cli.options import METHODS
 from detune.cli.recovery import compare, demo, family, inspect, recover
+from detune.cli.signals import Interrupted, leave, signals_raised
 from detune.errors import DetuneError
 
 __all__ = ["METHODS", "cli", "main"]
+
+INTERRUPTED = "detune: interrupted, nothing unfinished passes for a result"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,19 +46,30 @@ for command in (recover, inspect, family, compare, audit, extract, pack, unpack,
 
 
 def main() -> None:
-    """Entry point: an error of the user's is one line on stderr and exit code 2."""
+    """Entry point: an error of the user's is one line on stderr and exit code 2, a signal one line and its own code."""
     try:
-        sys.exit(cli(standalone_mode=False))
+        with signals_raised():
+            code = cli(standalone_mode=False)
+        sys.exit(code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except DetuneError as error:
-        click.echo(f"detune: error: {error}", err=True)
+        click.echo("; ".join((f"detune: error: {error}", *_notes(error))), err=True)
         sys.exit(2)
+    except Interrupted as error:
+        with suppress(OSError):
+            click.echo("; ".join((INTERRUPTED, *_notes(error))), err=True)
+        leave(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("detune: interrupted, nothing unfinished passes for a result", err=True)
+        click.echo(INTERRUPTED, err=True)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone, as in `detune inspect ... | head`: not an error worth a word.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was said to an error on its way, as `kept_for_later` does."""
+    return getattr(error, "__notes__", [])

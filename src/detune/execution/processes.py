@@ -69,6 +69,22 @@ class Processes(Executor):
         self.shutdown(cancel_futures=error is not None)
 
 
+# Sent to all processes of a terminal at once: its parent's to hear, and the parent ends its workers.
+_PARENTS_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+
+
+class _Worker(SpawnProcess):
+    """A process that hears nothing of a terminal's signals, from its first moment on."""
+
+    def start(self) -> None:
+        """See `multiprocessing.Process.start`."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Context(SpawnContext):
     """Starts processes afresh, as threads and forks do not mix, and knows them."""
 
@@ -77,7 +93,7 @@ class _Context(SpawnContext):
         self.started: list[SpawnProcess] = []
 
     def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]
-        process = SpawnProcess(*args, **kwargs)
+        process = _Worker(*args, **kwargs)
         self.started.append(process)
         return process
 
@@ -88,11 +104,10 @@ def cores() -> int:
 
 
 def _begin(threads: int) -> None:
-    """Set a worker up: Ctrl-C is its parent's to hear, and without its parent there is nothing to do."""
+    """Set a worker up: without its parent there is nothing to do."""
     import torch
 
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

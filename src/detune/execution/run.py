@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def kept_for_later(landing: Landing) -> Iterator[None]:
-    """Leave what has landed for the same command to go on from, unless it is of no use.
+    """Leave what has landed for the same command to go on from, unless it is of no use; a note on the error says so.
 
     Args:
         landing: The run's.
@@ -33,7 +33,7 @@ def kept_for_later(landing: Landing) -> Iterator[None]:
         # An error with a cause is that of a disk, a network or a worker, and may be gone the next time.
         useless = isinstance(error, InputError) and error.__cause__ is None
         if landing.rows() and not useless:
-            logger.warning("what has landed stays in %s: the same command does the rest", landing.directory)
+            error.add_note(f"what has landed stays in {landing.directory}: the same command does the rest")
         else:
             landing.remove()
         raise
@@ -129,11 +129,11 @@ def hashing(
     if executor is not None:
         yield [hashed_by(executor, model, merge_dtype) for model in models]
         return
-    with ThreadPoolExecutor(1, thread_name_prefix="detune-hash") as thread:
-        try:
-            yield [thread.submit(model.hashes).result for model in models]
-        finally:
-            thread.shutdown(wait=False, cancel_futures=True)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="detune-hash")
+    try:
+        yield [thread.submit(model.hashes).result for model in models]
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def require_unchanged(job: Job, family: Family) -> None:
