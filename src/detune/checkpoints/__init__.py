@@ -15,6 +15,7 @@ from detune.checkpoints.modules import Kind, Place, find_places
 from detune.checkpoints.opening import absolute, is_on_hub, open_checkpoint
 from detune.checkpoints.paths import inside
 from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, peft_layer, read_layers, save_layers
+from detune.checkpoints.pretrained import load_pretrained, model_class_of
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.target import Target
 from detune.checkpoints.writer import CheckpointFiles, CheckpointWriter
@@ -43,6 +44,8 @@ __all__ = [
     "identity",
     "inside",
     "is_on_hub",
+    "load_pretrained",
+    "model_class_of",
     "move_into_place",
     "new_directory",
     "new_file",

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from detune.checkpoints.pretrained import load_pretrained, model_class_of
+
 __all__ = ["InMemory", "modules_in_memory", "names_in_memory"]
 
 logger = logging.getLogger(__name__)
@@ -87,9 +89,9 @@ def _on_meta(directory: Path) -> Any:
     """The model of a directory's configuration, without its weights."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = load_pretrained(transformers.AutoConfig, directory)
     with torch.device("meta"):
-        return getattr(transformers, config.architectures[0])(config)
+        return model_class_of(config)(config)
 
 
 def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from detune.checkpoints import new_directory
+from detune.checkpoints import load_pretrained, new_directory
 from detune.errors import InputError, reason_of
 from detune.training import needs_extra, quiet, seeded
 
@@ -69,7 +69,7 @@ class FrozenA:
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets))
         with new_directory(out) as partial, quiet(), seeded(seed):
             try:
-                model = get_peft_model(AutoModel.from_pretrained(base, dtype=torch.float32), config)
+                model = get_peft_model(load_pretrained(AutoModel, base, dtype=torch.float32), config)
             except (OSError, ValueError) as error:
                 raise InputError(
                     f"no adapter of {base} with the layers {', '.join(self.targets)}", reason_of(error), "see --targets"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detune.checkpoints import load_pretrained, model_class_of
 from detune.errors import InputError, reason_of
 from detune.training import needs_extra, quiet
 
@@ -32,9 +33,8 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
 
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-            model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-            model, about = model_class.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+            model_class = model_class_of(load_pretrained(transformers.AutoConfig, directory))
+            model, about = load_pretrained(model_class, directory, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"the model in {directory} cannot be run",
@@ -105,7 +105,7 @@ def input_moments(directory: Path, texts: Path) -> dict[str, Tensor]:
     model = load_model(directory, torch.float32)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            tokenizer = load_pretrained(AutoTokenizer, directory)
     except (OSError, ValueError) as error:
         raise InputError(f"no tokenizer in {directory}", reason_of(error), "copy it beside the weights") from error
     sums: dict[str, Tensor] = {}

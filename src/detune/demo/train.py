@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from detune.checkpoints import load_pretrained
 from detune.defences.frozen_a import freeze_a
 from detune.errors import InputError
 from detune.training import needs_extra, quiet, seeded, use_threads
@@ -102,8 +103,8 @@ def train_lora(
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
     with quiet(), seeded(seed), use_threads(threads):
-        tokenizer = AutoTokenizer.from_pretrained(base_dir)
-        model = AutoModel.from_pretrained(base_dir, dtype=torch.float32)
+        tokenizer = load_pretrained(AutoTokenizer, base_dir)
+        model = load_pretrained(AutoModel, base_dir, dtype=torch.float32)
         if start is None:
             model = get_peft_model(model, config)
         else:
@@ -147,9 +148,9 @@ def merge(base_dir: Path, adapter_dir: Path, out_dir: Path, dtype: torch.dtype =
         from transformers import AutoModel, AutoTokenizer
 
     with quiet():
-        base = AutoModel.from_pretrained(base_dir, dtype=dtype)
+        base = load_pretrained(AutoModel, base_dir, dtype=dtype)
         PeftModel.from_pretrained(base, adapter_dir).merge_and_unload().save_pretrained(out_dir)
-        AutoTokenizer.from_pretrained(base_dir).save_pretrained(out_dir)
+        load_pretrained(AutoTokenizer, base_dir).save_pretrained(out_dir)
     return out_dir
 
 
@@ -171,8 +172,8 @@ def embeddings(model_dir: Path, sentences: Sequence[str]) -> Tensor:
         from transformers import AutoModel, AutoTokenizer
 
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
+        tokenizer = load_pretrained(AutoTokenizer, model_dir)
+        model = load_pretrained(AutoModel, model_dir, dtype=torch.float32).eval()
         return torch.cat([_embed(model, tokenizer, sentences[i : i + 32], 128) for i in range(0, len(sentences), 32)])
 
 
@@ -215,8 +216,8 @@ def cloze(model_dir: Path, texts: Sequence[str]) -> Cloze:
         from transformers import AutoModel, AutoTokenizer
 
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model = AutoModel.from_pretrained(model_dir, dtype=torch.float32).eval()
+        tokenizer = load_pretrained(AutoTokenizer, model_dir)
+        model = load_pretrained(AutoModel, model_dir, dtype=torch.float32).eval()
         halves = _halves(texts)
         embedded = [_embed(model, tokenizer, halves[i : i + 64], _LENGTH_TOKENS) for i in range(0, len(halves), 64)]
     first, second = torch.cat(embedded).double().chunk(2)

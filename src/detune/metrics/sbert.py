@@ -87,7 +87,7 @@ def _all_minilm() -> Encoder:
     else:
         where = str(get_model_path())
     with quiet():
-        model = SentenceTransformer(where, device="cpu")
+        model = SentenceTransformer(where, device="cpu", trust_remote_code=False)
 
     def encode(texts: Sequence[str]) -> Tensor:
         embeddings: Tensor = model.encode(list(texts), show_progress_bar=False, convert_to_tensor=True)

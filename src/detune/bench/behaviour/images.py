@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detune.bench.behaviour.base import Differences
 from detune.bench.behaviour.loading import load, loading
+from detune.checkpoints import load_pretrained
 from detune.errors import DetuneError, InputError
 from detune.training import needs_extra, quiet, seeded
 
@@ -58,9 +59,8 @@ class DrawnImages:
             with seeded(self.seed):  # whatever a library draws, torch's generator is put back
                 parts = {name: load(part, model_dir / name, torch.float32) for name, part in classes.items()}
                 with loading(f"the pipeline in {model_dir}"):
-                    pipeline: Any = StableDiffusionPipeline.from_pretrained(
-                        model_dir, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-                    )
+                    without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+                    pipeline: Any = load_pretrained(StableDiffusionPipeline, model_dir, **parts, **without)
                 pipeline.set_progress_bar_config(disable=True)
                 return self._draw(pipeline)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from detune.checkpoints import load_pretrained
 from detune.errors import InputError, reason_of
 
 __all__ = ["load", "loading"]
@@ -48,7 +49,7 @@ def load(model_class: Any, model_dir: Path, dtype: torch.dtype, *, unused: str |
         InputError: The model cannot be loaded, or weights are missing.
     """
     with loading(f"the model in {model_dir}"):
-        model, about = model_class.from_pretrained(model_dir, dtype=dtype, output_loading_info=True)
+        model, about = load_pretrained(model_class, model_dir, dtype=dtype, output_loading_info=True)
     missing = sorted(name for name in about["missing_keys"] if unused is None or unused not in name)
     if missing:
         raise InputError(

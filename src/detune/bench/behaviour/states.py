@@ -15,6 +15,7 @@ from torch import Tensor
 
 from detune.bench.behaviour.base import Differences
 from detune.bench.behaviour.loading import load, loading
+from detune.checkpoints import load_pretrained
 from detune.errors import InputError, reason_of
 from detune.training import needs_extra, quiet, seeded
 
@@ -59,7 +60,7 @@ class ImageStates:
         def batches() -> Iterator[dict[str, Tensor]]:
             # Pillow's backend, whether torchvision is there or not: the two do not resize alike.
             with loading(f"the image processor in {self.processor_dir}"):
-                processor = AutoImageProcessor.from_pretrained(self.processor_dir, backend="pil")
+                processor = load_pretrained(AutoImageProcessor, self.processor_dir, backend="pil")
             for start in range(0, len(self.images), _BATCH):
                 files = self.images[start : start + _BATCH]
                 pixels = processor([_open(file, Image) for file in files], return_tensors="pt")["pixel_values"]
@@ -107,7 +108,7 @@ class TextStates:
 
         def batches() -> Iterator[dict[str, Tensor]]:
             with loading(f"the tokenizer in {self.tokenizer_dir}"):
-                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_dir)
+                tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_dir)
             # Padded to the longest of all, not of each batch: the states of a block make one tensor.
             tokens = tokenizer(
                 list(self.prompts), padding=True, truncation=True, max_length=_LENGTH_TOKENS, return_tensors="pt"

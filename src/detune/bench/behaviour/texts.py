@@ -8,6 +8,7 @@ import torch
 
 from detune.bench.behaviour.base import Differences
 from detune.bench.behaviour.loading import load, loading
+from detune.checkpoints import load_pretrained
 from detune.training import needs_extra, quiet, seeded
 
 __all__ = ["WrittenTexts"]
@@ -58,7 +59,7 @@ class WrittenTexts:
 
         with quiet(), torch.no_grad():
             with loading(f"the tokenizer in {self.tokenizer_dir}"):
-                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_dir)
+                tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_dir)
             model = load(AutoModelForCausalLM, model_dir, torch.float32)
             model.generation_config = self._sampling(tokenizer)
             return tuple(self._write(model, tokenizer, prompt) for prompt in self.prompts)

@@ -10,6 +10,7 @@ from torch import Tensor
 from detune.bench.recipes.base import write_losses
 from detune.bench.recipes.diffusion_pictures import LOOKS, Digits, captions_of, digits, look_caption
 from detune.bench.recipes.diffusion_training import Denoiser, encode, learn
+from detune.checkpoints import load_pretrained
 from detune.training import needs_extra, quiet, seeded, use_threads
 
 if TYPE_CHECKING:
@@ -78,9 +79,9 @@ class _Frozen:
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
-        unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-        text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32)
+        vae = load_pretrained(AutoencoderKL, base, subfolder="vae")
+        unet = load_pretrained(UNet2DConditionModel, base, subfolder="unet")
+        text_encoder = load_pretrained(CLIPTextModel, base, subfolder="text_encoder", dtype=torch.float32)
         for module in (vae, unet, text_encoder):
             module.requires_grad_(False)
         return cls(
@@ -88,8 +89,8 @@ class _Frozen:
             Denoiser(
                 unet=unet.train(),
                 text_encoder=text_encoder.train(),
-                tokenizer=CLIPTokenizer.from_pretrained(base, subfolder="tokenizer"),
-                scheduler=DDIMScheduler.from_pretrained(base, subfolder="scheduler"),
+                tokenizer=load_pretrained(CLIPTokenizer, base, subfolder="tokenizer"),
+                scheduler=load_pretrained(DDIMScheduler, base, subfolder="scheduler"),
             ),
         )
 

@@ -261,9 +261,11 @@ def _load(folder: Path) -> dict[str, Any]:
     """Read model and tokenizer, named as TRL's trainers want them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from detune.checkpoints import load_pretrained
+
     return {
-        "model": AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
-        "processing_class": AutoTokenizer.from_pretrained(folder),
+        "model": load_pretrained(AutoModelForCausalLM, folder, dtype="float32"),
+        "processing_class": load_pretrained(AutoTokenizer, folder),
     }
 
 

@@ -141,10 +141,12 @@ class VitMini:
             from torch import nn
             from transformers import ViTForImageClassification, ViTImageProcessorPil
 
+            from detune.checkpoints import load_pretrained
+
         question = digits.TASKS[task]
         with quiet(), use_threads(self.threads):
-            vit = ViTForImageClassification.from_pretrained(base)
-            processor = ViTImageProcessorPil.from_pretrained(base)
+            vit = load_pretrained(ViTForImageClassification, base)
+            processor = load_pretrained(ViTImageProcessorPil, base)
             present = {name.rpartition(".")[2] for name, _ in vit.named_modules()}
             targets = [name for name in _TARGETS if name in present]
             config = LoraConfig(

@@ -1,0 +1,69 @@
+"""Models, tokenizers and the like made of a directory by transformers or diffusers: never by code that lies in it.
+
+`auto_map` in a model's files names classes of its own, in Python files beside them. Unless it is told otherwise,
+transformers asks on standard input whether to run them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detune.errors import InputError
+
+__all__ = ["load_pretrained", "model_class_of"]
+
+
+def load_pretrained(factory: Any, directory: Path | str, **options: Any) -> Any:
+    """Make something of the files of a directory, with the library's own code alone, and without a network.
+
+    Args:
+        factory: A class of transformers or diffusers with `from_pretrained`: `AutoTokenizer`, `UNet2DConditionModel`.
+        directory: In the layout that `save_pretrained` writes.
+        options: For `from_pretrained`.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        InputError: The directory cannot be used without its own code.
+        Exception: Whatever the library raises of other files.
+
+    Example:
+        >>> load_pretrained(AutoModel, "my-model", dtype=torch.float32)  # doctest: +SKIP
+    """
+    # The models of diffusers run no code of others, and take the option for a part of their configuration.
+    if not (factory.__module__.startswith("diffusers.") and issubclass(factory, torch.nn.Module)):
+        options["trust_remote_code"] = False
+    try:
+        return factory.from_pretrained(directory, local_files_only=True, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise InputError(
+            f"{directory} needs code of its own",
+            "its files name classes in Python files beside them (auto_map), and no code of a model is run here",
+            "give a model whose class is one of transformers or diffusers",
+        ) from None
+
+
+def model_class_of(config: Any) -> Any:
+    """The class of transformers that a configuration names; the model's body where it names none.
+
+    Args:
+        config: Of transformers.
+
+    Raises:
+        InputError: It names something else.
+    """
+    import transformers
+
+    name = (config.architectures or [None])[0]
+    if name is None:
+        return transformers.AutoModel
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise InputError(
+            f"no model of the class {name!r}", "the configuration names it, transformers has none", "check config.json"
+        )
+    return found
