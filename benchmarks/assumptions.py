@@ -25,10 +25,10 @@ from torch import Tensor
 
 from detune.checkpoints import open_checkpoint
 from detune.demo.train import base_model
+from detune.methods import SOLVERS
 from detune.metrics import w_error
-from detune.report import Status
-from detune.solvers import SOLVERS
-from detune.solving import solve_tensor
+from detune.recovery.report import Status
+from detune.recovery.tensor import solve_tensor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -21,9 +21,10 @@ from torch import Tensor
 from detune.checkpoints import open_checkpoint
 from detune.demo.train import base_model
 from detune.errors import DetuneError
+from detune.methods import Auto, OnGrid, Single, Spectral
 from detune.metrics import w_error
-from detune.solvers import Auto, OnGrid, Recovery, Single, Spectral, Stack
-from detune.solvers.grid import interval, nearest, spacing
+from detune.numerics.float_grid import interval, nearest, spacing
+from detune.problem import Recovery, Stack
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from detune.certificate.certify import Verdict, certify
+from detune.methods import Auto, OnGrid
 from detune.metrics import w_error
-from detune.solvers import Auto, NotRecoverable, OnGrid, Solver, Stack
-from detune.solvers.certificate import Verdict, certify
-from detune.solvers.grid import name_of
-from detune.solvers.stack import storage_variance
+from detune.numerics.float_grid import name_of
+from detune.problem import NotRecoverable, Solver, Stack
+from detune.problem.stack import storage_variance
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALVES)

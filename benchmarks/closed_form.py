@@ -15,7 +15,8 @@ import torch
 from problems import error, random_problem, verdict
 
 from detune import recover_matrix
-from detune.solvers import Spectral, Stack
+from detune.methods import Spectral
+from detune.problem import Stack
 
 THREADS = 2
 

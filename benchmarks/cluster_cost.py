@@ -95,7 +95,7 @@ def recover(folder: str, method: str) -> None:
     """In a process of its own: recover, and print CPU seconds and the bytes of memory that came on top."""
     torch.set_num_threads(1)
     import detune
-    import detune.recovery  # what is imported costs once
+    import detune.recovery.api  # what is imported costs once
 
     def peak() -> int:
         # Not getrusage: its peak is at first that of the process that started this one.

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from detune.solvers import SOLVERS, Solver, Stack
-from detune.solvers.auto import Auto
-from detune.solvers.certificate import certify
+from detune.certificate.certify import certify
+from detune.methods import SOLVERS
+from detune.methods.auto import Auto
+from detune.problem import Solver, Stack
 
 STORED = Path(__file__).parent / "counts.json"
 # Operations of a factorisation over `long * short^2` (Golub & Van Loan, Matrix Computations, 4th edition).
@@ -135,7 +136,7 @@ def count_watched(name: str) -> Counts:
     """What a method does with one of the problems of `WATCHED`, on a machine without units for bf16."""
     method, problem = WATCHED[name]
     models = problem.models()
-    with patch("detune.solvers.stack.multiplies_bfloat16", return_value=False):
+    with patch("detune.problem.stack.multiplies_bfloat16", return_value=False):
         return count(lambda: METHODS[method](Stack.of(models)))
 
 

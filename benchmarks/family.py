@@ -16,8 +16,8 @@ import torch
 from random_sets import RandomSet, Role, random_set
 
 import detune
-from detune.kinship import Kinship, Relative
-from detune.solvers.relations import Kind, relate
+from detune.compatibility.check import Kinship, Relative
+from detune.compatibility.low_rank_test import Kind, relate
 
 REASONS = {
     Role.OTHER: "it has another base",

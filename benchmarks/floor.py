@@ -27,11 +27,11 @@ from counting import Counts, Problem, count
 from safetensors.torch import save_file
 
 from detune.checkpoints import CheckpointWriter, open_checkpoint
-from detune.solvers import Stack
-from detune.solvers.differences import FOLDED_ROWS, find_differences
-from detune.solvers.fit import w_step_given_rows
-from detune.solvers.intersect import find_spaces
-from detune.solvers.linalg import product
+from detune.fitting.differences import FOLDED_ROWS, find_differences
+from detune.fitting.least_squares import w_step_given_rows
+from detune.fitting.subspaces import find_spaces
+from detune.numerics.linalg import product
+from detune.problem import Stack
 
 RANK = 64
 SHAPES = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}

@@ -17,7 +17,7 @@ from detune.attacks.prior import guessed
 from detune.bench.defences.families import FROZEN, quality, trained_families
 from detune.checkpoints import open_checkpoint
 from detune.errors import DetuneError
-from detune.solvers import Stack
+from detune.problem import Stack
 
 CACHE = Path(__file__).parent / ".cache" / "defences" / "models"
 METHODS = ("mean", "intersect")

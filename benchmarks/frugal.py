@@ -20,9 +20,10 @@ from torch import Tensor
 
 from detune.checkpoints import open_checkpoint
 from detune.demo.train import base_model
+from detune.fitting.least_squares import w_step_given_rows
+from detune.methods import Auto
 from detune.metrics import w_error
-from detune.solvers import Auto, NotRecoverable, Stack
-from detune.solvers.fit import w_step_given_rows
+from detune.problem import NotRecoverable, Stack
 
 SHARES = (2, 4, 8, 16)
 METHOD = Auto(lattice=None)

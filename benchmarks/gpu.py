@@ -17,8 +17,8 @@ from problems import random_problem, verdict
 from torch import Tensor
 
 from detune import recover_matrix
-from detune.solvers import Stack
-from detune.solvers.differences import find_differences
+from detune.fitting.differences import find_differences
+from detune.problem import Stack
 
 SHAPES = ((1024, 4096), (4096, 4096), (4096, 14336))
 RANK, MODELS, REPEATS = 64, 3, 7

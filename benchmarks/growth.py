@@ -27,7 +27,7 @@ import torch
 from counting import METHODS, Problem, count
 from safetensors.torch import save_file
 
-from detune.solvers import Stack
+from detune.problem import Stack
 
 SERIES = {
     "d": [Problem(d, d, 16, 3) for d in (1152, 1536, 2048, 3072, 4096)],

@@ -22,7 +22,7 @@ from problems import verdict
 from safetensors.torch import load_file, save_file
 
 from detune.demo.train import base_model
-from detune.report import Status
+from detune.recovery.report import Status
 
 ROWS = (128, 1024)
 

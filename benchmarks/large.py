@@ -13,7 +13,7 @@ import sys
 import torch
 from certificate import outcomes, print_table
 
-from detune.solvers import Auto
+from detune.methods import Auto
 
 FIRST = 20000
 SIDES = (1056, 1280)

@@ -25,7 +25,7 @@ from detune.defences import Bf16, Defence, Fp16, Int8, Nf4, Noise
 from detune.demo.train import embeddings
 from detune.metrics import w_error
 from detune.metrics.cosine import cosine_distances
-from detune.solvers.grid import interval
+from detune.numerics.float_grid import interval
 
 CACHE = Path(__file__).parent / ".cache" / "defences"
 # Adapters that are known are known to this variance, beside weights of some 1e-3.

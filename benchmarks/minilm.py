@@ -15,9 +15,9 @@ from detune import recover_matrix
 from detune.checkpoints import open_checkpoint
 from detune.demo.texts import DOMAINS, passages
 from detune.demo.train import STEPS, base_model, merge, train_lora
+from detune.identifiability.error_traces import cramer_rao_mse
 from detune.metrics import w_error
-from detune.solvers import Stack
-from detune.solvers.identifiability import cramer_rao_mse
+from detune.problem import Stack
 
 CACHE = Path(__file__).parent / ".cache" / f"minilm-{STEPS}"
 RANK = 16

@@ -16,9 +16,9 @@ import torch
 from peft_sets import METHODS, Method, minilm_set, tiny_set
 from torch import Tensor
 
+from detune.methods import SOLVERS
 from detune.metrics import w_error
-from detune.solvers import SOLVERS
-from detune.solving import solve_tensor
+from detune.recovery.tensor import solve_tensor
 
 CACHE = Path(__file__).parent / ".cache" / "peft-methods"
 COUNTS = (3, 5, 8)

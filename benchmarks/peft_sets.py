@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detune.training import quiet, seeded, use_threads
+from detune._runtime import quiet, seeded, use_threads
 
 TARGETS = ("query", "value")
 

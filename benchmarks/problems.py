@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from detune.identifiability.error_traces import cramer_rao_mse
 from detune.metrics import w_error
-from detune.solvers import Stack
-from detune.solvers.identifiability import cramer_rao_mse
-from detune.solvers.stack import storage_variance
+from detune.problem import Stack
+from detune.problem.stack import storage_variance
 
 
 @dataclass(frozen=True)

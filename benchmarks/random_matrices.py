@@ -6,7 +6,7 @@ Expected: `auto` within 0.3 of the bound or of the float32 storage floor, whiche
 from problems import error, random_problem
 
 from detune import recover_matrix
-from detune.solvers import Spectral
+from detune.methods import Spectral
 
 CASES = [
     # rank, n, decay, relative size of the deltas

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from detune.solvers import Stack
-from detune.solvers.differences import find_differences
-from detune.solvers.intersect import find_spaces
-from detune.solvers.proposals import weakest_directions
-from detune.solvers.selection import select_ranks
+from detune.fitting.differences import find_differences
+from detune.fitting.subspaces import find_spaces
+from detune.problem import Stack
+from detune.ranks.score_tests import weakest_directions
+from detune.ranks.search import select_ranks
 
 SIZES = {96: 0.3, 128: 0.25, 192: 0.2, 256: 0.13, 384: 0.07, 512: 0.03, 768: 0.02}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -31,7 +31,8 @@ from counting import METHODS, Problem
 from problems import verdict
 from safetensors.torch import save_file
 
-from detune.solvers import Spectral, Stack
+from detune.methods import Spectral
+from detune.problem import Stack
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY, RANK = 4096, 14336, 1024, 512, 64
 SHAPES = {

@@ -11,7 +11,8 @@ from lowra import CACHE
 
 from detune.bench.run import draw
 from detune.bench.subsets import open_subset
-from detune.solvers import Auto, Spectral, Stack
+from detune.methods import Auto, Spectral
+from detune.problem import Stack
 
 EVERY = 6  # layers
 

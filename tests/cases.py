@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detune.solvers.frozen_factors import draw_factors
+from detune.methods.vera import draw_factors
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 # Modules whose public names the API reference has, each and all.
-REFERENCE = ("detune", "detune.attacks", "detune.audit", "detune.defences", "detune.solvers")
+REFERENCE = ("detune", "detune.attacks", "detune.audit", "detune.defences", "detune.methods", "detune.problem")
 
 FENCED = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")

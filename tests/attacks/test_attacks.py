@@ -6,10 +6,11 @@ import torch
 from detune.attacks import ATTACKS
 from detune.attacks.prior import guessed
 from detune.checkpoints import open_checkpoint
-from detune.comparison import compare
 from detune.errors import InputError
+from detune.methods import Mean
 from detune.metrics import w_error
-from detune.solvers import Mean, Stack
+from detune.problem import Stack
+from detune.recovery.compare import compare
 from tests.cases import normal, seeded
 from tests.families import add, edit, plain_family, tree
 

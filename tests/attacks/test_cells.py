@@ -10,8 +10,9 @@ from detune.attacks.levels import levels_of
 from detune.checkpoints import open_checkpoint
 from detune.defences import Int8, Nf4
 from detune.errors import InputError
+from detune.methods import Mean
 from detune.metrics import w_error
-from detune.solvers import Mean, Stack
+from detune.problem import Stack
 from tests.cases import normal, seeded
 from tests.families import plain_family, tree
 

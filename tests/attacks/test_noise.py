@@ -9,8 +9,9 @@ from torch import Tensor
 from detune.attacks.denoise import denoised, is_white, with_measured_noise
 from detune.attacks.snap import snapped
 from detune.attacks.whiten import whitened
+from detune.methods import Mean
 from detune.metrics import bit_identical, w_error
-from detune.solvers import Mean, Stack
+from detune.problem import Stack
 from tests.cases import normal, seeded
 
 OUT, IN, RANK, N = 96, 80, 4, 5

@@ -5,14 +5,15 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from detune._runtime import quiet, seeded
 from detune.attacks.align import align
 from detune.audit import AuditReport, audit, members
 from detune.audit.findings import verdict_of
 from detune.audit.record import Behaviour
 from detune.audit.trial import AboveMeasuredNoise
 from detune.defences import Noise, Permutation, defend
-from detune.solvers import Auto, Stack
-from detune.training import quiet, seeded
+from detune.methods import Auto
+from detune.problem import Stack
 from tests.cases import normal
 from tests.cases import seeded as generator_of
 from tests.families import Fine, fine_tune, save_plain

@@ -6,8 +6,8 @@ import torch
 from detune.audit import trial as trial_module
 from detune.audit.naming import Place
 from detune.audit.trial import Trial, is_given_away
-from detune.report import Status
-from detune.solvers import Auto
+from detune.methods import Auto
+from detune.recovery.report import Status
 
 PLACE = Place("layer.0", 0, "query")
 

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
+from detune._runtime import quiet
 from detune.bench.build import build_subset
 from detune.bench.subsets import Subset, open_subset
-from detune.training import quiet
 
 LORAS = 4
 RANK = 2

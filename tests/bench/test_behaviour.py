@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from detune._runtime import quiet
 from detune.bench.behaviour import Differences, DrawnImages, ImageStates, TextStates, WrittenTexts, behaviour_of
 from detune.errors import DetuneError, InputError
-from detune.training import quiet
 from tests.bench.tiny_models import LAYERS, save_bert, save_diffusion, save_llama, save_vit
 
 PROMPTS = ("the old house", "a river that runs to the sea under the old bridge", "two birds")

@@ -13,6 +13,7 @@ from datasets import load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertModel
 
+from detune._runtime import quiet
 from detune.bench import build
 from detune.bench.build import build_subset
 from detune.bench.checkpoints import merge_subset, tensor_name
@@ -20,7 +21,6 @@ from detune.bench.layers import Layer, arrow_schema
 from detune.bench.subsets import Subset, open_subset
 from detune.checkpoints import open_checkpoint
 from detune.errors import InputError, OutputError
-from detune.training import quiet
 from tests.bench.conftest import ALPHA, LORAS, RANK, save_lora
 from tests.families import plain_family
 

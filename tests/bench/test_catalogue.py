@@ -1,6 +1,6 @@
 from detune.bench.recipes import RECIPES
 from detune.bench.subsets import PUBLISHED
-from detune.terminal import show_catalogue
+from detune.cli.tables import show_catalogue
 
 
 def test_layers_and_rank_of_everything_and_where_it_is_from(capsys):

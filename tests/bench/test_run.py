@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from detune._runtime import seeded
 from detune.bench import run as runner
 from detune.bench.behaviour import Differences
 from detune.bench.methods import find_method
@@ -14,9 +15,8 @@ from detune.bench.results import EXACT_W_ERROR, Environment, ResultStore
 from detune.bench.run import Judge, draw, plan, run, run_all
 from detune.checkpoints import open_checkpoint
 from detune.errors import InputError, OutputError
+from detune.methods import SOLVERS, Spectral
 from detune.metrics import w_error
-from detune.solvers import SOLVERS, Spectral
-from detune.training import seeded
 
 
 def methods(subset, *names):
@@ -44,7 +44,7 @@ def test_a_cell_holds_what_the_solver_gives(subset, store):
 
 
 def stack_of(layer, loras):
-    from detune.solvers import Stack
+    from detune.problem import Stack
 
     return Stack.of([layer.merged(i) for i in loras])
 
@@ -164,7 +164,7 @@ def test_more_models_than_there_are_is_an_error(subset, n):
 def test_where_a_method_has_no_answer_the_average_stands_in(subset, store):
     # Three LoRAs of rank 2 are solved; a method that is told that ranks are at most 1 cannot.
     from detune.bench.methods import Method
-    from detune.solvers import NotRecoverable, Recovery
+    from detune.problem import NotRecoverable, Recovery
 
     def refuse(stack, rank) -> Recovery:
         raise NotRecoverable("not today")

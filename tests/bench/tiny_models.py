@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from detune.training import quiet, seeded
+from detune._runtime import quiet, seeded
 
 LAYERS = 3
 """Blocks of the encoders."""

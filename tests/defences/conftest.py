@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
-from detune.training import quiet, seeded
+from detune._runtime import quiet, seeded
 
 WORDS = ("a", "base", "model", "leaks", "from", "fine", "tunes", "of", "its", "weights", "when", "three", "are", "out")
 TEXTS = tuple(" ".join(WORDS[i % 7 : 3 + i % 11]) for i in range(40))

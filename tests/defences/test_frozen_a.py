@@ -6,12 +6,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from detune._runtime import quiet
 from detune.attacks.prior import guessed
 from detune.defences import FrozenA, freeze_a
 from detune.demo.train import train_lora
 from detune.errors import InputError, OutputError
-from detune.solvers import Stack
-from detune.training import quiet
+from detune.problem import Stack
 from tests.defences.conftest import TEXTS
 
 

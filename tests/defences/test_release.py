@@ -26,7 +26,7 @@ from detune.defences import (
 from detune.defences.linear import linear_weights
 from detune.defences.running import input_moments, load_model, outputs, probe
 from detune.errors import InputError, OutputError
-from detune.solvers.grid import lies_on, spacing
+from detune.numerics.float_grid import lies_on, spacing
 from tests.families import edit, plain_state, save_plain, tree
 
 SEED = 8_211_093_547_716_253  # long enough to be found, were it anywhere in the files

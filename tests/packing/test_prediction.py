@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from detune.numerics.float_grid import spacing
 from detune.packing.prediction import TOLERANCE, IntegerFactors, predict, to_integers
-from detune.solvers import LowRank
-from detune.solvers.grid import spacing
+from detune.problem import LowRank
 from tests.cases import normal, rms, seeded
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detune._runtime import quiet, seeded
 from detune.checkpoints import CheckpointWriter, open_checkpoint
 from detune.defences.base import Defence
-from detune.training import quiet, seeded
 
 HIDDEN = 64
 LAYERS = 2

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from detune.attacks.frames import find_actions
 from detune.attacks.rebuild import rebuild
+from detune.certificate.certify import certify
 from detune.checkpoints import Checkpoint, CheckpointWriter
+from detune.compatibility.model_set import Family
 from detune.errors import InputError
-from detune.family import Family
-from detune.recovery import recover
-from detune.solvers import Auto, Mean, NotRecoverable, Recovery, Stack
-from detune.solvers.certificate import certify
+from detune.methods import Auto, Mean
+from detune.problem import NotRecoverable, Recovery, Stack
+from detune.recovery.api import recover
 from detune.symmetries import Action, Actions, act, read_layers
 
 __all__ = ["Align", "align"]

@@ -16,10 +16,10 @@ from torch import Tensor
 from detune.attacks.denoise import best_split, with_measured_noise
 from detune.attacks.levels import Levels, levels_of
 from detune.attacks.rebuild import rebuild
-from detune.solvers import Stack
-from detune.solvers.lattice.estimate import LEAST_SIZE, Estimate
-from detune.solvers.lattice.joint import Measurements, fit_rows, normalised
-from detune.solvers.lattice.posterior import Posterior, posterior
+from detune.lattice.estimate import LEAST_SIZE, Estimate
+from detune.lattice.joint_rows import Measurements, fit_rows, normalised
+from detune.lattice.posterior import Posterior, posterior
+from detune.problem import Stack
 
 __all__ = ["Cells", "between_levels", "within_cells"]
 
@@ -39,7 +39,7 @@ class Cells:
         sweeps: How often the rows and the columns of the deltas are fitted.
 
     Reference:
-        Rangan, "Generalized approximate message passing", 2011 (arXiv 1010.5141), as `detune.solvers.lattice.sweep`
+        Rangan, "Generalized approximate message passing", 2011 (arXiv 1010.5141), as `detune.lattice.message_passing`
         does for the rounding to a dtype.
     """
 

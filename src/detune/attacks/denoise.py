@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from detune.attacks.rebuild import rebuild
-from detune.solvers import Auto, Intersect, Mean, NotRecoverable, Stack
-from detune.solvers.differences import ring
-from detune.solvers.linalg import orthonormal
-from detune.solvers.relevance import Split, split_off
+from detune.fitting.ard import Split, split_off
+from detune.fitting.differences import ring
+from detune.methods import Auto, Intersect, Mean
+from detune.numerics.linalg import orthonormal
+from detune.problem import NotRecoverable, Stack
 
 # Differences whose noise is measured; one would do, were all noise alike.
 PAIRS = 3

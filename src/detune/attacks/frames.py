@@ -12,7 +12,7 @@ from detune.attacks.groups import Complex, Group, Invertible, Orthogonal
 from detune.attacks.matching import match_heads, match_neurons
 from detune.attacks.procrustes import FALLS, Fit, Side, fit, stay
 from detune.checkpoints import Checkpoint
-from detune.solvers.relations import Kind, relate
+from detune.compatibility.low_rank_test import Kind, relate
 from detune.symmetries import Actions, HeadFrame, Layer, NeuronFrame, NormFrame, NormInto, act, join
 
 __all__ = ["find_actions"]

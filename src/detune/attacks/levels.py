@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detune.errors import InputError
-from detune.solvers.grid import spacing
+from detune.numerics.float_grid import spacing
 
 __all__ = ["Levels", "levels_of"]
 

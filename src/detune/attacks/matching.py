@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detune.training import needs_extra
+from detune._runtime import needs_extra
 
 __all__ = ["match_heads", "match_neurons"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from detune.attacks.denoise import denoised
 from detune.attacks.rebuild import rebuild
-from detune.solvers import Stack
+from detune.problem import Stack
 
 __all__ = ["Prior", "guessed"]
 

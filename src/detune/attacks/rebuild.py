@@ -9,10 +9,10 @@ from torch import Tensor
 
 from detune.checkpoints import CheckpointWriter, open_checkpoint
 from detune.errors import InputError
-from detune.lanes import computing_threads
-from detune.solvers import Stack
-from detune.solvers.device import full_precision
-from detune.walk import matricise
+from detune.numerics.device import full_precision
+from detune.problem import Stack
+from detune.problem.stack import matricise
+from detune.recovery.scheduler import computing_threads
 
 __all__ = ["rebuild"]
 

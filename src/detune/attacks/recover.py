@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from detune.attacks.rebuild import rebuild
-from detune.recovery import recover
-from detune.solvers import Mean
+from detune.methods import Mean
+from detune.recovery.api import recover
 
 __all__ = ["Average", "Bits", "Recover"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from detune.attacks.denoise import denoised
 from detune.attacks.rebuild import rebuild
-from detune.solvers import Stack
-from detune.solvers.grid import nearest, spacing
+from detune.numerics.float_grid import nearest, spacing
+from detune.problem import Stack
 
 __all__ = ["Snap", "snapped"]
 

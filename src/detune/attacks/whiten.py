@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detune.attacks.denoise import best_split, denoised, with_measured_noise
 from detune.attacks.rebuild import rebuild
-from detune.solvers import Stack
+from detune.problem import Stack
 
 __all__ = ["Whiten", "whitened"]
 

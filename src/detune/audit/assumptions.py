@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from detune.audit.members import ENOUGH
 from detune.audit.record import ModelEntry, Outcome, Result, Rule, TensorEntry
-from detune.clusters import STRANGER, Clusters
-from detune.report import Status
-from detune.solvers.resemblance import Cause
+from detune.compatibility.groups import STRANGER, Clusters
+from detune.compatibility.mismatch import Cause
+from detune.recovery.report import Status
 
 __all__ = ["ASSUMPTIONS", "Evidence", "check_assumptions"]
 

@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass
 
+from detune._runtime import needs_extra
 from detune.audit.drawing import DASHES, SERIES, SYMBOLS, Chart, label, minus, new_figure, to_json
 from detune.audit.naming import short_names
 from detune.audit.record import AuditReport, Outcome, TensorEntry
-from detune.training import needs_extra
 
 __all__ = ["charts", "error_of"]
 

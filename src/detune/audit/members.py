@@ -7,17 +7,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from detune._runtime import needs_extra
+from detune.adapters.extract import fits
 from detune.attacks.denoise import is_white, noise_size
 from detune.attacks.frames import find_actions
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
-from detune.clusters import Clusters, best_reference, find_clusters, why_foreign, why_left_out
+from detune.compatibility.groups import Clusters, best_reference, find_clusters, why_foreign, why_left_out
+from detune.compatibility.mismatch import Cause, resemble
+from detune.compatibility.model_set import misfit
 from detune.errors import InputError
-from detune.extraction import fits
-from detune.family import misfit
-from detune.solvers.resemblance import Cause, resemble
+from detune.problem.stack import matricise
 from detune.symmetries import Action, Actions, act, read_layers
-from detune.training import needs_extra
-from detune.walk import matricise
 
 # Fewer releases than this leave a difference that splits in infinitely many ways: only a grid can decide.
 ENOUGH = 3

@@ -7,11 +7,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from detune._runtime import needs_extra
 from detune.audit.assumptions import ASSUMPTIONS
 from detune.audit.figures import charts, error_of
 from detune.audit.naming import short_names
 from detune.audit.record import AuditReport
-from detune.training import needs_extra
 
 if TYPE_CHECKING:
     from markupsafe import Markup

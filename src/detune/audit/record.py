@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from detune.report import Status, w_error_range
+from detune.recovery.report import Status, w_error_range
 
 __all__ = [
     "FORMAT",

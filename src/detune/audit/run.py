@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from detune._runtime import versions
 from detune.audit.assumptions import ASSUMPTIONS, Evidence, check_assumptions
 from detune.audit.behaviour import Judge
 from detune.audit.findings import FINDINGS, curve_of, find, verdict_of
@@ -20,12 +21,12 @@ from detune.audit.record import AuditReport, Behaviour, Invocation, ModelEntry, 
 from detune.audit.spectra import spectrum
 from detune.audit.trial import Trial
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
+from detune.compatibility.model_set import Family, Models, damaged, is_shared
 from detune.errors import InputError
-from detune.family import Family, Models, damaged, is_shared
-from detune.recovery import make_solver
-from detune.report import Status, versions
-from detune.solvers import Solver
-from detune.walk import Answer, OnTensor, walk
+from detune.problem import Solver
+from detune.recovery.api import make_solver
+from detune.recovery.loop import Answer, OnTensor, walk
+from detune.recovery.report import Status
 
 __all__ = ["audit"]
 
@@ -53,7 +54,7 @@ def audit(
     Args:
         models: The releases, in the order in which they go out; see `detune.checkpoints.open_checkpoint`.
         base: What they were fine-tuned from, to measure against; None goes by the certificate's prediction.
-        method: The recovery with three releases and more: a name in `detune.solvers.SOLVERS`, or a solver. With fewer,
+        method: The recovery with three releases and more: a name in `detune.methods.SOLVERS`, or a solver. With fewer,
             and no matter which, the base's grid is tried (`lattice`), because nothing else can work.
         rank: The most that any adapter's rank can be; None finds it.
         inputs: What the models are run on, as `detune.bench.behaviour` takes it; None takes some English sentences.

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from detune.audit.record import Spectrum
-from detune.solvers import Stack
-from detune.solvers.linalg import randomized_svd
-from detune.solvers.random import seeded
-from detune.walk import matricise
+from detune.numerics.linalg import randomized_svd
+from detune.numerics.random import seeded
+from detune.problem import Stack
+from detune.problem.stack import matricise
 
 __all__ = ["spectrum"]
 

@@ -14,15 +14,16 @@ from detune.attacks.denoise import best_split, with_measured_noise
 from detune.audit.members import ENOUGH
 from detune.audit.naming import Place
 from detune.audit.record import Outcome, TensorEntry
+from detune.lattice import HALVES
+from detune.methods import Auto, Mean, OnGrid, Single
 from detune.metrics import bit_identical
 from detune.metrics.w_error import squared_error
-from detune.report import Status
-from detune.solvers import Auto, Mean, OnGrid, Recovery, Single, Solver, Stack
-from detune.solvers.grid import lies_on, name_of, spacing
-from detune.solvers.lattice import HALVES
-from detune.solvers.stack import storage_variance
-from detune.solving import solve_tensor
-from detune.walk import Answer, matricise
+from detune.numerics.float_grid import lies_on, name_of, spacing
+from detune.problem import Recovery, Solver, Stack
+from detune.problem.stack import matricise, storage_variance
+from detune.recovery.loop import Answer
+from detune.recovery.report import Status
+from detune.recovery.tensor import solve_tensor
 
 # Deltas of more steps of the base's grid than this do not show modulo the step; the method itself gives up at 8.
 MOST_STEPS = 100.0

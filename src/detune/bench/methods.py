@@ -11,7 +11,8 @@ from torch import Tensor
 
 from detune.bench.subsets import Subset, nearest
 from detune.errors import InputError
-from detune.solvers import SOLVERS, Recovery, Solver, Spectral, Stack
+from detune.methods import SOLVERS, Spectral
+from detune.problem import Recovery, Solver, Stack
 
 __all__ = ["Method", "find_method"]
 
@@ -26,7 +27,7 @@ class Method:
         min_models: The fewest models that it works with.
         solve: `(stack, rank) -> Recovery`; a rank of None is for the method to find.
         sha256: Of the file it comes from, if it is not detune's own.
-        dtype: What it computes in; None decides by the storage noise, as `detune.solvers.Stack.of` does.
+        dtype: What it computes in; None decides by the storage noise, as `detune.problem.Stack.of` does.
     """
 
     name: str
@@ -48,7 +49,7 @@ def find_method(text: str, subset: Subset) -> Method:
     """The method of a name, with the paper's settings for the subset.
 
     Args:
-        text: A name in `detune.solvers.SOLVERS`, or `path/to/file.py:function` with
+        text: A name in `detune.methods.SOLVERS`, or `path/to/file.py:function` with
             `function(models: (n, out, in) float32, rank: int | None) -> (out, in)`.
         subset: Decides the iterations of Spectral DeTuning.
 

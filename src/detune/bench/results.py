@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import detune
+from detune._runtime import versions
 from detune.errors import InputError, OutputError
-from detune.report import versions
 
 __all__ = ["EXACT_W_ERROR", "Cell", "CellResult", "Environment", "LayerResult", "ResultStore"]
 

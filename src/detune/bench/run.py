@@ -28,10 +28,11 @@ from detune.bench.results import Cell, CellResult, Environment, LayerResult, Res
 from detune.bench.subsets import Subset
 from detune.checkpoints import open_checkpoint
 from detune.errors import InputError
+from detune.methods import Mean
 from detune.metrics import bit_identical, squared_error
-from detune.solvers import Mean, NotRecoverable, Stack
-from detune.solvers.device import full_precision
-from detune.walk import matricise
+from detune.numerics.device import full_precision
+from detune.problem import NotRecoverable, Stack
+from detune.problem.stack import matricise
 
 __all__ = ["Judge", "Task", "draw", "plan", "run", "run_all", "solve_layer"]
 

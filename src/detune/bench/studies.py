@@ -21,9 +21,10 @@ from detune.bench.run import OnLayer, draw, plan, run
 from detune.bench.subsets import Subset
 from detune.bench.table import frame_of
 from detune.errors import InputError
-from detune.solvers import Spectral, Stack
-from detune.solvers.spectral import Iteration
-from detune.walk import matricise
+from detune.methods import Spectral
+from detune.methods.spectral import Iteration
+from detune.problem import Stack
+from detune.problem.stack import matricise
 
 if TYPE_CHECKING:
     import pandas as pd

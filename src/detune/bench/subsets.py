@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError, field_validator
 
+from detune._runtime import needs_extra
 from detune.bench.sources import REPOSITORY, FolderFiles, HubFiles, RowFiles, check_files, resolve_commit
 from detune.errors import InputError
-from detune.training import needs_extra
 
 if TYPE_CHECKING:
     from detune.bench.layers import Layer

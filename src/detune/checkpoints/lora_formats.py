@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detune._runtime import needs_extra
 from detune.checkpoints.layout import read_json
 from detune.checkpoints.source import Checkpoint
 from detune.errors import InputError
-from detune.training import needs_extra
 
 __all__ = ["AdapterTable", "Factors", "read_table"]
 

@@ -18,7 +18,7 @@ from detune.cli.recovery import progress
 @json_option
 def extract(models: tuple[str, ...], base: str, out: Path, rank: int | None, device: str, as_json: bool) -> None:
     """Write the LoRA of each merged model as a PEFT adapter of BASE, OUT/MODEL."""
-    from detune.terminal import show_extraction
+    from detune.cli.tables import show_extraction
 
     with progress(quiet=as_json) as on_tensor:
         extraction = detune.extract(models, out, base=base, rank=rank, device=device_of(device), on_tensor=on_tensor)
@@ -37,7 +37,7 @@ def pack(models: tuple[str, ...], base: str | None, out: Path, rank: int | None,
 
     The pack is unpacked in memory and every hash checked before it appears. The models stay as they are.
     """
-    from detune.terminal import show_pack
+    from detune.cli.tables import show_pack
 
     with progress(quiet=as_json) as on_tensor:
         report = detune.pack(models, out, base=base, rank=rank, device=device_of(device), on_tensor=on_tensor)
@@ -50,7 +50,7 @@ def pack(models: tuple[str, ...], base: str | None, out: Path, rank: int | None,
 @json_option
 def unpack(pack: Path, out: Path, as_json: bool) -> None:
     """Restore the models of PACK, every file byte for byte, each in a directory of its own below OUT."""
-    from detune.terminal import show_unpack
+    from detune.cli.tables import show_unpack
 
     with progress(quiet=as_json) as on_tensor:
         report = detune.unpack(pack, out, on_file=lambda name: on_tensor(name, None))

@@ -53,7 +53,7 @@ def audit(
     Give them in the order in which they go out. The recovery is run as an outsider would, with the first release, with
     the first two, and so on. Needs pip install 'detune[audit]'.
     """
-    from detune.training import needs_extra
+    from detune._runtime import needs_extra
 
     load_torch()
     from detune.checkpoints import new_directory, new_file

@@ -57,7 +57,7 @@ def bench() -> None:
 
     A SUBSET is the folder of one that was built here, or the name of a published one.
     """
-    from detune.training import needs_extra
+    from detune._runtime import needs_extra
 
     with needs_extra("bench"):
         import pydantic  # noqa: F401
@@ -70,7 +70,7 @@ bench.add_command(defences)
 @bench.command("list")
 def list_() -> None:
     """Show the published subsets and the recipes, with layers, ranks and where their data is."""
-    from detune.terminal import show_catalogue
+    from detune.cli.tables import show_catalogue
 
     show_catalogue()
 
@@ -261,7 +261,7 @@ def _show_subset(subset: "Subset", out: Path) -> None:
 
 def _show_table(store: Any) -> None:
     from detune.bench.table import write_table
-    from detune.terminal import show_tables
+    from detune.cli.tables import show_tables
 
     files = write_table(store)
     show_tables(store.read_all())

@@ -81,7 +81,7 @@ def executor_of(
     if workers is None and scheduler is None and slurm is None:
         yield None
         return
-    from detune.execution import Processes, dask_workers, slurm_workers
+    from detune.recovery.execution import Processes, dask_workers, slurm_workers
 
     if workers is not None:
         with Processes(workers) as processes:

@@ -21,6 +21,6 @@ def load_torch() -> None:
     finally:
         gc.freeze()
         gc.enable()
-    from detune.execution.memory import keep_freed_memory
+    from detune.recovery.execution.memory import keep_freed_memory
 
     keep_freed_memory()

@@ -78,7 +78,7 @@ def device_of(name: str) -> Any:
     Raises:
         DetuneError: It is not there.
     """
-    from detune.solvers.device import find_device
+    from detune.numerics.device import find_device
 
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -25,7 +25,7 @@ from detune.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from detune.report import TensorRow
+    from detune.recovery.report import TensorRow
 
 
 @click.command(
@@ -70,7 +70,7 @@ def recover(
     A run that is cut off is finished by the same command. --scheduler and --slurm need a file system that all machines
     share, and pip install 'detune[cluster]'.
     """
-    from detune.terminal import show_adapters, show_report
+    from detune.cli.tables import show_adapters, show_report
 
     with executor_of(workers, scheduler, slurm, device) as executor, progress(quiet=as_json) as on_tensor:
         report = detune.recover(
@@ -109,7 +109,7 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Show what changed between models, at which rank, and what can be recovered. Writes nothing."""
-    from detune.terminal import show_report
+    from detune.cli.tables import show_report
 
     with progress(quiet=as_json) as on_tensor:
         report = detune.inspect(
@@ -133,7 +133,7 @@ def family(
     models: tuple[str, ...], rows: int | Literal["auto", "all"], device: str, merge_dtype: str, as_json: bool
 ) -> None:
     """Show which models share a source, which do not and why, and whether that is enough. Writes nothing."""
-    from detune.terminal import show_kinship
+    from detune.cli.tables import show_kinship
 
     with progress(quiet=as_json) as on_tensor:
         kinship = detune.check_family(
@@ -152,7 +152,7 @@ def family(
 @click.option("--json", "as_json", is_flag=True, help="Print every tensor as JSON.")
 def compare(recovered: str, truth: str, as_json: bool) -> None:
     """Show W-Error and the share of bit-identical entries of RECOVERED against TRUTH."""
-    from detune.terminal import show_comparison
+    from detune.cli.tables import show_comparison
 
     load_torch()
     comparison = detune.compare(recovered, truth)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from detune._runtime import needs_extra, quiet, seeded
 from detune.checkpoints import load_pretrained, new_directory
 from detune.errors import InputError, reason_of
-from detune.training import needs_extra, quiet, seeded
 
 if TYPE_CHECKING:
     from peft import PeftModel

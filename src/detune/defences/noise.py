@@ -9,7 +9,7 @@ from torch import Tensor
 from detune.checkpoints import Checkpoint
 from detune.defences.base import Change
 from detune.defences.linear import generator_of, linear_weights
-from detune.solvers.grid import spacing
+from detune.numerics.float_grid import spacing
 
 __all__ = ["Dither", "Noise"]
 

@@ -12,7 +12,7 @@ from detune.checkpoints import Checkpoint, CheckpointWriter, check_new, new_dire
 from detune.defences.base import Defence
 from detune.defences.running import load_model, outputs, probe
 from detune.errors import OutputError
-from detune.solvers.grid import spacing
+from detune.numerics.float_grid import spacing
 
 __all__ = ["Defended", "Preservation", "defend"]
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detune._runtime import needs_extra, quiet
 from detune.checkpoints import load_pretrained, model_class_of
 from detune.errors import InputError, reason_of
-from detune.training import needs_extra, quiet
 
 __all__ = ["input_moments", "load_model", "outputs", "probe"]
 

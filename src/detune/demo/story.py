@@ -11,11 +11,11 @@ from rich.status import Status as Spinner
 from rich.table import Table
 
 import detune
-from detune.comparison import Comparison
 from detune.demo.texts import DEMO_DOMAINS, passages
 from detune.demo.train import STEPS, base_model, embeddings, merge, train_lora
 from detune.errors import OutputError
-from detune.report import Status
+from detune.recovery.compare import Comparison
+from detune.recovery.report import Status
 
 # The paper's baselines, its method, and ours.
 METHODS = {

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from detune._runtime import needs_extra, quiet, seeded, use_threads
 from detune.checkpoints import load_pretrained
 from detune.defences.frozen_a import freeze_a
 from detune.errors import InputError
-from detune.training import needs_extra, quiet, seeded, use_threads
 
 __all__ = ["Cloze", "base_model", "cloze", "embeddings", "merge", "train_lora"]
 

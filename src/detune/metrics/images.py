@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from detune._runtime import needs_extra
 from detune.errors import DetuneError, InputError, reason_of
-from detune.training import needs_extra
 
 __all__ = ["largest_level_difference", "lpips_distance"]
 

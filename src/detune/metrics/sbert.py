@@ -10,9 +10,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from detune._runtime import needs_extra, quiet
 from detune.errors import InputError
 from detune.metrics.cosine import cosine_distances
-from detune.training import needs_extra, quiet
 
 __all__ = ["TextDistance", "sbert_distance"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from detune._runtime import needs_extra
 from detune.errors import InputError
 from detune.packing.layout import Compressor
-from detune.training import needs_extra
 
 LEVEL = 1
 """Of zstd: its fastest. The bytes of weights repeat nothing that a longer search would find."""

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detune.adapter_changes import adapter_names
+from detune.adapters.changes import adapter_names
+from detune.adapters.extract import require_base
+from detune.adapters.fit import fit_adapter
 from detune.checkpoints import Checkpoint, new_file, open_checkpoint
-from detune.extraction import require_base
-from detune.family import Family
+from detune.compatibility.model_set import Family
 from detune.metrics import bit_identical
 from detune.packing.archive import MANIFEST, ArchiveReader, ArchiveWriter
 from detune.packing.codec import PREDICTABLE, encode_factors, encode_residual, encode_tensor
@@ -25,10 +26,10 @@ from detune.packing.layout import all_files, between, measure, weight_layout
 from detune.packing.manifest import BaseTensor, Coding, Manifest, PackedFile, PackedModel, PackedTensor
 from detune.packing.prediction import IntegerFactors, predict, to_integers
 from detune.packing.unpacker import Contents
-from detune.recovery import recover
-from detune.solvers import NonFinite, NotLowRank
-from detune.solvers.adapter import fit_adapter
-from detune.walk import OnTensor, matricise
+from detune.problem import NonFinite, NotLowRank
+from detune.problem.stack import matricise
+from detune.recovery.api import recover
+from detune.recovery.loop import OnTensor
 
 # A prediction that leaves more than this share of the bytes is held against no prediction at all.
 POOR = 1 / 2

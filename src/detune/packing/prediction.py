@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from detune.checkpoints import round_to
-from detune.solvers import LowRank
-from detune.solvers.grid import spacing
+from detune.numerics.float_grid import spacing
+from detune.problem import LowRank
 
 # The error that the integers may add to an entry, in units in the last place: small against the half unit that decides.
 TOLERANCE = 1 / 32

@@ -17,7 +17,7 @@ from detune.packing.codec import decode_factors, decode_residual, decode_tensor
 from detune.packing.layout import blocks
 from detune.packing.manifest import Coding, Manifest, PackedFile, PackedModel
 from detune.packing.prediction import predict
-from detune.walk import matricise
+from detune.problem.stack import matricise
 
 OnFile = Callable[[str], None]
 

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from detune._runtime import quiet
 from detune.bench.recipes.diffusion import SdMini
 from detune.bench.recipes.diffusion_pictures import HELD_OUT, LOOKS, SIDE, captions_of, digits
 from detune.errors import InputError
-from detune.training import quiet
 
 RECIPE = SdMini.quick()
 

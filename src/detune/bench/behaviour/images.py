@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from detune._runtime import needs_extra, quiet, seeded
 from detune.bench.behaviour.base import Differences
 from detune.bench.behaviour.loading import load, loading
 from detune.checkpoints import load_pretrained
 from detune.errors import DetuneError, InputError
-from detune.training import needs_extra, quiet, seeded
 
 __all__ = ["DrawnImages"]
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detune._runtime import needs_extra, quiet, seeded
 from detune.bench.behaviour.base import Differences
 from detune.bench.behaviour.loading import load, loading
 from detune.checkpoints import load_pretrained
 from detune.errors import InputError, reason_of
-from detune.training import needs_extra, quiet, seeded
 
 __all__ = ["ImageStates", "States", "TextStates"]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from detune._runtime import needs_extra, quiet, seeded
 from detune.bench.behaviour.base import Differences
 from detune.bench.behaviour.loading import load, loading
 from detune.checkpoints import load_pretrained
-from detune.training import needs_extra, quiet, seeded
 
 __all__ = ["WrittenTexts"]
 

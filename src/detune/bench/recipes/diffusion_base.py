@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from detune._runtime import needs_extra, quiet, seeded, use_threads
 from detune.bench.recipes.diffusion_pictures import LOOKS, SIDE, Digits, Pictures, captions_of, digits, vocabulary
 from detune.bench.recipes.diffusion_training import Denoiser, encode, learn, to_tensor
-from detune.training import needs_extra, quiet, seeded, use_threads
 
 if TYPE_CHECKING:
     from detune.bench.recipes.diffusion import SdMini

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from detune._runtime import needs_extra, quiet, seeded, use_threads
 from detune.bench.recipes.base import write_losses
 from detune.bench.recipes.diffusion_pictures import LOOKS, Digits, captions_of, digits, look_caption
 from detune.bench.recipes.diffusion_training import Denoiser, encode, learn
 from detune.checkpoints import load_pretrained
-from detune.training import needs_extra, quiet, seeded, use_threads
 
 if TYPE_CHECKING:
     from detune.bench.recipes.diffusion import SdMini

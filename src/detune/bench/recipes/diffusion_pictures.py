@@ -59,7 +59,7 @@ def digits(count: int) -> Digits:
     Raises:
         DetuneError: The extra `bench` is not installed.
     """
-    from detune.training import needs_extra  # brings torch along, which listing the recipes does without
+    from detune._runtime import needs_extra  # brings torch along, which listing the recipes does without
 
     with needs_extra("bench"):
         from sklearn.datasets import load_digits

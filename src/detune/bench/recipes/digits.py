@@ -128,7 +128,7 @@ def load() -> Split:
     Raises:
         DetuneError: The extra `bench` is not installed.
     """
-    from detune.training import needs_extra
+    from detune._runtime import needs_extra
 
     with needs_extra("bench"):
         from sklearn.datasets import load_digits
@@ -152,7 +152,7 @@ def draw(pixels: NDArray[np.float64], size_pixels: int) -> list["Image"]:
     Raises:
         DetuneError: The extra `bench` is not installed.
     """
-    from detune.training import needs_extra
+    from detune._runtime import needs_extra
 
     with needs_extra("bench"):
         from PIL import Image

@@ -100,7 +100,7 @@ class MistralMiniSft:
             DetuneError: The extra `bench` is not installed.
         """
         rows = examples(task, self.examples)
-        from detune.training import needs_extra
+        from detune._runtime import needs_extra
 
         with needs_extra("bench"):
             from trl import SFTConfig, SFTTrainer
@@ -168,7 +168,7 @@ class MistralMiniDpo:
         Raises:
             DetuneError: The extra `bench` is not installed.
         """
-        from detune.training import needs_extra
+        from detune._runtime import needs_extra
 
         with needs_extra("bench"):
             from trl import SFTConfig, SFTTrainer
@@ -199,7 +199,7 @@ class MistralMiniDpo:
             DetuneError: The extra `bench` is not installed.
         """
         rows = pairs(task, self.examples)
-        from detune.training import needs_extra
+        from detune._runtime import needs_extra
 
         with needs_extra("bench"):
             from trl import DPOConfig, DPOTrainer

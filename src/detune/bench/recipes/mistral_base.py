@@ -67,7 +67,7 @@ class Pretraining:
         Raises:
             DetuneError: The extra `bench` is not installed.
         """
-        from detune.training import needs_extra
+        from detune._runtime import needs_extra
 
         with needs_extra("bench"):
             from transformers import MistralConfig, MistralForCausalLM, Trainer, TrainingArguments
@@ -120,7 +120,7 @@ def settings_of(scratch: Path, steps: int, batch: int, lr: float, seed: int) -> 
 @contextmanager
 def workplace(seed: int) -> Iterator[Path]:
     """A place for a trainer to work in: silent, seeded, on the recipe's threads, with a directory to write to."""
-    from detune.training import needs_extra, quiet, seeded, use_threads
+    from detune._runtime import needs_extra, quiet, seeded, use_threads
 
     with needs_extra("bench"):
         from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars

@@ -84,7 +84,7 @@ class VitMini:
         Raises:
             DetuneError: The extra `bench` is not installed.
         """
-        from detune.training import needs_extra, quiet, seeded, use_threads
+        from detune._runtime import needs_extra, quiet, seeded, use_threads
 
         with needs_extra("bench"):
             from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -133,7 +133,7 @@ class VitMini:
         """
         if task not in self.tasks:
             raise InputError(f"{self.name} has no task {task!r}", f"expected one of {', '.join(self.tasks)}")
-        from detune.training import needs_extra, quiet, seeded, use_threads
+        from detune._runtime import needs_extra, quiet, seeded, use_threads
 
         with needs_extra("bench"):
             from peft import LoraConfig, get_peft_model

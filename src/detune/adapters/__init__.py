@@ -1,0 +1,1 @@
+"""Each model's LoRA as a PEFT adapter of a base that is known."""

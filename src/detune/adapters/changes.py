@@ -1,0 +1,216 @@
+"""What a tensor that a model changed becomes in the model's adapter: a LoRA, itself, or nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detune.adapters.fit import fit_adapter
+from detune.checkpoints import Checkpoint, PeftLayer, PeftPlaces, find_places, peft_layer
+from detune.compatibility.model_set import damaged
+from detune.metrics import bit_identical, ulps
+from detune.problem import LowRank, NonFinite, NotLowRank
+from detune.problem.stack import matricise
+
+
+class Kept(StrEnum):
+    """Where a tensor that a model changed went."""
+
+    LORA = "LoRA"
+    """Into a pair of factors."""
+    WHOLE = "whole"
+    """Into the adapter as it is: a bias, a norm, a head."""
+    NOISE = "not kept"
+    """Nowhere: it differs from the base's by storage noise alone."""
+    LEFT_OUT = "left out"
+    """Nowhere: PEFT has no place for it."""
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One tensor of one model, where it differs from the base's.
+
+    Attributes:
+        model: The name of its adapter.
+        name: The tensor's qualified name.
+        shape: Its shape.
+        kept: Where the difference went.
+        rank: Of the LoRA; 0 where there is none.
+        identical: Share of the entries that base and adapter, merged by PEFT, give back bit for bit.
+        largest_ulps: The largest deviation of the others, in units in the last place of the model's entry.
+            It is large in entries near zero, whose units are small.
+        largest_deviation: The largest as a number.
+        reason: Why it was not kept as a LoRA; empty where it was.
+    """
+
+    model: str
+    name: str
+    shape: tuple[int, ...]
+    kept: Kept
+    rank: int
+    identical: float
+    largest_ulps: int
+    largest_deviation: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one tensor of one model becomes in its adapter.
+
+    Attributes:
+        model: The model's place among those given.
+        row: For the report.
+        as_base: The row if PEFT cannot take the tensor after all, where it is to be kept whole.
+        layer: Its factors, where it is kept as a LoRA.
+    """
+
+    model: int
+    row: AdapterRow
+    as_base: AdapterRow | None = None
+    layer: PeftLayer | None = None
+
+
+class PlacesOf:
+    """Where a model's tensors are in memory; each of its components is looked at once.
+
+    Args:
+        model: The checkpoint.
+    """
+
+    def __init__(self, model: Checkpoint) -> None:
+        self._model = model
+        self._known: dict[str, PeftPlaces] = {}
+
+    def of(self, name: str) -> PeftPlaces:
+        """What PEFT can take of the component that a tensor belongs to."""
+        component = self._model.tensors[name].component
+        if component not in self._known:
+            self._known[component] = PeftPlaces(find_places(self._model, component))
+        return self._known[component]
+
+
+class ChangeFitter:
+    """Finds what tensors become in adapters.
+
+    Args:
+        models: The fine-tuned models.
+        base: What the adapters will be loaded onto.
+        rank: The most that an adapter's rank can be; None finds it.
+        device: Where to compute; None is the CPU.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Checkpoint],
+        base: str,
+        rank: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._specs = tuple(model.spec for model in models)
+        self._names = adapter_names(self._specs)
+        # All models have the layout of the first.
+        self._places = PlacesOf(models[0])
+        self._base = base
+        self._rank = rank
+        self._device = device
+
+    def fit(self, name: str, base: Tensor, tensors: Sequence[Tensor]) -> tuple[Change, ...]:
+        """Find what one tensor becomes.
+
+        Args:
+            name: Its qualified name.
+            base: The base's, as stored.
+            tensors: Each model's, as stored, in the same shape.
+
+        Returns:
+            A change for each model whose tensor is not the base's.
+
+        Raises:
+            InputError: One holds NaN or Inf.
+        """
+        return tuple(
+            self._change(i, name, base, tensor)
+            for i, tensor in enumerate(tensors)
+            if tensor.dtype != base.dtype or bit_identical(base, tensor) < 1
+        )
+
+    def _change(self, i: int, name: str, base: Tensor, tensor: Tensor) -> Change:
+        places = self._places.of(name)
+        kind = places.takes_low_rank(name)
+        M_i = self._fit(i, name, base, tensor) if kind and tensor.is_floating_point() else None
+        as_base = AdapterRow(
+            self._names[i],
+            name,
+            tuple(base.shape),
+            Kept.LEFT_OUT,
+            0,
+            *_deviation(base, tensor),
+            "PEFT has no place for it",
+        )
+        if kind is None or M_i is None:
+            if not places.takes(name):
+                return Change(i, as_base)
+            reason = "no low rank" if kind else "no matrix"
+            # PEFT loads it into the base's module, in the base's dtype.
+            loaded = _deviation(tensor.to(base.dtype), tensor)
+            return Change(i, AdapterRow(self._names[i], name, as_base.shape, Kept.WHOLE, 0, *loaded, reason), as_base)
+        if M_i.rank == 0:
+            return Change(i, replace(as_base, kept=Kept.NOISE, reason="storage noise alone"))
+        layer = peft_layer(kind, M_i.left, M_i.right, as_base.shape)
+        # What PEFT will make of it, from the very factors that will be written.
+        merged = _deviation(layer.merged(base), tensor)
+        row = AdapterRow(self._names[i], name, as_base.shape, Kept.LORA, layer.rank, *merged)
+        return Change(i, row, layer=layer)
+
+    def _fit(self, i: int, name: str, base: Tensor, tensor: Tensor) -> LowRank | None:
+        """The change at low rank; None where factors would be no smaller than the tensor."""
+        W, W_i = matricise(base), matricise(tensor)
+        if min(W.shape) == 1:
+            return None
+        try:
+            M_i = fit_adapter(W, W_i, self._rank, self._device)
+        except NotLowRank:
+            return None
+        except NonFinite as error:
+            raise damaged(name, (self._base, self._specs[i])[error.model]) from None
+        return M_i if M_i.rank * sum(W.shape) < W.numel() else None
+
+
+def adapter_names(specs: Sequence[str]) -> tuple[str, ...]:
+    """A directory name for each model: the last part of its path or Hub id, with a number where two are the same.
+
+    Example:
+        >>> adapter_names(["runs/a/final", "runs/b/final", "org/model@main", "one.safetensors"])
+        ('final-1', 'final-2', 'model', 'one')
+    """
+    paths = [Path(spec if Path(spec).exists() else spec.partition("@")[0]) for spec in specs]
+    names = [path.resolve().name.removesuffix(".safetensors") for path in paths]
+    given: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{k}" for k in count(1))
+        free = next(candidate for candidate in numbered if candidate not in given and candidate not in names)
+        given.append(free if names.count(name) > 1 else name)
+    return tuple(given)
+
+
+class _Deviation(NamedTuple):
+    """The part of an `AdapterRow` that says how far a merge is from the model."""
+
+    identical: float
+    largest_ulps: int
+    largest_deviation: float
+
+
+def _deviation(merged: Tensor, tensor: Tensor) -> _Deviation:
+    same = bit_identical(merged, tensor)
+    if same == 1 or not (merged.is_floating_point() and tensor.is_floating_point()):
+        return _Deviation(same, 0, 0.0)
+    merged = merged.to(tensor.dtype)
+    largest = (merged.double() - tensor.double()).abs().max()
+    return _Deviation(same, int(ulps(merged, tensor).max()), float(largest))

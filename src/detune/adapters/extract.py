@@ -1,0 +1,243 @@
+"""Each model's LoRA, as a PEFT adapter of a base that is known."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from detune._runtime import versions
+from detune.adapters.changes import AdapterRow, Change, ChangeFitter, Kept, PlacesOf, adapter_names
+from detune.checkpoints import Checkpoint, Kind, PeftWriter, inside, new_directory, open_checkpoint
+from detune.compatibility.groups import STRANGER, find_clusters, why_foreign
+from detune.compatibility.model_set import Family, is_shared, misfit
+from detune.errors import InputError, OutputError
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What `extract` did.
+
+    Attributes:
+        base: What the adapters are loaded onto.
+        models: The models as given, by the name of their adapter.
+        rows: Each tensor of each model that differs from the base's, in file order.
+        entries: Of one model, over all of its tensors.
+        seconds: Wall time.
+    """
+
+    base: str
+    models: dict[str, str]
+    rows: tuple[AdapterRow, ...]
+    entries: int
+    seconds: float
+
+    @property
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """For each adapter: its ranks, and how closely the merge gives the model back."""
+        return {model: self._summary([row for row in self.rows if row.model == model]) for model in self.models}
+
+    def _summary(self, rows: Sequence[AdapterRow]) -> dict[str, Any]:
+        sizes = [math.prod(row.shape) for row in rows]
+        deviating = sum((1 - row.identical) * size for row, size in zip(rows, sizes, strict=True))
+        return {
+            "changed": len(rows),
+            **{str(kept): sum(row.kept is kept for row in rows) for kept in Kept},
+            "ranks": sorted({row.rank for row in rows if row.rank}),
+            "identical_of_changed": 1 - deviating / sum(sizes) if rows else 1.0,
+            "identical": 1 - deviating / self.entries if self.entries else 1.0,
+            "largest_ulps": max((row.largest_ulps for row in rows), default=0),
+            "largest_deviation": max((row.largest_deviation for row in rows), default=0.0),
+        }
+
+    def to_json(self) -> str:
+        """All of it, as it is written to `detune.json`."""
+        content = {"versions": versions()} | asdict(self) | {"summary": self.summary}
+        return json.dumps(content, indent=1) + "\n"
+
+
+def extract(
+    models: Sequence[str | Path],
+    out: str | Path,
+    *,
+    base: str | Path,
+    rank: int | None = None,
+    device: torch.device | str | None = None,
+    on_tensor: Callable[[str, None], None] | None = None,
+) -> Extraction:
+    """Write the LoRA of each model as a PEFT adapter of the base, `out/MODEL`.
+
+    Base and adapter merged by PEFT (`merge_and_unload`) give the model back as closely as float32 factors of the
+    adapter's rank can; the result says how closely. What changed at no low rank is kept whole in the adapter, where
+    PEFT has a place for it. One tensor's stack is in memory at a time.
+
+    Args:
+        models: Merged checkpoints, as `detune.checkpoints.open_checkpoint` takes them.
+        out: The directory to make.
+        base: What they were fine-tuned from, or what `recover` made of them.
+        rank: The most that an adapter's rank can be; None finds the rank of each.
+        device: Where to compute; None is the CPU.
+        on_tensor: For progress: called with the name of each tensor when it is begun.
+
+    Returns:
+        A row for each tensor that a model changed, also written to `out/detune.json`.
+
+    Raises:
+        InputError: A model cannot be read, does not fit the base, or was not fine-tuned from it by LoRA.
+        OutputError: `out` exists, or cannot be written.
+
+    Example:
+        >>> extraction = extract(["ft-a", "ft-b"], "adapters", base="recovered")  # doctest: +SKIP
+        >>> PeftModel.from_pretrained(model, "adapters/ft-a")  # doctest: +SKIP
+    """
+    with open_checkpoint(base) as opened, Family(models) as family:
+        require_base(opened, family.models)
+        fitter = ChangeFitter(family.models, _reference(base), rank, device)
+        with extracting(family.models, out, base=_reference(base)) as extractor:
+            for name in family.names:
+                if on_tensor:
+                    on_tensor(name, None)
+                if not is_shared((opened, *family.models), name):
+                    extractor.add(name, fitter.fit(name, opened.read(name), family.stack(name)))
+            extraction = extractor.finish()
+            if not any(row.kept is Kept.LORA for row in extraction.rows):
+                raise InputError(
+                    f"no model has a LoRA of {opened.spec}",
+                    f"none of {len(extraction.rows)} changed tensors differs at low rank",
+                    "give the base they were fine-tuned from",
+                )
+    return extraction
+
+
+def require_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+    """Refuse a base that lacks a tensor of the models, or from which one of them differs at full rank.
+
+    It may have more: buffers that later versions of a library no longer save, a head that was dropped.
+
+    Raises:
+        InputError: It is not the base of a model.
+    """
+    for model in models:
+        pair = (base, model)
+        why = misfit(model, base)
+        if why is not None and not all(fits(base, model, name) for name in model.tensors):
+            raise why
+        found = find_clusters(pair, tuple(model.tensors))
+        if len(found.clusters) == 1:
+            continue
+        foreign = found.foreign(1, (0,))
+        resemblance = why_foreign(pair, 1, 0, foreign[len(foreign) // 2])
+        raise InputError(
+            f"{base.spec} is not the base of {model.spec}",
+            f"they differ at full rank in {len(foreign)} of {len(found.splits)} matrices, first {foreign[0]!r}",
+            f"{STRANGER[resemblance.cause]} (cosine {resemblance.cosine:.2f}): give the base that it was fine-tuned "
+            "from by LoRA",
+        )
+
+
+def fits(base: Checkpoint, model: Checkpoint, name: str) -> bool:
+    """Whether the base has a model's tensor in its shape, floats for floats."""
+    info, expected = base.tensors.get(name), model.tensors[name]
+    return (
+        info is not None
+        and info.shape == expected.shape
+        and info.dtype.is_floating_point == expected.dtype.is_floating_point
+    )
+
+
+@contextmanager
+def extracting(
+    models: Sequence[Checkpoint],
+    out: str | Path,
+    *,
+    base: str,
+) -> Iterator["Extractor"]:
+    """Make `out` with an adapter for each model, when the block ends normally.
+
+    Args:
+        models: The fine-tuned models; the first tells what the tensors are.
+        out: The directory to make.
+        base: What the adapters will be loaded onto.
+
+    Yields:
+        What takes the tensors.
+
+    Raises:
+        OutputError: `out` exists, lies inside the base, or cannot be written.
+    """
+    if Path(out).expanduser().resolve().is_relative_to(base):
+        raise OutputError(f"{out} lies inside the base", f"got {base}", "write the adapters beside it")
+    with new_directory(out) as partial:
+        yield Extractor(models, partial, base)
+
+
+class Extractor:
+    """Takes what a family's tensors become in adapters, and writes an adapter for each model. Made by `extracting`."""
+
+    def __init__(self, models: Sequence[Checkpoint], directory: Path, base: str) -> None:
+        self._models = tuple(models)
+        self._names = adapter_names([model.spec for model in models])
+        self._directory = directory
+        self._base = base
+        self._places = PlacesOf(models[0])
+        self._writers: dict[tuple[int, str], PeftWriter] = {}
+        self._rows: list[AdapterRow] = []
+        # What is kept whole, as it would stand if PEFT cannot take it after all.
+        self._as_base: dict[tuple[str, str], AdapterRow] = {}
+        self._started = time.perf_counter()
+
+    def kind(self, name: str) -> Kind | None:
+        """What a tensor's weight is to PEFT, if that takes a LoRA."""
+        return self._places.of(name).takes_low_rank(name)
+
+    def add(self, name: str, changes: Sequence[Change]) -> None:
+        """Add one tensor to every adapter whose model changed it.
+
+        Args:
+            name: Its qualified name.
+            changes: What it becomes, as a `ChangeFitter` found it.
+        """
+        for change in changes:
+            row = change.row
+            writer = self._writer(change.model, name)
+            if row.kept is Kept.LORA and change.layer is not None:
+                writer.add_layer(name, change.layer)
+            elif row.kept is Kept.WHOLE and change.as_base is not None:
+                writer.keep(name)
+                self._as_base[row.model, name] = change.as_base
+            self._rows.append(row)
+
+    def finish(self) -> Extraction:
+        """Complete the adapters, and report."""
+        lost: set[tuple[str, str]] = set()
+        for (i, _), writer in self._writers.items():
+            lost |= {(self._names[i], name) for name in writer.finish(self._models[i].read)}
+        # Of a lost module the tensors that did not change have no row.
+        rows = tuple(self._lose(row) if (row.model, row.name) in lost else row for row in self._rows)
+        models = dict(zip(self._names, (model.spec for model in self._models), strict=True))
+        entries = sum(math.prod(info.shape) for info in self._models[0].tensors.values())
+        extraction = Extraction(self._base, models, rows, entries, time.perf_counter() - self._started)
+        (self._directory / "detune.json").write_text(extraction.to_json())
+        return extraction
+
+    def _lose(self, row: AdapterRow) -> AdapterRow:
+        reason = "PEFT would mistake its module for one with a LoRA, or has no LoRA to load it with"
+        return replace(self._as_base[row.model, row.name], reason=reason)
+
+    def _writer(self, i: int, name: str) -> PeftWriter:
+        component = self._models[0].tensors[name].component
+        if (i, component) not in self._writers:
+            directory = inside(self._directory, PurePosixPath(self._names[i], component))
+            base = f"{self._base}/{component}".rstrip("/")
+            self._writers[i, component] = PeftWriter(directory, self._places.of(name), base)
+        return self._writers[i, component]
+
+
+def _reference(base: str | Path) -> str:
+    path = Path(base).expanduser()
+    return str(path.resolve()) if path.exists() else str(base).partition("@")[0]

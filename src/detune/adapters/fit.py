@@ -1,0 +1,108 @@
+"""One model's `M_i` where the base's `W` is known: a low rank that, added to W, rounds to the stored `W_i`.
+
+Least squares takes the rounding errors of `W_i` for Gaussian and leaves a part of the entries on the wrong side of a
+tie. They are uniform: every entry says `low <= W + M_i <= high`, the reals that round to it. Of the matrices of rank r
+the one wanted lies in all of these intervals, and is found by alternating between them and the rank.
+"""
+
+import torch
+from torch import Tensor
+
+from detune.compatibility.low_rank_test import PRODUCT_ROUNDING
+from detune.fitting.differences import Difference, find_differences
+from detune.numerics.device import full_precision
+from detune.numerics.float_grid import interval
+from detune.numerics.linalg import orthonormal, thin_svd
+from detune.problem.recovery import LowRank, NotLowRank
+from detune.problem.stack import Stack
+
+# A singular value counts from this multiple of the noise's estimated norm. Less than where models are split from each
+# other: one of the noise that is taken in spoils nothing here.
+SIGNAL = 1.1
+# Alternations; the share of entries inside grows by less than 1e-3 in those after.
+STEPS = 32
+# Aimed at this much inside an interval, in its half widths: what lies on the edge may fall either way in a merge.
+MARGIN = 0.03
+# The step is this over the share of violated entries: half of Newton's, which overshoots (see `_into_intervals`).
+DAMPING = 0.5
+# So few violations that a longer step would only follow single entries.
+FEWEST_VIOLATED = 1e-3
+
+
+@full_precision()
+def fit_adapter(W: Tensor, W_i: Tensor, rank: int | None = None, device: torch.device | str | None = None) -> LowRank:
+    """Fit `W_i = round(W + M_i)` with `M_i` of the rank that stands over the storage noise.
+
+    Args:
+        W: The base's matrix as stored, `(out, in)`, a float dtype.
+        W_i: The model's, same shape, a float dtype.
+        rank: The most that `M_i` can have; None finds it from the data.
+        device: Where to compute; None is where the matrices lie.
+
+    Returns:
+        The factors, `(out, r)` and `(in, r)`, in the compute dtype, with columns of equal norm on either side. Of
+        rank 0 where the two differ by storage noise alone.
+
+    Raises:
+        NotLowRank: They differ at full rank.
+        NonFinite: One holds NaN or Inf.
+    """
+    stack = Stack.of([W, W_i], device=device)
+    difference = find_differences(stack, signal=SIGNAL).of(0, 1)
+    if difference.full_rank:
+        raise NotLowRank((difference.pair,), stack.shape)
+    if not difference.rank:
+        return LowRank(stack.zeros(stack.shape[0], 0), stack.zeros(stack.shape[1], 0))
+    base = W.to(stack.device, torch.float64)
+    low, high = (bound.sub_(base).to(stack.dtype) for bound in interval(W_i.to(stack.device)))
+    start = _least_squares(low + (high - low) / 2, difference, W_i.dtype, rank)
+    return _balanced(_into_intervals(start, low, high))
+
+
+def _least_squares(D: Tensor, difference: Difference, dtype: torch.dtype, rank: int | None) -> LowRank:
+    """The best approximation of D near a row space: two power steps from it, then the SVD of what is left."""
+    left = orthonormal(D @ difference.basis.to(D.dtype))
+    left = orthonormal(D @ orthonormal(D.mT @ left))
+    V, S, Z = thin_svd(D.mT @ left)
+    # A merge in this dtype has rounded `M_i` as well, a product of factors, before it was added.
+    rounding = PRODUCT_ROUNDING.get(dtype, 0.5) * torch.finfo(dtype).eps * float(S.norm())
+    edge = (D.shape[0] ** 0.5 + D.shape[1] ** 0.5) / D.numel() ** 0.5
+    r = int(S.gt(max(difference.noise_norm, SIGNAL * rounding * edge)).sum())
+    r = r if rank is None else min(rank, r)
+    return LowRank((left.double() @ Z[:, :r] * S[:r]).to(D.dtype), V[:, :r].to(D.dtype))
+
+
+def _into_intervals(start: LowRank, low: Tensor, high: Tensor) -> LowRank:
+    """Alternate between the intervals and the rank; `start.right` is orthonormal.
+
+    With v what M lacks to its interval in each entry, `left += step v right` is a gradient step on `|v|^2 / 2` with
+    respect to the left factor. Its curvature is about the share p of entries that are violated, which makes 1 / p
+    Newton's step. Then the factors change places.
+    """
+    middle, reach = low + (high - low) / 2, (high - low) * (0.5 * (1 - MARGIN))
+    low, high = middle - reach, middle + reach
+    best, most_inside = start, -1.0
+    left, right = start.left, start.right
+    for step in range(STEPS + 1):
+        M = left @ right.mT
+        lacking = torch.clamp(M, low, high).sub_(M)
+        violated = float(lacking.count_nonzero()) / lacking.numel()
+        if 1 - violated > most_inside:
+            best, most_inside = (LowRank(left, right) if step % 2 == 0 else LowRank(right, left)), 1 - violated
+        if violated == 0:
+            break
+        left = left + DAMPING / max(violated, FEWEST_VIOLATED) * (lacking @ right)
+        # In another basis, so that the left factor is the orthonormal one: L V^T = Q (V R^T)^T.
+        Q, R = torch.linalg.qr(left)
+        left, right = right @ R.mT, Q
+        low, high = low.mT, high.mT
+    return best
+
+
+def _balanced(M: LowRank) -> LowRank:
+    """The same matrix as `(U sqrt(S)) (V sqrt(S))^T`."""
+    Q_left, R_left = torch.linalg.qr(M.left.double())
+    Q_right, R_right = torch.linalg.qr(M.right.double())
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.mT)
+    root = S.sqrt()
+    return LowRank((Q_left @ U * root).to(M.left.dtype), (Q_right @ Vh.mT * root).to(M.right.dtype))

@@ -1,0 +1,167 @@
+"""How far an answer can be trusted, without the truth.
+
+Nothing here believes the solver: misfit and distance to the maximum-likelihood answer are measured on the data. What
+must be assumed is said in `Certificate.reason`, and in the section on the certificate of `docs/method.md`.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from detune.certificate.error_model import WRONG, Evidence, moved_mse
+from detune.certificate.jackknife import Solve, disagreement
+from detune.certificate.stored_error import rounded_mse
+from detune.certificate.structured import certify_structured
+from detune.certificate.verdict import Certificate, Verdict
+from detune.fitting.normal_operator import Core
+from detune.identifiability.error_traces import error_traces
+from detune.identifiability.null_space import blurs, undetermined
+from detune.identifiability.principal_part import lacks_principal_part
+from detune.methods.mixed_precision import fine_part
+from detune.numerics.float_grid import name_of, spacing
+from detune.problem.low_rank import Space
+from detune.problem.recovery import Expected, Recovery
+from detune.problem.stack import Stack
+
+__all__ = ["Certificate", "Verdict", "certify"]
+
+# Parts of the models disagree by so many times the predicted error (mean square) only if something is wrong.
+MOST_DISAGREEMENT = 10.0
+# On a base's grid the error must be within a factor of two of the prediction with this probability.
+FORESEEABLE = 0.95
+# Where least squares amplifies noise by more than this, the errors of the M_i are not independent.
+CLOSE_SPACES = 1.12
+# Then more entries can be wrong than each by itself foretells, by no more than this in the problems of
+# `benchmarks/certificate.py` and `benchmarks/exact.py` with seeds from 6000 to 6199;
+SHARED = 5.0
+# and, as the probabilities of entries are known no better than that, fewer.
+BITS_LESS = 0.3
+
+
+def certify(
+    stack: Stack, recovery: Recovery, stored: torch.dtype | None = None, check: Solve | None = None
+) -> Certificate:
+    """Judge an answer by the data it was made from.
+
+    Args:
+        stack: The models.
+        recovery: What a solver made of them.
+        stored: The dtype that the weight will be rounded to; its own by default.
+        check: Recovers from a part of the models, to see whether the parts agree; None saves that time.
+
+    Returns:
+        The certificate.
+    """
+    structured = certify_structured(stack, recovery, stored, check, certify)
+    if structured is not None:
+        return structured
+    if recovery.of_models:
+        part, of_part = fine_part(stack, recovery)
+        return certify(part, of_part, stored, check)
+    if recovery.method == "unchanged":
+        return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
+    if recovery.bits is not None:
+        return _of_bits(stack, recovery)
+    if not recovery.deltas:
+        return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
+    disagreed = None if check is None else disagreement(stack, check)
+    return _of_fit(stack, recovery, stored or recovery.weight.dtype, disagreed)
+
+
+def _of_bits(stack: Stack, recovery: Recovery) -> Certificate:
+    """The base's grid decides what the ranks leave open."""
+    bits = recovery.bits
+    assert bits is not None
+    name = name_of(bits.grid)
+    chance = f"off that grid with a probability below 1e{math.ceil(bits.log10_false_positive)}"
+    if bool(bits.certain.all()):
+        return Certificate(Verdict.EXACT, f"every entry is certain on the base's {name} grid; {chance}", 0)
+    amplified = _amplified(stack, recovery)
+    if not bits.share:
+        reason = f"the base lies on the {name} grid, {chance}; but no entry is certain"
+        return Certificate.of_error(Verdict.APPROXIMATE, reason, _range_of_bits(stack, recovery, amplified))
+    reason = f"{100 * bits.share:.4g} % of the entries are certain on the base's {name} grid; {chance}"
+    if bits.foreseeable < FORESEEABLE:
+        reason += "; which of the others with long steps are wrong is chance, so the error is known to a factor"
+    elif amplified > CLOSE_SPACES:
+        why = (
+            "but for the grid, nothing tells the weight from the adapters"
+            if math.isinf(amplified)
+            else f"the adapters' spaces are close to each other, which amplifies noise {amplified:.2g} times"
+        )
+        reason += f"; {why}: errors that many entries share do not show in each"
+    else:
+        return Certificate.of_error(Verdict.FLOOR, reason, bits.expected.mse)
+    return Certificate.of_error(Verdict.APPROXIMATE, reason, _range_of_bits(stack, recovery, amplified))
+
+
+def _range_of_bits(stack: Stack, recovery: Recovery, amplified: float) -> Expected:
+    """What the number of wrong entries leaves open, and errors that they share."""
+    bits, weight = recovery.bits, recovery.weight
+    assert bits is not None
+    expected = bits.expected
+    least, most = BITS_LESS * expected.least, expected.most
+    if not most:
+        # None should be wrong; then say what one would do.
+        most = float(spacing(weight.double(), bits.grid).square().mean()) / weight.numel()
+    elif stack.n < 3:
+        least, most = 0.0, max(most, WRONG * moved_mse(recovery))
+    elif amplified > CLOSE_SPACES:
+        most *= SHARED
+    return Expected(expected.mse, least, most)
+
+
+def _amplified(stack: Stack, recovery: Recovery) -> float:
+    """Root of the error of least squares over that of an average; infinite where it has no answer.
+
+    So it is for one or two models, and where spaces coincide as far as their own errors let tell.
+    """
+    if stack.n < 3:
+        return math.inf
+    spaces = _spaces(stack, recovery)
+    core = Core.of([space.U for space in spaces], [space.V for space in spaces])
+    if undetermined(core, *blurs(stack, spaces)):
+        return math.inf
+    variances = stack.noise.square().to(core.Q.device)
+    error = float((variances * error_traces(core).weight).sum()) / recovery.weight.numel()
+    return math.sqrt(error * stack.n**2 / float(variances.sum()))
+
+
+def _spaces(stack: Stack, recovery: Recovery) -> tuple[Space, ...]:
+    """Of the deltas: half precision does not tell them better than to float32's rounding."""
+    return tuple(Space.of(M_i, stack.factor_dtype) for M_i in recovery.deltas)
+
+
+def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: float | None) -> Certificate:
+    """From the operator at the recovered spaces, the misfit and the storage noise."""
+    spaces = _spaces(stack, recovery)
+    core = Core.of([space.U for space in spaces], [space.V for space in spaces])
+    null = undetermined(core, *blurs(stack, spaces))
+    if null:
+        reason = f"the data cannot see changes of the weight in a space of dimension {null}"
+        return Certificate(Verdict.NOT_DETERMINED, reason, null)
+    if lacks_principal_part(recovery):
+        reason = (
+            "the adapters are nearly the same, and the weight is empty where they are: a part of the base is in them"
+        )
+        return Certificate(Verdict.NOT_DETERMINED, reason)
+    evidence = Evidence.of(stack, recovery, core, spaces, stored)
+    before, disagreed = evidence.expected, disagreed or 0.0
+    if disagreed > before.most:
+        before = replace(before, most=disagreed)
+    dtypes = [W_i.dtype for W_i in stack.matrices]
+    rounded = rounded_mse(recovery, core, dtypes, stored, before, min(before.mse, evidence.rounding))
+    # Storing takes or adds the same share, whichever way the error was found.
+    agreement = rounded.mse * disagreed / before.mse if before.mse else 0.0
+    doubt = evidence.doubt(rounded)
+    if doubt is None and disagreed > MOST_DISAGREEMENT * before.mse:
+        times = (disagreed / before.mse) ** 0.5
+        doubt = f"recoveries from parts of the models disagree {times:.2g} times as much as predicted"
+    if doubt is not None:
+        return Certificate.of_error(Verdict.APPROXIMATE, doubt, rounded, agreement)
+    reason = (
+        f"the only answer in which no part is common to all adapters; storage noise, {evidence.amplified:.2g} times "
+        "that of an average, is all that is left"
+    )
+    return Certificate.of_error(Verdict.FLOOR, reason, rounded.mse, agreement)

@@ -1,0 +1,192 @@
+"""What an answer leaves of the data, and how far it is from the best answer near it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detune.fitting.normal_operator import Core
+from detune.numerics.device import upload
+from detune.numerics.linalg import product
+from detune.problem.low_rank import Space
+from detune.problem.recovery import Recovery, Residuals
+from detune.problem.stack import Stack, storage_energy
+
+# An average leaves residuals that sum to zero but for its rounding: a sum of less than this share of their energy is
+# not looked at closer.
+NEGLIGIBLE = 1e-6
+# Conjugate gradients for the step stop at this share of the right-hand side.
+PRECISION = 1e-5
+# A delta whose singular values span more than this is looked at in directions of its own.
+LEAST_SCALE = 1e-3
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Measured in one pass over the models, or by the solver in its last.
+
+    Attributes:
+        energy: `sum_i |W_i - W_star - M_i|^2`, less what the step to the nearest maximum-likelihood answer takes off.
+        distance: `|Delta|^2`, Delta the step of W to that answer, less what rounding W to its dtype has in it.
+    """
+
+    energy: float
+    distance: float
+
+    @classmethod
+    def of(cls, stack: Stack, recovery: Recovery, core: Core, spaces: Sequence[Space]) -> "Misfit":
+        """Measure it.
+
+        The step is `Delta = A^-1 sum_i P_i e_i R_i` for residuals `e_i = W_i - W_star - M_i`: Gauss-Newton's, which is
+        zero at a stationary point, wherever the answer came from.
+
+        Args:
+            stack: The models.
+            recovery: The answer, with a delta for each model.
+            core: The operator A at its spaces, computing in float64.
+            spaces: Of the deltas.
+        """
+        known = recovery.residuals
+        if known is not None and known.are_of(recovery) and all(_well_scaled(space) for space in spaces):
+            sums = _Sums.of_fit(known, recovery, core, spaces)
+        else:
+            sums = _Sums.measured(stack, recovery, core, spaces)
+        left, right, n = sums.left, sums.right, stack.n
+        middle = left.inner + right.inner.mT - sums.common
+        step = core.solve(middle, PRECISION * float(middle.norm()))
+        gained = left.weighed(core.inverse_G_U) + right.weighed(core.inverse_G_V) + float((middle * step).sum())
+        distance = sum(
+            side.weighed(inverse @ inverse) for side, inverse in ((left, core.inverse_G_U), (right, core.inverse_G_V))
+        )
+        distance += float(step.square().sum()) + sums.outside / n**2 - sums.rounding
+        return cls(max(0.0, sums.energy - gained - sums.outside / n), max(0.0, distance))
+
+
+def _well_scaled(space: Space) -> bool:
+    """Whether what the factors give by products in the compute dtype holds for their weakest direction too."""
+    return not len(space.S) or float(space.S[-1]) > LEAST_SCALE * float(space.S[0])
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Rows X in the joint columns' coordinates, `(s, in)`, by what is asked of them; or the same of columns.
+
+    Attributes:
+        gram: `X X^T` of their part outside the joint rows P, `(s, s)`.
+        inner: `X P`.
+    """
+
+    gram: Tensor
+    inner: Tensor
+
+    @classmethod
+    def zeros(cls, Q: Tensor, P: Tensor) -> "_Side":
+        """Of an X that is zero, in the coordinates of Q."""
+        s = Q.shape[1]
+        return cls(*(Q.new_zeros(s, width, dtype=torch.float64) for width in (s, P.shape[1])))
+
+    @classmethod
+    def of(cls, X: Tensor, P: Tensor) -> "_Side":
+        """Of any X, by products in its dtype."""
+        inner = product(X, P.to(X)).double()
+        return cls(product(X, X.mT).double() - inner @ inner.mT, inner)
+
+    def times(self, c: Tensor) -> "_Side":
+        """Of `c X`."""
+        return _Side(c @ self.gram @ c.mT, c @ self.inner)
+
+    def weighed(self, weights: Tensor) -> float:
+        """`<X, weights X>` outside P."""
+        return max(0.0, float((weights * self.gram).sum()))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the matrices, of the residuals e_i.
+
+    Attributes:
+        energy: `sum_i |e_i|^2`, less what the M_i can take up by moving in their tangent spaces.
+        outside: `|sum_i e_i|^2` outside both joint spans.
+        rounding: Expected energy of the rounding of W_star to its dtype.
+        left: Of `Q^T sum_i P_i e_i`.
+        right: Of `P^T sum_i R_i e_i^T`.
+        common: `Q^T (sum_i e_i - U_i U_i^T e_i V_i V_i^T) P`, which is in both.
+    """
+
+    energy: float
+    outside: float
+    rounding: float
+    left: _Side
+    right: _Side
+    common: Tensor
+
+    @classmethod
+    def of_fit(cls, known: Residuals, recovery: Recovery, core: Core, spaces: Sequence[Space]) -> "_Sums":
+        """From what the solver's last step has seen: the sums that its normal equations make zero are."""
+        # U_i = M_i.left (M_i.right^T V_i) / S_i, and the same with left and right exchanged.
+        if known.transposed:
+            factors = [(M_i.left, space.U, space.S) for M_i, space in zip(recovery.deltas, spaces, strict=True)]
+        else:
+            factors = [(M_i.right, space.V, space.S) for M_i, space in zip(recovery.deltas, spaces, strict=True)]
+        products = torch.cat(
+            [
+                product(((given.to(basis).mT @ basis) / S).mT.to(left_over), left_over)
+                for (given, basis, S), left_over in zip(factors, known.products, strict=True)
+            ]
+        )
+        sides = [_Side.zeros(core.Q, core.P), _Side.zeros(core.P, core.Q)]
+        other = core.Q if known.transposed else core.P
+        sides[known.transposed] = _Side.of(products, other).times(-core.joint[known.transposed])
+        left, right = sides
+        energy = known.energy - _energy(products)
+        return cls(energy, 0.0, 0.0, left, right, torch.zeros_like(left.inner))
+
+    @classmethod
+    def measured(cls, stack: Stack, recovery: Recovery, core: Core, spaces: Sequence[Space]) -> "_Sums":
+        """In one pass over the models, block by block."""
+        energy = all_energy = 0.0
+        right = [M_i.right.to(stack.device, stack.dtype).mT for M_i in recovery.deltas]
+        left = [M_i.left.to(stack.device, stack.dtype) for M_i in recovery.deltas]
+        U, V = [space.U.to(stack.dtype) for space in spaces], [space.V.to(stack.dtype) for space in spaces]
+        Q, P = core.Q.to(stack.dtype), core.P.to(stack.dtype)
+        out, columns = stack.shape
+        E, F = [stack.zeros(U_i.shape[1], columns) for U_i in U], [stack.zeros(out, V_i.shape[1]) for V_i in V]
+        total_left, total_right = stack.zeros(Q.shape[1], columns), stack.zeros(out, P.shape[1])
+        height = stack.block_height
+        runs = [slice(start, start + height) for start in range(0, out, height)]
+        for rows, stored in zip(runs, upload(stack.matrices, runs, stack.device), strict=True):
+            weight = recovery.weight[rows].to(stack.device, stack.dtype)
+            total = torch.zeros_like(weight)
+            here = 0.0
+            for i, W_i in enumerate(stored):
+                e_i = (W_i.to(stack.dtype) - weight).sub_(product(left[i][rows], right[i]))
+                here += _energy(e_i)
+                total += e_i
+                E[i] += product(U[i][rows].mT, e_i)
+                F[i][rows] = product(e_i, V[i])
+            total_here = _energy(total)
+            energy += here
+            all_energy += total_here
+            if total_here > NEGLIGIBLE * here:
+                total_left += product(Q[rows].mT, total)
+                total_right[rows] = product(total, P)
+        dtype = stack.factor_dtype
+        Q, P, L, R = (matrix.to(dtype) for matrix in (core.Q, core.P, total_left, total_right))
+        E_all, F_all = torch.cat(E).to(dtype), torch.cat(F, dim=1).to(dtype)
+        a_all, b_all = (coordinates.to(dtype) for coordinates in core.joint)
+        common = product(Q.mT, R).double()
+        outside = all_energy - _energy(L) - _energy(R) + _energy(common)
+        energy -= _energy(E_all) + _energy(F_all)
+        onto_Q = torch.split(product(Q.mT, F_all).double(), [V_i.shape[1] for V_i in V], dim=1)
+        for a_i, b_i, QF_i in zip(core.a, core.b, onto_Q, strict=True):
+            both = a_i.mT @ QF_i
+            energy += _energy(both)
+            common = common - a_i @ both @ b_i.mT
+        left_side = _Side.of(L - product(a_all, E_all), P)
+        right_side = _Side.of((R - product(F_all, b_all.mT)).mT, Q)
+        return cls(energy, max(0.0, outside), storage_energy(recovery.weight), left_side, right_side, common)
+
+
+def _energy(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2

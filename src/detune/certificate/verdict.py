@@ -1,0 +1,76 @@
+"""What is said of an answer."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from detune.problem.recovery import Expected
+
+# A prediction that nothing speaks against is within this of the truth, and none is known more closely.
+BAND = 0.3
+
+
+class Verdict(StrEnum):
+    """What an answer is worth."""
+
+    EXACT = "exact"
+    """The base's own bits."""
+    FLOOR = "to the storage floor"
+    """As close as the rounding of the models lets any method come; the predicted W-Error says how close."""
+    APPROXIMATE = "approximate"
+    """The prediction is known to a range only, mostly because it may be too good: the reason says why."""
+    NOT_DETERMINED = "not determined"
+    """The data do not hold the answer, or part of it."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is known of an answer's error.
+
+    Attributes:
+        verdict: In two words.
+        reason: In one sentence.
+        undetermined: Dimension of the space of changes of W that the data cannot see; 0 is unique. None where the
+            method has no model of the deltas.
+        predicted_w_error: `log10` of the mean squared error per entry to expect of the weight once it is stored; None
+            where there is none (exact) or no telling (not determined).
+        best_w_error: Lower end of the range that the W-Error is in; None, beside an upper end, where the weight may be
+            exact.
+        worst_w_error: Upper end. Truth was in the range in over 95 % of random problems; a prediction that nothing
+            speaks against has a range of 0.3 to either side.
+        agreement: The same figure from the disagreement of recoveries from parts of the models; None where they were
+            not made.
+    """
+
+    verdict: Verdict
+    reason: str
+    undetermined: int | None = None
+    predicted_w_error: float | None = None
+    best_w_error: float | None = None
+    worst_w_error: float | None = None
+    agreement: float | None = None
+
+    @classmethod
+    def of_error(
+        cls, verdict: Verdict, reason: str, expected: Expected | float, agreement: float = 0.0
+    ) -> "Certificate":
+        """Of an answer that there is only one of, whose error can be foretold.
+
+        Args:
+            verdict: What it is worth.
+            reason: Why.
+            expected: Mean squared error of the stored weight; a number where it is known as closely as any.
+            agreement: Mean squared error by the disagreement of parts; 0 where that was not looked at.
+        """
+        mse = expected.mse if isinstance(expected, Expected) else expected
+        predicted = best = worst = _log10(mse)
+        if isinstance(expected, Expected):
+            best, worst = _log10(expected.least), _log10(expected.most)
+        if predicted is not None:
+            best = None if best is None else min(best, predicted - BAND)
+            worst = max(predicted if worst is None else worst, predicted + BAND)
+        return cls(verdict, reason, 0, predicted, best, worst, _log10(agreement))
+
+
+def _log10(value: float) -> float | None:
+    return math.log10(value) if value > 0 else None

@@ -1,0 +1,233 @@
+"""Is it one family? Which models share a source, which do not and why, and whether what is left suffices."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from detune.checkpoints import Checkpoint
+from detune.compatibility.groups import Clusters, best_reference, find_clusters, why_left_out
+from detune.compatibility.model_set import Models, is_resized_vocabulary, rows_to_read, some
+from detune.compatibility.reading import Reading
+from detune.compatibility.tensor_ranks import ENOUGH, ChangedTensor, ForeignTensor, find_change
+from detune.errors import InputError
+
+# A model that has fewer of the tensors than this is of another architecture.
+SAME_ARCHITECTURE = 1 / 2
+
+
+@dataclass(frozen=True)
+class Relative:
+    """One model, as it stands to the others.
+
+    Attributes:
+        spec: As the user gave it.
+        cluster: Number of its cluster, 0 the largest; None where it could not be compared.
+        belongs: Whether it is of the family.
+        reason: One sentence: what it changed, or why it does not belong.
+        foreign: Tensors in which it is not like the family, although it belongs.
+    """
+
+    spec: str
+    cluster: int | None
+    belongs: bool
+    reason: str
+    foreign: tuple[ForeignTensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kinship:
+    """What `check_family` found.
+
+    Attributes:
+        models: All, in the order given.
+        tensors: Those that differ within the family, in file order.
+        shared: Number of tensors that all of the family have in common.
+        looked_at: Number of matrices that the clusters are judged by.
+        suffices: Whether at least three models share a source and every changed matrix can be recovered.
+        verdict: One sentence.
+        reading: How much of the models was read; None where it was all.
+    """
+
+    models: tuple[Relative, ...]
+    tensors: tuple[ChangedTensor, ...]
+    shared: int
+    looked_at: int
+    suffices: bool
+    verdict: str
+    reading: Reading | None = None
+
+    @property
+    def members(self) -> tuple[Relative, ...]:
+        """The models of the family."""
+        return tuple(model for model in self.models if model.belongs)
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """Models by common source.
+
+    Attributes:
+        models: As given.
+        reference: The one whose tensors the others are held against.
+        found: The clusters of those that could be compared, with their places among the models given.
+    """
+
+    models: Sequence[Checkpoint]
+    reference: Checkpoint
+    found: Clusters
+
+    @property
+    def largest(self) -> list[tuple[int, ...]]:
+        """The largest cluster, or all of that size."""
+        clusters = self.found.clusters
+        return [cluster for cluster in clusters if len(cluster) == len(clusters[0])]
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The family. Empty where two clusters are equally large, because it is not ours to say which is meant."""
+        return self.largest[0] if len(self.largest) == 1 else ()
+
+
+def check_family(
+    models: Sequence[str | Path],
+    *,
+    device: torch.device | str | None = None,
+    merge_dtype: torch.dtype | None = None,
+    rows: int | Literal["auto", "all"] = "auto",
+    on_tensor: Callable[[str], None] | None = None,
+) -> Kinship:
+    """Cluster models by common source, and say who does not belong and why. Writes nothing.
+
+    Args:
+        models: At least two, as `detune.checkpoints.open_checkpoint` takes them. They need not fit together.
+        device: Where to compute ranks; None is the CPU.
+        merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
+        rows: Rows of each matrix to look at; what is said is then of these. "auto" is 1024 if a model is on the Hub, of
+            which no more is fetched, and all otherwise. A model that does not belong is read whole in a few matrices.
+        on_tensor: For progress: called with the name of each tensor when it is begun.
+
+    Returns:
+        The models with their clusters and reasons, the tensors that changed with a rank for each model, and a verdict.
+
+    Raises:
+        InputError: A model cannot be read, is given twice, or holds NaN or Inf.
+
+    Example:
+        >>> kinship = check_family(["ft-a", "ft-b", "ft-c", "other"])  # doctest: +SKIP
+        >>> [model.belongs for model in kinship.models]  # doctest: +SKIP
+        [True, True, True, False]
+    """
+    if len(models) < 2:
+        raise InputError(f"{len(models)} model given", "a family has at least two", "add models")
+    with Models(models, merge_dtype, rows_to_read(models, rows)) as given:
+        known = _sort(given.models)
+        names = tuple(known.reference.tensors) if len(known.members) > 1 else ()
+        foreign = [row for i in known.members for row in _misfits(i, known.models[i], known.reference)]
+        tensors = []
+        for name in names:
+            if on_tensor:
+                on_tensor(name)
+            holders = [i for i in known.members if _has(known.models[i], known.reference, name)]
+            change = find_change(known.models, known.members, holders, name, device)
+            if change is not None:
+                tensors.append(change.tensor)
+                foreign.extend(change.foreign)
+        relatives = tuple(_relative(i, known, tensors, foreign) for i in range(len(models)))
+        reading = given.reading
+    suffices, verdict = _verdict(known, tensors)
+    looked_at = len(known.found.splits)
+    return Kinship(relatives, tuple(tensors), len(names) - len(tensors), looked_at, suffices, verdict, reading)
+
+
+def _sort(models: Sequence[Checkpoint]) -> _Sorted:
+    reference = models[best_reference(models)[0]]
+    shares = [sum(_has(model, reference, name) for name in reference.tensors) for model in models]
+    compared = [i for i, share in enumerate(shares) if share >= SAME_ARCHITECTURE * len(reference.tensors)]
+    common = [name for name in reference.tensors if all(_has(models[i], reference, name) for i in compared)]
+    return _Sorted(models, reference, find_clusters([models[i] for i in compared], common).placed(compared))
+
+
+def _has(model: Checkpoint, reference: Checkpoint, name: str) -> bool:
+    """Whether a model's tensor is of the reference's shape and kind."""
+    info, expected = model.tensors.get(name), reference.tensors[name]
+    return (
+        info is not None
+        and info.shape == expected.shape
+        and info.dtype.is_floating_point == expected.dtype.is_floating_point
+    )
+
+
+def _misfits(i: int, model: Checkpoint, reference: Checkpoint) -> list[ForeignTensor]:
+    """Tensors by which a model does not fit the others."""
+    rows = [ForeignTensor(i, name, "additional") for name in model.tensors if name not in reference.tensors]
+    for name in reference.tensors:
+        if name not in model.tensors:
+            rows.append(ForeignTensor(i, name, "missing"))
+        elif not _has(model, reference, name):
+            rows.append(ForeignTensor(i, name, _misfit(model, reference, name)))
+    return rows
+
+
+def _misfit(model: Checkpoint, reference: Checkpoint, name: str) -> str:
+    info, expected = model.tensors[name], reference.tensors[name]
+    if info.shape == expected.shape:
+        return f"{info.dtype} instead of {expected.dtype}: dequantise it"
+    if is_resized_vocabulary(reference, model, name):
+        rows = expected.shape[0]
+        return f"resized vocabulary, {info.shape[0]} rows instead of {rows}: call resize_token_embeddings({rows})"
+    if len(expected.shape) == 2 and info.shape == expected.shape[::-1]:
+        return f"transposed, {list(info.shape)} instead of {list(expected.shape)}: transpose it back"
+    return f"shape {list(info.shape)} instead of {list(expected.shape)}"
+
+
+def _relative(i: int, known: _Sorted, tensors: Sequence[ChangedTensor], foreign: Sequence[ForeignTensor]) -> Relative:
+    """The row of one model."""
+    spec = known.models[i].spec
+    cluster = next((k for k, places in enumerate(known.found.clusters) if i in places), None)
+    if cluster is None:
+        names = [row.name for row in _misfits(i, known.models[i], known.reference)]
+        return Relative(spec, None, False, f"another architecture: other names or shapes in {some(names)}")
+    if not known.members:
+        return Relative(spec, cluster, False, f"one of {len(known.found.clusters[cluster])} models of one source")
+    if i not in known.members:
+        return Relative(spec, cluster, False, why_left_out(known.models, known.found, i))
+    own = tuple(row for row in foreign if row.model == i)
+    ranks = [row.ranks[known.members.index(i)] for row in tensors if row.ranks]
+    changed = sum(bool(rank) for rank in ranks)
+    reason = f"changed {changed} {_matrices(changed)} at low rank"
+    if own:
+        reason += f"; {len(own)} tensor{'s' * (len(own) > 1)} of its own: {some([row.name for row in own])}"
+    return Relative(spec, cluster, True, reason, own)
+
+
+def _verdict(known: _Sorted, tensors: Sequence[ChangedTensor]) -> tuple[bool, str]:
+    """Whether the family suffices, and why, in a sentence."""
+    n, size = len(known.models), len(known.largest[0])
+    if not known.members:
+        sources = " and ".join("{" + ", ".join(known.models[i].spec for i in c) + "}" for c in known.largest)
+        return False, f"{len(known.largest)} sources with {size} model{'s' * (size > 1)} each: {sources}"
+    if size < ENOUGH:
+        return False, f"{size} of {n} models share a source: recovery needs {ENOUGH}"
+    matrices = [row for row in tensors if len(row.shape) > 1]
+    lost = [row.name for row in matrices if not row.enough]
+    others = sum(not row.enough for row in tensors) - len(lost)
+    also = f"; {others} that {'is no matrix' if others == 1 else 'are no matrices'} can be averaged or copied" * (
+        others > 0
+    )
+    source = f"{size} of {n} models share a source"
+    if lost:
+        good = len(matrices) - len(lost)
+        return False, f"{source}: {good} of {len(matrices)} changed matrices can be recovered, not {some(lost)}{also}"
+    return True, f"{source}: all {len(matrices)} changed {_matrices(len(matrices))} can be recovered{also}"
+
+
+def _matrices(count: int) -> str:
+    return "matrix" if count == 1 else "matrices"

@@ -1,0 +1,254 @@
+"""Which models come from one base, before anything is solved.
+
+Every model's matrix is compared with one of each group found so far (`detune.compatibility.low_rank_test.split`), on
+some matrices first and on all where those do not agree. Two models are kin if they differ by a low rank, or not at all,
+in at least half of the matrices; a cluster is what kinship connects.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from detune._runtime import use_threads
+from detune.checkpoints import Checkpoint, Excerpt
+from detune.compatibility.low_rank_test import LAST_SAMPLE, SMALLEST, split
+from detune.compatibility.mismatch import Cause, Resemblance, resemble
+from detune.compatibility.model_set import damaged, misfit
+from detune.errors import InputError
+from detune.problem import NonFinite
+from detune.problem.stack import matricise
+
+# Matrices that are looked at first; if all say the same, that is the answer.
+LOOKED_AT = 12
+# Matrices that decide why a model does not belong.
+ASKED_WHY = 5
+# A base's matrix, told of a model that is not of the family.
+STRANGER = {
+    Cause.FULL: "it or its base was fine-tuned in full, or by adapters of too high a rank",
+    Cause.UNRELATED: "it has another base",
+    Cause.ROWS: "it has the same base with its neurons or heads in another order",
+    Cause.COLUMNS: "it has the same base with its neurons or heads in another order",
+    Cause.BOTH: "it has the same base with its neurons or heads in another order",
+    Cause.TRANSPOSED: "its matrices are transposed",
+}
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Models by common source.
+
+    Attributes:
+        clusters: Places of the models, the largest cluster first; of equal ones, that of the first model.
+        splits: For each matrix that was looked at, the groups of models that differ by a low rank in it.
+    """
+
+    clusters: Groups
+    splits: dict[str, Groups]
+
+    def foreign(self, model: int, others: Sequence[int]) -> list[str]:
+        """The matrices in which a model is not in one group with most of the others."""
+        return [name for name, groups in self.splits.items() if not _is_among(model, others, groups)]
+
+    def placed(self, places: Sequence[int]) -> "Clusters":
+        """The same with other numbers for the models: `places[i]` for i."""
+
+        def move(groups: Groups) -> Groups:
+            return tuple(tuple(places[i] for i in group) for group in groups)
+
+        return Clusters(move(self.clusters), {name: move(groups) for name, groups in self.splits.items()})
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A model that is not used.
+
+    Attributes:
+        model: Its place among the models given.
+        reason: One sentence.
+    """
+
+    model: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The models to go on with.
+
+    Attributes:
+        members: Their places among the models given, in that order.
+        left_out: The others.
+    """
+
+    members: tuple[int, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+    def reason(self, model: int) -> str | None:
+        """Why a model is left out; None where it is not."""
+        return next((row.reason for row in self.left_out if row.model == model), None)
+
+
+def select(models: Sequence[Checkpoint], need: int) -> Selection:
+    """The largest set of models that fit together and share a source.
+
+    Args:
+        models: As given.
+        need: The fewest that are of use.
+
+    Returns:
+        The members, and why the others are left out.
+
+    Raises:
+        InputError: Fewer than `need` remain, or two sets of equal size do.
+    """
+    reference, fitting = best_reference(models)
+    misfits = {i: misfit(models[reference], models[i]) for i in range(len(models)) if i not in fitting}
+    for why in misfits.values():
+        if why is not None and len(fitting) < need:
+            raise why
+    found = find_clusters([models[i] for i in fitting]).placed(fitting)
+    _require(models, found, need)
+    left_out = [LeftOut(i, str(why)) for i, why in misfits.items()]
+    left_out += [LeftOut(i, why_left_out(models, found, i)) for cluster in found.clusters[1:] for i in cluster]
+    return Selection(found.clusters[0], tuple(sorted(left_out, key=lambda row: row.model)))
+
+
+def best_reference(models: Sequence[Checkpoint]) -> tuple[int, tuple[int, ...]]:
+    """The model that most others fit, the first of several, and those that fit it, itself among them."""
+    layouts = [tuple(sorted((name, info.shape) for name, info in model.tensors.items())) for model in models]
+    most = Counter(layouts).most_common(1)[0][0]
+    reference = layouts.index(most)
+    fitting = tuple(i for i, model in enumerate(models) if misfit(models[reference], model) is None)
+    return reference, fitting
+
+
+def find_clusters(models: Sequence[Checkpoint], names: Sequence[str] | None = None) -> Clusters:
+    """Cluster models that have the same matrices.
+
+    Args:
+        models: Opened checkpoints.
+        names: The matrices that they all have; None takes those of the first model.
+
+    Raises:
+        InputError: A model holds NaN or Inf.
+    """
+    telling = [name for name in (models[0].tensors if names is None else names) if tells(models[0], name)]
+    step = max(1, len(telling) // LOOKED_AT)
+    splits = {name: split_tensor(models, name) for name in telling[::step][:LOOKED_AT]}
+    if not _unanimous(splits, len(models)):
+        splits = {name: splits.get(name) or split_tensor(models, name) for name in telling}
+    kin = [(i, j) for i, j in combinations(range(len(models)), 2) if _agreement(splits, i, j) >= 1 / 2]
+    return Clusters(_connected(kin, len(models)), splits)
+
+
+def tells(model: Checkpoint, name: str) -> bool:
+    """Whether a tensor is a matrix in which a low rank can be told from a full one."""
+    info = model.tensors[name]
+    is_matrix = info.dtype.is_floating_point and len(info.shape) >= 2
+    return is_matrix and min(info.shape[0], math.prod(info.shape[1:])) >= SMALLEST
+
+
+def some_of(model: Checkpoint) -> Checkpoint:
+    """A model of which no more rows are read than `split` looks at."""
+    return model if isinstance(model, Excerpt) else Excerpt(model, LAST_SAMPLE)
+
+
+def split_tensor(models: Sequence[Checkpoint], name: str) -> Groups:
+    """The groups of models that differ by a low rank in one matrix.
+
+    Raises:
+        InputError: A model holds NaN or Inf in it.
+    """
+    try:
+        # What is looked at is small: two threads take twice as long over it.
+        with use_threads(1):
+            return split([matricise(some_of(model).read(name)) for model in models])
+    except NonFinite as error:
+        raise damaged(name, models[error.model].spec) from None
+
+
+def why_foreign(models: Sequence[Checkpoint], model: int, member: int, name: str) -> Resemblance:
+    """How a model's tensor resembles that of a member of the family, all of it: rows may have changed places."""
+    stranger, reference = (matricise(models[i].read_whole(name)) for i in (model, member))
+    return resemble(stranger, reference)
+
+
+def why_left_out(models: Sequence[Checkpoint], found: Clusters, model: int) -> str:
+    """In a sentence, why a model is not in the largest cluster, by what most of some matrices say."""
+    member = found.clusters[0][0]
+    # Where the members of a loose cluster disagree among each other, the first of them stands for it.
+    foreign = found.foreign(model, found.clusters[0]) or found.foreign(model, [member])
+    step = max(1, len(foreign) // ASKED_WHY)
+    seen = [why_foreign(models, model, member, name) for name in foreign[::step][:ASKED_WHY]]
+    causes = Counter(resemblance.cause for resemblance in seen)
+    # A permutation is never found by chance, and easily missed: one that is found decides.
+    moved = [cause for cause, _ in causes.most_common() if cause not in (Cause.FULL, Cause.UNRELATED)]
+    cause = moved[0] if moved else causes.most_common(1)[0][0]
+    of_cause = sorted((r for r in seen if r.cause is cause), key=lambda r: r.relative_difference)
+    middle = of_cause[len(of_cause) // 2]
+    return (
+        f"differs from the others at full rank in {len(foreign)} of {len(found.splits)} matrices, "
+        f"first {foreign[0]!r}; "
+        f"{STRANGER[cause]}: its weights differ by {middle.relative_difference:.2g} of their size, "
+        f"cosine {middle.cosine:.2f}"
+    )
+
+
+def _require(models: Sequence[Checkpoint], found: Clusters, need: int) -> None:
+    """Refuse where no cluster is large enough, or two are equally large."""
+    clusters, splits = found.clusters, found.splits
+    largest = [cluster for cluster in clusters if len(cluster) == len(clusters[0])]
+    if len(largest) == 1 and len(largest[0]) >= need:
+        return
+    if len(largest[0]) >= need:
+        sets = " and ".join("{" + ", ".join(models[i].spec for i in cluster) + "}" for cluster in largest)
+        raise InputError(
+            f"the models have {len(largest)} sources, with {len(largest[0])} models each",
+            f"they are {sets}",
+            "give the models of one source",
+        )
+    name = next(name for name, groups in splits.items() if len(groups) > 1)
+    apart = sum(len(groups) > 1 for groups in splits.values())
+    evidence = f"in {apart} of {len(splits)} matrices, first {name!r}"
+    if len(largest) == 1 and len(clusters) == 2:
+        raise InputError(
+            f"{models[clusters[1][0]].spec} differs from the other models at full rank",
+            evidence,
+            f"it has another base or was fine-tuned in full: leave it out, and give at least {need} of one base",
+        )
+    raise InputError(
+        f"{models[clusters[0][0]].spec} and {models[clusters[1][0]].spec} differ at full rank"
+        + ", and others too" * (len(clusters) > 2),
+        evidence,
+        f"fewer than {need} of the models share a base: give fine-tunes of one base, merged from LoRA",
+    )
+
+
+def _agreement(splits: dict[str, Groups], i: int, j: int) -> float:
+    """Share of the matrices in which two models are in one group; 1 where there are none."""
+    together = [any(i in group and j in group for group in groups) for groups in splits.values()]
+    return sum(together) / len(together) if together else 1.0
+
+
+def _unanimous(splits: dict[str, Groups], n: int) -> bool:
+    return all(_agreement(splits, i, j) in (0, 1) for i, j in combinations(range(n), 2))
+
+
+def _connected(pairs: Sequence[tuple[int, int]], n: int) -> Groups:
+    """What the pairs connect, the largest first."""
+    component = list(range(n))
+    for i, j in pairs:
+        old, new = component[j], component[i]
+        component = [new if c == old else c for c in component]
+    groups = [tuple(i for i in range(n) if component[i] == c) for c in dict.fromkeys(component)]
+    return tuple(sorted(groups, key=lambda group: (-len(group), group)))
+
+
+def _is_among(model: int, others: Sequence[int], groups: Groups) -> bool:
+    """Whether a model is in the group in which most of the others are."""
+    main = max(groups, key=lambda group: len(set(group) & set(others)))
+    return model in main

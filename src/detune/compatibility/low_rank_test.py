@@ -1,0 +1,209 @@
+"""How two models' versions of one weight matrix are related: low rank apart, or not.
+
+Fine-tunes of one base by LoRA differ by `M_i - M_j`, a matrix of low rank, and storage noise. Anything else differs in
+every direction. What decides is the whole spectrum of the difference, on some of its rows and columns:
+
+- Rows and columns are scaled so that the storage noise is about the same in all entries. That keeps the rank, and the
+  noise has the spectrum of a random matrix with independent entries: for p x q entries of variance 1 none of its
+  singular values is much above `sqrt(p) + sqrt(q)` (Davidson & Szarek 2001, Theorem II.13).
+- The rank is the smallest k for which the next singular value is within the noise of a `(p - k) x (q - k)` matrix.
+- What is left after that rank has the energy of storage noise if the difference has low rank. If it is full, and
+  not all of it stands over the noise, the rank only cuts a continuous spectrum: the energy left is larger, by a factor
+  of 1.3 to 1.6 (from the quarter-circle law), and many singular values crowd just above the cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from detune.numerics.linalg import product
+from detune.numerics.random import seeded
+from detune.problem.stack import NonFinite, storage_variance
+
+# Smaller matrices are full after a few ranks and tell nothing.
+SMALLEST = 64
+# Rows and columns looked at; more, where the rank found is a large part of them.
+FIRST_SAMPLE = 256
+MIDDLE_SAMPLE = 512
+LAST_SAMPLE = 1024
+LARGE_PART = 1 / 3
+# Squares of singular values up to these, in units of the noise, leave it some digits: three of float32's, nine of
+# float64's.
+SQUARABLE = {torch.float32: 3e3, torch.float64: 1e6}
+# A singular value is signal from this multiple of the noise's largest: finite matrices scatter by some per cent.
+EDGE = 1.1
+# More than this share of the singular values over the noise is no low rank.
+FULL_SHARE = 7 / 8
+# Left after the rank, in units of the storage noise's variance: 1 for a low rank, about 1.6 for a cut-off full one.
+MOST_LEFT = 1.3
+# Share of the singular values that may lie within a factor of 3 above the noise, where more than noise is left below.
+CROWD = 0.15
+CROWD_FACTOR = 3.0
+# A delta carries rounding errors of its own, in eps of the difference: of a product of many terms, or of one rounding
+# where the product was exact for the dtype.
+PRODUCT_ROUNDING = {torch.float32: 4.0, torch.float64: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5}
+
+
+class Kind(StrEnum):
+    """How two versions of a matrix differ."""
+
+    SAME = "same"
+    """Not at all, or by no more than storage noise."""
+    LOW_RANK = "low rank"
+    """By a matrix of low rank, as fine-tunes by LoRA do."""
+    FULL_RANK = "full rank"
+    """In every direction."""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What the difference of two versions of a matrix looks like, on some rows and columns.
+
+    Attributes:
+        kind: The verdict.
+        rank: Of the part that stands over the storage noise, roughly.
+        left: Mean square of the rest, in units of the storage noise's variance.
+        crowd: Share of the singular values within a factor of 3 above the noise.
+        coarse: Judged by the noise of a coarser dtype than one is stored in, which its values would fit in.
+    """
+
+    kind: Kind
+    rank: int = 0
+    left: float = 0.0
+    crowd: float = 0.0
+    coarse: bool = False
+
+
+def relate(first: Tensor, second: Tensor, seed: int = 0) -> Relation:
+    """Whether two versions of a matrix differ by a low rank.
+
+    Args:
+        first: `(out, in)`, as stored, any float dtype.
+        second: The same shape; its dtype may differ.
+        seed: Of the choice of rows and columns.
+
+    Returns:
+        The relation. Matrices of fewer than `SMALLEST` rows or columns give an answer too, but not one to trust.
+
+    Raises:
+        NonFinite: One holds NaN or Inf where it was looked at.
+    """
+    for size in (FIRST_SAMPLE, MIDDLE_SAMPLE, LAST_SAMPLE):
+        relation = _relate([sample(matrix, size, seed) for matrix in (first, second)])
+        if relation.rank <= LARGE_PART * min(size, *first.shape) or max(first.shape) <= size:
+            break
+    return relation
+
+
+def split(matrices: Sequence[Tensor], seed: int = 0) -> tuple[tuple[int, ...], ...]:
+    """Group the versions of a matrix that differ by a low rank from each other.
+
+    Each is compared with one of every group found so far, so the cost is linear in their number for a few groups.
+
+    Args:
+        matrices: `(out, in)`, as stored.
+        seed: Of the choice of rows and columns.
+
+    Returns:
+        Groups of places in `matrices`, the largest first; those of one size by their first.
+
+    Raises:
+        NonFinite: One holds NaN or Inf where it was looked at.
+    """
+    for i, matrix in enumerate(matrices):
+        if not bool(torch.isfinite(sample(matrix, FIRST_SAMPLE, seed).double()).all()):
+            raise NonFinite(i)
+    groups: list[list[int]] = []
+    # Versions with little storage noise first: a coarse one could hide what sets two fine ones apart.
+    eps = [torch.finfo(rounded_to(sample(matrix, FIRST_SAMPLE, seed))).eps for matrix in matrices]
+    for i in sorted(range(len(matrices)), key=lambda i: eps[i]):
+        related = [(relate(matrices[group[0]], matrices[i], seed), group) for group in groups]
+        low = [pair for pair in related if pair[0].kind is not Kind.FULL_RANK]
+        if low:
+            min(low, key=lambda pair: (pair[0].coarse, pair[0].left))[1].append(i)
+        else:
+            groups.append([i])
+    return tuple(sorted((tuple(sorted(group)) for group in groups), key=lambda group: (-len(group), group)))
+
+
+def sample(matrix: Tensor, size: int, seed: int = 0) -> Tensor:
+    """At most `size` rows and columns of a matrix, chosen at random but the same for every matrix of a shape."""
+    generator = seeded(seed)
+    for dim in (0, 1):
+        if matrix.shape[dim] > size:
+            chosen = torch.randperm(matrix.shape[dim], generator=generator)[:size].sort().values
+            matrix = matrix.index_select(dim, chosen)
+    return matrix
+
+
+def _relate(samples: Sequence[Tensor]) -> Relation:
+    first, second = (matrix.double() for matrix in samples)
+    for i, matrix in enumerate((first, second)):
+        if not bool(torch.isfinite(matrix).all()):
+            raise NonFinite(i)
+    difference = second - first
+    if not bool(difference.any()):
+        return Relation(Kind.SAME)
+    stored = [matrix.dtype for matrix in samples]
+    rounded = [rounded_to(matrix) for matrix in samples]
+    # Both on a coarse grid: that was the rounding. One alone may be a base of that dtype that was left as it was.
+    relation = _spectrum(difference, samples, rounded if all(dtype.itemsize <= 2 for dtype in rounded) else stored)
+    if relation.kind is Kind.FULL_RANK and rounded != stored:
+        relation = _spectrum(difference, samples, rounded)
+        return replace(relation, coarse=True)
+    return relation
+
+
+def _spectrum(difference: Tensor, samples: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Relation:
+    """The verdict from the singular values of the difference, scaled to noise of variance 1."""
+    variance = torch.zeros_like(difference)
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    for matrix, dtype in zip(samples, dtypes, strict=True):
+        # Of two dtypes the coarser may have been rounded twice: the base was converted to it, and then the merge.
+        times = 2 if dtypes[0] != dtypes[1] and torch.finfo(dtype).eps == coarsest else 1
+        variance += times * storage_variance(matrix.to(dtype))
+    of_delta = max(PRODUCT_ROUNDING.get(dtype, 0.5) * torch.finfo(dtype).eps for dtype in dtypes)
+    variance += of_delta**2 * difference.square().mean()
+    rows, columns = variance.mean(dim=1, keepdim=True), variance.mean(dim=0, keepdim=True) / variance.mean()
+    scale = (rows * columns).sqrt()
+    noise = (variance / scale.square()).mean().sqrt()
+    values = _singular_values(difference / (scale * noise))
+    return _judge(values, difference.shape[0], difference.shape[1])
+
+
+def _singular_values(scaled: Tensor) -> Tensor:
+    """Descending, float64; by the Gram matrix, several times faster, where its rounding is far below a noise of 1."""
+    wide = scaled if scaled.shape[0] <= scaled.shape[1] else scaled.mT
+    for dtype, most in SQUARABLE.items():
+        rounded = wide.to(dtype)
+        values: Tensor = torch.linalg.eigvalsh(product(rounded, rounded.mT)).clamp(min=0).sqrt().flip(0)
+        if float(values[0]) < most:
+            return values.double()
+    values = torch.linalg.svdvals(scaled)
+    return values
+
+
+def _judge(values: Tensor, p: int, q: int) -> Relation:
+    most = len(values)
+    k = torch.arange(most, dtype=torch.float64)
+    edges = EDGE * ((p - k).sqrt() + (q - k).sqrt())
+    below = values.le(edges)
+    rank = int(below.to(torch.int8).argmax()) if bool(below.any()) else most
+    if rank > FULL_SHARE * most:
+        return Relation(Kind.FULL_RANK, rank)
+    left = float(values[rank:].square().sum()) / ((p - rank) * (q - rank))
+    crowd = int(values[:rank].lt(CROWD_FACTOR * edges[rank]).sum()) / most
+    if left > MOST_LEFT and crowd > CROWD:
+        return Relation(Kind.FULL_RANK, rank, left, crowd)
+    return Relation(Kind.LOW_RANK if rank else Kind.SAME, rank, left, crowd)
+
+
+def rounded_to(matrix: Tensor) -> torch.dtype:
+    """The coarsest of bfloat16, float16 and its own dtype that holds these values exactly."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if matrix.dtype.itemsize > 1 and torch.equal(matrix.to(dtype).to(matrix.dtype), matrix):
+            return dtype
+    return matrix.dtype

@@ -1,0 +1,111 @@
+"""What became of a matrix that differs from the others at full rank.
+
+A full fine-tune stays close to its base; another base is unrelated. Between them is the same base put another way:
+transposed, or with its neurons or attention heads in another order, which changes nothing that the network computes.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from detune.compatibility.low_rank_test import LAST_SAMPLE, sample
+
+# Above this cosine two matrices are versions of one: matrices of two bases have one of about `1 / sqrt(out in)`.
+CLOSE = 0.5
+# Rows that are looked up among those of the other matrix.
+LOOKED_UP = 64
+# A row is found where the nearest is this much nearer than the second (Lowe 2004, doi
+# 10.1023/B:VISI.0000029664.99615.94, section 7.1); among unrelated rows the two are about as far.
+NEARER = 0.75
+# This share of the rows must be found, each in another place.
+FOUND = 0.75
+# Sorting the rows of a larger matrix takes too long.
+MOST_SORTED = 1 << 26
+
+
+class Cause(StrEnum):
+    """Why a matrix is not one of the family."""
+
+    FULL = "fine-tuned in full"
+    """Close to the others: trained in every direction."""
+    UNRELATED = "unrelated"
+    """Another base, or trained from a new start."""
+    ROWS = "rows permuted"
+    COLUMNS = "columns permuted"
+    BOTH = "rows and columns permuted"
+    TRANSPOSED = "transposed"
+
+
+@dataclass(frozen=True)
+class Resemblance:
+    """How a matrix resembles one of the family.
+
+    Attributes:
+        cause: What happened to it.
+        cosine: Of the two as vectors: 1 where they are equal up to a factor.
+        relative_difference: `|A - B| / |B|` in the Frobenius norm; about `sqrt(2)` for unrelated matrices.
+    """
+
+    cause: Cause
+    cosine: float
+    relative_difference: float
+
+
+def resemble(stranger: Tensor, member: Tensor) -> Resemblance:
+    """Say what became of a matrix that differs from one of the family at full rank.
+
+    Args:
+        stranger: `(out, in)`, any float dtype.
+        member: The same matrix in a model of the family.
+
+    Returns:
+        The resemblance. Permutations are told from 64 rows or columns.
+    """
+    one, other = (sample(matrix, LAST_SAMPLE).double() for matrix in (stranger, member))
+    cosine = _cosine(one, other)
+    relative = float((one - other).norm() / other.norm().clamp(min=torch.finfo(other.dtype).tiny))
+    return Resemblance(_cause(stranger, member, cosine), cosine, relative)
+
+
+def _cause(stranger: Tensor, member: Tensor, cosine: float) -> Cause:
+    if cosine > CLOSE:
+        return Cause.FULL
+    if stranger.shape[0] == stranger.shape[1]:
+        turned = (sample(matrix, LAST_SAMPLE).double() for matrix in (stranger, member.mT))
+        if _cosine(*turned) > CLOSE:
+            return Cause.TRANSPOSED
+    if _found(stranger[:, :: _step(stranger.mT, LAST_SAMPLE)], member[:, :: _step(member.mT, LAST_SAMPLE)]):
+        return Cause.ROWS
+    if _found(stranger[:: _step(stranger, LAST_SAMPLE)].mT, member[:: _step(member, LAST_SAMPLE)].mT):
+        return Cause.COLUMNS
+    # Sorted, a row keeps its values in whatever order its columns are.
+    if member.numel() <= MOST_SORTED:
+        rows = stranger[:: _step(stranger)].float().sort(dim=1).values
+        if _found(rows, member.float().sort(dim=1).values):
+            return Cause.BOTH
+    return Cause.UNRELATED
+
+
+def _found(rows: Tensor, among: Tensor) -> bool:
+    """Whether rows of one matrix are those of the other in another order."""
+    among = among.float()
+    centre = among.mean(dim=0)
+    rows, among = rows[:: _step(rows)].float() - centre, among - centre
+    squares = (among.square().sum(dim=1) - 2 * rows @ among.mT + rows.square().sum(dim=1, keepdim=True)).clamp(min=0)
+    if squares.shape[1] < 2:
+        return False
+    nearest, places = squares.topk(2, dim=1, largest=False)
+    found = nearest[:, 0] < NEARER**2 * nearest[:, 1]
+    return len(places[found, 0].unique()) >= FOUND * len(rows)
+
+
+def _step(rows: Tensor, most: int = LOOKED_UP) -> int:
+    return math.ceil(rows.shape[0] / most)
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    norms = one.norm() * other.norm()
+    return float((one * other).sum() / norms) if norms > 0 else 0.0

@@ -1,0 +1,166 @@
+"""What became of a tensor within a family: who changed it, at which rank, and who has another altogether."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from detune.checkpoints import Checkpoint
+from detune.compatibility.groups import split_tensor, tells, why_foreign
+from detune.compatibility.mismatch import Cause
+from detune.compatibility.model_set import damaged, is_shared
+from detune.fitting.differences import find_differences
+from detune.fitting.subspaces import check_conditions
+from detune.methods.auto import unchanged
+from detune.numerics.device import full_precision
+from detune.problem import NonFinite, NotLowRank, NotRecoverable, Stack
+from detune.problem.stack import matricise
+
+# Models that a matrix's adapters can be split with.
+ENOUGH = 3
+# An unrelated tensor of a model that belongs.
+ANEW = "re-initialised: unrelated to the others'"
+
+
+@dataclass(frozen=True)
+class ForeignTensor:
+    """A tensor of a model that is not the family's.
+
+    Attributes:
+        model: The model's place among those given.
+        name: The tensor's qualified name.
+        cause: What happened to it.
+    """
+
+    model: int
+    name: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class ChangedTensor:
+    """A tensor that differs within the family.
+
+    Attributes:
+        name: Its qualified name.
+        shape: Its shape.
+        ranks: The rank of each member's change, in the order of the models: 0 where it left the tensor alone, None
+            where its tensor is not the family's. Empty where ranks are not known.
+        enough: Whether the base's can be recovered.
+        reason: Why, in one sentence.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ranks: tuple[int | None, ...]
+    enough: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """All that is found out about one tensor that differs.
+
+    Attributes:
+        tensor: The row.
+        foreign: Models whose tensor is not the family's.
+    """
+
+    tensor: ChangedTensor
+    foreign: tuple[ForeignTensor, ...] = ()
+
+
+@full_precision()
+def find_change(
+    models: Sequence[Checkpoint],
+    members: Sequence[int],
+    holders: Sequence[int],
+    name: str,
+    device: torch.device | str | None = None,
+) -> Change | None:
+    """Look at one tensor of a family.
+
+    Args:
+        models: All models given.
+        members: Places of those that are of the family.
+        holders: The members that have this tensor, in the family's shape.
+        name: Of the tensor.
+        device: Where to compute ranks; None is the CPU.
+
+    Returns:
+        The change; None where all holders hold the same bytes.
+
+    Raises:
+        InputError: A model holds NaN or Inf in it.
+    """
+    if is_shared([models[i] for i in holders], name):
+        return None
+    groups = [tuple(holders)]
+    if tells(models[holders[0]], name):
+        found = split_tensor([models[i] for i in holders], name)
+        groups = [tuple(holders[k] for k in group) for group in found]
+    shape = models[holders[0]].tensors[name].shape
+    if len(groups) > 1 and len(groups[0]) == len(groups[1]):
+        # None of them is more the family's than another.
+        reason = f"{len(groups)} versions that differ at full rank, and as many models have one as the other"
+        foreign = tuple(ForeignTensor(i, name, "every model has its own") for i in holders if len(groups[0]) == 1)
+        return Change(ChangedTensor(name, shape, (), False, reason), foreign)
+    outcome = _find_ranks([models[i] for i in groups[0]], name, device)
+    known = dict(zip(groups[0], outcome.ranks, strict=True)) if outcome.ranks else {}
+    ranks = tuple(known.get(i) for i in members) if known else ()
+    strangers = [i for group in groups[1:] for i in group]
+    foreign = tuple(ForeignTensor(i, name, _cause(models, i, groups[0][0], name)) for i in sorted(strangers))
+    return Change(ChangedTensor(name, shape, ranks, outcome.enough, outcome.reason), foreign)
+
+
+def _cause(models: Sequence[Checkpoint], model: int, member: int, name: str) -> str:
+    cause = why_foreign(models, model, member, name).cause
+    return ANEW if cause is Cause.UNRELATED else str(cause)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Ranks of the changes of models that are kin in a tensor, and whether they suffice."""
+
+    ranks: tuple[int, ...]
+    enough: bool
+    reason: str
+
+
+def _find_ranks(models: Sequence[Checkpoint], name: str, device: torch.device | str | None) -> _Outcome:
+    tensors = [model.read(name) for model in models]
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        return _Outcome((), False, "not floating point")
+    if len(models) == 1:
+        return _Outcome((), False, "a single model has it")
+    stack = Stack.of([matricise(tensor) for tensor in tensors], device=device)
+    try:
+        if min(stack.shape) == 1:
+            return _vector(stack)
+        return _matrix(stack)
+    except NonFinite as error:
+        raise damaged(name, models[error.model].spec) from None
+
+
+def _vector(stack: Stack) -> _Outcome:
+    untouched = unchanged(stack) if stack.n >= ENOUGH else None
+    if untouched is not None:
+        return _Outcome((), True, untouched.reason)
+    stack.require_finite(torch.stack([W_i.double().sum() for W_i in stack.matrices]))
+    return _Outcome((), False, "a vector cannot be low-rank: it can only be averaged")
+
+
+def _matrix(stack: Stack) -> _Outcome:
+    differences = find_differences(stack)
+    if stack.n < ENOUGH:
+        difference = differences.of(0, 1)
+        size = "full rank" if difference.full_rank else f"rank {difference.rank}"
+        return _Outcome((), False, f"the difference of two models has {size}; a third model is needed to split it")
+    untouched = unchanged(stack) if any(not pair.rank for pair in differences.by_pair.values()) else None
+    try:
+        ranks = check_conditions(differences)
+    except NotLowRank as why:
+        return _Outcome((), untouched is not None, str(why))
+    except NotRecoverable as why:
+        return _Outcome(differences.ranks, untouched is not None, str(why))
+    return _Outcome(ranks, True, untouched.reason if untouched else "the adapters can be split")

@@ -1,0 +1,167 @@
+"""How well the data determine W: traces of the inverse of the recovery problem's operator.
+
+Linearised at `M_i = U_i C_i V_i^T`, least squares leaves W with the error
+
+    E = A^-1 sum_i P_i N_i R_i,    A: Delta -> sum_i P_i Delta R_i,    P_i = I - U_i U_i^T,  R_i = I - V_i V_i^T,
+
+for storage noise `N_i` (`detune.fitting.gauss_newton`). With independent entries of variance `sigma_i^2` its energy is
+`sum_i sigma_i^2 tr(A^-1 (P_i x R_i) A^-1)`; where all are equal that is `sigma^2 tr(A^-1)`, the Cramér-Rao bound. All
+traces fall apart as A does: outside both joint spans, on either side, and a core.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detune.fitting.normal_operator import Core
+from detune.identifiability.null_space import ZERO, dense_core
+from detune.numerics.random import seeded
+
+# A core of this many unknowns is decomposed; a larger one is probed.
+DENSE = 700
+PROBES = 8
+# Fewer do, from this many on, where by their scatter the standard error of the whole is below this share.
+FEWEST_PROBES = 2
+CLOSE_ENOUGH = 0.01
+# Conjugate gradients for the probes stop at this share of the right-hand side.
+PRECISION = 1e-4
+
+
+def cramer_rao_mse(U: Sequence[Tensor], V: Sequence[Tensor], variance: float, probes: int = 16, seed: int = 0) -> float:
+    """The least mean squared error per entry that an unbiased recovery can have.
+
+    Args:
+        U: Orthonormal column spaces of the true `M_i`, `(out, r_i)`, float64.
+        V: Orthonormal row spaces, `(in, r_i)`, float64.
+        variance: Of the storage noise, per entry and model.
+        probes: Random sign matrices for the trace of the core (Hutchinson 1990); the rest is exact.
+        seed: Of the probes.
+
+    Returns:
+        `variance * trace(A^-1) / (out * in)`.
+    """
+    core = Core.of(U, V)
+    (d, s_U), (k, s_V) = core.Q.shape, core.P.shape
+    generator = seeded(seed, core.Q.device)
+    inner = 0.0
+    for _ in range(probes):
+        probe = torch.randint(0, 2, (s_U, s_V), generator=generator, device=core.Q.device).to(core.dtype) * 2 - 1
+        inner += float((probe * core.solve(probe, 1e-8 * probe.numel() ** 0.5)).sum()) / probes
+    trace = (
+        (d - s_U) * (k - s_V) / len(U)
+        + (k - s_V) * float(core.inverse_G_U.trace())
+        + (d - s_U) * float(core.inverse_G_V.trace())
+        + inner
+    )
+    return variance * trace / (d * k)
+
+
+@dataclass(frozen=True)
+class ErrorTraces:
+    """How the noise of each model enters W and the residual.
+
+    Attributes:
+        weight: `tr(A^-1 (P_i x R_i) A^-1)` for each model, `(n,)`: times its variance, its share of `|E|^2`.
+        residual: `tr(P_i x R_i) - tr(A^-1 (P_i x R_i))`, `(n,)`: times its variance, its share of the misfit.
+        directions: `tr(A^-1)^2 / tr(A^-2)`: about how many directions share the error. Where they are few, its energy
+            scatters by `sqrt(2 / directions)`.
+        solved: Whether the equations could be solved; if not, the traces are too small.
+    """
+
+    weight: Tensor
+    residual: Tensor
+    directions: float
+    solved: bool
+
+
+class _CoreTraces(NamedTuple):
+    """`tr(A^-1 A_i A^-1)` and `tr(A^-1 A_i)` for each model, `tr(A^-2)`, and whether they are to be trusted."""
+
+    weight: Tensor
+    image: Tensor
+    squares: float
+    solved: bool = True
+
+
+def error_traces(core: Core, seed: int = 0) -> ErrorTraces:
+    """The traces that turn variances into expected errors; A has no null space.
+
+    Args:
+        core: The operator, float64.
+        seed: Of the probes.
+    """
+    n = len(core.a)
+    (d, s_U), (k, s_V) = core.Q.shape, core.P.shape
+    outside = float((d - s_U) * (k - s_V)) / n
+    weight, taken = (core.inverse_G_U.new_full((n,), part) for part in (outside / n, outside))
+    squares = outside / n
+    ranks = torch.tensor([a_i.shape[1] for a_i in core.a], dtype=torch.float64, device=core.Q.device)
+    for inverse, coordinates, times in ((core.inverse_G_U, core.a, k - s_V), (core.inverse_G_V, core.b, d - s_U)):
+        images = [(c_i, inverse @ c_i) for c_i in coordinates]
+        square = inverse.square().sum()
+        weight = weight + times * torch.stack([square - image.square().sum() for _, image in images])
+        taken = taken + times * torch.stack([inverse.trace() - (c_i * image).sum() for c_i, image in images])
+        squares += times * float(square)
+    inner = _core_traces(core, float(weight.sum()), seed)
+    weight, taken, squares = weight + inner.weight, taken + inner.image, squares + inner.squares
+    free = (d - ranks) * (k - ranks) - taken
+    return ErrorTraces(weight, free.clamp(min=0), float(weight.sum()) ** 2 / squares, inner.solved)
+
+
+def _core_traces(core: Core, outside: float, seed: int) -> _CoreTraces:
+    """The core's part, as exactly as it has to be, given the part of the error outside."""
+    if core.Q.shape[1] * core.P.shape[1] <= DENSE:
+        return _dense_traces(core)
+    # Probes need no more digits, but near-singular equations do.
+    found = _probed_traces(core.single, outside, seed)
+    return found if found.solved else _probed_traces(core, outside, seed)
+
+
+def _dense_traces(core: Core) -> _CoreTraces:
+    s_U, s_V = core.Q.shape[1], core.P.shape[1]
+    values, vectors = torch.linalg.eigh(dense_core(core))
+    kept = values > ZERO * len(core.a)
+    X, values = vectors.mT[kept].reshape(int(kept.sum()), s_U, s_V), values[kept]
+    shares = torch.stack([core.project(i, X).square().sum(dim=(1, 2)) for i in range(len(core.a))])
+    return _CoreTraces((shares / values.square()).sum(1), (shares / values).sum(1), float(values.pow(-2).sum()))
+
+
+def _probed_traces(core: Core, outside: float, seed: int) -> _CoreTraces:
+    """With random signs z (Hutchinson 1990): `E z^T B z = tr(B)`.
+
+    Args:
+        core: The operator.
+        outside: What the core's share of the error, `sum_i tr(A^-1 A_i A^-1)`, is added to: it need not be known better
+            than the whole.
+        seed: Of the probes.
+    """
+    n, shape = len(core.a), (core.Q.shape[1], core.P.shape[1])
+    weights: list[Tensor] = []
+    images: list[Tensor] = []
+    squares: list[float] = []
+    left = 0.0
+    generator = seeded(seed, core.Q.device)
+    while len(weights) < PROBES and not _settled(weights, outside):
+        probe = torch.randint(0, 2, shape, generator=generator, device=core.Q.device).to(core.dtype) * 2 - 1
+        solved = core.solve(probe, PRECISION * probe.numel() ** 0.5)
+        left = max(left, float((probe - core.apply(solved)).square().mean()))
+        squares.append(float(solved.square().sum()))
+        moved = [core.project(i, solved) for i in range(n)]
+        weights.append(torch.stack([moved_i.square().sum() for moved_i in moved]))
+        images.append(torch.stack([(moved_i * probe).sum() for moved_i in moved]))
+    solved_well = left <= (10 * PRECISION) ** 2
+    weight, image = (torch.stack(each).double().mean(0) for each in (weights, images))
+    return _CoreTraces(weight, image, fmean(squares), solved_well)
+
+
+def _settled(weights: Sequence[Tensor], outside: float) -> bool:
+    """Whether more probes would not change the whole."""
+    if len(weights) < FEWEST_PROBES:
+        return False
+    totals = [float(weight.sum()) for weight in weights]
+    return stdev(totals) / math.sqrt(len(totals)) <= CLOSE_ENOUGH * (outside + fmean(totals))

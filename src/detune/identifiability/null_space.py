@@ -1,0 +1,137 @@
+"""The changes of W that the data cannot see: the null space of `A: Delta -> sum_i P_i Delta R_i`.
+
+`P_i Delta R_i = 0` for every i. Where the row spaces are linearly independent, `Delta = sum_k X_k V_k^T + X_0 V_0^T`
+with V_0 outside all of them; then `P_i X_k = 0` for all `i != k`, and `P_i X_0 = 0` for all i, so that the dimension is
+
+    sum_k r_k dim(intersection of col(M_i), i != k) + (in - sum_k r_k) dim(intersection of all col(M_i)),
+
+and the same with rows and columns exchanged. It is `2 r_1 r_2` for two adapters, and 0 for three or more in general
+position. Where neither side is independent, zeros of the core's spectrum are counted, or estimated by probes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from detune.fitting.normal_operator import Core
+from detune.numerics.random import seeded
+from detune.problem.low_rank import Space
+from detune.problem.stack import Stack
+
+# Eigenvalues of sums of projectors below this are zeros of the arithmetic.
+ZERO = 1e-11
+# The spectrum of a core of so many unknowns is computed.
+COUNTED = 2500
+PROBES = 4
+# Conjugate gradients for them leave this much of each entry.
+PRECISION = 1e-6
+# Spaces coincide as far as anybody can tell where they are apart by no more than their noise; with it, twice that.
+BLURRED = 2.0
+
+
+def undetermined(core: Core, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor], seed: int = 0) -> int:
+    """Dimension of the null space, counting directions that all models share within the noise.
+
+    Args:
+        core: The operator, float64.
+        blur_U: For each column of each `U_i` the expected square of its error, `(r_i,)`; zeros count exactly.
+        blur_V: The same for `V_i`.
+        seed: Of the probes, where it comes to them.
+    """
+    if _clearly_determined(core, blur_U, blur_V):
+        return 0
+    d, k = core.Q.shape[0], core.P.shape[0]
+    C_U, C_V = _common(core.a, blur_U), _common(core.b, blur_V)
+    p_U, p_V = C_U.shape[1], C_V.shape[1]
+    hidden = p_U * k + p_V * d - p_U * p_V
+    a, b = _without(core.a, C_U), _without(core.b, C_V)
+    for inner, outer in ((b, a), (a, b)):
+        ranks = [c_i.shape[1] for c_i in inner]
+        if _independent(inner):
+            others = [[c_i for i, c_i in enumerate(outer) if i != j] for j in range(len(outer))]
+            return hidden + sum(r * _common(rest).shape[1] for r, rest in zip(ranks, others, strict=True) if rest)
+    return hidden + _of_core(Core.of(a, b) if hidden else core, seed)
+
+
+def blurs(stack: Stack, spaces: Sequence[Space]) -> tuple[list[Tensor], list[Tensor]]:
+    """The expected squared error of every basis vector, of columns and of rows: `sigma_i^2 size / s^2`.
+
+    To first order noise N turns a singular vector v by `N^T u / s` outside its space.
+    """
+    variances = stack.noise.square().to(stack.device)
+    inverse = [variance / space.S.square() for variance, space in zip(variances, spaces, strict=True)]
+    out, columns = stack.shape
+    return [out * each for each in inverse], [columns * each for each in inverse]
+
+
+def _clearly_determined(core: Core, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor]) -> bool:
+    """Whether the spaces are independent on both sides, so that no two of them meet, and nothing is near to all."""
+    sides = ((core.a, core.spectrum_U, blur_U), (core.b, core.spectrum_V, blur_V))
+    n = len(core.a)
+    for coordinates, spectrum, blur in sides:
+        if n < 3 or not len(spectrum) or sum(c_i.shape[1] for c_i in coordinates) > len(spectrum):
+            return False
+        closest = float(spectrum[-1])
+        noise = max(float(each.max()) for each in blur if len(each)) * closest
+        if not (float(spectrum[0]) > ZERO and n - closest > max(BLURRED * noise, ZERO)):
+            return False
+    return True
+
+
+def _common(coordinates: Sequence[Tensor], blur: Sequence[Tensor] | None = None) -> Tensor:
+    """Orthonormal basis of the directions that lie in all spaces."""
+    joint = torch.cat(list(coordinates), dim=1)
+    values, vectors = torch.linalg.eigh(joint @ joint.mT)
+    apart = len(coordinates) - values
+    noise = torch.zeros_like(apart)
+    if blur is not None:
+        noise = (vectors.mT @ joint).square() @ torch.cat(list(blur)).to(joint)
+    common: Tensor = vectors[:, apart.le((BLURRED * noise).clamp(min=ZERO))]
+    return common
+
+
+def _without(coordinates: Sequence[Tensor], common: Tensor) -> tuple[Tensor, ...]:
+    """Orthonormal bases of what the spaces hold beside the directions that all share, which A leaves to themselves."""
+    if not common.shape[1]:
+        return tuple(coordinates)
+    rest = []
+    for c_i in coordinates:
+        X = torch.linalg.svd(c_i - common @ (common.mT @ c_i), full_matrices=False)[0]
+        rest.append(X[:, : max(0, c_i.shape[1] - common.shape[1])])
+    return tuple(rest)
+
+
+def _independent(coordinates: Sequence[Tensor]) -> bool:
+    joint = torch.cat(list(coordinates), dim=1)
+    if joint.shape[1] > joint.shape[0]:
+        return False
+    return not joint.shape[1] or float(torch.linalg.svdvals(joint)[-1]) ** 2 > ZERO
+
+
+def _of_core(core: Core, seed: int) -> int:
+    """Both sides dependent: outside the core A has no null space.
+
+    Preconditioned conjugate gradients give `B A z` with `A B A = A`: then `I - B A` projects onto the null space, and
+    its trace, the dimension, is the mean of `z^T (z - B A z)` over random signs z (Hutchinson 1990).
+    """
+    size = core.Q.shape[1] * core.P.shape[1]
+    if size <= COUNTED:
+        return int(torch.linalg.eigvalsh(dense_core(core)).le(ZERO * len(core.a)).sum())
+    left = 0.0
+    generator = seeded(seed, core.Q.device)
+    for _ in range(PROBES):
+        probe = torch.randint(0, 2, (core.Q.shape[1], core.P.shape[1]), generator=generator, device=core.Q.device)
+        probe = probe.to(core.dtype) * 2 - 1
+        kept = core.solve(core.apply(probe), PRECISION * size**0.5)
+        left += float((probe * (probe - kept)).sum()) / PROBES
+        if abs(left) < 1 / PROBES / 2:
+            return 0
+    return max(1, round(left))
+
+
+def dense_core(core: Core) -> Tensor:
+    """A on the core as a matrix on row-major vectors, `(s_U s_V, s_U s_V)`."""
+    eye_U, eye_V = (torch.eye(B.shape[1], dtype=core.dtype, device=B.device) for B in (core.Q, core.P))
+    terms = [torch.kron(eye_U - a_i @ a_i.mT, eye_V - b_i @ b_i.mT) for a_i, b_i in zip(core.a, core.b, strict=True)]
+    return torch.stack(terms).sum(dim=0)

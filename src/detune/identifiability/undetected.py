@@ -1,0 +1,69 @@
+"""How strong a direction of an adapter can be and still escape notice.
+
+A direction `s u v^T` of `M_i` that is not in its recovered ranks goes into W and into the other deltas, as far as
+their row spaces hold v (or their column spaces u): then W is off by it, and the misfit hardly shows it. With u outside
+all column spaces, what remains of it in the data is
+
+    s^2 rho^2,    rho^2 = v^T (I - R_i G^-1 R_i) v,    G = sum_j R_j,
+
+the Schur complement of least squares over W and the other factors, and W moves by `s u (G^-1 R_i v)^T`. It is noticed
+if `s rho` is above the largest singular value of noise. LoRAs of one seed have small rho: their row spaces nearly
+coincide.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detune.fitting.normal_operator import Core
+
+# Of the other directions at least half shows.
+HALF = 0.5
+SMALLEST = 1e-14
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Directions of one model, on one side, that hardly show.
+
+    Attributes:
+        model: Which.
+        columns: Whether these are column directions.
+        strengths: Singular values that they could have unnoticed, descending.
+        moves: By how much W moves for each, times their own singular value.
+    """
+
+    model: int
+    columns: bool
+    strengths: Tensor
+    moves: Tensor
+
+
+def unseen_directions(core: Core, noise_norm: float, least: Sequence[float] | None = None) -> tuple[Unseen, ...]:
+    """What could have escaped, model by model, first on the rows' side and then on the columns'.
+
+    Args:
+        core: The operator at the recovered spaces, float64.
+        noise_norm: Singular value from which a direction is told from noise.
+        least: For each model, the singular value below which nothing is asked: models and sides where nothing can be
+            stronger are left out, which is quick to see. None asks for all.
+    """
+    found = []
+    n = len(core.a)
+    rows, columns = (core.spectrum_V, core.inverse_G_V, core.b), (core.spectrum_U, core.inverse_G_U, core.a)
+    for is_columns, (spectrum, inverse, coordinates) in ((False, rows), (True, columns)):
+        # The least eigenvalue of G: no part of the inverse exceeds the whole.
+        least_shown = n - float(spectrum[-1]) if len(spectrum) else float(n)
+        for i, c_i in enumerate(coordinates):
+            if least is not None and least_shown > 1 and (1 - 1 / least_shown) * least[i] ** 2 >= noise_norm**2:
+                continue
+            free = torch.eye(len(inverse), dtype=inverse.dtype, device=inverse.device) - c_i @ c_i.mT
+            shared, vectors = torch.linalg.eigh(free @ inverse @ free)
+            hard = shared > HALF
+            rho = (1 - shared[hard]).clamp(min=SMALLEST).sqrt()
+            moves = torch.linalg.vector_norm(inverse @ vectors[:, hard], dim=0)
+            order = rho.argsort()
+            found.append(Unseen(i, is_columns, noise_norm / rho[order], moves[order]))
+    return tuple(found)

@@ -1,0 +1,248 @@
+"""What a user gets without thinking."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from detune.fitting.ard import may_mislead, split_start, within_reason
+from detune.fitting.descent import downhill
+from detune.fitting.differences import SIGNAL, Difference, Differences, find_differences
+from detune.fitting.gauss_newton import Polish, Polished
+from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
+from detune.fitting.subspaces import Spaces, Unsplittable, find_spaces
+from detune.identifiability.principal_part import with_principal_part
+from detune.lattice import HALVES, UNSETTLED, Lattice, NoGrid
+from detune.methods.mixed_precision import FLOOR_RATIO, from_fine
+from detune.methods.spectral import Spectral
+from detune.problem.low_rank import Space
+from detune.problem.recovery import LowRank, NotRecoverable, Recovery, left_alone
+from detune.problem.stack import SMALL_ENTRIES, Stack
+from detune.ranks.search import select_ranks
+
+# Where the rank is told, singular values of differences are looked for down to this share of the storage noise.
+BELOW_NOISE = 0.5
+# Unless the residual is storage noise already.
+AT_FLOOR = 1.03
+# Deltas so many times as large as those of the closed form have run off along what the data leave open.
+RAN_OFF = 2.0
+# Ranks whose weakest singular value stands so many times over the noise are not searched for others.
+CLEAR = 8.0
+# Nor are they where more directions than these, or an eighth of all, stand less than so many times over it.
+JUST_ABOVE = 2.0
+FEW_DIRECTIONS = 16
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Intersection and polish where they apply, Spectral DeTuning where they do not; then the bits, if a grid shows.
+
+    Attributes:
+        lattice: How the base's bits are looked for; None does not. As long as sweeps gain much, on the grids of half
+            precision: the method `lattice` looks longer.
+        polish: Options of the polish.
+        spectral: Options of the fallback.
+        seed: Seed of the sketch.
+    """
+
+    min_models: ClassVar[int] = 3
+    working_copies: ClassVar[int] = 10
+
+    lattice: Lattice | None = field(default_factory=lambda: Lattice(grids=HALVES, sweeps=12, least_gain=0.1))
+    polish: Polish = field(default_factory=Polish)
+    spectral: Spectral = field(default_factory=Spectral)
+    seed: int = 0
+
+    def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
+        """Choose and solve; see `Solver.solve`. The reason says which and why."""
+        of_fine = from_fine(stack, self._solve_fine, rank)
+        if of_fine is not None:
+            return of_fine
+        first = find_differences(stack, rank, self.seed)
+        bits = self._bits_at_once(first, rank)
+        if bits is not None:
+            return bits
+        found = within_reason(stack, with_principal_part(self._without_grid(first, rank)))
+        if self.lattice is None or not found.deltas:
+            return found
+        try:
+            return self.lattice.refine(stack, found, rank)
+        except NoGrid:
+            return self.lattice.without_grid(stack, found)
+
+    def _solve_fine(self, part: Stack, rank: int | None) -> Recovery:
+        """Of models that others are left out beside: one or two are enough only on a grid."""
+        if part.n >= self.min_models:
+            return self.solve(part, rank)
+        if self.lattice is None:
+            raise NotRecoverable(f"{part.n} models stored finely", "expected three", "add models")
+        return self.lattice.refine_from(part, None, rank)
+
+    def _bits_at_once(self, differences: Differences, rank: int | None) -> Recovery | None:
+        """The bits where ranks would have to be searched for, and least squares might mislead: the fit finds them too.
+
+        None where it leaves doubts: least squares may be the better start.
+        """
+        stack, found = differences.stack, differences.by_pair.values()
+        if self.lattice is None or not set(stack.rounded_dtypes) <= set(HALVES) or not any(map(_in_doubt, found)):
+            return None
+        if not may_mislead(stack, [difference.basis for difference in found]):
+            return None
+        try:
+            return replace(self.lattice, most_misfits=UNSETTLED).refine_from(stack, split_start(stack), rank)
+        except NoGrid:
+            return None
+
+    def _without_grid(self, first: Differences, rank: int | None) -> Recovery:
+        stack = first.stack
+        if stack.n >= 3 and any(difference.rank == 0 for difference in first.by_pair.values()):
+            untouched = unchanged(stack)
+            if untouched is not None:
+                return untouched
+        best, why_not = None, ""
+        try:
+            best = self._closed_form(first, rank)
+        except Unsplittable as why:
+            why_not = str(why)
+        if best is not None or _in_a_crowd(first):
+            best = self._look_again(stack, rank, best)
+        if best is not None:
+            return best
+        _check_solvable(stack, first.ranks)
+        recovery = self.spectral.solve(stack, rank or max(first.ranks))
+        return replace(recovery, reason=f"{why_not}; so {recovery.reason}")
+
+    def _look_again(self, stack: Stack, rank: int | None, best: Recovery | None) -> Recovery | None:
+        """The best of what differences give that are cut elsewhere, if the closed form is not at the noise.
+
+        Folding rows loses a direction where very few rows differ: all of them are looked at. Differences of LoRAs that
+        nearly coincide can have directions below the noise: where the rank is known, they are looked for there. And
+        noise may be more than storage's, if the merge was rounded on its way: that shows above it.
+        """
+        below = (BELOW_NOISE,) if rank is not None else ()
+        for signal in (SIGNAL, *below, 2 * SIGNAL, 4 * SIGNAL, 8 * SIGNAL):
+            enough = AT_FLOOR if signal == BELOW_NOISE else FLOOR_RATIO
+            if best is not None and (best.noise_ratio or 0.0) <= enough and not _fits_noise(best, stack):
+                continue
+            try:
+                again = self._closed_form(find_differences(stack, rank, self.seed, False, signal), rank)
+            except Unsplittable:
+                continue
+            except NotRecoverable:
+                break
+            options = [again] if best is None else [best, again]
+            best = min(options, key=lambda r: (_fits_noise(r, stack), r.noise_ratio or 0.0))
+        return best
+
+    def _closed_form(self, differences: Differences, rank: int | None) -> Recovery:
+        spaces = find_spaces(differences, rank, self.seed)
+        if any(map(_in_doubt, differences.by_pair.values())) and not _in_a_crowd(differences):
+            spaces = select_ranks(spaces, rank)
+        polished = self.polish.run(spaces.stack, spaces.bases)
+        step, method, steps = _best_step(spaces, polished), "intersect+polish", polished.steps
+        if step is None or step.noise_ratio > FLOOR_RATIO:
+            # Directions that are noise make the step ill-conditioned: it must not spoil a better start. One that
+            # wandered off fits the data better than the start and the base worse.
+            start = w_step_given_rows(spaces.stack, spaces.bases)
+            if step is None or not (polished.converged and step.noise_ratio <= start.noise_ratio):
+                step, method, steps = start, "intersect", 0
+        step = step.transposed if spaces.transposed else step
+        return Recovery(
+            step.weight,
+            method,
+            f"closed form from the {spaces}; "
+            + (f"then {steps} Gauss-Newton step{'s' * (steps > 1)}" if steps else "polishing brought it no closer"),
+            step.deltas,
+            tuple(M_i.rank for M_i in step.deltas),
+            step.relative_residual,
+            step.noise_ratio,
+            steps,
+            residuals=step.residuals,
+        )
+
+
+def _best_step(spaces: Spaces, polished: Polished) -> WStep | None:
+    """The W-step at the polished deltas, or at better ones where they did not converge; None where all ran off.
+
+    Full steps wander where some direction is as good as undetermined. Shorter ones, which only matrices small enough
+    get, lower the misfit, but may do so by deltas a hundred times as large as the models differ.
+    """
+    if polished.converged:
+        return w_step(spaces.stack, polished.deltas)
+    options = [polished.deltas]
+    if spaces.stack.shape[0] * spaces.stack.shape[1] <= SMALL_ENTRIES:
+        options.append(downhill(spaces.stack, spaces.bases))
+    most = RAN_OFF * _size(w_step_given_rows(spaces.stack, spaces.bases).deltas)
+    steps = [w_step(spaces.stack, deltas) for deltas in options if _size(deltas) <= most]
+    return min(steps, key=lambda step: step.noise_ratio, default=None)
+
+
+def _size(deltas: Sequence[LowRank]) -> float:
+    """The largest Frobenius norm."""
+    return math.sqrt(max(0.0, *(M_i.energy for M_i in deltas)))
+
+
+def _in_doubt(difference: Difference) -> bool:
+    """Whether the rank of a difference ends near the noise, where more may lie hidden."""
+    S = difference.singular_values
+    return bool(len(S)) and float(S[-1]) < CLEAR * difference.noise_norm
+
+
+def _in_a_crowd(differences: Differences) -> bool:
+    """Whether some difference ends in noise of another kind."""
+    found = differences.by_pair.values()
+    return any(_is_crowded(each.singular_values, each.noise_norm, differences.stack) for each in found)
+
+
+def _is_crowded(singular_values: Tensor, noise_norm: float, stack: Stack) -> bool:
+    """Whether so many directions stand just above the noise that they are noise of another kind than storage's.
+
+    A search would take them for ranks one by one.
+    """
+    just_above = int(singular_values.lt(JUST_ABOVE * noise_norm).sum())
+    return just_above > max(FEW_DIRECTIONS, min(stack.shape) // 8)
+
+
+def _fits_noise(recovery: Recovery, stack: Stack) -> bool:
+    """Whether some delta is such noise: the better it fits, the worse the base."""
+    rows = stack.shape[0]
+    return any(
+        _is_crowded(Space.of(M_i).S, SIGNAL * 2**0.5 * float(stack.noise_norm(i, rows)), stack)
+        for i, M_i in enumerate(recovery.deltas)
+        if M_i.rank > FEW_DIRECTIONS
+    )
+
+
+def unchanged(stack: Stack) -> Recovery | None:
+    """Two models that agree in every bit are taken to have left the matrix alone: it is the base's.
+
+    None where no two agree, or where two groups do.
+    """
+    stack.require_finite(torch.stack([W_i.sum(dtype=torch.float64) for W_i in stack.matrices]))
+    agreeing = [(i, j) for i, j in combinations(range(stack.n), 2) if _same_bits(stack.matrices[i], stack.matrices[j])]
+    # Two groups that agree each within itself contradict each other.
+    if not agreeing or any(not _same_bits(stack.matrices[agreeing[0][0]], stack.matrices[i]) for i, _ in agreeing):
+        return None
+    i, j = agreeing[0]
+    return left_alone(stack, i, f"models {i} and {j} agree in every bit")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Bytes are compared: some float dtypes know no equality, and zeros have signs."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _check_solvable(stack: Stack, ranks: tuple[int, ...]) -> None:
+    """Refuse where there are more unknowns than numbers: no method can do it."""
+    out, columns = stack.shape
+    unknowns = out * columns + sum(r * (out + columns - r) for r in ranks)
+    if unknowns > stack.n * out * columns:
+        raise NotRecoverable(
+            f"ranks {ranks} are too high for {stack.n} models of a {out}x{columns} matrix",
+            f"{unknowns} unknowns against {stack.n * out * columns} numbers",
+            "add models",
+        )

@@ -1,0 +1,105 @@
+"""Models that are stored far more coarsely than others, which say next to nothing of W beside them.
+
+Least squares weighs all models alike: one bf16 merge beside three in float32 leaves its own rounding in W, and rounds
+away what it holds of a small delta. So W is found from the finely stored models where they are enough, and what the
+others differ from it by is their `M_i`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from detune.fitting.differences import find_differences
+from detune.fitting.normal_operator import Core
+from detune.identifiability.null_space import blurs, undetermined
+from detune.numerics.linalg import thin_svd
+from detune.problem.low_rank import Space
+from detune.problem.recovery import LowRank, NotLowRank, NotRecoverable, Recovery
+from detune.problem.stack import Stack
+
+# Steps of so many times the finest: between float32 and fp16 there are 2^13, between fp16 and bf16 2^3.
+COARSE = 64.0
+# A residual of more than this many times the storage noise is not storage noise.
+FLOOR_RATIO = 2.0
+# A base in float32 may have been rounded to bf16 before its merge was: the variance is twice that of one rounding.
+ROUNDED_TWICE = 2**0.5
+
+Solve = Callable[[Stack, int | None], Recovery]
+
+
+def from_fine(stack: Stack, solve: Solve, rank: int | None) -> Recovery | None:
+    """The answer of the finely stored models, with the deltas of all.
+
+    Args:
+        stack: The models.
+        solve: What recovers from the finely stored ones, of which there may be one or two.
+        rank: The most that any `M_i` can have.
+
+    Returns:
+        The recovery; None where all models are stored about alike, where the fine ones are not enough, and where
+        another model does not differ from their answer by a low rank.
+    """
+    fine = _fine_models(stack)
+    if len(fine) == stack.n:
+        return None
+    part = stack.part(fine)
+    try:
+        found = solve(part, rank)
+        if not _is_enough(part, found):
+            return None
+        deltas = {i: _left_over(stack, i, found, rank) for i in range(stack.n) if i not in fine}
+    except NotRecoverable:
+        return None
+    deltas = {**deltas, **dict(zip(fine, found.deltas, strict=True))} if found.deltas else {}
+    names = ", ".join(map(str, fine))
+    return replace(
+        found,
+        reason=f"{found.reason}; from model{'s' * (len(fine) > 1)} {names}: the others are stored far more coarsely",
+        deltas=tuple(deltas[i] for i in sorted(deltas)),
+        ranks=tuple(deltas[i].rank for i in sorted(deltas)),
+        residuals=None,
+        of_models=fine,
+    )
+
+
+def fine_part(stack: Stack, recovery: Recovery) -> tuple[Stack, Recovery]:
+    """The models that an answer of `from_fine` is from, and that answer with no others' deltas."""
+    chosen = recovery.of_models if recovery.deltas else ()
+    deltas = tuple(recovery.deltas[i] for i in chosen)
+    ranks = tuple(recovery.ranks[i] for i in chosen)
+    return stack.part(recovery.of_models), replace(recovery, deltas=deltas, ranks=ranks, of_models=())
+
+
+def _fine_models(stack: Stack) -> tuple[int, ...]:
+    steps = [torch.finfo(dtype).eps for dtype in stack.rounded_dtypes]
+    if stack.told_noise:
+        return tuple(range(stack.n))
+    return tuple(i for i, step in enumerate(steps) if step <= COARSE * min(steps))
+
+
+def _is_enough(part: Stack, found: Recovery) -> bool:
+    """Whether the others have nothing to add: the answer is at the noise, and the only one."""
+    if found.bits is not None or not found.deltas:
+        return True
+    if found.noise_ratio is None or found.noise_ratio > FLOOR_RATIO:
+        return False
+    spaces = [Space.of(M_i) for M_i in found.deltas]
+    core = Core.of([space.U for space in spaces], [space.V for space in spaces])
+    return not undetermined(core, *blurs(part, spaces))
+
+
+def _left_over(stack: Stack, model: int, found: Recovery, rank: int | None) -> LowRank:
+    """What a model differs from the answer by, as far as it stands over its noise."""
+    W_i = stack.matrices[model]
+    noise = ROUNDED_TWICE * float(stack.noise[model])
+    pair = Stack((found.weight.to(W_i.device), W_i), stack.dtype, stack.device, told_noise=(0.0, noise))
+    difference = find_differences(pair).of(0, 1)
+    if difference.full_rank:
+        raise NotLowRank((difference.pair,), stack.shape)
+    if not difference.rank:
+        return LowRank(stack.zeros(stack.shape[0], 0), stack.zeros(stack.shape[1], 0))
+    right = difference.basis.to(stack.dtype)
+    left = (W_i.to(stack.device, stack.dtype) - found.weight) @ right
+    U, S, V = thin_svd(left)
+    return LowRank((U * S)[:, :rank], (right @ V.to(right))[:, :rank])

@@ -1,0 +1,42 @@
+"""A recovered delta by its spaces and singular values."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from detune.numerics.linalg import product, qr
+from detune.problem.recovery import LowRank
+
+__all__ = ["Space"]
+
+# Singular values below this share of a delta's largest are rounding.
+ROUNDING = 1e-13
+
+
+@dataclass(frozen=True)
+class Space:
+    """A recovered delta as `U diag(S) V^T`.
+
+    Attributes:
+        U: `(out, r)`, orthonormal.
+        S: Descending, `(r,)`, float64.
+        V: `(in, r)`, orthonormal, in U's dtype.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    @classmethod
+    def of(cls, M_i: LowRank, dtype: torch.dtype = torch.float64) -> "Space":
+        """Directions that rounding alone gave are dropped.
+
+        Args:
+            M_i: The delta.
+            dtype: Of the bases, which are as exact as it is.
+        """
+        left, right = qr(M_i.left.to(dtype)), qr(M_i.right.to(dtype))
+        U, S, Vh = torch.linalg.svd(left.R @ right.R.mT)
+        kept = S.gt(ROUNDING * S[:1])
+        return cls(product(left.Q, U[:, kept].to(dtype)), S[kept], product(right.Q, Vh.mT[:, kept].to(dtype)))

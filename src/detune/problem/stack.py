@@ -1,0 +1,334 @@
+"""The solvers' input: the same weight matrix from every model, read in row blocks.
+
+Differences are taken before anything is multiplied: `W_i - W_1` is exact or nearly so in floating point
+(Sterbenz), while a product with the large `W_i` itself would bury the small delta under its rounding error.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from detune.errors import InputError
+from detune.numerics.device import find_device, multiplies_bfloat16, upload
+from detune.numerics.float_grid import spacing
+from detune.numerics.linalg import weighted_sum
+from detune.numerics.random import seeded
+
+
+class NonFinite(InputError):
+    """A matrix holds NaN or Inf.
+
+    Attributes:
+        model: Its place in the stack.
+    """
+
+    def __init__(self, model: int) -> None:
+        super().__init__(f"matrix {model} holds NaN or Inf", "expected finite weights", "leave that model out")
+        self.model = model
+
+
+# Rows are taken in blocks whose working set, some n + 2 times as much, stays inside the processor's caches; but not so
+# few that a product with a thin matrix would spend its time on reading that.
+BLOCK_ENTRIES = 1 << 18
+BLOCK_ROWS = 64
+# Below this many entries float64 costs nothing that anybody notices.
+SMALL_ENTRIES = 1 << 20
+# A float32 GEMM over D with blocked accumulation errs by about 3e-7 rms(D) per unit test vector: by a fiftieth of the
+# storage noise sigma where rms(D) is so many sigma.
+FLOAT32_RANGE = float(1 << 16)
+# Rounding whose spectral norm is no larger than this share of the noise's adds less than a hundredth to its energy.
+COVERED = 1 / 16
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of the stack, with what the models have in common taken off.
+
+    Attributes:
+        rows: Which rows of the matrices these are.
+        reference: `W_1` on these rows, `(rows, in)`, compute dtype.
+        buffer: Memory for n times as much, `(n, rows, in)`: `W_i - W_1` in all but the first, until they are centred.
+    """
+
+    rows: slice
+    reference: Tensor
+    buffer: Tensor
+
+    @property
+    def differences(self) -> Tensor:
+        """`W_i - W_1` for every model but the first, `(n - 1, rows, in)`: not to be had any more once centred."""
+        return self.buffer[1:]
+
+    @cached_property
+    def offset(self) -> Tensor:
+        """`mean_i W_i - W_1`, `(rows, in)`: kept apart, because it is small and `W_1` is not."""
+        return weighted_sum(self.differences, 1 / len(self.buffer))
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """`W_i - mean_j W_j` for every model, `(n, rows, in)`, in the memory of the differences."""
+        offset = self.offset
+        self.differences.sub_(offset)
+        torch.neg(offset, out=self.buffer[0])
+        return self.buffer
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One weight matrix as `n` models hold it: `W_i = W + M_i`, each rounded once to its dtype.
+
+    Attributes:
+        matrices: `n` tensors `(out, in)`, in their stored float dtypes, which may differ.
+        dtype: The dtype of every computation, float32 or float64.
+        device: Where it computes; blocks are moved there as they are read.
+        told_noise: Root mean square of each model's noise where it is known to be more than storage's: somebody added
+            some, or rounded to fewer values than the dtype has. Empty where it is the rounding to the dtype.
+    """
+
+    matrices: tuple[Tensor, ...]
+    dtype: torch.dtype
+    device: torch.device
+    told_noise: tuple[float, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        matrices: Tensor | Sequence[Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Stack":
+        """Check the matrices and settle the compute dtype.
+
+        Args:
+            matrices: `(n, out, in)` or `n` tensors `(out, in)`, any float dtype.
+            dtype: float32 or float64; by default float32 for large matrices that hold bf16 or fp16, as far as the
+                storage noise covers its rounding, and float64 elsewhere.
+            device: Where to compute; by default where the first matrix lies. See `find_device`.
+
+        Raises:
+            InputError: Not matrices of one shape, or not floating point; no such device.
+        """
+        tensors = tuple(W_i.detach() for W_i in matrices)
+        if not tensors or not all(tensor.numel() for tensor in tensors):
+            raise InputError("an empty stack: expected at least one matrix with entries, (models, out, in)")
+        shape = tensors[0].shape
+        for i, tensor in enumerate(tensors):
+            if tensor.ndim != 2 or tensor.shape != shape:
+                raise InputError(
+                    f"matrix {i} has shape {tuple(tensor.shape)}, expected {tuple(shape)} as (out, in): "
+                    "give one matrix per model, all of one shape"
+                )
+            if tensor.device != tensors[0].device:
+                raise InputError(
+                    f"matrix {i} is on {tensor.device}, matrix 0 on {tensors[0].device}: move them together"
+                )
+            if not tensor.is_floating_point():
+                raise InputError(f"matrix {i} has dtype {tensor.dtype}, expected a float dtype: dequantise it first")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise InputError(f"compute dtype {dtype}: expected torch.float32 or torch.float64")
+        target = find_device(device if device is not None else tensors[0].device)
+        return cls(tensors, dtype or _compute_dtype(tensors), target)
+
+    def require_finite(self, witness: Tensor) -> None:
+        """Name the model that holds NaN or Inf.
+
+        A pass over big matrices only to look for NaN would cost as much as averaging them; NaN and Inf survive sums
+        and products, so a solver looks at a small result instead.
+
+        Args:
+            witness: Anything computed from every entry of the stack.
+
+        Raises:
+            NonFinite: The witness is not finite.
+            InputError: It is not, although every matrix is: the computation overflowed.
+        """
+        if bool(torch.isfinite(witness).all()):
+            return
+        for i, W_i in enumerate(self.matrices):
+            if not bool(torch.isfinite(W_i).all()):
+                raise NonFinite(i)
+        raise InputError(f"the differences overflow {self.dtype}: rescale the matrices or compute in float64")
+
+    @property
+    def n(self) -> int:
+        """Number of models."""
+        return len(self.matrices)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self.matrices[0].shape[0], self.matrices[0].shape[1]
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype of computations with factors, which add up some 1e-6 of relative error in float32.
+
+        That is far below the rounding of bf16 and fp16 and not below that of float32.
+        """
+        halves = (torch.bfloat16, torch.float16)
+        return self.dtype if all(W_i.dtype in halves for W_i in self.matrices) else torch.float64
+
+    @cached_property
+    def sketch_dtype(self) -> torch.dtype:
+        """The dtype of sketches: bf16 where it is quicker and noise covers its rounding, the compute dtype elsewhere.
+
+        The noise does in half-precision models with deltas of a few per cent of the weights.
+        """
+        if self.dtype != torch.float32 or not multiplies_bfloat16(self.device):
+            return self.dtype
+        rows = self.shape[0]
+        reference = _sample(self.matrices[0]).to(self.dtype)
+        for i, W_i in enumerate(self.matrices[1:], 1):
+            difference = _sample(W_i).to(self.dtype) - reference
+            rounding = self._spectral_norm(storage_variance(difference.bfloat16()), rows)
+            if not bool(rounding <= COVERED * torch.hypot(self.noise_norm(0, rows), self.noise_norm(i, rows))):
+                return self.dtype
+        return torch.bfloat16
+
+    def part(self, models: Sequence[int]) -> "Stack":
+        """The stack of some of the models, in that order."""
+        told = tuple(self.told_noise[i] for i in models) if self.told_noise else ()
+        return replace(self, matrices=tuple(self.matrices[i] for i in models), told_noise=told)
+
+    @cached_property
+    def transposed(self) -> "Stack":
+        """The same stack with rows and columns exchanged; nothing is copied."""
+        return replace(self, matrices=tuple(W_i.mT for W_i in self.matrices))
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether the matrices lie in memory column by column: passes over them should go over the transposed stack."""
+        return self.matrices[0].stride(0) < self.matrices[0].stride(1)
+
+    @property
+    def block_height(self) -> int:
+        """Rows of a block."""
+        return min(self.shape[0], max(BLOCK_ROWS, BLOCK_ENTRIES // self.shape[1]))
+
+    def blocks(self, period: int | None = None) -> Iterator[Block]:
+        """All rows, block by block. The buffer is used again: it is valid until the next block.
+
+        Args:
+            period: A multiple of the block's height. Blocks that lie so many rows apart come one after the other; in
+                order without.
+        """
+        out, height = self.shape[0], self.block_height
+        memory = self.zeros(self.n, height, self.shape[1])
+        period = out if period is None else period
+        starts = [start for first in range(0, min(period, out), height) for start in range(first, out, period)]
+        runs = [slice(start, min(start + height, out)) for start in starts]
+        for rows, stored in zip(runs, upload(self.matrices, runs, self.device), strict=True):
+            reference = stored[0].to(self.dtype)
+            block = Block(rows, reference, memory[:, : reference.shape[0]])
+            for W_i, difference in zip(stored[1:], block.differences, strict=True):
+                difference.copy_(W_i).sub_(reference)
+            yield block
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the compute dtype, on the device."""
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def gaussian(self, generator: torch.Generator, *shape: int) -> Tensor:
+        """Standard normal numbers in the compute dtype, on the device."""
+        return torch.randn(*shape, generator=generator, dtype=self.dtype, device=self.device)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A generator of random numbers on the device."""
+        return seeded(seed, self.device)
+
+    @cached_property
+    def _variances(self) -> list[Tensor]:
+        """Noise variance of some rows of each model, `(rows, in)`, float64."""
+        if self.told_noise:
+            return [
+                torch.full_like(_sample(W_i), noise**2, dtype=torch.float64)
+                for W_i, noise in zip(self.matrices, self.told_noise, strict=True)
+            ]
+        return [storage_variance(sample) for sample in _as_rounded([_sample(W_i) for W_i in self.matrices])]
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """Root mean square of each model's noise, `(n,)`, float64: of storage rounding, if nothing else was told."""
+        return torch.stack([variance.mean().sqrt() for variance in self._variances])
+
+    @cached_property
+    def rounded_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtype that each model was rounded to, judged by some rows."""
+        return tuple(sample.dtype for sample in _as_rounded([_sample(W_i) for W_i in self.matrices]))
+
+    def variance(self, model: int) -> Tensor:
+        """Storage variance of every entry of a model, `(out, in)`, float64: a pass over all matrices."""
+        return storage_variance(_as_rounded(self.matrices)[model])
+
+    def noise_norm(self, model: int, rows: int) -> Tensor:
+        """Estimated spectral norm of a model's rounding error after folding onto `rows`, a float64 scalar.
+
+        For independent entries with variances `v` it is `max_row sqrt(sum v) + max_col sqrt(sum v)` (Bandeira & van
+        Handel 2016, Theorem 1.1, without its lower-order term); on equal variances, `sigma (sqrt d + sqrt k)`. Folding
+        d rows onto m adds up `d / m` variances in each entry.
+        """
+        return self._spectral_norm(self._variances[model], rows)
+
+    def _spectral_norm(self, variance: Tensor, rows: int) -> Tensor:
+        """The same for any variances of some rows, `(rows, in)`."""
+        out, width = self.shape
+        columns = variance.mean(dim=0).max() * out
+        longest = variance.mean(dim=1).max() * width * out / rows
+        return columns.sqrt() + longest.sqrt()
+
+
+def matricise(tensor: Tensor) -> Tensor:
+    """A tensor as the matrix in which a LoRA is low-rank: kernels `(out, in, h, w)` become `(out, in h w)`."""
+    return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(tensor.shape[0], -1)
+
+
+def storage_variance(values: Tensor) -> Tensor:
+    """Variance of the rounding error of stored values: `ulp(x)^2 / 12`, uniform within half a unit in the last place.
+
+    Args:
+        values: Any shape, a float dtype.
+
+    Returns:
+        The same shape, float64.
+    """
+    return spacing(values, values.dtype).square() / 12
+
+
+def storage_energy(matrix: Tensor) -> float:
+    """Expected energy of the rounding error of a stored matrix, judged by some rows as the noise of the models is."""
+    return float(storage_variance(_sample(matrix)).mean()) * matrix.numel()
+
+
+def _as_rounded(samples: Sequence[Tensor]) -> list[Tensor]:
+    """The values in the dtype that they were rounded to: float32 files may hold what was bf16 or fp16 before.
+
+    All must lie on its grid. One alone is a model that left a half-precision base as it was: exact, not coarse.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(
+            sample.dtype.itemsize <= 2 or torch.equal(sample.to(dtype).to(sample.dtype), sample) for sample in samples
+        ):
+            return [sample if sample.dtype.itemsize <= 2 else sample.to(dtype) for sample in samples]
+    return list(samples)
+
+
+def _sample(matrix: Tensor, rows: int = 64) -> Tensor:
+    """Evenly spaced rows: enough to know magnitudes by."""
+    return matrix[:: max(1, matrix.shape[0] // rows)]
+
+
+def _compute_dtype(matrices: tuple[Tensor, ...]) -> torch.dtype:
+    if matrices[0].numel() <= SMALL_ENTRIES:
+        return torch.float64
+    samples = _as_rounded([_sample(W_i) for W_i in matrices])
+    if any(sample.dtype.itemsize > 2 for sample in samples):
+        # Storing an answer in float32 gives most entries the base's own numbers, if it lies on that grid. Whether it
+        # does shows in float64 alone, and an error a few per cent larger leaves twice as many entries off it.
+        return torch.float64
+    reference = samples[0].double()
+    largest = max((sample.double() - reference).square().mean().sqrt() for sample in samples)
+    noise = min(storage_variance(sample).mean().sqrt() for sample in samples)
+    return torch.float32 if largest <= FLOAT32_RANGE * noise else torch.float64

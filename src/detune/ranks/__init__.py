@@ -1,0 +1,1 @@
+"""Ranks near the storage noise, found from all models together."""

@@ -1,0 +1,296 @@
+"""The pipeline: tensors of a family, one at a time, through a solver into the writer and the report."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detune.adapters.extract import extracting
+from detune.checkpoints import (
+    Checkpoint,
+    CheckpointFiles,
+    Landing,
+    Target,
+    absolute,
+    check_new,
+    claim,
+    identity,
+    move_into_place,
+    new_file,
+    reported,
+    write_masks,
+)
+from detune.compatibility.groups import Selection, select
+from detune.compatibility.model_set import Family, Models
+from detune.errors import InputError
+from detune.methods import ANY_RANK, SOLVERS, Mean, Single
+from detune.numerics.device import full_precision
+from detune.problem import NotRecoverable, Recovery, Solver, Stack
+from detune.recovery.execution import (
+    Job,
+    Landed,
+    Processes,
+    hashing,
+    kept_for_later,
+    land,
+    landed_before,
+    read_changes,
+    require_unchanged,
+)
+from detune.recovery.loop import OnTensor
+from detune.recovery.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
+
+
+@full_precision()
+def recover_matrix(
+    stack: Tensor | Sequence[Tensor],
+    method: str | Solver = "auto",
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Recovery:
+    """Recover one weight matrix from several models' versions of it.
+
+    Args:
+        stack: `(models, out, in)`, or a sequence of `(out, in)`; any float dtypes, as stored.
+        method: A name in `detune.methods.SOLVERS`, or a solver with hyperparameters of your own.
+        rank: The most that any adapter's rank can be; None finds each from the data.
+        dtype: Compute dtype, float32 or float64; None decides by the storage noise.
+        device: Where to compute; None is where the stack lies.
+
+    Returns:
+        The recovery; its `weight` is `(out, in)` in the compute dtype.
+
+    Raises:
+        InputError: Not a stack of finite float matrices, or no such method.
+        NotRecoverable: The method does not apply.
+
+    Example:
+        >>> import torch
+        >>> W = torch.randn(64, 48, dtype=torch.float64, generator=torch.manual_seed(0))
+        >>> stack = [W + torch.randn(64, 2).double() @ torch.randn(2, 48).double() for _ in range(3)]
+        >>> recovery = recover_matrix(stack)
+        >>> recovery.ranks, bool(torch.allclose(recovery.weight, W, atol=1e-12))
+        ((2, 2, 2), True)
+
+    Reference:
+        Horwitz, Kahana & Hoshen 2024, arXiv 2402.10208.
+    """
+    solver = make_solver(method)
+    prepared = Stack.of(stack, dtype, device)
+    _check_count(solver, prepared.n)
+    _check_rank(rank)
+    if min(prepared.shape) == 1 and not isinstance(solver, Mean | Single):
+        raise NotRecoverable(
+            f"a {prepared.shape[0]}x{prepared.shape[1]} matrix is a vector", "it cannot be low-rank", "use mean"
+        )
+    return solver.solve(prepared, rank)
+
+
+def recover(
+    models: Sequence[str | Path],
+    out: str | Path,
+    method: str | Solver = "auto",
+    *,
+    rank: int | None = None,
+    device: torch.device | str | None = None,
+    overwrite: bool = False,
+    merge_dtype: torch.dtype | None = None,
+    adapters: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    mask: str | Path | None = None,
+    check: bool = False,
+    on_tensor: OnTensor | None = None,
+    executor: Executor | None = None,
+) -> Report:
+    """Recover the base checkpoint of several merged LoRA fine-tunes.
+
+    Tensors are solved side by side, as many as memory and threads allow, while the next is read and the last is
+    written. Tensors that are identical in all models are copied byte for byte. The output has the layout of the first
+    model: its files, names, dtypes, metadata, config and tokenizer, and `detune.json` beside them. It appears in one
+    step when it is whole. Until then what is done lands in a hidden directory beside it; a run that is cut off is
+    finished by calling it again.
+
+    Models that do not share a source with most are left out, and the report says so; the first of the others gives the
+    layout. `mean`, `single`, `kronecker`, `scaled`, `sparse` and `vera` take the models as they are.
+
+    Args:
+        models: Directories, files, Hub ids or `BASE+ADAPTER`; see `detune.checkpoints.open_checkpoint`.
+        out: The directory to make.
+        method: A name in `detune.methods.SOLVERS`, or a solver with hyperparameters of your own.
+        rank: The most that any adapter's rank can be; None finds each model's rank in each tensor.
+        device: Where to compute; None is the CPU.
+        overwrite: Whether an existing checkpoint in `out` may be replaced.
+        merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
+        adapters: A directory to make with each model's LoRA as a PEFT adapter of the base, as `extract` does.
+        dtype: Store every float tensor in this dtype instead of the first model's: bfloat16 for a bf16 base that
+            float32 merges gave away.
+        mask: A file to make, as `numpy.load` reads it: for each tensor on a grid, where its bits are certain, bool.
+        check: Whether to recover from parts of more than three models too, and see whether they agree: with four or
+            five models that many recoveries more, from six on two of half as many models.
+        on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
+        executor: Whose workers compute: `detune.recovery.execution.Processes`, Dask's `Client.get_executor()`, or any
+            other of `concurrent.futures`. They see the models and `out` by the same paths. None computes in this
+            process.
+
+    Returns:
+        The report, as written to `detune.json`.
+
+    Raises:
+        InputError: The models cannot be read, or too few of them fit together and share a base.
+        OutputError: `out` cannot be written, or another run is writing to it.
+        DetuneError: Workers were lost.
+
+    Example:
+        >>> report = recover(["ft-a", "ft-b", "ft-c"], out="base")  # doctest: +SKIP
+        >>> report.counts  # doctest: +SKIP
+        {<Status.SHARED: 'shared'>: 91, <Status.FLOOR: 'to the storage floor'>: 12}
+    """
+    started = time.perf_counter()
+    solver = make_solver(method)
+    _check_count(solver, len(models))
+    _check_rank(rank)
+    with ExitStack() as opened:
+        given = opened.enter_context(Models(models, merge_dtype))
+        target = Target(Path(out).expanduser().resolve(), overwrite, tuple(given.paths))
+        _check_targets(target, adapters, mask)
+        hashes = opened.enter_context(hashing(given.models, merge_dtype, executor))
+        selection = _select(given.models, solver)
+        family = opened.enter_context(Family([given.models[i] for i in selection.members]))
+        job = Job(
+            tuple(absolute(model.spec) for model in family.models),
+            tuple(map(identity, family.models)),
+            merge_dtype,
+            Path(),
+            solver,
+            rank,
+            device,
+            dtype,
+            check,
+            mask is not None,
+            str(target.out) if adapters else None,
+            executor is not None and not isinstance(executor, Processes),
+        )
+        landing = opened.enter_context(claim(target.out, job.key))
+        opened.enter_context(kept_for_later(landing))
+        job = replace(job, landing=landing.directory)
+        files = CheckpointFiles(family.models[0], landing.checkpoint, dtype)
+        landed = land(job, family, landing, landed_before(landing, files, target), executor, on_tensor)
+        rows = tuple(landed[name].row for name in family.names)
+        if not isinstance(solver, Mean | Single):
+            _refuse_if_hopeless(rows, family.n)
+        inputs = tuple(
+            InputRow(model.spec, hashed(), selection.reason(i))
+            for i, (model, hashed) in enumerate(zip(given.models, hashes, strict=True))
+        )
+        require_unchanged(job, family)
+        command = {
+            "name": "recover",
+            "argv": sys.argv,
+            "method": repr(solver),
+            "rank": rank or "auto",
+            "device": str(device or "cpu"),
+            "check": check,
+            "merge_dtype": str(merge_dtype) if merge_dtype else None,
+        }
+        report = Report(command, inputs, rows, time.perf_counter() - started)
+        report = _write_results(landing, landed, files, report, family, target, adapters, mask)
+        landing.remove()
+    return report
+
+
+def _write_results(
+    landing: Landing,
+    landed: Mapping[str, Landed],
+    files: CheckpointFiles,
+    report: Report,
+    family: Family,
+    target: Target,
+    adapters: str | Path | None,
+    mask: str | Path | None,
+) -> Report:
+    """Put what has landed together, and everything in its place; the report with what the adapters give back."""
+    # What is entered first is finished last: there are no adapters and no mask without their base.
+    with ExitStack() as results:
+        if adapters:
+            extractor = results.enter_context(extracting(family.models, adapters, base=str(target.out)))
+            for name in family.names:
+                extractor.add(name, read_changes(landing, landed[name], extractor.kind(name)))
+            report = replace(report, adapters=extractor.finish().summary)
+        if mask:
+            certain = {name: landing.part(name, ".mask") for name in family.names if landed[name].has_mask}
+            shapes = {name: family.shape(name) for name in certain}
+            write_masks(results.enter_context(new_file(mask)), certain, shapes)
+        files.finish({"detune.json": report.to_json().encode()})
+        with reported(target.out, files.needed_bytes):
+            move_into_place(landing.checkpoint, target.out, target.check)
+    return report
+
+
+def _check_targets(target: Target, adapters: str | Path | None, mask: str | Path | None) -> None:
+    """Refuse what could not be written in the end, before anything is computed."""
+    target.check(target.out)
+    if adapters:
+        check_new(Path(adapters).expanduser().resolve())
+    if mask:
+        check_new(Path(mask).expanduser().resolve(), directory=False)
+
+
+def make_solver(method: str | Solver) -> Solver:
+    """The solver of a name, with its defaults; a solver is returned as it is.
+
+    Raises:
+        InputError: No such method.
+    """
+    if not isinstance(method, str):
+        return method
+    if method not in SOLVERS:
+        raise InputError(f"no method {method!r}: expected one of {', '.join(SOLVERS)}")
+    return SOLVERS[method]()
+
+
+def _select(models: Sequence[Checkpoint], solver: Solver) -> Selection:
+    """The models that share a base; all, where the method asks for no low ranks to tell."""
+    if len(models) < 2 or isinstance(solver, ANY_RANK):
+        return Selection(tuple(range(len(models))))
+    return select(models, solver.min_models)
+
+
+def _refuse_if_hopeless(rows: Sequence[TensorRow], n: int) -> None:
+    """Nothing is written where nothing could be had."""
+    if n < 3 and not any(row.grid for row in rows):
+        # One checkpoint whose every entry lies on a grid may be the base, or was rounded when it was merged.
+        reason = next((row.reason for row in rows if row.status is Status.NOT_DETERMINED), "every entry lies on it")
+        raise InputError(f"{n} model{'s' * (n != 1)} show{'s' * (n == 1)} no delta against a grid of the base", reason)
+    # Integers that differ are no matrices, and stand as the first model has them.
+    hopeless = [row for row in rows if row.status is Status.NOT_DETERMINED and row.method == "mean"]
+    if hopeless and all(row.method in NOT_SOLVED for row in rows):
+        raise InputError(
+            f"none of {len(hopeless)} changed matrices can be recovered",
+            f"{hopeless[0].name!r}: {hopeless[0].reason}",
+        )
+
+
+def _check_count(solver: Solver, n: int) -> None:
+    if n >= solver.min_models:
+        return
+    name = type(solver).__name__.lower()
+    if solver.min_models == 3:
+        raise InputError(
+            f"{n} model{'s' * (n != 1)} given, {name} needs at least three",
+            "the difference of two models splits into two adapters in infinitely many ways, and a third decides",
+            "add a model; try --method lattice, if the base is coarser than the models; or average with --method mean",
+        )
+    raise InputError(f"{n} model{'s' * (n != 1)} given, {name} needs at least {solver.min_models}", "add a model")
+
+
+def _check_rank(rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise InputError(f"rank {rank}: expected a positive number, or none to find it")

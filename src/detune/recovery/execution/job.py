@@ -1,0 +1,206 @@
+"""What is done with the tensors of a family, in whichever process: solve, and land."""
+
+import hashlib
+import socket
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detune._runtime import versions
+from detune.adapters.changes import ChangeFitter
+from detune.checkpoints import (
+    CheckpointFiles,
+    Landing,
+    identity,
+    open_checkpoint,
+    reported,
+    save_layers,
+    save_mask,
+)
+from detune.compatibility.model_set import Family
+from detune.errors import DetuneError
+from detune.problem import Solver
+from detune.recovery.execution.landed import Landed, Lander, Solved
+from detune.recovery.loop import Answer, OnTensor, walk
+from detune.recovery.report import TensorRow
+from detune.recovery.tensor import solve_tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process must know to recover tensors. Small, and can be pickled.
+
+    Attributes:
+        models: The family, by specs that mean the same in every process; the first gives the layout.
+        identities: What they must be, as `detune.checkpoints.identity` tells.
+        merge_dtype: For `BASE+ADAPTER`.
+        landing: The directory of the run.
+        solver: The method.
+        rank: The most that any adapter's rank can be; None finds it.
+        device: Where to compute; None is the CPU.
+        dtype: What floats are stored in; None is the first model's.
+        check: Whether to recover from parts of the models too.
+        mask: Whether to land which entries are certain.
+        adapters: What adapters will be loaded onto; None makes none.
+        shared: Whether several machines write.
+    """
+
+    models: tuple[str, ...]
+    identities: tuple[str, ...]
+    merge_dtype: torch.dtype | None
+    landing: Path
+    solver: Solver
+    rank: int | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    check: bool
+    mask: bool
+    adapters: str | None
+    shared: bool
+
+    @property
+    def key(self) -> str:
+        """Stands for all that decides what lands: the models' content, the options, and the versions."""
+        settled = asdict(replace(self, landing=Path(), shared=False)) | {"solver": repr(self.solver)}
+        text = repr(sorted(settled.items())) + repr(sorted(versions().items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Performer:
+    """Recovers tensors of a family into its landing.
+
+    Tensors are solved side by side; a thread writes what is solved.
+
+    Args:
+        job: What to do.
+        family: Its models, opened.
+        landing: Its landing.
+        fitter: Where adapters are wanted.
+    """
+
+    def __init__(self, job: Job, family: Family, landing: Landing, fitter: ChangeFitter | None) -> None:
+        self._job = job
+        self._family = family
+        self._fitter = fitter
+        self._landing = landing
+        self._files = CheckpointFiles(family.models[0], self._landing.checkpoint, job.dtype, shared=job.shared)
+
+    def perform(self, names: Iterable[str], on_tensor: OnTensor | None = None) -> list[Landed]:
+        """Recover some tensors.
+
+        Args:
+            names: Which, in the order of their files.
+            on_tensor: Called with the name and None when one is begun, and with its row when it is solved.
+
+        Returns:
+            What has landed.
+
+        Raises:
+            InputError: A model cannot be read, or holds NaN or Inf.
+            OutputError: The disk refuses.
+        """
+        # A few smaller matrices may wait, so that no lane stands still for the disk; the largest only by itself.
+        largest = max((self._files.stored_bytes([name]) for name in self._family.names), default=0)
+        with Lander(self._landing, self._files, largest // 2) as lander:
+            solved: dict[str, Solved] = {}
+
+            def keep(name: str) -> None:
+                solved[name] = Solved(partial(self._files.copy, name))
+
+            def solve(name: str, tensors: tuple[Tensor, ...]) -> Answer:
+                answer, solved[name] = self._solve(name, tensors)
+                return answer
+
+            def land(name: str, row: TensorRow | None) -> None:
+                if row is not None:
+                    lander.land(solved.pop(name), row)
+                if on_tensor:
+                    on_tensor(name, row)
+
+            walk(self._family, keep, solve, land, names, self._job.device, self._job.solver.working_copies)
+        return lander.landed
+
+    def _solve(self, name: str, tensors: tuple[Tensor, ...]) -> tuple[Answer, Solved]:
+        job = self._job
+        answer, weight = solve_tensor(tensors, job.solver, job.rank, job.device, job.dtype, job.check)
+        # As it will be stored: smaller, and what counts for the adapters.
+        stored = self._files.as_stored(name, weight.reshape(tensors[0].shape))
+        changes = self._fitter.fit(name, stored, tensors) if self._fitter else ()
+        mask = answer.bits.certain if job.mask and answer.bits is not None else None
+
+        def write() -> None:
+            self._files.write(name, stored)
+            layers = {change.model: change.layer for change in changes if change.layer}
+            with reported(job.landing):
+                if mask is not None:
+                    save_mask(self._landing.part(name, ".mask"), mask)
+                if layers:
+                    save_layers(self._landing.part(name, ".lora"), layers)
+
+        held_bytes = stored.nbytes + (0 if mask is None else mask.nbytes)
+        return answer, Solved(write, held_bytes, tuple(replace(change, layer=None) for change in changes))
+
+
+def perform(job: Job, names: tuple[str, ...]) -> list[Landed]:
+    """Recover some tensors in a process that knows nothing yet: what an executor is given.
+
+    Args:
+        job: What to do.
+        names: The tensors.
+
+    Returns:
+        What has landed.
+
+    Raises:
+        DetuneError: This process does not see the models as the run does, or the tensors cannot be recovered.
+    """
+    family = _open(job.models, job.identities, job.merge_dtype)
+    fitter = _fitter(job.models, job.identities, job.merge_dtype, job.adapters, job.rank, job.device)
+    return Performer(job, family, _landing(job.landing), fitter).perform(names)
+
+
+def hashes(spec: str, merge_dtype: torch.dtype | None) -> dict[str, str]:
+    """The SHA-256 of a model's weight files, computed by an executor's worker; see `Checkpoint.hashes`."""
+    with open_checkpoint(spec, merge_dtype=merge_dtype) as model:
+        return model.hashes()
+
+
+# One journal for each process.
+@lru_cache(maxsize=1)
+def _landing(directory: Path) -> Landing:
+    return Landing(directory)
+
+
+# Opened once in each process, and left open for the next unit.
+@lru_cache(maxsize=1)
+def _open(models: tuple[str, ...], identities: tuple[str, ...], merge_dtype: torch.dtype | None) -> Family:
+    try:
+        family = Family(models, merge_dtype)
+        same = tuple(map(identity, family.models)) == identities
+    except DetuneError as error:
+        raise DetuneError(f"a worker on {socket.gethostname()} cannot open the models", str(error)) from None
+    if not same:
+        raise DetuneError(
+            f"a worker on {socket.gethostname()} finds other models than the run was started with",
+            "they differ in content, size or time",
+            "give workers the same files by the same paths, and leave them alone while detune runs",
+        )
+    return family
+
+
+@lru_cache(maxsize=1)
+def _fitter(
+    models: tuple[str, ...],
+    identities: tuple[str, ...],
+    merge_dtype: torch.dtype | None,
+    base: str | None,
+    rank: int | None,
+    device: torch.device | str | None,
+) -> ChangeFitter | None:
+    if base is None:
+        return None
+    return ChangeFitter(_open(models, identities, merge_dtype).models, base, rank, device)

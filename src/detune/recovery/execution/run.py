@@ -1,0 +1,152 @@
+"""One run, from what an earlier one left to the last tensor that lands."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from detune.adapters.changes import ChangeFitter
+from detune.checkpoints import Checkpoint, CheckpointFiles, Landing, Target, identity
+from detune.compatibility.model_set import Family
+from detune.errors import InputError
+from detune.recovery.execution.dispatch import dispatch, hashed_by
+from detune.recovery.execution.job import Job, Performer
+from detune.recovery.execution.landed import Landed, read_landed
+from detune.recovery.execution.units import make_units
+from detune.recovery.loop import OnTensor
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def kept_for_later(landing: Landing) -> Iterator[None]:
+    """Leave what has landed for the same command to go on from, unless it is of no use; a note on the error says so.
+
+    Args:
+        landing: The run's.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # An error with a cause is that of a disk, a network or a worker, and may be gone the next time.
+        useless = isinstance(error, InputError) and error.__cause__ is None
+        if landing.rows() and not useless:
+            error.add_note(f"what has landed stays in {landing.directory}: the same command does the rest")
+        else:
+            landing.remove()
+        raise
+
+
+def landed_before(landing: Landing, files: CheckpointFiles, target: Target) -> dict[str, Landed]:
+    """Find what an earlier run of the same command left, and make the files to go on with.
+
+    Args:
+        landing: The run's.
+        files: The checkpoint in it.
+        target: Where it will go.
+
+    Returns:
+        What has landed, by tensor.
+
+    Raises:
+        OutputError: There is no space for the rest, or the disk refuses.
+    """
+    landed = read_landed(landing)
+    if not files.prepare() and landed:
+        logger.warning("%s has lost files: starting over", landing.directory)
+        landing.clear()
+        files.prepare()
+        landed = {}
+    if landed:
+        logger.info("%d tensors have landed before", len(landed))
+    target.require_space(files.needed_bytes - files.stored_bytes(landed))
+    return landed
+
+
+def land(
+    job: Job,
+    family: Family,
+    landing: Landing,
+    landed: dict[str, Landed],
+    executor: Executor | None,
+    on_tensor: OnTensor | None,
+) -> dict[str, Landed]:
+    """Recover what has not landed yet.
+
+    Args:
+        job: What to do.
+        family: Its models.
+        landing: Where to.
+        landed: What has landed before, by tensor.
+        executor: Whose workers do it; None does it here.
+        on_tensor: As in `recover`.
+
+    Returns:
+        All that has landed, by tensor.
+
+    Raises:
+        DetuneError: It cannot be done.
+    """
+
+    def tell(found: Landed) -> None:
+        if on_tensor:
+            on_tensor(found.row.name, None)
+            on_tensor(found.row.name, found.row)
+
+    for found in landed.values():
+        tell(found)
+    missing = [name for name in family.names if name not in landed]
+    if executor is None:
+        fitter = ChangeFitter(family.models, job.adapters, job.rank, job.device) if job.adapters else None
+        done = Performer(job, family, landing, fitter).perform(missing, on_tensor)
+        return landed | {found.row.name: found for found in done}
+    done = []
+
+    def take(found: Landed) -> None:
+        done.append(found)
+        tell(found)
+
+    dispatch(executor, job, make_units(family, missing), take)
+    return landed | {found.row.name: found for found in done}
+
+
+@contextmanager
+def hashing(
+    models: Sequence[Checkpoint], merge_dtype: torch.dtype | None, executor: Executor | None
+) -> Iterator[list[Callable[[], dict[str, str]]]]:
+    """Compute the hashes of the models' files meanwhile, where the tensors are computed.
+
+    Args:
+        models: The models.
+        merge_dtype: With which they were opened.
+        executor: Whose workers do it; None does it here.
+
+    Yields:
+        For each model, what waits for its hashes.
+    """
+    if executor is not None:
+        yield [hashed_by(executor, model, merge_dtype) for model in models]
+        return
+    thread = ThreadPoolExecutor(1, thread_name_prefix="detune-hash")
+    try:
+        yield [thread.submit(model.hashes).result for model in models]
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
+
+
+def require_unchanged(job: Job, family: Family) -> None:
+    """Refuse a result of models that are not what they were.
+
+    Args:
+        job: Names what they were.
+        family: The models.
+
+    Raises:
+        InputError: They are not.
+    """
+    if tuple(map(identity, family.models)) != job.identities:
+        raise InputError(
+            "a model has changed since the run began", "its files have other content, sizes or times", "run it again"
+        )

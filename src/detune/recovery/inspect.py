@@ -1,0 +1,97 @@
+"""What changed between the models, at which rank, and whether that can be recovered. Writes nothing."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from detune.compatibility.groups import select
+from detune.compatibility.model_set import Family, Models, rows_to_read, surely_shared
+from detune.errors import InputError
+from detune.fitting.differences import find_differences
+from detune.methods import Auto
+from detune.problem import NotLowRank, Stack
+from detune.problem.stack import matricise
+from detune.recovery.loop import Answer, OnTensor, walk
+from detune.recovery.report import InputRow, Report, Status, TensorRow
+from detune.recovery.tensor import solve_tensor
+
+
+def inspect(
+    models: Sequence[str | Path],
+    *,
+    rank: int | None = None,
+    device: torch.device | str | None = None,
+    merge_dtype: torch.dtype | None = None,
+    rows: int | Literal["auto", "all"] = "auto",
+    on_tensor: OnTensor | None = None,
+) -> Report:
+    """Look at what differs between models, without writing anything.
+
+    Args:
+        models: At least two, as `detune.checkpoints.open_checkpoint` takes them.
+        rank: The most that any adapter's rank can be; None finds it.
+        device: Where to compute; None is the CPU.
+        merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
+        rows: Rows of each matrix to look at; what the report says is then of these. "auto" is 1024 if a model is on the
+            Hub, of which no more is fetched, and all otherwise.
+        on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
+
+    Returns:
+        A report whose rows have the ranks found, and the verdict on what `recover` would write.
+
+    Raises:
+        InputError: The models cannot be read, or too few of them fit together and share a base.
+    """
+    started = time.perf_counter()
+    if len(models) < 2:
+        raise InputError(f"{len(models)} model given", "inspect compares at least two", "add models")
+    shown = rows_to_read(models, rows)
+    with Models(models, merge_dtype, shown) as given:
+        selection = select(given.models, min(3, len(models)))
+        family = Family([given.models[i] for i in selection.members])
+
+        def look(name: str, tensors: tuple[Tensor, ...]) -> Answer:
+            return _look(tensors, rank, device)
+
+        looked_at = walk(family, lambda name: None, look, on_tensor, device=device)
+        inputs = tuple(
+            InputRow(model.spec, model.hashes(), selection.reason(i)) for i, model in enumerate(given.models)
+        )
+        if shown is not None:
+            looked_at = [_hedged(row, family, shown) for row in looked_at]
+        reading = given.reading
+    command = {"name": "inspect", "argv": sys.argv, "rank": rank or "auto", "device": str(device or "cpu")}
+    return Report(command, inputs, tuple(looked_at), time.perf_counter() - started, reading=reading)
+
+
+def _hedged(row: TensorRow, family: Family, rows: int) -> TensorRow:
+    """Rows that were not looked at may differ."""
+    if row.status is not Status.SHARED or len(row.shape) < 2 or row.shape[0] <= rows:
+        return row
+    sure = surely_shared(family.models, row.name)
+    return row if sure else replace(row, reason=f"identical in the {rows} rows that were looked at")
+
+
+def _look(tensors: tuple[Tensor, ...], rank: int | None, device: torch.device | str | None) -> Answer:
+    if len(tensors) > 2:
+        # What `recover` would do, to the end: a rank alone does not show whether the answer fits.
+        answer, _ = solve_tensor(tensors, Auto(), rank, device)
+        return answer
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        return Answer(Status.NOT_DETERMINED, "none", "not floating point")
+    stack = Stack.of([matricise(tensor) for tensor in tensors], device=device)
+    if min(stack.shape) == 1:
+        stack.require_finite(torch.stack([W_i.double().sum() for W_i in stack.matrices]))
+        return Answer(Status.AVERAGED, "mean", "a vector cannot be low-rank: it can only be averaged")
+    difference = find_differences(stack, rank).of(0, 1)
+    if difference.full_rank:
+        why = NotLowRank((difference.pair,), stack.shape)
+        return Answer(Status.NOT_DETERMINED, "none", str(why))
+    reason = f"the difference has rank {difference.rank}; a third model is needed to split it"
+    return Answer(Status.NOT_DETERMINED, "none", reason)

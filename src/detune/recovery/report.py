@@ -1,0 +1,166 @@
+"""What a run did, tensor by tensor: the content of `detune.json`."""
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from detune._runtime import versions
+from detune.compatibility.reading import Reading
+
+
+class Status(StrEnum):
+    """What became of a tensor: the certificate's verdict, where there was something to solve."""
+
+    SHARED = "shared"
+    """Identical in all models: copied byte for byte."""
+    EXACT = "exact"
+    """The base's own bits."""
+    FLOOR = "to the storage floor"
+    """As close as the rounding of the models lets any method come; `predicted_w_error` says how close."""
+    APPROXIMATE = "approximate"
+    """Best effort: the error is known to a range only, from `best_w_error` to `worst_w_error`."""
+    AVERAGED = "averaged"
+    """The mean of the models: the method asked for, or a vector, which has no low rank to use."""
+    NOT_DETERMINED = "not determined"
+    """The data do not hold the answer, or part of it; where no method applies the mean of the models stands in."""
+
+
+NOT_SOLVED = ("copy", "mean", "single", "none")
+"""Methods that leave the deltas in."""
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor of the report.
+
+    Attributes:
+        name: Its qualified name.
+        shape: Its shape.
+        dtype: Its stored dtype; several, where the models differ.
+        status: What became of it.
+        method: The solver that gave it, or "copy".
+        reason: One sentence.
+        ranks: The rank found for each model that was used; the full rank for one that was left out of this tensor;
+            empty where none was looked for.
+        relative_residual: Share of the spread between the models that the answer does not explain.
+        noise_ratio: The residual in units of the storage noise: 1 is the floor.
+        undetermined: Dimension of the changes of the tensor that the data cannot see; 0 is unique.
+        predicted_w_error: `log10` of the mean squared error to expect, from storage noise and conditioning; None where
+            there is none or no telling.
+        best_w_error: Lower end of the range that it is in; None, beside an upper end, where the tensor may be exact.
+        worst_w_error: Upper end.
+        agreement: The same figure from the disagreement of recoveries from parts of the models.
+        grid: The dtype that the base was found to have been stored in.
+        log10_false_positive: Logarithm of the probability that a base off that grid had passed for one on it.
+        certain: Share of the entries whose bits are certain.
+        seconds: Time taken.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    status: Status
+    method: str
+    reason: str
+    ranks: tuple[int, ...] = ()
+    relative_residual: float | None = None
+    noise_ratio: float | None = None
+    undetermined: int | None = None
+    predicted_w_error: float | None = None
+    best_w_error: float | None = None
+    worst_w_error: float | None = None
+    agreement: float | None = None
+    grid: str | None = None
+    log10_false_positive: float | None = None
+    certain: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """One model of the report.
+
+    Attributes:
+        spec: As the user gave it.
+        sha256: Of each weight file, by relative path.
+        left_out: Why it was not used; None where it was.
+    """
+
+    spec: str
+    sha256: dict[str, str]
+    left_out: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run.
+
+    Attributes:
+        command: What ran, with its options.
+        inputs: The models given.
+        tensors: A row each, in file order.
+        seconds: Wall time of the run.
+        versions: Of detune, Python and torch.
+        adapters: Where adapters were written too: for each, its ranks and how closely its merge gives the model back.
+        reading: How much of the models was read; None where it was all.
+    """
+
+    command: dict[str, Any]
+    inputs: tuple[InputRow, ...]
+    tensors: tuple[TensorRow, ...]
+    seconds: float
+    versions: dict[str, str] = field(default_factory=versions)
+    adapters: dict[str, dict[str, Any]] | None = None
+    reading: Reading | None = None
+
+    @property
+    def counts(self) -> dict[Status, int]:
+        """Number of tensors of each status, in the order of `Status`."""
+        counted = Counter(row.status for row in self.tensors)
+        return {status: counted[status] for status in Status if counted[status]}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Counts, and the worst of what was recovered."""
+        solved = [row for row in self.tensors if row.method not in NOT_SOLVED]
+        predicted = [row.predicted_w_error for row in solved if row.predicted_w_error is not None]
+        return {
+            "tensors": len(self.tensors),
+            **{str(status): count for status, count in self.counts.items()},
+            "largest_noise_ratio": max((row.noise_ratio or 0.0 for row in solved), default=None),
+            "largest_relative_residual": max((row.relative_residual or 0.0 for row in solved), default=None),
+            "mean_predicted_w_error": statistics.fmean(predicted) if predicted else None,
+            "worst_predicted_w_error": max(predicted, default=None),
+            "worst_w_error": max((row.worst_w_error for row in solved if row.worst_w_error is not None), default=None),
+            "ranks": _ranks_by_model([row for row in solved if row.ranks]),
+            "seconds": self.seconds,
+        }
+
+    def to_json(self) -> str:
+        """The report as it is written to `detune.json`."""
+        content = {
+            "versions": self.versions,
+            "command": self.command,
+            "summary": self.summary,
+            "inputs": [asdict(row) for row in self.inputs],
+            "tensors": [asdict(row) for row in self.tensors],
+        }
+        if self.adapters is not None:
+            content["adapters"] = self.adapters
+        if self.reading is not None:
+            content["reading"] = asdict(self.reading)
+        return json.dumps(content, indent=1) + "\n"
+
+
+def w_error_range(best: float | None, worst: float) -> str:
+    """A range in words: "-6.9 to -4.1", or "up to -33.1" where the tensor may be exact."""
+    return f"up to {worst:.1f}" if best is None else f"{best:.1f} to {worst:.1f}"
+
+
+def _ranks_by_model(rows: Sequence[TensorRow]) -> list[list[int]]:
+    """For each model the ranks that occur, in order."""
+    return [sorted(set(ranks)) for ranks in zip(*(row.ranks for row in rows), strict=True)]

@@ -1,5 +1,0 @@
-"""The base's bits: stored entries as intervals, the base as points of a grid."""
-
-from detune.solvers.lattice.refine import HALVES, UNSETTLED, Lattice, NoGrid
-
-__all__ = ["HALVES", "UNSETTLED", "Lattice", "NoGrid"]

@@ -1,0 +1,67 @@
+"""Deltas that least squares blew up where they nearly coincide are brought back, and no others."""
+
+import torch
+
+from detune.fitting.ard import split_off, within_reason
+from detune.fitting.least_squares import w_step
+from detune.methods import Auto
+from detune.metrics import w_error
+from detune.problem import Recovery, Stack
+from detune.problem.recovery import LowRank
+from tests.cases import REGIMES, make_problem, normal, seeded
+
+SHAPE, RANK, N = (96, 80), 3, 4
+
+
+def one_seed(apart: float):
+    """A bf16 base, deltas with orthonormal right factors that are so far apart, and the merges."""
+    generator = seeded(7)
+    out, columns = SHAPE
+    W = (normal(generator, out, columns) / columns**0.5).bfloat16().double()
+    shared = torch.linalg.qr(normal(generator, columns, RANK))[0]
+    right = [torch.linalg.qr(shared + apart * normal(generator, columns, RANK))[0] for _ in range(N)]
+    deltas = [LowRank(0.002 * normal(generator, out, RANK), R) for R in right]
+    return W, deltas, [(W + M_i.dense()).bfloat16() for M_i in deltas]
+
+
+def answer(stack: Stack, deltas: list[LowRank]) -> Recovery:
+    step = w_step(stack, deltas)
+    ranks = tuple(M_i.rank for M_i in deltas)
+    return Recovery(step.weight, "intersect", "given", step.deltas, ranks, step.relative_residual, step.noise_ratio)
+
+
+def test_a_part_that_all_share_is_no_larger_than_it_shows():
+    W, deltas, models = one_seed(1e-5)
+    stack = Stack.of(models)
+    blown_up = normal(seeded(8), SHAPE[0], 1)
+    run_off = answer(stack, [LowRank(M_i.left + blown_up @ M_i.right[:1], M_i.right) for M_i in deltas])
+    assert run_off.noise_ratio is not None
+    assert run_off.noise_ratio < 1.05
+    held = within_reason(stack, run_off)
+    assert held.method == "intersect+relevance"
+    assert held.noise_ratio is not None
+    assert held.noise_ratio < 1.05
+    assert w_error(held.weight, W) < w_error(run_off.weight, W) - 1
+
+
+def test_sizes_are_about_right_from_the_first_turns_on():
+    """Where least squares knows the least of the shared part, turns that start from it come back too slowly."""
+    W, deltas, models = one_seed(1e-4)
+    split = split_off(Stack.of(models), [M_i.right for M_i in deltas], turns=2)
+    true = sum(M_i.energy for M_i in deltas)
+    assert true / 1.5 < sum(M_i.energy for M_i in split.deltas) < 1.5 * true
+    assert w_error(split.weight, W) < -7
+
+
+def test_deltas_that_have_not_run_off_stay():
+    _, deltas, models = one_seed(0.3)
+    stack = Stack.of(models)
+    right = answer(stack, deltas)
+    assert within_reason(stack, right) is right
+
+
+def test_deltas_that_are_clear_of_the_noise_are_not_looked_at(monkeypatch):
+    monkeypatch.setattr("detune.fitting.ard.split_off", None)
+    stack = Stack.of(make_problem(REGIMES["tall"], seeded()).stack)
+    found = Auto(lattice=None).solve(stack)
+    assert within_reason(stack, found) is found
