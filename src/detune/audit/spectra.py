@@ -34,6 +34,8 @@ def spectrum(tensors: Sequence[Tensor], ranks: Sequence[int]) -> Spectrum:
     if min(difference.shape) <= EXACT_UP_TO:
         values = torch.linalg.svdvals(difference)
     else:
-        _, values, _ = randomized_svd(difference, min(*difference.shape, shown + shown // 2), seeded(0))
+        _, values, _ = randomized_svd(
+            difference, min(*difference.shape, shown + shown // 2), seeded(0, difference.device)
+        )
     noise = math.hypot(*(float(stack.noise_norm(i, stack.shape[0])) for i in range(2)))
     return Spectrum(values=tuple(values[:shown].tolist()), rank=rank, noise=noise)

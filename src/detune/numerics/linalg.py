@@ -148,7 +148,7 @@ def randomized_svd(
     if matrices.shape[-2] < matrices.shape[-1]:
         V, S, U = randomized_svd(matrices.mT, rank, generator, power_passes)
         return U, S, V
-    drawn = torch.randn(matrices.shape[-1], rank, generator=generator, dtype=matrices.dtype, device=generator.device)
+    drawn = torch.randn(matrices.shape[-1], rank, generator=generator, dtype=matrices.dtype, device=matrices.device)
     Q = torch.linalg.qr(matrices @ drawn).Q
     for _ in range(power_passes):
         Q = torch.linalg.qr(matrices.mT @ Q).Q
