@@ -25,7 +25,7 @@ from detune.methods import Auto, OnGrid
 from detune.metrics import w_error
 from detune.numerics.float_grid import name_of
 from detune.problem import NotRecoverable, Solver, Stack
-from detune.problem.stack import storage_variance
+from detune.problem.storage_noise import storage_variance
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALVES)

@@ -9,7 +9,7 @@ from torch import Tensor
 from detune.identifiability.error_traces import cramer_rao_mse
 from detune.metrics import w_error
 from detune.problem import Stack
-from detune.problem.stack import storage_variance
+from detune.problem.storage_noise import storage_variance
 
 
 @dataclass(frozen=True)

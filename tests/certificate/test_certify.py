@@ -11,7 +11,7 @@ from detune.certificate.certify import Certificate, Verdict, certify
 from detune.methods import Auto, Intersect, Mean, Single, Spectral
 from detune.metrics import w_error
 from detune.problem import Bits, Expected, LowRank, Recovery, Stack
-from detune.problem.stack import storage_variance
+from detune.problem.storage_noise import storage_variance
 from tests.cases import Problem, Regime, make_problem, normal, rms, seeded
 
 NO_GRID = Auto(lattice=None)

@@ -12,7 +12,7 @@ from detune.certificate.error_model import MOST_EXCESS, _at_quantile
 from detune.methods import Auto
 from detune.metrics import w_error
 from detune.problem import Bits, Expected, Recovery, Stack
-from detune.problem.stack import storage_variance
+from detune.problem.storage_noise import storage_variance
 from tests.cases import Problem, Regime, make_problem, normal, seeded
 
 SOLVER = Auto(lattice=None)

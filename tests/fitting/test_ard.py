@@ -7,7 +7,7 @@ from detune.fitting.least_squares import w_step
 from detune.methods import Auto
 from detune.metrics import w_error
 from detune.problem import Recovery, Stack
-from detune.problem.recovery import LowRank
+from detune.problem.low_rank import LowRank
 from tests.cases import REGIMES, make_problem, normal, seeded
 
 SHAPE, RANK, N = (96, 80), 3, 4

@@ -6,7 +6,7 @@ import torch
 from detune.fitting.differences import _fold
 from detune.fitting.least_squares import project_left, project_right, w_step, w_step_given_rows
 from detune.numerics.linalg import orthonormal
-from detune.problem.recovery import LowRank
+from detune.problem.low_rank import LowRank
 from detune.problem.stack import Stack
 from tests.cases import normal, seeded
 

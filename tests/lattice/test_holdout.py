@@ -11,7 +11,7 @@ from detune.lattice.holdout import HeldOut, calibrated, log10_false_positive, mi
 from detune.lattice.message_passing import Estimate
 from detune.methods import Auto
 from detune.problem import Stack
-from detune.problem.recovery import LowRank
+from detune.problem.low_rank import LowRank
 from tests.cases import normal, seeded
 from tests.lattice.problems import OnGridProblem
 

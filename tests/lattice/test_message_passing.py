@@ -13,7 +13,7 @@ from detune.lattice.intervals import views
 from detune.lattice.message_passing import half_sweep, sweep, sweep_each
 from detune.methods import Auto
 from detune.problem import Stack
-from detune.problem.recovery import LowRank
+from detune.problem.low_rank import LowRank
 from tests.cases import normal, rms, seeded
 from tests.lattice.problems import SCALE, OnGridProblem
 

@@ -9,7 +9,7 @@ from detune.lattice import Lattice, NoGrid
 from detune.methods import Auto, OnGrid
 from detune.numerics.float_grid import lies_on, nearest
 from detune.problem import Stack
-from detune.problem.recovery import LowRank
+from detune.problem.low_rank import LowRank
 from tests.cases import normal, rms, seeded
 from tests.lattice.problems import OnGridProblem
 

@@ -3,7 +3,8 @@ import torch
 
 from detune.errors import InputError
 from detune.problem import NonFinite, Stack
-from detune.problem.stack import SMALL_ENTRIES, storage_variance
+from detune.problem.stack import SMALL_ENTRIES
+from detune.problem.storage_noise import storage_variance
 from tests.cases import Regime, make_problem, normal, rms, seeded
 
 

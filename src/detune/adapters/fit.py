@@ -13,7 +13,8 @@ from detune.fitting.differences import Difference, find_differences
 from detune.numerics.device import full_precision
 from detune.numerics.float_grid import interval
 from detune.numerics.linalg import orthonormal, thin_svd
-from detune.problem.recovery import LowRank, NotLowRank
+from detune.problem.low_rank import LowRank
+from detune.problem.recovery import NotLowRank
 from detune.problem.stack import Stack
 
 # A singular value counts from this multiple of the noise's estimated norm. Less than where models are split from each

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from detune.attacks.groups import Group, Normal
-from detune.problem.stack import storage_variance
+from detune.problem.storage_noise import storage_variance
 
 __all__ = ["FALLS", "Fit", "Side", "fit", "stay"]
 

@@ -20,7 +20,8 @@ from detune.metrics import bit_identical
 from detune.metrics.w_error import squared_error
 from detune.numerics.float_grid import lies_on, name_of, spacing
 from detune.problem import Recovery, Solver, Stack
-from detune.problem.stack import matricise, storage_variance
+from detune.problem.stack import matricise
+from detune.problem.storage_noise import storage_variance
 from detune.recovery.loop import Answer
 from detune.recovery.report import Status
 from detune.recovery.tensor import solve_tensor

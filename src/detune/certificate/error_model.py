@@ -14,8 +14,8 @@ from detune.certificate.stored_error import StoredError
 from detune.fitting.normal_operator import Core
 from detune.identifiability.error_traces import ErrorTraces, error_traces
 from detune.identifiability.undetected import Unseen, unseen_directions
-from detune.problem.low_rank import Space
-from detune.problem.recovery import Expected, LowRank, Recovery
+from detune.problem.low_rank import LowRank, Space
+from detune.problem.recovery import Expected, Recovery
 from detune.problem.stack import Stack
 
 # A misfit of more than this many times the storage noise's (root mean square) is not storage noise.

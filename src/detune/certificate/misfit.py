@@ -11,7 +11,8 @@ from detune.numerics.device import upload
 from detune.numerics.linalg import product
 from detune.problem.low_rank import Space
 from detune.problem.recovery import Recovery, Residuals
-from detune.problem.stack import Stack, storage_energy
+from detune.problem.stack import Stack
+from detune.problem.storage_noise import storage_energy
 
 # An average leaves residuals that sum to zero but for its rounding: a sum of less than this share of their energy is
 # not looked at closer.

@@ -15,7 +15,8 @@ from detune.fitting.normal_operator import Core
 from detune.numerics.float_grid import interval, spacing
 from detune.numerics.linalg import product
 from detune.numerics.random import seeded
-from detune.problem.recovery import Expected, LowRank, Recovery
+from detune.problem.low_rank import LowRank
+from detune.problem.recovery import Expected, Recovery
 
 # Enough entries to know the average of what rounding does.
 SAMPLED = 1 << 14

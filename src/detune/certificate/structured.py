@@ -11,7 +11,8 @@ from detune.certificate.verdict import Certificate, Verdict
 from detune.methods.dora import Scaled, as_one_scale
 from detune.methods.lokr import Rearranged, arrange_back, as_solved
 from detune.methods.vera import Frozen, expected_mse
-from detune.problem.recovery import Expected, LowRank, Recovery
+from detune.problem.low_rank import LowRank
+from detune.problem.recovery import Expected, Recovery
 from detune.problem.stack import Stack
 
 Certify = Callable[[Stack, Recovery, torch.dtype | None, Solve | None], Certificate]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from detune.numerics.linalg import product
 from detune.numerics.random import seeded
-from detune.problem.stack import NonFinite, storage_variance
+from detune.problem.stack import NonFinite
+from detune.problem.storage_noise import storage_variance
 
 # Smaller matrices are full after a few ranks and tell nothing.
 SMALLEST = 64

@@ -23,8 +23,8 @@ from torch import Tensor
 from detune.fitting.least_squares import w_step
 from detune.numerics.linalg import orthonormal, randomized_svd
 from detune.numerics.random import seeded
-from detune.problem.low_rank import Space
-from detune.problem.recovery import LowRank, Recovery
+from detune.problem.low_rank import LowRank, Space
+from detune.problem.recovery import Recovery
 from detune.problem.stack import SMALL_ENTRIES, Stack
 
 __all__ = ["Split", "may_mislead", "split_off", "split_start", "within_reason"]

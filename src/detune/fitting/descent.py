@@ -15,7 +15,7 @@ from torch import Tensor
 from detune.fitting.gauss_newton import Polish, Tangent, gauss_newton_step
 from detune.fitting.least_squares import solve_given_rows
 from detune.numerics.linalg import orthonormal
-from detune.problem.recovery import LowRank
+from detune.problem.low_rank import LowRank
 from detune.problem.stack import Stack
 
 # Shares of a step that are tried, longest first.

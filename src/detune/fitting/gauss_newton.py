@@ -22,7 +22,7 @@ from torch import Tensor
 from detune.fitting.least_squares import project_left, project_right, solve_given_rows
 from detune.fitting.normal_operator import Core
 from detune.numerics.linalg import orthonormal, product
-from detune.problem.recovery import LowRank
+from detune.problem.low_rank import LowRank
 from detune.problem.stack import Stack
 
 

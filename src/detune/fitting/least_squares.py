@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from detune.numerics.linalg import gram, inverse_of_normal, product, weighted_sum
-from detune.problem.recovery import LowRank, Residuals
+from detune.problem.low_rank import LowRank
+from detune.problem.recovery import Residuals
 from detune.problem.stack import Block, Stack
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detune.fitting.differences import OVERSAMPLING
 from detune.numerics.linalg import orthonormal
-from detune.problem.recovery import LowRank
+from detune.problem.low_rank import LowRank
 from detune.problem.stack import Stack
 
 

@@ -6,15 +6,13 @@ linear least-squares problem for all models (`detune.fitting.least_squares.norma
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from detune.fitting.differences import Differences, find_differences
-from detune.fitting.least_squares import w_step_given_rows
 from detune.numerics.linalg import orthonormal, product
-from detune.problem.recovery import NotLowRank, NotRecoverable, Recovery
+from detune.problem.recovery import NotLowRank, NotRecoverable
 from detune.problem.stack import Stack
 
 # Spaces that are this far apart (sin^2) are told apart well enough: the other side is not looked at.
@@ -46,38 +44,6 @@ class Spaces:
 
 class Unsplittable(NotRecoverable):
     """The ranks are too high for the intersection; an iterative method may still do."""
-
-
-@dataclass(frozen=True)
-class Intersect:
-    """Closed form from three models on.
-
-    It needs `r_1 + r_2 + r_3 <= max(out, in)` and `r_i + r_j <= min(out, in)`.
-
-    Attributes:
-        seed: Seed of the sketch.
-    """
-
-    min_models: ClassVar[int] = 3
-    working_copies: ClassVar[int] = 3
-
-    seed: int = 0
-
-    def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
-        """Recover by intersection; see `Solver.solve`."""
-        spaces = find_spaces(find_differences(stack, rank, self.seed), rank, self.seed)
-        step = w_step_given_rows(spaces.stack, spaces.bases)
-        step = step.transposed if spaces.transposed else step
-        return Recovery(
-            step.weight,
-            "intersect",
-            f"closed form from the {spaces}",
-            step.deltas,
-            tuple(M_i.rank for M_i in step.deltas),
-            step.relative_residual,
-            step.noise_ratio,
-            residuals=step.residuals,
-        )
 
 
 def find_spaces(differences: Differences, rank: int | None = None, seed: int = 0) -> Spaces:
@@ -139,7 +105,7 @@ def _widest_triple(ranks: tuple[int, ...]) -> int:
 
 
 def check_conditions(differences: Differences, rank: int | None = None) -> tuple[int, ...]:
-    """The ranks to work with, if the conditions of `Intersect` hold.
+    """The ranks to work with, if the conditions of the intersection hold.
 
     Raises:
         NotRecoverable: Fewer than three models.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from detune.numerics.linalg import orthonormal, product
-from detune.problem.recovery import LowRank, Recovery
+from detune.problem.low_rank import LowRank
+from detune.problem.recovery import Recovery
 
 # Adapters that start from one part of the base and are trained a little stay closer than this to each other (cosine).
 # Others do not, but for checkpoints of one run: the null space tells these apart.

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from detune.problem.recovery import LowRank, Recovery
+from detune.problem.low_rank import LowRank
+from detune.problem.recovery import Recovery
 from detune.problem.stack import Stack
 
 # Mean square of factors that are zero, and variance of what they give: with none there would be nothing to divide by.

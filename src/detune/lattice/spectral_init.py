@@ -20,7 +20,7 @@ from detune.lattice.intervals import views
 from detune.numerics.float_grid import interval, nearest, spacing
 from detune.numerics.linalg import randomized_svd
 from detune.numerics.random import seeded
-from detune.problem.recovery import LowRank
+from detune.problem.low_rank import LowRank
 from detune.problem.stack import Stack
 
 # Rows with about so many entries show the size of the deltas.

@@ -1,8 +1,8 @@
 """Recovery methods: pure functions of a stack of matrices. `SOLVERS` names them."""
 
-from detune.fitting.subspaces import Intersect
 from detune.methods.auto import Auto
 from detune.methods.dora import RowScales
+from detune.methods.intersect import Intersect
 from detune.methods.lattice import OnGrid
 from detune.methods.lokr import Kronecker
 from detune.methods.mean import Mean

@@ -19,8 +19,8 @@ from detune.identifiability.principal_part import with_principal_part
 from detune.lattice import HALVES, UNSETTLED, Lattice, NoGrid
 from detune.methods.mixed_precision import FLOOR_RATIO, from_fine
 from detune.methods.spectral import Spectral
-from detune.problem.low_rank import Space
-from detune.problem.recovery import LowRank, NotRecoverable, Recovery, left_alone
+from detune.problem.low_rank import LowRank, Space
+from detune.problem.recovery import NotRecoverable, Recovery, left_alone
 from detune.problem.stack import SMALL_ENTRIES, Stack
 from detune.ranks.search import select_ranks
 

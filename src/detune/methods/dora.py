@@ -28,7 +28,8 @@ from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import find_spaces
 from detune.methods.auto import Auto
 from detune.numerics.linalg import orthonormal, thin_svd
-from detune.problem.recovery import LowRank, NotRecoverable, Recovery
+from detune.problem.low_rank import LowRank
+from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
 # A singular value counts from this multiple of the storage noise's estimated norm.

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from detune.methods.auto import Auto
 from detune.numerics.random import seeded
-from detune.problem.recovery import LowRank, NotRecoverable, Recovery
+from detune.problem.low_rank import LowRank
+from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
 # Rows and columns of a rearranged difference that are looked at.

@@ -14,8 +14,8 @@ from detune.fitting.differences import find_differences
 from detune.fitting.normal_operator import Core
 from detune.identifiability.null_space import blurs, undetermined
 from detune.numerics.linalg import thin_svd
-from detune.problem.low_rank import Space
-from detune.problem.recovery import LowRank, NotLowRank, NotRecoverable, Recovery
+from detune.problem.low_rank import LowRank, Space
+from detune.problem.recovery import NotLowRank, NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
 # Steps of so many times the finest: between float32 and fp16 there are 2^13, between fp16 and bf16 2^3.

@@ -16,7 +16,8 @@ from detune.fitting.least_squares import w_step
 from detune.fitting.projected_stack import JointCore
 from detune.numerics.linalg import randomized_svd
 from detune.numerics.random import seeded
-from detune.problem.recovery import LowRank, NotLowRank, NotRecoverable, Recovery
+from detune.problem.low_rank import LowRank
+from detune.problem.recovery import NotLowRank, NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from detune.fitting.differences import find_differences
 from detune.fitting.least_squares import w_step
-from detune.problem.recovery import LowRank, NotRecoverable, Recovery
+from detune.problem.low_rank import LowRank
+from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
 # What differs outside of A's row space, over the storage noise (mean square), shows that A is another.

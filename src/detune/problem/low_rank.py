@@ -1,17 +1,48 @@
-"""A recovered delta by its spaces and singular values."""
+"""Low-rank matrices: by two factors, and by their singular value decomposition."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from detune.numerics.linalg import product, qr
-from detune.problem.recovery import LowRank
+from detune.numerics.linalg import gram, product, qr
 
-__all__ = ["Space"]
+__all__ = ["LowRank", "Space"]
 
 # Singular values below this share of a delta's largest are rounding.
 ROUNDING = 1e-13
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix `left @ right.T` of rank at most r.
+
+    Attributes:
+        left: `(out, r)`.
+        right: `(in, r)`.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of the factors."""
+        return self.left.shape[1]
+
+    def dense(self) -> Tensor:
+        """The matrix itself, `(out, in)`."""
+        return self.left @ self.right.mT
+
+    @property
+    def transposed(self) -> "LowRank":
+        """Of the transposed matrix."""
+        return LowRank(self.right, self.left)
+
+    @property
+    def energy(self) -> float:
+        """`|M_i|_F^2`, from the factors."""
+        return float((gram(self.left) * gram(self.right)).sum())
 
 
 @dataclass(frozen=True)

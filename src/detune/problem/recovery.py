@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from detune.errors import DetuneError
-from detune.numerics.linalg import gram
+from detune.problem.low_rank import LowRank
 from detune.problem.stack import Stack
 
 # Adapters add up to less than this in practice; a difference of more is one of full rank.
@@ -44,38 +44,6 @@ class NotLowRank(NotRecoverable):
             f"one has another base, was fine-tuned in full, or their ranks add up to {min(*shape, MOST_RANK)} or more",
             "leave it out",
         )
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A matrix `left @ right.T` of rank at most r.
-
-    Attributes:
-        left: `(out, r)`.
-        right: `(in, r)`.
-    """
-
-    left: Tensor
-    right: Tensor
-
-    @property
-    def rank(self) -> int:
-        """Number of columns of the factors."""
-        return self.left.shape[1]
-
-    def dense(self) -> Tensor:
-        """The matrix itself, `(out, in)`."""
-        return self.left @ self.right.mT
-
-    @property
-    def transposed(self) -> "LowRank":
-        """Of the transposed matrix."""
-        return LowRank(self.right, self.left)
-
-    @property
-    def energy(self) -> float:
-        """`|M_i|_F^2`, from the factors."""
-        return float((gram(self.left) * gram(self.right)).sum())
 
 
 @dataclass(frozen=True)

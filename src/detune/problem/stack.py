@@ -13,9 +13,9 @@ from torch import Tensor
 
 from detune.errors import InputError
 from detune.numerics.device import find_device, multiplies_bfloat16, upload
-from detune.numerics.float_grid import spacing
 from detune.numerics.linalg import weighted_sum
 from detune.numerics.random import seeded
+from detune.problem.storage_noise import as_rounded, sample_rows, storage_variance
 
 
 class NonFinite(InputError):
@@ -180,9 +180,9 @@ class Stack:
         if self.dtype != torch.float32 or not multiplies_bfloat16(self.device):
             return self.dtype
         rows = self.shape[0]
-        reference = _sample(self.matrices[0]).to(self.dtype)
+        reference = sample_rows(self.matrices[0]).to(self.dtype)
         for i, W_i in enumerate(self.matrices[1:], 1):
-            difference = _sample(W_i).to(self.dtype) - reference
+            difference = sample_rows(W_i).to(self.dtype) - reference
             rounding = self._spectral_norm(storage_variance(difference.bfloat16()), rows)
             if not bool(rounding <= COVERED * torch.hypot(self.noise_norm(0, rows), self.noise_norm(i, rows))):
                 return self.dtype
@@ -244,10 +244,10 @@ class Stack:
         """Noise variance of some rows of each model, `(rows, in)`, float64."""
         if self.told_noise:
             return [
-                torch.full_like(_sample(W_i), noise**2, dtype=torch.float64)
+                torch.full_like(sample_rows(W_i), noise**2, dtype=torch.float64)
                 for W_i, noise in zip(self.matrices, self.told_noise, strict=True)
             ]
-        return [storage_variance(sample) for sample in _as_rounded([_sample(W_i) for W_i in self.matrices])]
+        return [storage_variance(sample) for sample in as_rounded([sample_rows(W_i) for W_i in self.matrices])]
 
     @cached_property
     def noise(self) -> Tensor:
@@ -257,11 +257,11 @@ class Stack:
     @cached_property
     def rounded_dtypes(self) -> tuple[torch.dtype, ...]:
         """The dtype that each model was rounded to, judged by some rows."""
-        return tuple(sample.dtype for sample in _as_rounded([_sample(W_i) for W_i in self.matrices]))
+        return tuple(sample.dtype for sample in as_rounded([sample_rows(W_i) for W_i in self.matrices]))
 
     def variance(self, model: int) -> Tensor:
         """Storage variance of every entry of a model, `(out, in)`, float64: a pass over all matrices."""
-        return storage_variance(_as_rounded(self.matrices)[model])
+        return storage_variance(as_rounded(self.matrices)[model])
 
     def noise_norm(self, model: int, rows: int) -> Tensor:
         """Estimated spectral norm of a model's rounding error after folding onto `rows`, a float64 scalar.
@@ -285,45 +285,10 @@ def matricise(tensor: Tensor) -> Tensor:
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(tensor.shape[0], -1)
 
 
-def storage_variance(values: Tensor) -> Tensor:
-    """Variance of the rounding error of stored values: `ulp(x)^2 / 12`, uniform within half a unit in the last place.
-
-    Args:
-        values: Any shape, a float dtype.
-
-    Returns:
-        The same shape, float64.
-    """
-    return spacing(values, values.dtype).square() / 12
-
-
-def storage_energy(matrix: Tensor) -> float:
-    """Expected energy of the rounding error of a stored matrix, judged by some rows as the noise of the models is."""
-    return float(storage_variance(_sample(matrix)).mean()) * matrix.numel()
-
-
-def _as_rounded(samples: Sequence[Tensor]) -> list[Tensor]:
-    """The values in the dtype that they were rounded to: float32 files may hold what was bf16 or fp16 before.
-
-    All must lie on its grid. One alone is a model that left a half-precision base as it was: exact, not coarse.
-    """
-    for dtype in (torch.bfloat16, torch.float16):
-        if all(
-            sample.dtype.itemsize <= 2 or torch.equal(sample.to(dtype).to(sample.dtype), sample) for sample in samples
-        ):
-            return [sample if sample.dtype.itemsize <= 2 else sample.to(dtype) for sample in samples]
-    return list(samples)
-
-
-def _sample(matrix: Tensor, rows: int = 64) -> Tensor:
-    """Evenly spaced rows: enough to know magnitudes by."""
-    return matrix[:: max(1, matrix.shape[0] // rows)]
-
-
 def _compute_dtype(matrices: tuple[Tensor, ...]) -> torch.dtype:
     if matrices[0].numel() <= SMALL_ENTRIES:
         return torch.float64
-    samples = _as_rounded([_sample(W_i) for W_i in matrices])
+    samples = as_rounded([sample_rows(W_i) for W_i in matrices])
     if any(sample.dtype.itemsize > 2 for sample in samples):
         # Storing an answer in float32 gives most entries the base's own numbers, if it lies on that grid. Whether it
         # does shows in float64 alone, and an error a few per cent larger leaves twice as many entries off it.

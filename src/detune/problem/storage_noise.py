@@ -1,0 +1,43 @@
+"""The noise of stored weights: each was rounded once to its dtype."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from detune.numerics.float_grid import spacing
+
+
+def storage_variance(values: Tensor) -> Tensor:
+    """Variance of the rounding error of stored values: `ulp(x)^2 / 12`, uniform within half a unit in the last place.
+
+    Args:
+        values: Any shape, a float dtype.
+
+    Returns:
+        The same shape, float64.
+    """
+    return spacing(values, values.dtype).square() / 12
+
+
+def storage_energy(matrix: Tensor) -> float:
+    """Expected energy of the rounding error of a stored matrix, judged by some rows as the noise of the models is."""
+    return float(storage_variance(sample_rows(matrix)).mean()) * matrix.numel()
+
+
+def as_rounded(samples: Sequence[Tensor]) -> list[Tensor]:
+    """The values in the dtype that they were rounded to: float32 files may hold what was bf16 or fp16 before.
+
+    All must lie on its grid. One alone is a model that left a half-precision base as it was: exact, not coarse.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(
+            sample.dtype.itemsize <= 2 or torch.equal(sample.to(dtype).to(sample.dtype), sample) for sample in samples
+        ):
+            return [sample if sample.dtype.itemsize <= 2 else sample.to(dtype) for sample in samples]
+    return list(samples)
+
+
+def sample_rows(matrix: Tensor, rows: int = 64) -> Tensor:
+    """Evenly spaced rows: enough to know magnitudes by."""
+    return matrix[:: max(1, matrix.shape[0] // rows)]
