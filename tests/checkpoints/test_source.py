@@ -153,36 +153,6 @@ def test_hashes_equal_sha256sum(sharded_dir: Path) -> None:
     assert open_checkpoint(sharded_dir).hashes() == expected
 
 
-def test_side_files(tmp_path: Path, bert_dir: Path) -> None:
-    root = tmp_path / "m"
-    shutil.copytree(bert_dir, root)
-    travels = [
-        "config.json",
-        "merges.txt",
-        "modeling_x.py",
-        "sub/vocab.json",
-        "tokenizer.model",
-        "x.tiktoken",
-    ]
-    stays = [
-        "adapter_config.json",
-        "checkpoint-5/config.json",
-        "checkpoint-5/model.safetensors",
-        "detune.json",
-        "flax_model.msgpack",
-        "model.onnx",
-        "optimizer.pt",
-        "pytorch_model.bin.index.json",
-        "trainer_state.json",
-        "training_args.bin",
-        ".cache/x.json",
-    ]
-    for name in travels + stays:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    assert [path.as_posix() for path in open_checkpoint(root).side_files()] == travels
-
-
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [

@@ -55,6 +55,7 @@ class TestEveryDefence:
         assert all(tree(tmp_path / "out")[file] == before[file] for file in before if file != "model.safetensors")
         layout = {key: (value.shape, value.dtype) for key, value in weights(bert).items()}
         assert {key: (value.shape, value.dtype) for key, value in weights(tmp_path / "out").items()} == layout
+        assert set(report.copied) == set(before) - {"model.safetensors"}
         assert report.changed > 0
         assert report.relative_change > 0
         load_model(tmp_path / "out", torch.float32)

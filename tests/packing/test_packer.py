@@ -316,10 +316,21 @@ def test_links_to_directories_are_refused(fine, tmp_path):
 
 
 def test_links_to_files_come_back_as_files(fine, tmp_path):
-    """A snapshot of the Hub's cache is made of them."""
-    (fine.models[1] / "config.json").rename(tmp_path / "blob")
-    (fine.models[1] / "config.json").symlink_to(tmp_path / "blob")
+    (fine.models[1] / "blobs").mkdir()
+    (fine.models[1] / "config.json").rename(fine.models[1] / "blobs" / "0")
+    (fine.models[1] / "config.json").symlink_to("blobs/0")
     check(fine, tmp_path, base=fine.base)
+
+
+def test_links_out_of_a_model_are_refused_but_for_weights(fine, tmp_path):
+    (fine.models[1] / "model.safetensors").rename(tmp_path / "weights")
+    (fine.models[1] / "model.safetensors").symlink_to(tmp_path / "weights")
+    (tmp_path / "one").mkdir()
+    check(fine, tmp_path / "one", base=fine.base)
+    (fine.models[0] / "notes.txt").symlink_to("/etc/passwd")
+    with pytest.raises(InputError, match=r"notes.txt is a link out of the model; it leads to /etc/passwd"):
+        detune.pack(fine.models, tmp_path / "pack", base=fine.base)
+    assert not (tmp_path / "pack").exists()
 
 
 def test_models_merged_on_the_fly_are_refused(fine, tmp_path):

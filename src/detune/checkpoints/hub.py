@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from detune.checkpoints.headers import PICKLE_SUFFIXES
-from detune.checkpoints.layout import SIDE_SUFFIXES, component_dirs, pick_weights, weight_map
+from detune.checkpoints.layout import component_dirs, is_index, pick_weights, weight_map
+from detune.checkpoints.side_files import MAX_SIDE_FILE_BYTES, is_side_file
 from detune.errors import InputError, reason_of
 
 __all__ = ["HubFile", "Repository", "cached_snapshot", "fetch", "find_repository", "is_hub_id"]
@@ -95,7 +96,14 @@ class Repository:
 
     def download_side_files(self) -> Path:
         """The same for the small files: configuration, indices of shards, tokenizer."""
-        small = [name for name in self.files if PurePosixPath(name).suffix in SIDE_SUFFIXES]
+        small = [path for path in self.files if _is_small(PurePosixPath(path).name)]
+        for path in small:
+            if self.files[path].size_bytes > MAX_SIDE_FILE_BYTES:
+                raise InputError(
+                    f"{path} of {self.hub_id} is too large to be what it is called",
+                    f"it has {self.files[path].size_bytes} bytes, expected at most {MAX_SIDE_FILE_BYTES}",
+                    "do not trust this model",
+                )
         return self.download(small, quietly=True)
 
     def weights(self, root: Path) -> list[str]:
@@ -214,6 +222,10 @@ def cached_snapshot(hub_id: str, why: InputError) -> Path:
     if not any(file.suffix in (".safetensors", *PICKLE_SUFFIXES) for file in root.rglob("*")):
         raise why
     return root
+
+
+def _is_small(name: str) -> bool:
+    return name == "adapter_config.json" or is_side_file(name) or is_index(name)
 
 
 def _link(known: Path, new: Path) -> None:

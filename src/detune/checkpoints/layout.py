@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from detune.checkpoints.paths import is_plain_path
 from detune.errors import InputError
 
-__all__ = ["SIDE_SUFFIXES", "component_dirs", "pick_weights", "read_json", "side_files", "weight_map"]
+__all__ = ["component_dirs", "is_index", "pick_weights", "read_json", "weight_map"]
 
 # <stem>.<format> or <stem>.<variant>.<format>, and the same with .index for shards: model.safetensors,
 # model.fp16.safetensors, model.safetensors.index.json, model.safetensors.index.fp16.json
@@ -18,15 +18,6 @@ _SINGLE = re.compile(_STEM + r"(?:\.(?P<variant>[\w-]+))?\.(?P<format>safetensor
 _INDEX = re.compile(_STEM + r"\.(?P<format>safetensors|bin)\.index(?:\.(?P<variant>[\w-]+))?\.json")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _ANY_INDEX = re.compile(r".*\.index(\.[\w-]+)?\.json")
-
-SIDE_SUFFIXES = frozenset(
-    {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".merges", ".py"}
-)
-_WEIGHT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".ggml", ".msgpack", ".h5", ".tflite"}
-)
-# About one training run, or about an earlier recovery: wrong in any other checkpoint.
-_LEFT_BEHIND = frozenset({"detune.json", "trainer_state.json"})
 
 
 def pick_weights(names: Collection[str], where: str) -> str | None:
@@ -131,41 +122,9 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON", str(error), "download or copy the file again") from error
 
 
-def side_files(root: Path, components: Iterable[str]) -> list[Path]:
-    """List the files that travel with the weights: configuration, tokenizer, scheduler, code and the like.
-
-    Directories with weights of their own that are no component (a trainer's `checkpoint-500`, `onnx`) are
-    other models and stay behind, as do indices of weights, adapters and an earlier report.
-
-    Args:
-        root: The checkpoint's directory.
-        components: Its component directories.
-
-    Returns:
-        Sorted paths relative to `root`.
-    """
-    wanted = set(components) | {""}
-    found: list[Path] = []
-
-    def visit(directory: Path) -> None:
-        children = [child for child in sorted(directory.iterdir()) if not child.name.startswith((".", "__pycache__"))]
-        relative = directory.relative_to(root)
-        here = "" if relative == Path() else relative.as_posix()
-        if here not in wanted and any(child.suffix in _WEIGHT_SUFFIXES for child in children):
-            return
-        for child in children:
-            if child.is_dir():
-                visit(child)
-            elif (
-                child.suffix in SIDE_SUFFIXES
-                and child.name not in _LEFT_BEHIND
-                and not child.name.startswith("adapter_")
-                and not _ANY_INDEX.fullmatch(child.name)
-            ):
-                found.append(relative / child.name)
-
-    visit(root)
-    return sorted(found)
+def is_index(name: str) -> bool:
+    """Whether a file of this name says which shard holds which tensor."""
+    return _ANY_INDEX.fullmatch(name) is not None
 
 
 def weight_map(path: Path) -> dict[str, str]:

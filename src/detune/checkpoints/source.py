@@ -15,7 +15,7 @@ import torch
 
 from detune.checkpoints.blocks import copy_block, memory_of, new_block
 from detune.checkpoints.headers import Entry
-from detune.checkpoints.layout import side_files
+from detune.checkpoints.side_files import side_files
 from detune.checkpoints.storage import Part, Storage
 from detune.errors import InputError
 
@@ -249,7 +249,11 @@ class Checkpoint:
         return {file: sha256 for file, sha256 in known.items() if sha256 is not None}
 
     def side_files(self) -> list[Path]:
-        """List the files that should travel to a checkpoint made like this one, relative to `root`."""
+        """List the files that should travel to a checkpoint made like this one, relative to `root`.
+
+        Raises:
+            InputError: One is not what it should be; see `detune.checkpoints.side_files`.
+        """
         return [] if self._single_file else side_files(self.root, self._components)
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from detune.checkpoints.data_file import DataFile
 from detune.checkpoints.headers import Entry, encode_safetensors_header, safetensors_name
 from detune.checkpoints.layout import read_json
 from detune.checkpoints.paths import inside
+from detune.checkpoints.side_files import read_side_file
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.target import Target
 from detune.errors import InputError, OutputError
@@ -64,8 +65,10 @@ class CheckpointFiles:
 
     Attributes:
         needed_bytes: Size of the weight files.
+        side_files: The files of `like` that travel with the weights.
 
     Raises:
+        InputError: One of these is not what it should be.
         OutputError: Two weight files would have one name.
     """
 
@@ -83,6 +86,7 @@ class CheckpointFiles:
         for file in like.weight_files:
             self._plan(file)
         self.needed_bytes = sum(self._sizes_bytes.values())
+        self.side_files = tuple(path.as_posix() for path in like.side_files())
 
     def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Round a tensor to the dtype that it is stored in.
@@ -207,13 +211,13 @@ class CheckpointFiles:
             with self._report_disk(file), inside(self._directory, file).open("r+b") as opened:
                 opened.write(header)
         with self._report_disk(""):
-            small: dict[str, bytes | Path] = {str(path): self._like.root / path for path in self._like.side_files()}
-            small |= {safetensors_name(file): self._index(file) for file in self._like.index_files}
-        for name, content in (small | dict(extra)).items():
+            indices = {safetensors_name(file): self._index(file) for file in self._like.index_files}
+        small: dict[str, bytes | None] = {**dict.fromkeys(self.side_files), **indices, **extra}
+        for name, content in small.items():
             with self._report_disk(name):
                 path = inside(self._directory, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+                path.write_bytes(read_side_file(self._like.root, name) if content is None else content)
 
     def _plan(self, file: WeightFile) -> None:
         output = safetensors_name(file.file)
@@ -246,7 +250,7 @@ class CheckpointFiles:
             weight_file.header is not None for weight_file in self._like.weight_files
         )
         if unchanged and safetensors_name(file) == file:
-            return path.read_bytes()
+            return read_side_file(self._like.root, file)
         content = read_json(path)
         prefix = file[: file.rfind("/") + 1]
         names = list(content["weight_map"])
@@ -306,6 +310,11 @@ class CheckpointWriter:
         self._written: set[str] = set()
         self._lock = threading.Lock()
         self._opened = ExitStack()
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """See `CheckpointFiles`; known inside the block."""
+        return self._files.side_files
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor; see `CheckpointFiles.write`. None is written twice."""

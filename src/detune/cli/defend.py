@@ -105,6 +105,7 @@ def frozen_a(base: Path, out: Path, rank: int, alpha: int, targets: str, seed: i
 
 
 def _show(report: "Defended") -> None:
+    click.echo(f"copied as they are: {', '.join(report.copied) or 'no files'}")
     click.echo(f"wrote {report.out}: {report.changed} of {report.tensors} tensors changed, ", nl=False)
     click.echo(f"by {report.relative_change:.2g} of their size; seed {report.seed}")
     if report.preservation is not None:

@@ -56,6 +56,7 @@ class Defended:
         tensors: Number of tensors.
         changed: Number of those that were changed.
         relative_change: Root mean square of the change over that of the weights, in the tensors that were changed.
+        copied: Files of the model that are in `out` as they are.
         preservation: For a defence that preserves the function: the proof.
     """
 
@@ -67,6 +68,7 @@ class Defended:
     tensors: int
     changed: int
     relative_change: float
+    copied: tuple[str, ...]
     preservation: Preservation | None
 
     def to_json(self) -> str:
@@ -117,6 +119,7 @@ def defend(
                         changed += 1
                         moved += float((defended.double() - tensor.double()).square().sum())
                         size += float(tensor.double().square().sum())
+            copied = writer.side_files
             preservation = None
             if defence.preserves_function and verify:
                 preservation = _compare(checkpoint, partial)
@@ -130,6 +133,7 @@ def defend(
             len(checkpoint.tensors),
             changed,
             (moved / size) ** 0.5 if size else 0.0,
+            copied,
             preservation,
         )
 

@@ -9,6 +9,7 @@ from typing import IO, Protocol
 
 from detune.checkpoints import Checkpoint, MergedCheckpoint
 from detune.checkpoints.headers import Entry, read_header
+from detune.checkpoints.side_files import require_own
 from detune.errors import InputError
 from detune.packing.manifest import Span
 
@@ -55,7 +56,7 @@ def all_files(model: Checkpoint) -> tuple[str, ...]:
     """Every file of a model, weights or not, relative to its root.
 
     Raises:
-        InputError: It is merged on the fly, or has a link to a directory.
+        InputError: It is merged on the fly, has a link to a directory or out of the model, or a pipe or device.
     """
     if isinstance(model, MergedCheckpoint):
         raise InputError(f"{model.spec} is no merged checkpoint", "it is merged on the fly", "pack base and adapter")
@@ -71,6 +72,9 @@ def all_files(model: Checkpoint) -> tuple[str, ...]:
                 "replace the link by what it points to, or leave it out",
             )
         found += [(Path(directory) / file).relative_to(model.root).as_posix() for file in files]
+    # Weights may lie elsewhere: on a larger disk.
+    for file in set(found) - {weights.file for weights in model.weight_files}:
+        require_own(model.root, file)
     return tuple(sorted(found))
 
 
