@@ -1,6 +1,9 @@
+import errno
+import os
+
 import pytest
 
-from detune.errors import reason_of
+from detune.errors import InputError, OutputError, parsing, reason_of
 
 
 @pytest.mark.parametrize(
@@ -16,3 +19,26 @@ from detune.errors import reason_of
 )
 def test_one_line(text, reason):
     assert reason_of(ValueError(text)) == reason
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), AssertionError(), RecursionError("deep"), MemoryError(), LookupError("a\nb")]
+)
+def test_whatever_a_parser_raises_names_the_file(error):
+    with (
+        pytest.raises(InputError, match=rf"^x\.bin is damaged; {type(error).__name__}: [^\n]+; copy it$"),
+        parsing("x.bin", "copy it"),
+    ):
+        raise error
+
+
+def test_what_the_system_refuses_is_no_damage():
+    with pytest.raises(InputError, match=r"^cannot read x\.bin; Permission denied; check the path$"), parsing("x.bin"):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@pytest.mark.parametrize("error", [OutputError("a", "b", "c"), KeyboardInterrupt()])
+def test_what_is_no_fault_of_the_file_passes(error):
+    with pytest.raises(type(error)) as caught, parsing("x.bin"):
+        raise error
+    assert caught.value is error

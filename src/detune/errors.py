@@ -1,6 +1,12 @@
-"""The exceptions detune raises for anything a user can cause."""
+"""The exceptions detune raises for anything a user can cause, and the one way from those of others to them."""
 
-__all__ = ["DetuneError", "InputError", "OutputError", "reason_of"]
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["DetuneError", "InputError", "OutputError", "parsing", "reason_of"]
+
+logger = logging.getLogger(__name__)
 
 
 class DetuneError(Exception):
@@ -27,6 +33,36 @@ class InputError(DetuneError):
 
 class OutputError(DetuneError):
     """The output directory cannot be written."""
+
+
+@contextmanager
+def parsing(what: object, cure: str = "download or copy it again") -> Iterator[None]:
+    """Turn whatever reading a file raises into the error for that file; ours passes as it is.
+
+    What anybody may write makes parsers raise what their authors did not foresee: every kind is caught.
+
+    Args:
+        what: The file, or the part of it.
+        cure: What to try where its content is at fault.
+
+    Raises:
+        InputError: The block raised anything but an error of ours, an interrupt or an exit.
+
+    Example:
+        >>> with parsing("numbers.txt", "write one number a line"):
+        ...     int("one")
+        Traceback (most recent call last):
+        detune.errors.InputError: numbers.txt is damaged; ValueError: invalid literal for ... write one number a line
+    """
+    try:
+        yield
+    except DetuneError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read {what}", error.strerror or str(error), "check the path") from error
+    except Exception as error:
+        logger.debug("cannot read %s", what, exc_info=True)
+        raise InputError(f"{what} is damaged", f"{type(error).__name__}: {reason_of(error)}", cure) from error
 
 
 def reason_of(error: BaseException) -> str:

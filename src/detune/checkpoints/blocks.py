@@ -7,13 +7,15 @@ ours for as long as the system likes, and the memory a recovery needs could not 
 import ctypes
 import hashlib
 import os
+import stat
+from io import BufferedReader
 from pathlib import Path
 
 import torch
 
-from detune.errors import InputError
+from detune.errors import InputError, parsing
 
-__all__ = ["copy_block", "file_hash", "memory_of", "new_block", "read_into", "round_to"]
+__all__ = ["copy_block", "file_hash", "memory_of", "new_block", "open_regular", "read_into", "round_to"]
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
@@ -58,13 +60,22 @@ def copy_block(tensor: torch.Tensor, start: int, stop: int, out: memoryview | No
     return block
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file of a model for reading.
+
+    Raises:
+        InputError: It is a pipe, a device or a socket, which can keep a reader waiting or never end.
+        OSError: It cannot be opened.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise InputError(f"{path} is no regular file", "expected bytes on a disk", "remove it from the model")
+    return path.open("rb")
+
+
 def file_hash(path: Path) -> str:
     """Compute the SHA-256 of a file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {path}", str(error.strerror or error), "check the file") from error
+    with parsing(path), open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def new_block(length: int, out: memoryview | None = None) -> memoryview:

@@ -1,15 +1,14 @@
 """The table of contents of a weight file, whatever its format, and the rules that every such table keeps."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from detune.errors import DetuneError, InputError, reason_of
+from detune.errors import InputError
 
-__all__ = ["DTYPES", "DTYPE_NAMES", "Entry", "Header", "check_name", "check_shape", "parsing"]
+__all__ = ["DTYPES", "DTYPE_NAMES", "Entry", "Header", "check_name", "check_shape", "is_text"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -40,7 +39,7 @@ DAMAGED = "download or copy the file again"
 MAX_DIMENSIONS = 64
 MAX_ELEMENTS = 2**63 - 1
 # A name of the largest models has some 200 characters.
-MAX_NAME_LENGTH = 4096
+MAX_NAME_LENGTH = 1000
 
 
 @dataclass(frozen=True)
@@ -90,29 +89,6 @@ class Header:
     raw: bytes | None
 
 
-@contextmanager
-def parsing(where: object, cure: str = DAMAGED) -> Iterator[None]:
-    """Turn whatever reading a file raises into the error for that file; ours passes as it is.
-
-    Parsers of formats that anybody may write raise what their authors did not foresee: every kind is caught.
-
-    Args:
-        where: The file.
-        cure: What to try.
-
-    Raises:
-        InputError: The block raised anything but an error of ours, an interrupt or an exit.
-    """
-    try:
-        yield
-    except DetuneError:
-        raise
-    except OSError as error:
-        raise InputError(f"cannot read {where}", str(error.strerror or error), "check the path") from error
-    except Exception as error:
-        raise InputError(f"{where} is damaged", f"{type(error).__name__}: {reason_of(error)}", cure) from error
-
-
 def check_name(where: object, name: str) -> None:
     """Refuse a tensor's name that other files cannot hold: NUL, half a surrogate pair, a book.
 
@@ -125,12 +101,17 @@ def check_name(where: object, name: str) -> None:
             f"expected at most {MAX_NAME_LENGTH}",
             DAMAGED,
         )
-    if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
+    if "\0" in name or not is_text(name):
         raise InputError(
             f"{where} has a tensor whose name is no text",
             f"got {name[:100]!a}, expected neither NUL nor halves of surrogate pairs",
             "rename the tensor, if you trust the model",
         )
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text that can be written: JSON and pickles can hold halves of surrogate pairs."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value))
 
 
 def check_shape(where: object, shape: Sequence[object]) -> tuple[int, ...]:

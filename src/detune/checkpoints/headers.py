@@ -5,9 +5,11 @@ Every format ends in the same table of `Entry`, so that everything after this mo
 
 from pathlib import Path, PurePosixPath
 
-from detune.checkpoints.entries import DTYPES, Entry, Header, parsing
+from detune.checkpoints.blocks import open_regular
+from detune.checkpoints.entries import DTYPES, Entry, Header
 from detune.checkpoints.safetensors_file import encode_safetensors_header, parse_safetensors, read_safetensors
 from detune.checkpoints.torch_archive import read_torch_archive
+from detune.errors import parsing
 
 __all__ = [
     "DTYPES",
@@ -35,8 +37,8 @@ def read_header(path: Path) -> Header:
     Raises:
         InputError: The file cannot be read, is damaged, or holds something other than plain tensors.
     """
-    with parsing(path):
-        return read_torch_archive(path) if path.suffix in PICKLE_SUFFIXES else read_safetensors(path)
+    with parsing(path), open_regular(path) as file:
+        return read_torch_archive(path, file) if path.suffix in PICKLE_SUFFIXES else read_safetensors(path, file)
 
 
 def safetensors_name(file: str) -> str:

@@ -6,10 +6,15 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from detune.checkpoints.blocks import open_regular
+from detune.checkpoints.entries import is_text
 from detune.checkpoints.paths import is_plain_path
-from detune.errors import InputError
+from detune.errors import InputError, parsing
 
 __all__ = ["component_dirs", "is_index", "pick_weights", "read_json", "weight_map"]
+
+# The index of some 300,000 tensors.
+MAX_JSON_BYTES = 32 * 2**20
 
 # <stem>.<format> or <stem>.<variant>.<format>, and the same with .index for shards: model.safetensors,
 # model.fp16.safetensors, model.safetensors.index.json, model.safetensors.index.fp16.json
@@ -114,10 +119,12 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: The file cannot be read or is not JSON.
     """
+    with parsing(path), open_regular(path) as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise InputError(f"{path} is too large", f"expected at most {MAX_JSON_BYTES} bytes", "do not trust this model")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}", str(error.strerror or error), "check the path") from error
+        return json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON", str(error), "download or copy the file again") from error
 
@@ -141,8 +148,10 @@ def weight_map(path: Path) -> dict[str, str]:
     """
     content = read_json(path)
     table = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(table, dict) or not table or not all(isinstance(file, str) for file in table.values()):
+    if not isinstance(table, dict) or not table or not all(map(is_text, (*table.keys(), *table.values()))):
         raise InputError(f"{path} is not an index of shards", "expected a weight_map of file names", "copy it again")
+    if not isinstance(content.get("metadata", {}), dict | None):
+        raise InputError(f"{path} has malformed metadata", "expected a table", "copy it again")
     for name, file in table.items():
         # An index must not be able to point at other files of this machine.
         if PurePosixPath(file).name != file:

@@ -17,7 +17,7 @@ from detune.checkpoints.aliases import names_in_memory
 from detune.checkpoints.lora_formats import AdapterTable, Factors, read_table
 from detune.checkpoints.opening import open_adapter
 from detune.checkpoints.source import Checkpoint
-from detune.errors import InputError
+from detune.errors import InputError, parsing
 
 __all__ = ["FLOATS", "Lora", "LoraLayer", "PlacedFactors", "open_lora"]
 
@@ -127,7 +127,8 @@ def open_lora(spec: str | Path, base: Checkpoint, *, allow_extra: bool = True) -
     """
     text = os.fspath(spec)
     file = open_adapter(text)
-    table = read_table(file, allow_extra=allow_extra)
+    with parsing(f"adapter {text}"):
+        table = read_table(file, allow_extra=allow_extra)
     return Lora(text, _name(text), _place(base, file, table), table.extra, file)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from detune._runtime import needs_extra
 from detune.checkpoints.layout import read_json
+from detune.checkpoints.module_patterns import by_module
 from detune.checkpoints.source import Checkpoint
 from detune.errors import InputError
 
@@ -242,6 +243,11 @@ def _pair(
         else:
             others[name] = stored
     has_alphas = any(name.endswith(".alpha") for name in others)
+    modules = [module.rpartition("/") for module in pairs]
+    scalings = {
+        component: _Scaling.read(config, [path for place, _, path in modules if place == component], file)
+        for component, config in configs.items()
+    }
     factors: list[Factors] = []
     for module, pair in pairs.items():
         is_embedding = "embedding_A" in pair
@@ -251,8 +257,8 @@ def _pair(
         A, B = (pair[kind] for kind in kinds)
         rank = _rank(adapter, file, module, A, B)
         component, _, path = module.rpartition("/")
-        if component in configs:
-            alpha, scaling = _configured_scaling(configs[component], path, rank, file)
+        if component in scalings:
+            alpha, scaling = scalings[component].of(path, rank, file)
         elif has_alphas:
             alpha = _stored_alpha(adapter, file, module, others.pop(_DOWN.sub(".alpha", A), None))
             scaling = alpha / rank
@@ -282,31 +288,59 @@ def _rank(adapter: Checkpoint, file: Path, module: str, A: str, B: str) -> int:
 def _stored_alpha(adapter: Checkpoint, file: Path, module: str, stored: str | None) -> float:
     if stored is None:
         raise InputError(f"{file} has no alpha for module {module!r}", "other modules have one", "copy it again")
-    shape = adapter.tensors[stored].shape
-    if math.prod(shape) != 1:
-        raise InputError(f"{stored!r} in {file} is no number", f"it has shape {shape}", "copy the adapter again")
-    return float(adapter.read(stored))
-
-
-def _configured_scaling(config: Mapping[str, Any], module: str, rank: int, file: Path) -> tuple[float, float]:
-    expected = _pattern(config.get("rank_pattern"), module, config.get("r"))
-    if rank != expected:
+    info = adapter.tensors[stored]
+    if math.prod(info.shape) != 1 or info.dtype.is_complex:
         raise InputError(
-            f"{file} does not fit its configuration",
-            f"module {module!r} has rank {rank}, expected {expected}",
-            "copy the adapter again",
+            f"{stored!r} in {file} is no number", f"it has shape {info.shape} in {info.dtype}", "copy the adapter again"
         )
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not isinstance(alpha, int | float):
-        raise InputError(f"{file} has no lora_alpha", f"got {alpha!r} for {module!r}", "copy the adapter again")
-    if config.get("use_rslora"):
-        return alpha * math.sqrt(rank), alpha / math.sqrt(rank)
-    return float(alpha), alpha / rank
+    return _finite(float(adapter.read(stored)), f"the alpha of {module!r} in {file}")
 
 
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    # The keys are regular expressions for the end of a module's name.
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+@dataclass(frozen=True)
+class _Scaling:
+    """What a LoraConfig says of the size of the updates.
+
+    Attributes:
+        ranks: r by module.
+        alphas: lora_alpha by module.
+        rank_stabilised: Whether the update is divided by the root of the rank.
+    """
+
+    ranks: Mapping[str, Any]
+    alphas: Mapping[str, Any]
+    rank_stabilised: bool
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], modules: Sequence[str], file: Path) -> "_Scaling":
+        """Read it for some modules; the file is for messages."""
+        return cls(
+            by_module(config.get("rank_pattern"), config.get("r"), modules, f"rank_pattern of {file}"),
+            by_module(config.get("alpha_pattern"), config.get("lora_alpha"), modules, f"alpha_pattern of {file}"),
+            bool(config.get("use_rslora")),
+        )
+
+    def of(self, module: str, rank: int, file: Path) -> tuple[float, float]:
+        """Alpha of a module whose factors have a rank, and what the update is multiplied by."""
+        expected = self.ranks[module]
+        if rank != expected:
+            raise InputError(
+                f"{file} does not fit its configuration",
+                f"module {module!r} has rank {rank}, expected {expected}",
+                "copy the adapter again",
+            )
+        alpha = self.alphas[module]
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+            raise InputError(f"{file} has no lora_alpha", f"got {alpha!r} for {module!r}", "copy the adapter again")
+        if self.rank_stabilised:
+            return _finite(alpha * math.sqrt(rank), f"lora_alpha in {file}"), alpha / math.sqrt(rank)
+        return _finite(alpha, f"lora_alpha in {file}"), alpha / rank
+
+
+def _finite(alpha: float, what: str) -> float:
+    try:
+        found = float(alpha)
+    except OverflowError:  # an integer of hundreds of digits
+        found = math.inf
+    if not math.isfinite(found):
+        raise InputError(f"{what} is no number to multiply by", f"got {found}", "copy the adapter again")
+    return found

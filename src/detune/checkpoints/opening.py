@@ -12,7 +12,7 @@ from detune.checkpoints.layout import component_dirs, pick_weights, weight_map
 from detune.checkpoints.remote import HubFiles
 from detune.checkpoints.source import Checkpoint
 from detune.checkpoints.storage import LocalFiles, Storage
-from detune.errors import InputError
+from detune.errors import InputError, parsing
 
 __all__ = ["absolute", "is_on_hub", "open_adapter", "open_checkpoint"]
 
@@ -50,8 +50,13 @@ def open_checkpoint(spec: str | Path, *, merge_dtype: torch.dtype | None = None,
         ...     weight = checkpoint.read("encoder.layer.0.attention.self.query.weight")
     """
     text = os.fspath(spec)
-    if rows is not None:
-        return Excerpt(_open_remote(text) if is_on_hub(text) else open_checkpoint(text, merge_dtype=merge_dtype), rows)
+    with parsing(text):
+        if rows is None:
+            return _open(text, merge_dtype)
+        return Excerpt(_open_remote(text) if is_on_hub(text) else _open(text, merge_dtype), rows)
+
+
+def _open(text: str, merge_dtype: torch.dtype | None) -> Checkpoint:
     if not Path(text).exists() and "+" in text:
         from detune.checkpoints.adapters import MergedCheckpoint
         from detune.checkpoints.lora import open_lora
@@ -90,7 +95,11 @@ def open_adapter(spec: str) -> Checkpoint:
     Raises:
         InputError: There is no such adapter.
     """
-    root = _locate(spec)
+    with parsing(spec):
+        return _open_adapter(spec, _locate(spec))
+
+
+def _open_adapter(spec: str, root: Path) -> Checkpoint:
     if root.is_file():
         return Checkpoint(spec, LocalFiles(root.parent), [root.name], single_file=True)
     for name in _ADAPTER_FILES:

@@ -38,11 +38,12 @@ class _Record:
     size_bytes: int
 
 
-def read_torch_archive(path: Path) -> Header:
+def read_torch_archive(path: Path, file: IO[bytes]) -> Header:
     """Read where the tensors of an archive of `torch.save` lie.
 
     Args:
-        path: The file.
+        path: The file, for messages.
+        file: The same, opened.
 
     Returns:
         The table of tensors.
@@ -50,23 +51,22 @@ def read_torch_archive(path: Path) -> Header:
     Raises:
         InputError: The file is damaged, was written on a big-endian machine, or holds something other than a table of
             plain tensors.
-        OSError: The file cannot be read.
+        Exception: It is damaged; of whatever kind the fault makes it.
     """
-    with path.open("rb") as file:
-        records = _records(path, file)
-        order = _content(file, records["byteorder"]) if "byteorder" in records else b"little"
-        if order != b"little":
-            raise InputError(
-                f"{path} was saved on a machine with another byte order",
-                f"got {order[:10].decode(errors='replace')!a}, expected 'little'",
-                "load it with torch and save it again",
-            )
-        pickle = records["data.pkl"]
-        if pickle.size_bytes > MAX_PICKLE_BYTES:
-            raise InputError(
-                f"{path} has a pickle of {pickle.size_bytes} bytes", f"expected at most {MAX_PICKLE_BYTES}", _RESAVE
-            )
-        state = read_pickle(io.BytesIO(_content(file, pickle)))
+    records = _records(path, file)
+    order = _content(file, records["byteorder"]) if "byteorder" in records else b"little"
+    if order != b"little":
+        raise InputError(
+            f"{path} was saved on a machine with another byte order",
+            f"got {order[:10].decode(errors='replace')!a}, expected 'little'",
+            "load it with torch and save it again",
+        )
+    pickle = records["data.pkl"]
+    if pickle.size_bytes > MAX_PICKLE_BYTES:
+        raise InputError(
+            f"{path} has a pickle of {pickle.size_bytes} bytes", f"expected at most {MAX_PICKLE_BYTES}", _RESAVE
+        )
+    state = read_pickle(io.BytesIO(_content(file, pickle)))
     if not isinstance(state, dict):
         kind = state.what if isinstance(state, Foreign) else type(state).__name__
         raise InputError(f"{path} is not a table of tensors", f"got {kind}", _RESAVE)
