@@ -10,11 +10,11 @@ from detune.checkpoints.excerpt import Excerpt
 from detune.checkpoints.identity import identity
 from detune.checkpoints.landing import Landing, claim
 from detune.checkpoints.lora import Lora, LoraLayer, open_lora
-from detune.checkpoints.masks import save_mask, write_masks
+from detune.checkpoints.masks import pack_mask, write_masks
 from detune.checkpoints.modules import Kind, Place, find_places
 from detune.checkpoints.opening import absolute, is_on_hub, open_checkpoint
 from detune.checkpoints.paths import inside
-from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, peft_layer, read_layers, save_layers
+from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, pack_layers, peft_layer, unpack_layers
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.target import Target
@@ -51,11 +51,11 @@ __all__ = [
     "new_file",
     "open_checkpoint",
     "open_lora",
+    "pack_layers",
+    "pack_mask",
     "peft_layer",
-    "read_layers",
     "reported",
     "round_to",
-    "save_layers",
-    "save_mask",
+    "unpack_layers",
     "write_masks",
 ]

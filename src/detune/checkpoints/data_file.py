@@ -9,6 +9,7 @@ tensor, and everything on systems and file systems that cannot, goes the usual w
 import errno
 import mmap
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,7 @@ class DataFile:
         self._descriptor = os.open(path, flags)
         self._direct = _open_direct(path, flags)
 
-    def write(self, offset: int, length: int, read: Read) -> None:
+    def write(self, offset: int, length: int, read: Read) -> int:
         """Write what is read, block by block.
 
         Args:
@@ -52,9 +53,13 @@ class DataFile:
             length: Number of bytes.
             read: Called with the position from the beginning of what is written, and the memory to fill.
 
+        Returns:
+            The CRC-32 of what was written.
+
         Raises:
             OSError: The disk refuses.
         """
+        checksum = 0
         try:
             buffer = self._buffers.pop()
         except IndexError:
@@ -68,10 +73,12 @@ class DataFile:
                 lead = start % _PAGE_BYTES
                 with memoryview(buffer) as whole, whole[lead : lead + end - start] as block:
                     read(start - offset, block)
+                    checksum = zlib.crc32(block, checksum)
                     self._write_block(block, start, end)
                 start = end
         finally:
             self._buffers.append(buffer)
+        return checksum
 
     def _write_block(self, block: memoryview, start: int, end: int) -> None:
         first, last = -(-start // _PAGE_BYTES) * _PAGE_BYTES, end // _PAGE_BYTES * _PAGE_BYTES

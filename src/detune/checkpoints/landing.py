@@ -6,11 +6,12 @@ A hidden directory beside the target, named after the run's inputs and options:
         lock          held while the run lives; the system releases it, however the run ends
         checkpoint/   the weight files, data at their final offsets, no headers yet
         parts/        what else tensors leave behind, one file each
-        journal/      a file for each process that writes, a line for each tensor
+        journal/      a file for each process that writes, a line for each tensor, behind its checksum
 
-A line is written when the tensor's bytes are on the disk, so that what a line speaks of is there. Runs of other inputs
-or options have other directories: a process that outlives its run has nowhere to write what another would take for its
-own.
+A line is written when the tensor's bytes are on the disk, so that what a line speaks of is there; and it carries the
+checksums of all that it speaks of, so that the next run finds out what has changed since. They are CRC-32: against
+accidents, as whoever may write here could as well write the checksums. Runs of other inputs or options have other
+directories: a process that outlives its run has nowhere to write what another would take for its own.
 """
 
 import errno
@@ -24,6 +25,7 @@ import secrets
 import shutil
 import socket
 import threading
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +38,8 @@ __all__ = ["Landing", "claim"]
 
 logger = logging.getLogger(__name__)
 
+_PARTS = ("journal", "parts", "checkpoint")
+_AGAIN = "run the same command again: it computes again what has changed"
 # What file systems say that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -55,20 +59,56 @@ class Landing:
         self.directory = directory
         self.checkpoint = directory / "checkpoint"
         # One file for each process: appends of several machines to one file would overwrite each other.
-        self._journal = directory / "journal" / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+        self._journal = directory / "journal" / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.txt"
         self._lock = threading.Lock()
 
-    def part(self, name: str, suffix: str) -> Path:
-        """Where something that belongs to a tensor goes.
+    def save_part(self, name: str, suffix: str, data: bytes) -> int:
+        """Write something that belongs to a tensor, and wait until it is on the disk.
 
         Args:
             name: The tensor.
             suffix: What it is.
+            data: Its content.
+
+        Returns:
+            Its CRC-32.
+
+        Raises:
+            OutputError: The disk refuses.
         """
+        path = self._part(name, suffix)
+        with reported(path), path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return zlib.crc32(data)
+
+    def read_part(self, name: str, suffix: str, checksum: int) -> bytes:
+        """Read what `save_part` wrote.
+
+        Args:
+            name: The tensor.
+            suffix: What it is.
+            checksum: What `save_part` returned.
+
+        Raises:
+            OutputError: It is not there any more, or has changed.
+        """
+        path = self._part(name, suffix)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise OutputError(f"cannot read {path}", str(error.strerror or error), _AGAIN) from error
+        if zlib.crc32(data) != checksum:
+            found = f"its checksum is {zlib.crc32(data):08x}, expected {checksum:08x}"
+            raise OutputError(f"{path} has changed since it was written", found, _AGAIN)
+        return data
+
+    def _part(self, name: str, suffix: str) -> Path:
         return self.directory / "parts" / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}{suffix}"
 
     def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write down what has landed. All that the rows speak of must be on the disk.
+        """Write down what has landed, in whole lines or not at all. All that the rows speak of must be on the disk.
 
         Args:
             rows: What JSON can hold.
@@ -76,32 +116,84 @@ class Landing:
         Raises:
             OutputError: The disk refuses.
         """
-        with self._lock, reported(self._journal), self._journal.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+        lines = b"".join(_line(row) for row in rows)
+        with self._lock, reported(self._journal), self._journal.open("ab", buffering=0) as file:
+            start = file.tell()
+            try:
+                written = 0
+                while written < len(lines):
+                    written += file.write(lines[written:])
+                os.fsync(file.fileno())
+            except BaseException:
+                # What follows begins with a line of its own.
+                file.truncate(start)
+                raise
 
-    def rows(self) -> list[dict[str, Any]]:
-        """All that was written down, by any process; the line that one died over is left out."""
-        found: list[dict[str, Any]] = []
-        for path in sorted((self.directory / "journal").glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    found.append(json.loads(line))
-                except ValueError:
-                    logger.debug("%s ends in the middle of a line", path)
+    def rows(self) -> list[Any]:
+        """All that was written down, by any process; lines that do not verify are left out, with a word."""
+        found: list[Any] = []
+        damaged = 0
+        for path in self._journals():
+            with reported(path):
+                lines = path.read_bytes().splitlines()
+            for line in lines:
+                checksum, _, text = line.partition(b" ")
+                if checksum == _checksum(text):
+                    found.append(json.loads(text))
+                else:
+                    damaged += 1
+        if damaged:
+            logger.warning(
+                "%d lines of the journal in %s are damaged or cut off: what they spoke of is computed again",
+                damaged,
+                self.directory,
+            )
         return found
+
+    def keep(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Forget all that has been written down but some rows, whose tensors and parts stay.
+
+        Raises:
+            OutputError: The disk refuses.
+        """
+        before = self._journals()
+        self.record(rows)
+        for path in before:
+            with reported(path):
+                path.unlink()
+
+    def _journals(self) -> list[Path]:
+        return sorted(path for path in (self.directory / "journal").glob("*.txt") if path.is_file())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of its directories are there."""
+        parts = [self.directory / part for part in _PARTS]
+        return all(part.is_dir() and not part.is_symlink() for part in parts)
 
     def clear(self) -> None:
         """Forget all that has landed."""
-        for part in ("journal", "parts", "checkpoint"):
-            shutil.rmtree(self.directory / part, ignore_errors=True)
-            (self.directory / part).mkdir()
+        for part in _PARTS:
+            path = self.directory / part
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            path.mkdir()
         sync(self.directory)
 
     def remove(self) -> None:
         """Remove the directory, once its checkpoint has been moved to its place, or is of no use."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    text = json.dumps(row).encode()
+    return b"%s %s\n" % (_checksum(text), text)
+
+
+def _checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
 
 
 @contextmanager
@@ -132,7 +224,7 @@ def claim(out: Path, key: str) -> Iterator[Landing]:
     with _locked(own, out):
         landing = Landing(own)
         with reported(out):
-            if not landing.checkpoint.is_dir():
+            if not landing.is_complete:
                 landing.clear()
         yield landing
 

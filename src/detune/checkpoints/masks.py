@@ -1,43 +1,37 @@
 """Which entries are certain: boolean arrays, packed into bits while a run lasts, and one file of all of them."""
 
 import math
-import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-__all__ = ["save_mask", "write_masks"]
+__all__ = ["pack_mask", "write_masks"]
 
 
-def save_mask(path: Path, mask: torch.Tensor) -> None:
-    """Write one tensor's mask, eight entries a byte, and wait until it is on the disk.
+def pack_mask(mask: torch.Tensor) -> bytes:
+    """Pack one tensor's mask, eight entries a byte.
 
     Args:
-        path: The file to make.
         mask: Of any shape, bool.
     """
-    with path.open("wb") as file:
-        np.save(file, np.packbits(mask.cpu().numpy()))
-        file.flush()
-        os.fsync(file.fileno())
+    return np.packbits(mask.cpu().numpy()).tobytes()
 
 
-def write_masks(path: Path, masks: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def write_masks(path: Path, masks: Iterable[tuple[str, tuple[int, ...], bytes]]) -> None:
     """Write one file of masks that `numpy.load` reads by the tensors' names.
 
     Args:
         path: The file to make, a `.npz` by content.
-        masks: What `save_mask` wrote, by tensor; one is in memory at a time.
-        shapes: Of the tensors.
+        masks: The name of each tensor, its shape and what `pack_mask` made of its mask; one is in memory at a time.
 
     Example:
-        >>> write_masks(partial, {"layer.0.weight": part}, {"layer.0.weight": (768, 768)})  # doctest: +SKIP
+        >>> write_masks(partial, [("layer.0.weight", (768, 768), packed)])  # doctest: +SKIP
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, allowZip64=True) as archive:
-        for name, source in masks.items():
-            bits = np.unpackbits(np.load(source), count=math.prod(shapes[name]))
+        for name, shape, packed in masks:
+            bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=math.prod(shape))
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, bits.view(np.bool_).reshape(shapes[name]), allow_pickle=False)
+                np.lib.format.write_array(file, bits.view(np.bool_).reshape(shape), allow_pickle=False)

@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from detune.checkpoints.adapters import merge
-from detune.checkpoints.atomic import sync
 from detune.checkpoints.blocks import memory_of
 from detune.checkpoints.headers import Entry, encode_safetensors_header
 from detune.checkpoints.modules import Kind, Place
 
-__all__ = ["PeftLayer", "PeftPlaces", "PeftWriter", "peft_layer", "read_layers", "save_layers"]
+__all__ = ["PeftLayer", "PeftPlaces", "PeftWriter", "pack_layers", "peft_layer", "unpack_layers"]
 
 _ROOT = "base_model.model."
 _LOW_RANK = (Kind.LINEAR, Kind.TRANSPOSED, Kind.EMBEDDING, Kind.KERNEL)
@@ -82,31 +81,28 @@ def peft_layer(kind: Kind, left: Tensor, right: Tensor, shape: tuple[int, ...]) 
     return PeftLayer(A, B, kind)
 
 
-def save_layers(path: Path, layers: Mapping[int, PeftLayer]) -> None:
-    """Write the factors of one tensor in several models, and wait until they are on the disk.
+def pack_layers(layers: Mapping[int, PeftLayer]) -> bytes:
+    """Put the factors of one tensor in several models together, as a safetensors file has them.
 
     Args:
-        path: The file to make.
         layers: By model.
     """
-    factors = {
-        f"{i}.{name}": factor for i, layer in layers.items() for name, factor in (("A", layer.A), ("B", layer.B))
-    }
-    save_file(factors, path)
-    sync(path)
+    return save(
+        {f"{i}.{name}": factor for i, layer in layers.items() for name, factor in (("A", layer.A), ("B", layer.B))}
+    )
 
 
-def read_layers(path: Path, kind: Kind) -> dict[int, PeftLayer]:
-    """Read what `save_layers` wrote.
+def unpack_layers(data: bytes, kind: Kind) -> dict[int, PeftLayer]:
+    """Take apart what `pack_layers` put together.
 
     Args:
-        path: The file.
+        data: What it returned.
         kind: Of the weight.
 
     Returns:
         The factors by model.
     """
-    factors = load_file(path)
+    factors = load(data)
     models = sorted({int(key.partition(".")[0]) for key in factors})
     return {i: PeftLayer(factors[f"{i}.A"], factors[f"{i}.B"], kind) for i in models}
 

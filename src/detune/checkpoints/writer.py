@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import threading
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 # Rounding takes several copies of what it rounds.
 _ROUNDED_BYTES = 16 * 2**20
+_READ_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -108,33 +110,35 @@ class CheckpointFiles:
             flat[start : start + step] = round_to(values[start : start + step], dtype).cpu()
         return stored
 
-    def prepare(self) -> bool:
-        """Make the weight files in their sizes, without their headers; those that are there stay.
-
-        Returns:
-            Whether all of them were there.
+    def prepare(self) -> None:
+        """Make the weight files in their sizes, without their headers; those that are there stay, and nothing else.
 
         Raises:
             OutputError: The disk refuses.
         """
-        found = True
+        sizes = {inside(self._directory, file): size_bytes for file, size_bytes in self._sizes_bytes.items()}
+        with self._report_disk(""):
+            for path in tuple(self._directory.rglob("*")):
+                if path.is_symlink() or (path.is_file() and path.stat().st_size != sizes.get(path)):
+                    path.unlink()
         for file, size_bytes in self._sizes_bytes.items():
-            path = inside(self._directory, file)
-            if path.is_file() and path.stat().st_size == size_bytes:
+            path = self._directory / file
+            if path.is_file():
                 continue
-            found = False
             with self._report_disk(file):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
                 os.truncate(path, size_bytes)
-        return found
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
+    def write(self, name: str, tensor: torch.Tensor) -> int:
         """Write one tensor.
 
         Args:
             name: A key of `like.tensors`.
             tensor: Its values, on any device; floats are rounded to nearest in the stored dtype.
+
+        Returns:
+            The CRC-32 of its bytes.
 
         Raises:
             OutputError: The disk refuses.
@@ -152,13 +156,16 @@ class CheckpointFiles:
             out[:] = memory[start : start + len(out)]
 
         with self._opened(place.file) as file:
-            file.write(place.offset, len(memory), read)
+            return file.write(place.offset, len(memory), read)
 
-    def copy(self, name: str) -> None:
+    def copy(self, name: str) -> int:
         """Copy one tensor of `like` byte for byte, in blocks, or in the dtype asked for if that holds it exactly.
 
         Args:
             name: A key of `like.tensors`.
+
+        Returns:
+            The CRC-32 of its bytes.
 
         Raises:
             InputError: The tensor can no longer be read, or would be rounded.
@@ -173,15 +180,32 @@ class CheckpointFiles:
                     f"it is {values.dtype} and not representable in {info.dtype}",
                     "leave out --dtype",
                 )
-            self.write(name, values)
-            return
+            return self.write(name, values)
         place = self._places[name]
 
         def read(start: int, out: memoryview) -> None:
             self._like.read_bytes(name, start, len(out), out)
 
         with self._opened(place.file) as file:
-            file.write(place.offset, info.nbytes, read)
+            return file.write(place.offset, info.nbytes, read)
+
+    def checksum(self, name: str) -> int:
+        """Compute the CRC-32 of what is in the place of a tensor.
+
+        Args:
+            name: A key of `like.tensors`.
+
+        Raises:
+            OutputError: It cannot be read.
+        """
+        place, left = self._places[name], self._infos[name].nbytes
+        checksum = 0
+        with self._report_disk(place.file), (self._directory / place.file).open("rb", buffering=0) as file:
+            file.seek(place.offset)
+            while left and (block := file.read(min(left, _READ_BYTES))):
+                checksum = zlib.crc32(block, checksum)
+                left -= len(block)
+        return checksum
 
     def stored_bytes(self, names: Iterable[str]) -> int:
         """What some tensors take."""

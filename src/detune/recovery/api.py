@@ -41,6 +41,7 @@ from detune.recovery.execution import (
     land,
     landed_before,
     read_changes,
+    read_masks,
     require_unchanged,
 )
 from detune.recovery.loop import OnTensor
@@ -182,7 +183,7 @@ def recover(
         opened.enter_context(kept_for_later(landing))
         job = replace(job, landing=landing.directory)
         files = CheckpointFiles(family.models[0], landing.checkpoint, dtype)
-        landed = land(job, family, landing, landed_before(landing, files, target), executor, on_tensor)
+        landed = land(job, family, landing, landed_before(landing, files, target, family), executor, on_tensor)
         rows = tuple(landed[name].row for name in family.names)
         if not isinstance(solver, Mean | Single):
             _refuse_if_hopeless(rows, family.n)
@@ -225,9 +226,7 @@ def _write_results(
                 extractor.add(name, read_changes(landing, landed[name], extractor.kind(name)))
             report = replace(report, adapters=extractor.finish().summary)
         if mask:
-            certain = {name: landing.part(name, ".mask") for name in family.names if landed[name].has_mask}
-            shapes = {name: family.shape(name) for name in certain}
-            write_masks(results.enter_context(new_file(mask)), certain, shapes)
+            write_masks(results.enter_context(new_file(mask)), read_masks(landing, landed, family.names))
         files.finish({"detune.json": report.to_json().encode()})
         with reported(target.out, files.needed_bytes):
             move_into_place(landing.checkpoint, target.out, target.check)

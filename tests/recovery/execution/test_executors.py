@@ -4,6 +4,8 @@ import errno
 import json
 import logging
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -236,7 +238,8 @@ def journal(folder: Path) -> Path:
 def test_a_killed_run_is_finished_by_the_same_call(fine, alone, killed, tmp_path, solved):
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     assert [path.name[:16] for path in tmp_path.iterdir()] == [".out.recovering-"]
-    landed = [json.loads(line)["row"]["method"] for line in journal(tmp_path).read_text().splitlines()]
+    lines = [json.loads(line.partition(" ")[2]) for line in journal(tmp_path).read_text().splitlines()]
+    landed = [line["row"]["method"] for line in lines]
     before = sum(method != "copy" for method in landed)
     assert before in (1, 2)
     report = recover(fine, tmp_path)
@@ -255,19 +258,77 @@ def test_what_a_killed_run_leaves_is_no_model(killed):
     assert not list(killed.rglob("*.json"))
 
 
-def test_a_line_that_was_cut_off_is_not_believed(fine, alone, killed, tmp_path):
+def test_a_line_that_was_cut_off_is_not_believed(fine, alone, killed, tmp_path, caplog):
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     journal(tmp_path).write_bytes(journal(tmp_path).read_bytes()[:-10])
     recover(fine, tmp_path)
+    assert "1 lines of the journal in" in caplog.text
     assert results(tmp_path) == results(alone)
 
 
-def test_a_landing_that_lost_a_file_is_begun_anew(fine, alone, killed, tmp_path, caplog):
+def test_a_file_that_was_lost_is_computed_again(fine, alone, killed, tmp_path, caplog):
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     next(tmp_path.glob(".out.recovering-*/checkpoint/*.safetensors")).unlink()
     recover(fine, tmp_path)
-    assert "has lost files: starting over" in caplog.text
+    assert re.search(r"\d of \d tensors in .* have changed since they landed, the first is '.*': they are", caplog.text)
     assert results(tmp_path) == results(alone)
+
+
+@pytest.fixture(scope="module")
+def interrupted_once(fine: Fine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that was interrupted when all of its tensors had landed."""
+    folder = tmp_path_factory.mktemp("interrupted")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detune.recovery.api.require_unchanged", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            recover(fine, folder, adapters=folder / "loras")
+    return folder
+
+
+@pytest.fixture
+def interrupted(interrupted_once: Path, tmp_path: Path) -> Iterator[Path]:
+    """The same for one test, where it was: adapters name their base, and elsewhere it would be another run."""
+    shutil.copytree(interrupted_once, tmp_path / "before")
+    yield interrupted_once
+    shutil.rmtree(interrupted_once)
+    shutil.copytree(tmp_path / "before", interrupted_once)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["checkpoint", "parts", "journal"])
+def test_what_has_changed_since_it_landed_is_computed_again(fine, alone, interrupted, solved, caplog, kind, seed):
+    """Bits that flip, blocks of zeros, ends that are gone, and files that are anything else."""
+    draw = random.Random(seed)
+    damage(draw.choice(sorted(interrupted.glob(f".out.recovering-*/{kind}/*"))), draw)
+    recover(fine, interrupted, adapters=interrupted / "loras")
+    assert "computed again" in caplog.text
+    assert len(solved) <= 4
+    assert results(interrupted) == results(alone)
+    for model in fine.models:
+        name = f"loras/{model.name}/adapter_model.safetensors"
+        assert (interrupted / name).read_bytes() == (alone / name).read_bytes()
+    assert {path.name for path in interrupted.iterdir()} == {"out", "loras", "mask"}
+
+
+def damage(file: Path, draw: random.Random) -> None:
+    """Change a file's content; what is no tensor of a weight file does not count there."""
+    data = bytearray(file.read_bytes())
+    # The first bytes are left for the header.
+    start = draw.randrange(len(data) // 2, len(data))
+    kind = draw.choice(["bit", "zeros", "end", "other"])
+    if kind == "bit":
+        data[start] ^= 1 << draw.randrange(8)
+    elif kind == "zeros":
+        data[start:] = bytes(len(data) - start)
+    elif kind == "end":
+        del data[start:]
+    else:
+        data = bytearray(draw.randbytes(len(data)))
+    file.write_bytes(data)
 
 
 def test_what_landed_with_other_options_is_not_used(fine, killed, tmp_path, solved):

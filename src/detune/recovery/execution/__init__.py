@@ -13,7 +13,7 @@ How what has landed is kept on the disk is `detune.checkpoints.landing`'s to kno
 """
 
 from detune.recovery.execution.job import Job
-from detune.recovery.execution.landed import Landed, read_changes
+from detune.recovery.execution.landed import Landed, read_changes, read_masks
 from detune.recovery.execution.on_dask import dask_workers, slurm_workers
 from detune.recovery.execution.processes import Processes
 from detune.recovery.execution.run import hashing, kept_for_later, land, landed_before, require_unchanged
@@ -30,6 +30,7 @@ __all__ = [
     "landed_before",
     "make_units",
     "read_changes",
+    "read_masks",
     "require_unchanged",
     "slurm_workers",
 ]

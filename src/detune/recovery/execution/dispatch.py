@@ -87,7 +87,7 @@ def _round(executor: Executor, job: Job, units: Sequence[Unit], on_landed: Calla
 
 
 def _without_landed(job: Job, units: Sequence[Unit], on_landed: Callable[[Landed], None]) -> list[Unit]:
-    found = read_landed(Landing(job.landing))
+    found = {landed.row.name: landed for landed in read_landed(Landing(job.landing))}
     for unit in units:
         for name in unit:
             if name in found:

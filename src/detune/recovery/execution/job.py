@@ -4,7 +4,7 @@ import hashlib
 import socket
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -17,14 +17,13 @@ from detune.checkpoints import (
     Landing,
     identity,
     open_checkpoint,
-    reported,
-    save_layers,
-    save_mask,
+    pack_layers,
+    pack_mask,
 )
 from detune.compatibility.model_set import Family
 from detune.errors import DetuneError
 from detune.problem import Solver
-from detune.recovery.execution.landed import Landed, Lander, Solved
+from detune.recovery.execution.landed import FACTORS, MASK, Landed, Lander, Solved, Written
 from detune.recovery.loop import Answer, OnTensor, walk
 from detune.recovery.report import TensorRow
 from detune.recovery.tensor import solve_tensor
@@ -109,7 +108,7 @@ class Performer:
             solved: dict[str, Solved] = {}
 
             def keep(name: str) -> None:
-                solved[name] = Solved(partial(self._files.copy, name))
+                solved[name] = Solved(lambda: Written(self._files.copy(name)))
 
             def solve(name: str, tensors: tuple[Tensor, ...]) -> Answer:
                 answer, solved[name] = self._solve(name, tensors)
@@ -132,14 +131,14 @@ class Performer:
         changes = self._fitter.fit(name, stored, tensors) if self._fitter else ()
         mask = answer.bits.certain if job.mask and answer.bits is not None else None
 
-        def write() -> None:
-            self._files.write(name, stored)
+        def write() -> Written:
+            written = Written(self._files.write(name, stored))
             layers = {change.model: change.layer for change in changes if change.layer}
-            with reported(job.landing):
-                if mask is not None:
-                    save_mask(self._landing.part(name, ".mask"), mask)
-                if layers:
-                    save_layers(self._landing.part(name, ".lora"), layers)
+            if mask is not None:
+                written.parts[MASK] = self._landing.save_part(name, MASK, pack_mask(mask))
+            if layers:
+                written.parts[FACTORS] = self._landing.save_part(name, FACTORS, pack_layers(layers))
+            return written
 
         held_bytes = stored.nbytes + (0 if mask is None else mask.nbytes)
         return answer, Solved(write, held_bytes, tuple(replace(change, layer=None) for change in changes))

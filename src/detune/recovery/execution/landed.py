@@ -1,19 +1,37 @@
 """What lands of a tensor, the thread that lands it, and what is known of it afterwards."""
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
 from detune.adapters.changes import AdapterRow, Change, Kept
-from detune.checkpoints import CheckpointFiles, Kind, Landing, read_layers
-from detune.errors import DetuneError
+from detune.checkpoints import CheckpointFiles, Kind, Landing, unpack_layers
+from detune.errors import DetuneError, OutputError
 from detune.recovery.report import Status, TensorRow
 
-__all__ = ["Landed", "Lander", "Solved", "read_changes", "read_landed"]
+__all__ = [
+    "FACTORS",
+    "MASK",
+    "Landed",
+    "Lander",
+    "Solved",
+    "Written",
+    "read_changes",
+    "read_landed",
+    "read_masks",
+    "verify",
+]
+
+logger = logging.getLogger(__name__)
+
+MASK = ".mask"
+FACTORS = ".lora"
+"""Suffixes of the parts of a tensor."""
 
 # How long what is on the disk may wait until it is written down; a killed run does that much again.
 RECORD_SECONDS = 5.0
@@ -25,24 +43,27 @@ class Landed:
 
     Attributes:
         row: For the report.
+        written: The checksums of its bytes and parts.
         changes: What it becomes in adapters; their factors are in a part of the landing.
     """
 
     row: TensorRow
+    written: "Written"
     changes: tuple[Change, ...] = ()
-
-    @property
-    def has_mask(self) -> bool:
-        """Whether the base's bits were looked at, so that a mask has landed where one was asked for."""
-        return self.row.certain is not None
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold."""
-        return {"row": asdict(self.row), "changes": [asdict(change) for change in self.changes]}
+        return asdict(self)
 
     @classmethod
-    def of_json(cls, content: Mapping[str, Any]) -> "Landed":
-        """The same again."""
+    def of_json(cls, content: Any) -> "Landed":
+        """The same again.
+
+        Raises:
+            TypeError: It is something else, as is said by the other exceptions.
+            LookupError: Something is missing.
+            ValueError: Something has another kind of value.
+        """
         row = content["row"]
         row = TensorRow(
             **row | {"shape": tuple(row["shape"]), "ranks": tuple(row["ranks"]), "status": Status(row["status"])}
@@ -51,16 +72,73 @@ class Landed:
             Change(change["model"], _row(change["row"]), _row(change["as_base"]) if change["as_base"] else None)
             for change in content["changes"]
         )
-        return cls(row, tuple(changes))
+        return cls(row, Written(**content["written"]), tuple(changes))
 
 
 def _row(content: Mapping[str, Any]) -> AdapterRow:
     return AdapterRow(**{**content, "shape": tuple(content["shape"]), "kept": Kept(content["kept"])})
 
 
-def read_landed(landing: Landing) -> dict[str, Landed]:
-    """What a landing's journal speaks of, by tensor."""
-    return {landed.row.name: landed for landed in map(Landed.of_json, landing.rows())}
+def read_landed(landing: Landing) -> list[Landed]:
+    """What a landing's journal speaks of, in its order."""
+    found = []
+    for row in landing.rows():
+        try:
+            found.append(Landed.of_json(row))
+        except (TypeError, LookupError, ValueError):
+            logger.warning("a line of the journal in %s speaks of no tensor", landing.directory)
+    return found
+
+
+def verify(landing: Landing, files: CheckpointFiles, names: Iterable[str]) -> dict[str, Landed]:
+    """Find what is still as it landed; forget the rest, and say so.
+
+    Args:
+        landing: Where it landed.
+        files: The checkpoint in it.
+        names: The tensors that may have landed.
+
+    Returns:
+        What has landed, by tensor.
+
+    Raises:
+        OutputError: The disk refuses.
+    """
+    spoken_of: dict[str, list[Landed]] = {name: [] for name in names}
+    lines = read_landed(landing)
+    for line in lines:
+        spoken_of.get(line.row.name, []).append(line)
+    # A tensor that landed more than once is as one of its lines says.
+    found = {
+        name: next((line for line in candidates if _is_whole(line, landing, files)), None)
+        for name, candidates in spoken_of.items()
+    }
+    whole = {name: landed for name, landed in found.items() if landed is not None}
+    changed = [name for name, candidates in spoken_of.items() if candidates and name not in whole]
+    if changed:
+        logger.warning(
+            "%d of %d tensors in %s have changed since they landed, the first is %r: they are computed again",
+            len(changed),
+            len(changed) + len(whole),
+            landing.directory,
+            changed[0],
+        )
+    if len(whole) < len(lines):
+        landing.keep([landed.to_json() for landed in whole.values()])
+    return whole
+
+
+def _is_whole(landed: Landed, landing: Landing, files: CheckpointFiles) -> bool:
+    name = landed.row.name
+    if files.checksum(name) != landed.written.weights:
+        return False
+    try:
+        for suffix, checksum in landed.written.parts.items():
+            landing.read_part(name, suffix, checksum)
+    except OutputError as error:
+        logger.info("%s", error)
+        return False
+    return True
 
 
 def read_changes(landing: Landing, landed: Landed, kind: Kind | None) -> tuple[Change, ...]:
@@ -70,11 +148,49 @@ def read_changes(landing: Landing, landed: Landed, kind: Kind | None) -> tuple[C
         landing: Where they are.
         landed: The tensor.
         kind: What its weight is to PEFT, if that takes a LoRA.
+
+    Raises:
+        OutputError: The factors have changed since they landed.
     """
     if kind is None or not any(change.row.kept is Kept.LORA for change in landed.changes):
         return landed.changes
-    layers = read_layers(landing.part(landed.row.name, ".lora"), kind)
+    layers = unpack_layers(landing.read_part(landed.row.name, FACTORS, landed.written.parts[FACTORS]), kind)
     return tuple(replace(change, layer=layers.get(change.model)) for change in landed.changes)
+
+
+def read_masks(
+    landing: Landing, landed: Mapping[str, Landed], names: Iterable[str]
+) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
+    """What `write_masks` takes, of each tensor whose bits were looked at.
+
+    Args:
+        landing: Where they are.
+        landed: What has landed, by tensor.
+        names: The tensors in their order.
+
+    Yields:
+        A tensor's name, its shape and its mask.
+
+    Raises:
+        OutputError: A mask has changed since it landed.
+    """
+    for name in names:
+        parts = landed[name].written.parts
+        if MASK in parts:
+            yield name, landed[name].row.shape, landing.read_part(name, MASK, parts[MASK])
+
+
+@dataclass(frozen=True)
+class Written:
+    """What has been written of a tensor, by its CRC-32.
+
+    Attributes:
+        weights: Of the tensor's bytes.
+        parts: Of its parts, by their suffix.
+    """
+
+    weights: int
+    parts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,7 +203,7 @@ class Solved:
         changes: What it becomes in adapters.
     """
 
-    write: Callable[[], None]
+    write: Callable[[], Written]
     held_bytes: int = 0
     changes: tuple[Change, ...] = ()
 
@@ -125,16 +241,14 @@ class Lander:
         """
         while self._waiting and (self._waiting[0][0].done() or not self._has_room(solved.held_bytes)):
             self._waiting.popleft()[0].result()
-        landed = Landed(row, solved.changes)
-        self._waiting.append((self._thread.submit(self._land, solved.write, landed), solved.held_bytes))
+        self._waiting.append((self._thread.submit(self._land, solved, row), solved.held_bytes))
 
     def _has_room(self, more_bytes: int) -> bool:
         held_bytes = sum(held for _, held in self._waiting)
         return not more_bytes or held_bytes + more_bytes <= self._most_bytes
 
-    def _land(self, write: Callable[[], None], landed: Landed) -> None:
-        write()
-        self._unrecorded.append(landed)
+    def _land(self, solved: Solved, row: TensorRow) -> None:
+        self._unrecorded.append(Landed(row, solved.write(), solved.changes))
         if time.monotonic() - self._recorded > RECORD_SECONDS:
             self._record()
 

@@ -13,7 +13,7 @@ from detune.compatibility.model_set import Family
 from detune.errors import InputError
 from detune.recovery.execution.dispatch import dispatch, hashed_by
 from detune.recovery.execution.job import Job, Performer
-from detune.recovery.execution.landed import Landed, read_landed
+from detune.recovery.execution.landed import Landed, verify
 from detune.recovery.execution.units import make_units
 from detune.recovery.loop import OnTensor
 
@@ -39,13 +39,14 @@ def kept_for_later(landing: Landing) -> Iterator[None]:
         raise
 
 
-def landed_before(landing: Landing, files: CheckpointFiles, target: Target) -> dict[str, Landed]:
+def landed_before(landing: Landing, files: CheckpointFiles, target: Target, family: Family) -> dict[str, Landed]:
     """Find what an earlier run of the same command left, and make the files to go on with.
 
     Args:
         landing: The run's.
         files: The checkpoint in it.
         target: Where it will go.
+        family: Its models.
 
     Returns:
         What has landed, by tensor.
@@ -53,12 +54,8 @@ def landed_before(landing: Landing, files: CheckpointFiles, target: Target) -> d
     Raises:
         OutputError: There is no space for the rest, or the disk refuses.
     """
-    landed = read_landed(landing)
-    if not files.prepare() and landed:
-        logger.warning("%s has lost files: starting over", landing.directory)
-        landing.clear()
-        files.prepare()
-        landed = {}
+    files.prepare()
+    landed = verify(landing, files, family.names)
     if landed:
         logger.info("%d tensors have landed before", len(landed))
     target.require_space(files.needed_bytes - files.stored_bytes(landed))
