@@ -21,7 +21,7 @@ from torch import Tensor
 from detune.checkpoints import open_checkpoint
 from detune.demo.train import base_model
 from detune.errors import DetuneError
-from detune.methods import Auto, OnGrid, Single, Spectral
+from detune.methods import Auto, Lattice, Single, Spectral
 from detune.metrics import w_error
 from detune.numerics.float_grid import interval, nearest, spacing
 from detune.problem import Recovery, Stack
@@ -123,7 +123,7 @@ def half_merges(deltas: str, models: str) -> None:
     for delta in map(float, deltas.split(",")):
         for n in map(int, models.split(",")):
             problem = Problem.random(delta, n, GRID)
-            lattice, auto = OnGrid().solve(problem.stack), Auto().solve(problem.stack)
+            lattice, auto = Lattice().solve(problem.stack), Auto().solve(problem.stack)
             spectral = Spectral().solve(problem.stack, RANK).weight
             assert lattice.bits is not None
             reached = problem.share(lattice.weight) / problem.limit
@@ -168,7 +168,7 @@ def fine_merges(seeds: int) -> None:
             for seed in range(seeds):
                 problem = Problem.random(delta, n, torch.float32, seed)
                 try:
-                    recovery = OnGrid().solve(problem.stack)
+                    recovery = Lattice().solve(problem.stack)
                 except DetuneError:
                     recovery, refused = Single().solve(problem.stack), refused + 1
                 shares.append(problem.share(recovery.weight))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from detune.certificate.certify import Verdict, certify
-from detune.methods import Auto, OnGrid
+from detune.methods import Auto, Lattice
 from detune.metrics import w_error
 from detune.numerics.float_grid import name_of
 from detune.problem import NotRecoverable, Solver, Stack
@@ -42,7 +42,7 @@ RANGED = (Verdict.FLOOR, Verdict.APPROXIMATE)
 FIRST = 13000
 SIDES = (40, 64, 96, 128)
 MOST_TIMES = 1e4
-SOLVER, ON_GRID = Auto(), OnGrid()
+SOLVER, ON_GRID = Auto(), Lattice()
 
 
 @dataclass(frozen=True)

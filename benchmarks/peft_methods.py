@@ -63,7 +63,7 @@ def measure(name: str, method: Method, tiny: bool) -> None:
             verdicts[str(answer.status)] += 1
             ranks.update(answer.ranks)
         command = method.solver if method.rank is None else f"{method.solver} --rank {method.rank}"
-        scale = f"{fmean(scaled):9.2f}" if method.solver == "scaled" else " " * 9
+        scale = f"{fmean(scaled):9.2f}" if method.solver == "dora" else " " * 9
         found = f"{min(ranks)}-{max(ranks)}" if ranks else ""
         told = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
         bits = sum(error == -99.0 for error in errors)

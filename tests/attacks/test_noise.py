@@ -43,7 +43,7 @@ def mean_error(models: list[Tensor], W: Tensor) -> float:
 @pytest.mark.parametrize("noise", [1e-2, 1e-4])
 def test_the_size_of_the_noise_is_measured(seed, noise):
     _, models = problem(seed, noise)
-    (measured, *others) = with_measured_noise(Stack.of(models)).told_noise
+    (measured, *others) = with_measured_noise(Stack.of(models)).noise_override
     assert measured == pytest.approx(noise, rel=0.15)
     assert others == [measured] * (N - 1)
 
@@ -96,7 +96,7 @@ def test_without_noise_it_is_the_recovery():
 
 def test_a_stack_that_is_told_of_noise_keeps_it_when_turned():
     stack = with_measured_noise(Stack.of(problem(0, 1e-2)[1]))
-    assert stack.transposed.told_noise == stack.told_noise
+    assert stack.transposed.noise_override == stack.noise_override
     torch.testing.assert_close(stack.transposed.noise, stack.noise)
 
 

@@ -10,12 +10,12 @@ import torch
 from detune.certificate.certify import Certificate, Verdict, certify
 from detune.methods import Auto, Intersect, Mean, Single, Spectral
 from detune.metrics import w_error
-from detune.problem import Bits, Expected, LowRank, Recovery, Stack
+from detune.problem import DecodedBits, LowRank, PredictedError, Recovery, Stack
 from detune.problem.storage_noise import storage_variance
 from tests.cases import Problem, Regime, make_problem, normal, rms, seeded
 
 NO_GRID = Auto(lattice=None)
-EXPECTED = Expected(1e-8, 3e-9, 4e-8)
+EXPECTED = PredictedError(1e-8, 3e-9, 4e-8)
 
 
 def problem(times: float = 300.0, **changes: object) -> Problem:
@@ -223,7 +223,7 @@ def test_bits_speak_for_themselves(certain, foreseeable, verdict, predicted):
     stack = Stack.of(given.stack)
     mask = torch.zeros(given.W_star.shape, dtype=torch.bool).flatten()
     mask[: int(certain * mask.numel())] = True
-    bits = Bits(torch.bfloat16, -30.0, mask.reshape(given.W_star.shape), EXPECTED, foreseeable)
+    bits = DecodedBits(torch.bfloat16, -30.0, mask.reshape(given.W_star.shape), EXPECTED, foreseeable)
     certificate = certify(stack, replace(NO_GRID.solve(stack), bits=bits))
     assert certificate.verdict is verdict
     assert certificate.undetermined == 0
@@ -236,7 +236,7 @@ def test_bits_beside_spaces_that_cannot_be_told_apart():
     given = problem()
     recovery = NO_GRID.solve(Stack.of(given.stack))
     certain = torch.rand(given.W_star.shape, generator=seeded()) < 0.9
-    bits = Bits(torch.bfloat16, -30.0, certain, EXPECTED, 0.99)
+    bits = DecodedBits(torch.bfloat16, -30.0, certain, EXPECTED, 0.99)
     shared = tuple(LowRank(M_i.left, recovery.deltas[0].right) for M_i in recovery.deltas)
     certificate = certify(Stack.of(given.stack), replace(recovery, bits=bits, deltas=shared))
     assert certificate.verdict is Verdict.APPROXIMATE

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from detune.certificate.misfit import Misfit
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 from detune.methods import Auto, Intersect
 from detune.problem import LowRank, Recovery, Stack
-from detune.problem.low_rank import Space
+from detune.problem.low_rank import SVDFactors
 from tests.cases import Problem, Regime, make_problem, normal, rms, seeded
 from tests.fitting.test_gauss_newton import dense_operator, projectors, spaces
 
@@ -21,8 +21,10 @@ def truth(problem: Problem) -> tuple[Recovery, list[torch.Tensor], list[torch.Te
 
 
 def measure(stack: Stack, recovery: Recovery) -> Misfit:
-    spaces = [Space.of(M_i) for M_i in recovery.deltas]
-    return Misfit.of(stack, recovery, Core.of([space.U for space in spaces], [space.V for space in spaces]), spaces)
+    spaces = [SVDFactors.of(M_i) for M_i in recovery.deltas]
+    return Misfit.of(
+        stack, recovery, NormalOperator.of([space.U for space in spaces], [space.V for space in spaces]), spaces
+    )
 
 
 @pytest.mark.parametrize("ranks", [(2, 1, 2), (1, 1, 1, 1), (2, 0, 2)])

@@ -11,7 +11,7 @@ from detune.certificate.certify import BITS_LESS, SHARED, Certificate, Verdict, 
 from detune.certificate.error_model import MOST_EXCESS, _at_quantile
 from detune.methods import Auto
 from detune.metrics import w_error
-from detune.problem import Bits, Expected, Recovery, Stack
+from detune.problem import DecodedBits, PredictedError, Recovery, Stack
 from detune.problem.storage_noise import storage_variance
 from tests.cases import Problem, Regime, make_problem, normal, seeded
 
@@ -132,11 +132,11 @@ def test_reach_as_far_as_parts_disagree():
 @pytest.mark.parametrize(
     ("expected", "same_rows", "best", "worst"),
     [
-        (Expected(1e-8, 2e-9, 4e-8), False, math.log10(BITS_LESS * 2e-9), math.log10(4e-8)),
-        (Expected(1e-8, 2e-9, 4e-8), True, math.log10(BITS_LESS * 2e-9), math.log10(4e-8 * SHARED)),
-        (Expected(1e-8, 0.0, 4e-8), False, None, math.log10(4e-8)),
+        (PredictedError(1e-8, 2e-9, 4e-8), False, math.log10(BITS_LESS * 2e-9), math.log10(4e-8)),
+        (PredictedError(1e-8, 2e-9, 4e-8), True, math.log10(BITS_LESS * 2e-9), math.log10(4e-8 * SHARED)),
+        (PredictedError(1e-8, 0.0, 4e-8), False, None, math.log10(4e-8)),
         # One entry that is wrong by a step of bfloat16.
-        (Expected(0.0, 0.0, 0.0), False, None, pytest.approx(-8.4, abs=0.3)),
+        (PredictedError(0.0, 0.0, 0.0), False, None, pytest.approx(-8.4, abs=0.3)),
     ],
 )
 def test_of_wrong_entries_are_those_of_their_number(expected, same_rows, best, worst):
@@ -147,7 +147,7 @@ def test_of_wrong_entries_are_those_of_their_number(expected, same_rows, best, w
         right = recovery.deltas[0].right
         recovery = replace(recovery, deltas=tuple(replace(M_i, right=right) for M_i in recovery.deltas))
     certain = torch.rand(given.W_star.shape, generator=seeded()) < 0.9
-    found = certify(stack, replace(recovery, bits=Bits(torch.bfloat16, -30.0, certain, expected, 0.6)))
+    found = certify(stack, replace(recovery, bits=DecodedBits(torch.bfloat16, -30.0, certain, expected, 0.6)))
     assert found.verdict is Verdict.APPROXIMATE
     assert found.best_w_error == (None if best is None else pytest.approx(best))
     assert found.worst_w_error == (worst if not isinstance(worst, float) else pytest.approx(worst))

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from detune.certificate.stored_error import StoredError, rounded_mse
-from detune.fitting.normal_operator import Core
-from detune.problem import Expected, LowRank, Recovery
+from detune.fitting.normal_operator import NormalOperator
+from detune.problem import LowRank, PredictedError, Recovery
 from tests.cases import Regime, make_problem, normal, rms, seeded
 from tests.fitting.test_gauss_newton import spaces
 
 N = 4
 
 
-def answer(on_grid: bool, share: float) -> tuple[Recovery, Core, torch.Tensor, float]:
+def answer(on_grid: bool, share: float) -> tuple[Recovery, NormalOperator, torch.Tensor, float]:
     """An answer with an error of known size: mean rounding errors, and normal ones of a share of their variance."""
     problem = make_problem(Regime(shape=(200, 160), ranks=(2,) * N, scale=1.0), seeded())
     W = problem.W_star.bfloat16().double() if on_grid else problem.W_star
@@ -23,43 +23,45 @@ def answer(on_grid: bool, share: float) -> tuple[Recovery, Core, torch.Tensor, f
     U, V = spaces(problem)
     deltas = [LowRank(U_i @ (U_i.mT @ M_i @ V_i), V_i) for M_i, U_i, V_i in zip(problem.deltas, U, V, strict=True)]
     recovery = Recovery(W + error, "test", "known", tuple(deltas))
-    return recovery, Core.of(U, V), W, averaged
+    return recovery, NormalOperator.of(U, V), W, averaged
 
 
 def rounded(
-    recovery: Recovery, core: Core, mse: float, averaged: float, stored: torch.dtype = torch.bfloat16
+    recovery: Recovery, operator: NormalOperator, mse: float, averaged: float, stored: torch.dtype = torch.bfloat16
 ) -> StoredError:
-    return rounded_mse(recovery, core, [torch.bfloat16] * N, stored, Expected(mse, mse / 2, mse * 4), averaged)
+    return rounded_mse(
+        recovery, operator, [torch.bfloat16] * N, stored, PredictedError(mse, mse / 2, mse * 4), averaged
+    )
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 @pytest.mark.parametrize("on_grid", [True, False])
 def test_equals_what_rounding_does(on_grid, share):
-    recovery, core, W, averaged = answer(on_grid, share)
-    predicted = rounded(recovery, core, averaged * (1 + share), averaged).mse
+    recovery, operator, W, averaged = answer(on_grid, share)
+    predicted = rounded(recovery, operator, averaged * (1 + share), averaged).mse
     true = rms(recovery.weight.bfloat16().double() - W) ** 2
     assert predicted == pytest.approx(true, rel=0.35)
 
 
 def test_a_base_off_the_grid_loses_by_rounding_and_one_on_it_gains():
     for on_grid in (True, False):
-        recovery, core, _, averaged = answer(on_grid, 0.3)
-        predicted = rounded(recovery, core, averaged * 1.3, averaged).mse
+        recovery, operator, _, averaged = answer(on_grid, 0.3)
+        predicted = rounded(recovery, operator, averaged * 1.3, averaged).mse
         assert (predicted < averaged) == on_grid
 
 
 def test_a_finer_dtype_changes_nothing():
-    recovery, core, _, averaged = answer(False, 0.3)
-    found = rounded(recovery, core, averaged, averaged, torch.float32)
+    recovery, operator, _, averaged = answer(False, 0.3)
+    found = rounded(recovery, operator, averaged, averaged, torch.float32)
     assert (found.mse, found.least, found.most) == (averaged, averaged / 2, averaged * 4)
 
 
 def test_a_smaller_error_is_undone_more_often():
     """On the grid the error that is left falls faster than the error before; off it, rounding adds the same to both."""
-    on, core, _, averaged = answer(True, 1.0)
-    found = rounded(on, core, averaged * 2, averaged)
+    on, operator, _, averaged = answer(True, 1.0)
+    found = rounded(on, operator, averaged * 2, averaged)
     assert found.mse > 1.9 * found.if_less
     assert found.least < found.if_less < found.mse < found.most
-    off, core, _, averaged = answer(False, 1.0)
-    found = rounded(off, core, averaged * 2, averaged)
+    off, operator, _, averaged = answer(False, 1.0)
+    found = rounded(off, operator, averaged * 2, averaged)
     assert found.mse < 1.3 * found.if_less

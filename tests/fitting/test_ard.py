@@ -2,7 +2,7 @@
 
 import torch
 
-from detune.fitting.ard import split_off, within_reason
+from detune.fitting.ard import fit_ard, shrink_where_run_off
 from detune.fitting.least_squares import w_step
 from detune.methods import Auto
 from detune.metrics import w_error
@@ -37,7 +37,7 @@ def test_a_part_that_all_share_is_no_larger_than_it_shows():
     run_off = answer(stack, [LowRank(M_i.left + blown_up @ M_i.right[:1], M_i.right) for M_i in deltas])
     assert run_off.noise_ratio is not None
     assert run_off.noise_ratio < 1.05
-    held = within_reason(stack, run_off)
+    held = shrink_where_run_off(stack, run_off)
     assert held.method == "intersect+relevance"
     assert held.noise_ratio is not None
     assert held.noise_ratio < 1.05
@@ -47,7 +47,7 @@ def test_a_part_that_all_share_is_no_larger_than_it_shows():
 def test_sizes_are_about_right_from_the_first_turns_on():
     """Where least squares knows the least of the shared part, turns that start from it come back too slowly."""
     W, deltas, models = one_seed(1e-4)
-    split = split_off(Stack.of(models), [M_i.right for M_i in deltas], turns=2)
+    split = fit_ard(Stack.of(models), [M_i.right for M_i in deltas], turns=2)
     true = sum(M_i.energy for M_i in deltas)
     assert true / 1.5 < sum(M_i.energy for M_i in split.deltas) < 1.5 * true
     assert w_error(split.weight, W) < -7
@@ -57,11 +57,11 @@ def test_deltas_that_have_not_run_off_stay():
     _, deltas, models = one_seed(0.3)
     stack = Stack.of(models)
     right = answer(stack, deltas)
-    assert within_reason(stack, right) is right
+    assert shrink_where_run_off(stack, right) is right
 
 
 def test_deltas_that_are_clear_of_the_noise_are_not_looked_at(monkeypatch):
-    monkeypatch.setattr("detune.fitting.ard.split_off", None)
+    monkeypatch.setattr("detune.fitting.ard.fit_ard", None)
     stack = Stack.of(make_problem(REGIMES["tall"], seeded()).stack)
     found = Auto(lattice=None).solve(stack)
-    assert within_reason(stack, found) is found
+    assert shrink_where_run_off(stack, found) is found

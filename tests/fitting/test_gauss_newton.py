@@ -8,7 +8,7 @@ from torch import Tensor
 
 from detune.fitting.gauss_newton import Tangent, gauss_newton_step
 from detune.fitting.least_squares import project_left, project_right
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 from detune.identifiability.error_traces import cramer_rao_mse
 from detune.methods import Auto, Intersect
 from detune.problem import Stack
@@ -65,20 +65,20 @@ def test_step_equals_dense_least_squares(ranks, seed):
 
 def test_core_applies_the_dense_operator():
     U, V = spaces(make_problem(TINY, seeded()))
-    core = Core.of(U, V)
-    X = normal(seeded(1), core.Q.shape[1], core.P.shape[1])
-    dense = (dense_operator(U, V) @ (core.Q @ X @ core.P.mT).reshape(-1)).reshape(11, 9)
-    torch.testing.assert_close(core.apply(X), core.Q.mT @ dense @ core.P)
+    operator = NormalOperator.of(U, V)
+    X = normal(seeded(1), operator.Q.shape[1], operator.P.shape[1])
+    dense = (dense_operator(U, V) @ (operator.Q @ X @ operator.P.mT).reshape(-1)).reshape(11, 9)
+    torch.testing.assert_close(operator.apply(X), operator.Q.mT @ dense @ operator.P)
 
 
 def test_conjugate_gradients_equal_a_dense_solve():
     U, V = spaces(make_problem(Regime(shape=(30, 26), ranks=(3, 4, 2, 3)), seeded()))
-    core = Core.of(U, V)
-    rhs = normal(seeded(1), core.Q.shape[1], core.P.shape[1])
+    operator = NormalOperator.of(U, V)
+    rhs = normal(seeded(1), operator.Q.shape[1], operator.P.shape[1])
     units = torch.eye(rhs.numel(), dtype=rhs.dtype).reshape(-1, *rhs.shape)
-    dense = torch.stack([core.apply(unit).reshape(-1) for unit in units], dim=1)
+    dense = torch.stack([operator.apply(unit).reshape(-1) for unit in units], dim=1)
     expected = torch.linalg.solve(dense, rhs.reshape(-1)).reshape(rhs.shape)
-    torch.testing.assert_close(core.solve(rhs), expected, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(operator.solve(rhs), expected, rtol=1e-7, atol=1e-8)
 
 
 def test_tangent_is_what_it_is_made_of():

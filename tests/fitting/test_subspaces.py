@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from detune.fitting.differences import find_differences
-from detune.fitting.subspaces import Unsplittable, find_spaces, intersect
+from detune.fitting.subspaces import RanksTooHigh, find_spaces, intersect
 from detune.methods import Intersect
 from detune.problem import NotRecoverable, Stack
 from tests.cases import Regime, make_problem, rms, seeded
@@ -38,7 +38,7 @@ def test_solves_up_to_its_conditions(shape, ranks):
 def test_says_which_condition_fails(shape, ranks, found):
     problem = make_problem(Regime(shape=shape, ranks=ranks), seeded())
     differences = find_differences(Stack.of(problem.stack))
-    with pytest.raises(Unsplittable, match=rf"too high for a {shape[0]}x{shape[1]} matrix; .*{found}.*more models"):
+    with pytest.raises(RanksTooHigh, match=rf"too high for a {shape[0]}x{shape[1]} matrix; .*{found}.*more models"):
         find_spaces(differences)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 from detune.identifiability.error_traces import cramer_rao_mse, error_traces
 from tests.cases import Regime, make_problem, normal, seeded
 from tests.fitting.test_gauss_newton import dense_operator, spaces
@@ -36,6 +36,6 @@ def test_does_not_depend_on_the_choice_of_bases():
 def test_traces_are_those_of_an_average_where_nothing_was_changed():
     """Models that differ by rounding alone."""
     U, V = ([torch.zeros(size, 0, dtype=torch.float64)] * 4 for size in (10, 8))
-    traces = error_traces(Core.of(U, V))
+    traces = error_traces(NormalOperator.of(U, V))
     torch.testing.assert_close(traces.weight, torch.full((4,), 80 / 16, dtype=torch.float64))
     torch.testing.assert_close(traces.residual, torch.full((4,), 80 * 3 / 4, dtype=torch.float64))

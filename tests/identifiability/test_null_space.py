@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 from detune.identifiability import null_space as nullspace
 from detune.identifiability.null_space import undetermined
 from tests.cases import normal, seeded
@@ -45,24 +45,24 @@ def test_equals_the_nullity_of_the_dense_operator(name):
     U, V = CASES[name]
     dense = dense_operator(U, V)
     expected = len(dense) - int(torch.linalg.matrix_rank(dense, hermitian=True, rtol=1e-9))
-    assert undetermined(Core.of(U, V), none(U), none(V)) == expected
+    assert undetermined(NormalOperator.of(U, V), none(U), none(V)) == expected
 
 
 def test_two_models_split_in_twice_the_product_of_their_ranks():
     U, V = CASES["two"]
-    assert undetermined(Core.of(U, V), none(U), none(V)) == 2 * 2 * 3
+    assert undetermined(NormalOperator.of(U, V), none(U), none(V)) == 2 * 2 * 3
 
 
 def test_one_frozen_a_hides_its_row_space_in_every_row():
     U, V = CASES["one frozen A"]
-    assert undetermined(Core.of(U, V), none(U), none(V)) == 2 * 12
+    assert undetermined(NormalOperator.of(U, V), none(U), none(V)) == 2 * 12
 
 
 def test_a_core_too_large_to_decompose_is_probed(monkeypatch):
     U, V = CASES["ranks too high for rows and columns"]
-    exact = undetermined(Core.of(U, V), none(U), none(V))
+    exact = undetermined(NormalOperator.of(U, V), none(U), none(V))
     monkeypatch.setattr(nullspace, "COUNTED", 0)
-    probed = undetermined(Core.of(U, V), none(U), none(V))
+    probed = undetermined(NormalOperator.of(U, V), none(U), none(V))
     assert exact > 0
     assert probed == pytest.approx(exact, rel=0.5, abs=3)
 
@@ -72,6 +72,6 @@ def test_spaces_that_coincide_within_their_noise_coincide():
     generator, angle = seeded(5), 1e-3
     shaken = [torch.linalg.qr(V_i + angle / 10**0.5 * normal(generator, *V_i.shape))[0] for V_i in V]
     blur = [torch.full((V_i.shape[1],), angle**2, dtype=V_i.dtype) for V_i in V]
-    core = Core.of(U, shaken)
-    assert undetermined(core, none(U), none(V)) == 0
-    assert undetermined(core, none(U), blur) == 12
+    operator = NormalOperator.of(U, shaken)
+    assert undetermined(operator, none(U), none(V)) == 0
+    assert undetermined(operator, none(U), blur) == 12

@@ -10,7 +10,7 @@ from tests.cases import normal, seeded
 SCALE = 0.02
 
 
-class OnGridProblem:
+class LatticeProblem:
     """A base, its deltas, whose row spaces overlap by about a cosine `shared`, and its merges.
 
     Attributes:

@@ -15,7 +15,7 @@ from detune.methods import Auto
 from detune.problem import Stack
 from detune.problem.low_rank import LowRank
 from tests.cases import normal, rms, seeded
-from tests.lattice.problems import SCALE, OnGridProblem
+from tests.lattice.problems import SCALE, LatticeProblem
 
 
 def entries(estimate: Estimate) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def row_by_row(estimate: Estimate, target: Tensor, used: Tensor) -> Tensor:
 @pytest.mark.parametrize("n", [1, 2])
 def test_half_sweep_is_weighted_least_squares_where_every_entry_is_a_point(n):
     """The `M_i` are known to a twentieth of a step: each entry has one grid point, and is a float32 number."""
-    problem = OnGridProblem((40, 30), rank=3, n=n, delta=1.0)
+    problem = LatticeProblem((40, 30), rank=3, n=n, delta=1.0)
     generator = seeded(1)
     estimates = [
         uneven(
@@ -65,7 +65,7 @@ def test_half_sweep_is_weighted_least_squares_where_every_entry_is_a_point(n):
 
 def test_half_sweep_says_how_well_it_knows_the_rows():
     """The variance of a row's fit, for entries known up to v: `v r / in` for one, on average."""
-    problem = OnGridProblem((40, 30), rank=3, n=1, delta=1.0)
+    problem = LatticeProblem((40, 30), rank=3, n=1, delta=1.0)
     v = (0.05 * problem.step) ** 2
     ((L, R),) = problem.factors
     ((after,),) = half_sweep(problem.stack, [Estimate.of(LowRank(L, R), v)], problem.grid)
@@ -117,20 +117,20 @@ class TestEstimate:
         return Estimate(*factors, *profiles, *(profile[0] for profile in profiles), scale=3.0)
 
 
-def starting(problem: OnGridProblem) -> tuple[Estimate, ...]:
+def starting(problem: LatticeProblem) -> tuple[Estimate, ...]:
     """From least squares, with the variances that its errors have."""
     recovery = Auto(lattice=None).solve(problem.stack, problem.rank)
     errors = [rms(M.dense() - true) for M, true in zip(recovery.deltas, problem.deltas, strict=True)]
     return tuple(Estimate.of(M, error**2) for M, error in zip(recovery.deltas, errors, strict=True))
 
 
-def errors(problem: OnGridProblem, estimates: tuple[Estimate, ...]) -> list[float]:
+def errors(problem: LatticeProblem, estimates: tuple[Estimate, ...]) -> list[float]:
     return [rms(e.low_rank.dense() - true) for e, true in zip(estimates, problem.deltas, strict=True)]
 
 
 class TestSweep:
     def test_brings_the_deltas_of_bf16_merges_closer(self):
-        problem = OnGridProblem((96, 80), rank=3, n=5, delta=2.0, merge=torch.bfloat16)
+        problem = LatticeProblem((96, 80), rank=3, n=5, delta=2.0, merge=torch.bfloat16)
         estimates = starting(problem)
         first = errors(problem, estimates)
         for _ in range(4):
@@ -139,7 +139,7 @@ class TestSweep:
 
     def test_undoes_an_error_that_all_models_share(self):
         """In the row space of one seed. Rows fitted model by model had two fifths of it left after two sweeps."""
-        problem = OnGridProblem((96, 80), rank=3, n=5, delta=2.0, merge=torch.bfloat16, shared=0.9)
+        problem = LatticeProblem((96, 80), rank=3, n=5, delta=2.0, merge=torch.bfloat16, shared=0.9)
         estimates = starting(problem)
         first = errors(problem, estimates)
         for _ in range(2):
@@ -147,7 +147,7 @@ class TestSweep:
         assert all(after < 0.35 * before for before, after in zip(first, errors(problem, estimates), strict=True))
 
     def test_claims_the_accuracy_it_has(self):
-        problem = OnGridProblem((96, 80), rank=3, n=5, delta=2.0, merge=torch.bfloat16)
+        problem = LatticeProblem((96, 80), rank=3, n=5, delta=2.0, merge=torch.bfloat16)
         estimates = starting(problem)
         for _ in range(4):
             estimates = sweep(problem.stack, estimates, problem.grid)
@@ -157,7 +157,7 @@ class TestSweep:
 
     def test_does_nothing_to_speak_of_with_entries_that_it_may_not_use(self):
         """Garbage there changes nothing."""
-        problem = OnGridProblem((40, 30), rank=2, n=3, delta=1.0)
+        problem = LatticeProblem((40, 30), rank=2, n=3, delta=1.0)
         used = torch.rand(40, 30, generator=seeded(2)) < 0.7
         spoilt = tuple(torch.where(used, W_i, 1.0) for W_i in problem.stack.matrices)
         found = [
@@ -169,7 +169,7 @@ class TestSweep:
 
     @pytest.mark.parametrize("together", [1, 1 << 20])
     def test_several_choices_of_entries_at_once_are_as_many_sweeps(self, monkeypatch, together):
-        problem = OnGridProblem((40, 30), rank=2, n=3, delta=1.0, merge=torch.bfloat16)
+        problem = LatticeProblem((40, 30), rank=2, n=3, delta=1.0, merge=torch.bfloat16)
         start = starting(problem)
         uses = [None, *(torch.rand(40, 30, generator=seeded(seed)) < 0.7 for seed in range(2))]
         expected = [sweep(problem.stack, start, problem.grid, used) for used in uses]
@@ -181,7 +181,7 @@ class TestSweep:
                 assert torch.allclose(one.rows, other.rows, rtol=1e-5)
 
     def test_blocks_of_rows_change_nothing(self, monkeypatch):
-        problem = OnGridProblem((40, 30), rank=2, n=3, delta=1.0, merge=torch.bfloat16)
+        problem = LatticeProblem((40, 30), rank=2, n=3, delta=1.0, merge=torch.bfloat16)
         start = starting(problem)
         whole = sweep(problem.stack, start, problem.grid)
         monkeypatch.setattr(module, "BLOCK_ENTRIES", 7 * 3 * 30)

@@ -6,7 +6,7 @@ import torch
 from benchmarks.certificate import draw
 from detune import recover_matrix
 from detune.certificate.certify import Verdict, certify
-from detune.fitting.subspaces import Unsplittable
+from detune.fitting.subspaces import RanksTooHigh
 from detune.methods import Auto, Intersect, Mean, Spectral
 from detune.methods.auto import FEW_DIRECTIONS
 from detune.metrics import w_error
@@ -107,7 +107,7 @@ def test_noise_that_looks_like_ranks_too_high_to_split_is_looked_above():
     noise = 6 * float(Stack.of(problem.stack).noise.mean())
     models = [(W_i.double() + noise * normal(seeded(i), *W_i.shape)).float() for i, W_i in enumerate(problem.stack)]
     stack = Stack.of(models)
-    with pytest.raises(Unsplittable):
+    with pytest.raises(RanksTooHigh):
         Intersect().solve(stack)
     recovery = Auto().solve(stack)
     assert recovery.method.startswith("intersect")

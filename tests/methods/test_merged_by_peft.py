@@ -123,7 +123,7 @@ class TestKronecker:
     @pytest.mark.parametrize("n", [3, 5])
     def test_lokr_is_of_rank_one_rearranged(self, n):
         W_star, stack = stack_of("LoKr", n)
-        answer, weight = solved(stack, "kronecker")
+        answer, weight = solved(stack, "lokr")
         assert answer.ranks == (1,) * n
         assert answer.reason.startswith("factors of 8x8 and 12x12: rearranged, closed form")
         assert w_error(weight, W_star) <= -17.5
@@ -131,12 +131,12 @@ class TestKronecker:
 
     def test_parts_of_the_models_agree(self):
         _, stack = stack_of("LoKr", 5)
-        answer, _ = solve_tensor(stack, SOLVERS["kronecker"](), None, None, torch.float64, check=True)
+        answer, _ = solve_tensor(stack, SOLVERS["lokr"](), None, None, torch.float64, check=True)
         assert answer.certificate.agreement == pytest.approx(answer.certificate.predicted_w_error, abs=0.7)
 
     def test_factors_of_full_rank_too(self):
         W_star, stack = stack_of("LoKr, full factors", 3)
-        answer, weight = solved(stack, "kronecker")
+        answer, weight = solved(stack, "lokr")
         assert answer.ranks == (1,) * 3
         assert w_error(weight, W_star) <= -17.5
         assert solved(stack, "auto")[0].status is Status.NOT_DETERMINED
@@ -152,7 +152,7 @@ class TestScaled:
     @pytest.mark.parametrize("n", [3, 5])
     def test_dora_is_recovered_up_to_the_lengths_of_rows(self, n):
         W_star, stack = stack_of("DoRA", n)
-        answer, weight = solved(stack, "scaled")
+        answer, weight = solved(stack, "dora")
         assert answer.status is Status.NOT_DETERMINED
         assert answer.certificate.undetermined == 96
         assert "but for them:" in answer.reason
@@ -162,21 +162,21 @@ class TestScaled:
     @pytest.mark.parametrize(("key", "dim"), [("query.weight", 1), ("value.weight", 0)])
     def test_ia3_is_recovered_up_to_the_lengths_of_rows_or_columns(self, key, dim):
         W_star, stack = stack_of("IA3", 3, key)
-        answer, weight = solved(stack, "scaled")
+        answer, weight = solved(stack, "dora")
         assert answer.status is Status.NOT_DETERMINED
         assert answer.certificate.undetermined == 96
         assert self.up_to_scale(weight, W_star, dim) <= FLOOR
 
     def test_the_deltas_are_those_of_the_models(self):
         _, stack = stack_of("DoRA", 3)
-        recovery = SOLVERS["scaled"]().solve(Stack.of(stack))
+        recovery = SOLVERS["dora"]().solve(Stack.of(stack))
         for W_i, M_i in zip(stack, recovery.deltas, strict=True):
             assert rms(recovery.weight + M_i.dense() - W_i) < 1e-8
 
     def test_rotations_are_refused(self):
         _, stack = stack_of("OFT", 3)
         with pytest.raises(NotRecoverable, match="do not differ by low ranks and scales of rows or columns; expected"):
-            SOLVERS["scaled"]().solve(Stack.of(stack))
+            SOLVERS["dora"]().solve(Stack.of(stack))
 
 
 class TestFrozenFactors:
@@ -202,13 +202,13 @@ class TestFrozenFactors:
 class TestSparse:
     def test_shira_gives_the_bits_where_two_models_agree(self):
         W_star, stack = stack_of("SHiRA", 5)
-        recovery: Recovery = SOLVERS["sparse"]().solve(Stack.of(stack))
+        recovery: Recovery = SOLVERS["shira"]().solve(Stack.of(stack))
         assert recovery.weight[recovery.agreed].float().equal(W_star[recovery.agreed])
         assert recovery.agreed.double().mean() > 0.999
 
     def test_one_mask_for_all_is_lost_where_it_is(self):
         W_star, stack = stack_of("SHiRA, one mask", 5)
-        answer, weight = solved(stack, "sparse")
+        answer, weight = solved(stack, "shira")
         assert answer.status is Status.NOT_DETERMINED
         # r (out + in) entries are trained.
         assert answer.certificate.undetermined == 4 * (96 + 96)
@@ -216,7 +216,7 @@ class TestSparse:
 
     def test_changes_everywhere_are_refused(self):
         with pytest.raises(NotRecoverable, match="no two models agree in 100 % of the entries of a 96x96"):
-            SOLVERS["sparse"]().solve(Stack.of(stack_of("LoRA", 3)[1]))
+            SOLVERS["shira"]().solve(Stack.of(stack_of("LoRA", 3)[1]))
 
 
 @pytest.mark.parametrize("name", ["OFT", "BOFT", "RoAd", "C3A", "MiSS", "HiRA", "RandLoRA", "FourierFT", "full"])

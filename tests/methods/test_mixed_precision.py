@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from detune.certificate.certify import Verdict, certify
-from detune.methods import Auto, OnGrid
+from detune.methods import Auto, Lattice
 from detune.metrics import w_error
 from detune.numerics.float_grid import spacing
 from detune.problem import NotRecoverable, Recovery, Stack
@@ -54,14 +54,14 @@ def test_one_in_bf16_costs_nothing(place, steps):
     recovery = Auto().solve(stack)
     assert w_error(recovery.weight, W_star) < -14
     assert judged(stack, recovery, W_star) is Verdict.FLOOR
-    assert recovery.of_models == tuple(i for i in range(4) if i != place)
+    assert recovery.source_models == tuple(i for i in range(4) if i != place)
     assert len(recovery.deltas) == 4
     if steps > 1:
         assert recovery.ranks == (2, 2, 2, 2)
         assert rms(recovery.deltas[place].dense() - deltas[place]) < 0.2 * STEP
 
 
-@pytest.mark.parametrize("solver", [Auto(), OnGrid()], ids=["auto", "lattice"])
+@pytest.mark.parametrize("solver", [Auto(), Lattice()], ids=["auto", "lattice"])
 @pytest.mark.parametrize("fine", [2, 3])
 def test_the_bits_come_back_beside_one_in_bf16_that_hides_half_a_step(fine, solver):
     W_star, deltas = base(on_grid=True), [lora(i, 0.5) for i in range(fine + 1)]
@@ -83,7 +83,7 @@ def test_all_are_asked_where_the_fine_ones_leave_something_open():
     W_star = base(on_grid=False)
     deltas = [*(lora(i, 20.0, rows=rows) for i in range(3)), lora(4, 20.0)]
     stack = merges(W_star, deltas, [FINE] * 3 + [COARSE])
-    assert Auto().solve(stack, rank=2).of_models == ()
+    assert Auto().solve(stack, rank=2).source_models == ()
 
 
 def test_one_in_bf16_that_is_no_fine_tune_is_refused_as_before():
@@ -95,4 +95,4 @@ def test_one_in_bf16_that_is_no_fine_tune_is_refused_as_before():
 
 def test_half_precision_of_two_kinds_is_one_kind():
     W_star, deltas = base(on_grid=False), [lora(i, 3.0) for i in range(4)]
-    assert Auto().solve(merges(W_star, deltas, [torch.float16] * 3 + [COARSE])).of_models == ()
+    assert Auto().solve(merges(W_star, deltas, [torch.float16] * 3 + [COARSE])).source_models == ()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detune.fitting.projected_stack import JointCore
+from detune.fitting.projected_stack import ProjectedStack
 from detune.methods import Spectral
 from detune.methods.spectral import RankSchedule, ScheduleState
 from detune.problem import NotRecoverable, Stack
@@ -111,7 +111,7 @@ def test_core_gives_the_same_iterates_as_the_full_matrices(iterations, schedule)
 
 def test_core_holds_all_that_differs():
     problem = make_problem(FIVE, seeded())
-    core = JointCore.of(Stack.of(problem.stack), 4)
+    core = ProjectedStack.of(Stack.of(problem.stack), 4)
     assert core is not None
     for side in (core.Q, core.P):
         torch.testing.assert_close(side.mT @ side, torch.eye(side.shape[1], dtype=side.dtype))
@@ -121,7 +121,7 @@ def test_core_holds_all_that_differs():
 
 def test_there_is_no_core_where_it_would_save_nothing():
     problem = make_problem(FIVE, seeded())
-    assert JointCore.of(Stack.of(problem.stack), 9) is None
+    assert ProjectedStack.of(Stack.of(problem.stack), 9) is None
     recovery = Spectral(iterations=3).solve(Stack.of(problem.stack), 9)
     assert "full matrices" in recovery.reason
 

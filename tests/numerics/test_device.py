@@ -10,14 +10,14 @@ import detune
 from detune.adapters.fit import fit_adapter
 from detune.certificate.certify import certify
 from detune.errors import InputError
-from detune.lattice import Lattice
-from detune.methods import SOLVERS, Mean, OnGrid, Spectral
+from detune.lattice import LatticeSearch
+from detune.methods import SOLVERS, Lattice, Mean, Spectral
 from detune.numerics.device import find_device, full_precision, upload
 from detune.problem import Recovery, Stack
 from detune.recovery.tensor import solve_tensor
 from tests.cases import REGIMES, make_problem, normal, seeded
 from tests.families import edit, plain_family, stored
-from tests.lattice.problems import OnGridProblem
+from tests.lattice.problems import LatticeProblem
 from tests.two_devices import fetched, second_device
 
 
@@ -104,9 +104,9 @@ def test_solvers_stay_on_the_stacks_device(elsewhere, name, regime):
 
 @pytest.mark.parametrize(("n", "delta", "sweeps"), [(1, 0.1, 1), (2, 0.3, 2), (3, 1.0, 1)])
 def test_the_grid_method_stays_there(elsewhere, n, delta, sweeps):
-    problem = OnGridProblem((48, 40), rank=2, n=n, delta=delta)
+    problem = LatticeProblem((48, 40), rank=2, n=n, delta=delta)
     stack = Stack.of(problem.stack.matrices, device=elsewhere)
-    solver = OnGrid(Lattice(sweeps=sweeps))
+    solver = Lattice(LatticeSearch(sweeps=sweeps))
     recovery, expected = solver.solve(stack), solver.solve(problem.stack)
     assert torch.equal(fetched(recovery.weight), expected.weight)
     assert recovery.bits is not None

@@ -149,7 +149,7 @@ def _solve(stack: Stack) -> Tensor:
 
 def _told(stack: Stack, more: float) -> Stack:
     """The stack with so many times the noise of storage."""
-    return replace(stack, told_noise=tuple((more * stack.noise).tolist()))
+    return replace(stack, noise_override=tuple((more * stack.noise).tolist()))
 
 
 def _with_fewer_ranks(stack: Stack, more: float, found: Recovery) -> Recovery:

@@ -67,10 +67,10 @@ def between_levels(stack: Stack, sweeps: int = 4) -> Tensor:
     cells = [levels_of(W_i) for W_i in stack.matrices]
     levels = Levels(torch.stack([cell.low for cell in cells]), torch.stack([cell.high for cell in cells]))
     measured = with_measured_noise(stack)
-    if not measured.told_noise:
+    if not measured.noise_override:
         # Releases that hardly differ: as far as anybody knows, by no more than their cells.
         size = float((levels.high - levels.low).square().mean() / 12) ** 0.5
-        measured = replace(stack, told_noise=(size,) * stack.n)
+        measured = replace(stack, noise_override=(size,) * stack.n)
     noise = float(measured.noise[0])
     share = sum(stack.shape) / (stack.shape[0] * stack.shape[1])
     estimates: Sequence[Estimate] = [

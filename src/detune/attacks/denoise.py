@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from detune.attacks.rebuild import rebuild
-from detune.fitting.ard import Split, split_off
+from detune.fitting.ard import ARDFit, fit_ard
 from detune.fitting.differences import ring
 from detune.methods import Auto, Intersect, Mean
 from detune.numerics.linalg import orthonormal
@@ -56,10 +56,10 @@ class Denoise:
 def denoised(stack: Stack) -> Tensor:
     """One matrix, recovered with its noise measured."""
     stack = with_measured_noise(stack)
-    return best_split(stack).weight if stack.told_noise else _recovered(stack)
+    return best_split(stack).weight if stack.noise_override else _recovered(stack)
 
 
-def best_split(stack: Stack) -> Split:
+def best_split(stack: Stack) -> ARDFit:
     """The more credible of two splits: from what each model has of its own, and from the closed form.
 
     Where the noise is small beside the adapters, spaces that nearly coincide are told apart by the closed form alone:
@@ -68,13 +68,13 @@ def best_split(stack: Stack) -> Split:
     Args:
         stack: The models, their noise told.
     """
-    splits = [split_off(stack)]
+    splits = [fit_ard(stack)]
     try:
         deltas = Intersect().solve(stack).deltas
     except NotRecoverable:
         return splits[0]
     if any(M_i.rank for M_i in deltas):
-        splits.append(split_off(stack, [orthonormal(M_i.right.double()) for M_i in deltas]))
+        splits.append(fit_ard(stack, [orthonormal(M_i.right.double()) for M_i in deltas]))
     return min(splits, key=lambda split: split.cost)
 
 
@@ -97,7 +97,7 @@ def with_measured_noise(stack: Stack) -> Stack:
     # A few percent more than storage's are the error of the measurement, or adapters of high rank.
     if noise <= 2 * float(stack.noise.max()):
         return stack
-    return replace(stack, told_noise=(noise,) * stack.n)
+    return replace(stack, noise_override=(noise,) * stack.n)
 
 
 def noise_size(difference: Tensor) -> float:

@@ -52,7 +52,7 @@ def whitened(stack: Stack, rounds: int = 3) -> Tensor:
         rounds: How often the noise's covariance is measured.
     """
     stack = with_measured_noise(stack)
-    if not stack.told_noise:
+    if not stack.noise_override:
         return denoised(stack)
     split = best_split(stack)
     rest, weight = split.rest, split.weight
@@ -60,7 +60,7 @@ def whitened(stack: Stack, rounds: int = 3) -> Tensor:
         variances, directions = _covariance(rest)
         scale = variances.clamp(min=LEAST * float(variances.max())).sqrt()
         matrices = tuple(W_i.double() @ directions / scale for W_i in stack.matrices)
-        split = best_split(replace(stack, matrices=matrices, dtype=torch.float64, told_noise=(1.0,) * stack.n))
+        split = best_split(replace(stack, matrices=matrices, dtype=torch.float64, noise_override=(1.0,) * stack.n))
         weight, rest = (split.weight * scale) @ directions.mT, (split.rest * scale) @ directions.mT
     return weight
 

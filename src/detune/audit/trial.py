@@ -15,7 +15,7 @@ from detune.audit.members import ENOUGH
 from detune.audit.naming import Place
 from detune.audit.record import Outcome, TensorEntry
 from detune.lattice import HALVES
-from detune.methods import Auto, Mean, OnGrid, Single
+from detune.methods import Auto, Lattice, Mean, Single
 from detune.metrics import bit_identical
 from detune.metrics.w_error import squared_error
 from detune.numerics.float_grid import lies_on, name_of, spacing
@@ -114,7 +114,7 @@ class Trial:
             )
         if n < ENOUGH and figures.show_no_grid(n):
             return self._average(tensors, figures.why_no_grid)
-        solver = self.solver if n >= max(ENOUGH, self.solver.min_models) else OnGrid()
+        solver = self.solver if n >= max(ENOUGH, self.solver.min_models) else Lattice()
         if self.turned or self.noisy:
             solver = AboveMeasuredNoise(solver, added=self.noisy)
         answer, weight = solve_tensor(tuple(tensors), solver, self.rank, self.device)

@@ -9,19 +9,19 @@ from dataclasses import replace
 
 import torch
 
-from detune.certificate.error_model import WRONG, Evidence, moved_mse
+from detune.certificate.error_model import WRONG, ErrorModel, moved_mse
 from detune.certificate.jackknife import Solve, disagreement
 from detune.certificate.stored_error import rounded_mse
 from detune.certificate.structured import certify_structured
 from detune.certificate.verdict import Certificate, Verdict
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 from detune.identifiability.error_traces import error_traces
-from detune.identifiability.null_space import blurs, undetermined
+from detune.identifiability.null_space import basis_error_variances, undetermined
 from detune.identifiability.principal_part import lacks_principal_part
-from detune.methods.mixed_precision import fine_part
+from detune.methods.mixed_precision import finest_part
 from detune.numerics.float_grid import name_of, spacing
-from detune.problem.low_rank import Space
-from detune.problem.recovery import Expected, Recovery
+from detune.problem.low_rank import SVDFactors
+from detune.problem.recovery import PredictedError, Recovery
 from detune.problem.stack import Stack
 
 __all__ = ["Certificate", "Verdict", "certify"]
@@ -56,8 +56,8 @@ def certify(
     structured = certify_structured(stack, recovery, stored, check, certify)
     if structured is not None:
         return structured
-    if recovery.of_models:
-        part, of_part = fine_part(stack, recovery)
+    if recovery.source_models:
+        part, of_part = finest_part(stack, recovery)
         return certify(part, of_part, stored, check)
     if recovery.method == "unchanged":
         return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
@@ -96,7 +96,7 @@ def _of_bits(stack: Stack, recovery: Recovery) -> Certificate:
     return Certificate.of_error(Verdict.APPROXIMATE, reason, _range_of_bits(stack, recovery, amplified))
 
 
-def _range_of_bits(stack: Stack, recovery: Recovery, amplified: float) -> Expected:
+def _range_of_bits(stack: Stack, recovery: Recovery, amplified: float) -> PredictedError:
     """What the number of wrong entries leaves open, and errors that they share."""
     bits, weight = recovery.bits, recovery.weight
     assert bits is not None
@@ -109,7 +109,7 @@ def _range_of_bits(stack: Stack, recovery: Recovery, amplified: float) -> Expect
         least, most = 0.0, max(most, WRONG * moved_mse(recovery))
     elif amplified > CLOSE_SPACES:
         most *= SHARED
-    return Expected(expected.mse, least, most)
+    return PredictedError(expected.mse, least, most)
 
 
 def _amplified(stack: Stack, recovery: Recovery) -> float:
@@ -120,24 +120,24 @@ def _amplified(stack: Stack, recovery: Recovery) -> float:
     if stack.n < 3:
         return math.inf
     spaces = _spaces(stack, recovery)
-    core = Core.of([space.U for space in spaces], [space.V for space in spaces])
-    if undetermined(core, *blurs(stack, spaces)):
+    operator = NormalOperator.of([space.U for space in spaces], [space.V for space in spaces])
+    if undetermined(operator, *basis_error_variances(stack, spaces)):
         return math.inf
-    variances = stack.noise.square().to(core.Q.device)
-    error = float((variances * error_traces(core).weight).sum()) / recovery.weight.numel()
+    variances = stack.noise.square().to(operator.Q.device)
+    error = float((variances * error_traces(operator).weight).sum()) / recovery.weight.numel()
     return math.sqrt(error * stack.n**2 / float(variances.sum()))
 
 
-def _spaces(stack: Stack, recovery: Recovery) -> tuple[Space, ...]:
+def _spaces(stack: Stack, recovery: Recovery) -> tuple[SVDFactors, ...]:
     """Of the deltas: half precision does not tell them better than to float32's rounding."""
-    return tuple(Space.of(M_i, stack.factor_dtype) for M_i in recovery.deltas)
+    return tuple(SVDFactors.of(M_i, stack.factor_dtype) for M_i in recovery.deltas)
 
 
 def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: float | None) -> Certificate:
     """From the operator at the recovered spaces, the misfit and the storage noise."""
     spaces = _spaces(stack, recovery)
-    core = Core.of([space.U for space in spaces], [space.V for space in spaces])
-    null = undetermined(core, *blurs(stack, spaces))
+    operator = NormalOperator.of([space.U for space in spaces], [space.V for space in spaces])
+    null = undetermined(operator, *basis_error_variances(stack, spaces))
     if null:
         reason = f"the data cannot see changes of the weight in a space of dimension {null}"
         return Certificate(Verdict.NOT_DETERMINED, reason, null)
@@ -146,22 +146,22 @@ def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: fl
             "the adapters are nearly the same, and the weight is empty where they are: a part of the base is in them"
         )
         return Certificate(Verdict.NOT_DETERMINED, reason)
-    evidence = Evidence.of(stack, recovery, core, spaces, stored)
-    before, disagreed = evidence.expected, disagreed or 0.0
+    model = ErrorModel.of(stack, recovery, operator, spaces, stored)
+    before, disagreed = model.expected, disagreed or 0.0
     if disagreed > before.most:
         before = replace(before, most=disagreed)
     dtypes = [W_i.dtype for W_i in stack.matrices]
-    rounded = rounded_mse(recovery, core, dtypes, stored, before, min(before.mse, evidence.rounding))
+    rounded = rounded_mse(recovery, operator, dtypes, stored, before, min(before.mse, model.rounding))
     # Storing takes or adds the same share, whichever way the error was found.
     agreement = rounded.mse * disagreed / before.mse if before.mse else 0.0
-    doubt = evidence.doubt(rounded)
+    doubt = model.doubt(rounded)
     if doubt is None and disagreed > MOST_DISAGREEMENT * before.mse:
         times = (disagreed / before.mse) ** 0.5
         doubt = f"recoveries from parts of the models disagree {times:.2g} times as much as predicted"
     if doubt is not None:
         return Certificate.of_error(Verdict.APPROXIMATE, doubt, rounded, agreement)
     reason = (
-        f"the only answer in which no part is common to all adapters; storage noise, {evidence.amplified:.2g} times "
+        f"the only answer in which no part is common to all adapters; storage noise, {model.amplified:.2g} times "
         "that of an average, is all that is left"
     )
     return Certificate.of_error(Verdict.FLOOR, reason, rounded.mse, agreement)

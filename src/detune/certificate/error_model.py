@@ -11,11 +11,11 @@ from torch import Tensor
 
 from detune.certificate.misfit import Misfit
 from detune.certificate.stored_error import StoredError
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 from detune.identifiability.error_traces import ErrorTraces, error_traces
-from detune.identifiability.undetected import Unseen, unseen_directions
-from detune.problem.low_rank import LowRank, Space
-from detune.problem.recovery import Expected, Recovery
+from detune.identifiability.undetected import UndetectedDirections, undetected_directions
+from detune.problem.low_rank import LowRank, SVDFactors
+from detune.problem.recovery import PredictedError, Recovery
 from detune.problem.stack import Stack
 
 # A misfit of more than this many times the storage noise's (root mean square) is not storage noise.
@@ -64,12 +64,12 @@ WRONG = 2.0
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ErrorModel:
     """What the data say of an answer with deltas.
 
     Attributes:
         spaces: Of the deltas.
-        core: The operator at them.
+        operator: The operator at them.
         traces: How noise enters the answer.
         misfit: What it leaves, and how far it is from the best.
         variances: Of the models' storage noise, `(n,)`.
@@ -82,8 +82,8 @@ class Evidence:
         entries: Of the matrix.
     """
 
-    spaces: tuple[Space, ...]
-    core: Core
+    spaces: tuple[SVDFactors, ...]
+    operator: NormalOperator
     traces: ErrorTraces
     misfit: Misfit
     variances: Tensor
@@ -97,25 +97,30 @@ class Evidence:
 
     @classmethod
     def of(
-        cls, stack: Stack, recovery: Recovery, core: Core, spaces: tuple[Space, ...], stored: torch.dtype
-    ) -> "Evidence":
+        cls,
+        stack: Stack,
+        recovery: Recovery,
+        operator: NormalOperator,
+        spaces: tuple[SVDFactors, ...],
+        stored: torch.dtype,
+    ) -> "ErrorModel":
         """Gather it."""
-        traces = error_traces(core)
-        misfit = Misfit.of(stack, recovery, core, spaces)
-        variances = stack.noise.square().to(core.Q.device)
+        traces = error_traces(operator)
+        misfit = Misfit.of(stack, recovery, operator, spaces)
+        variances = stack.noise.square().to(operator.Q.device)
         entries = recovery.weight.numel()
         energy = sum(float(space.S.square().sum()) for space in spaces) / (stack.n * entries)
         computed = (COMPUTED * torch.finfo(torch.float64).eps) ** 2 * energy
         return cls(
             spaces,
-            core,
+            operator,
             traces,
             misfit,
             variances,
             _excess(misfit, traces, variances),
             computed,
-            recovery.saved_mse,
-            _moved_mse(core, spaces, entries),
+            recovery.mse_reduction,
+            _moved_mse(operator, spaces, entries),
             torch.finfo(recovery.weight.dtype).eps >= torch.finfo(stored).eps,
             any(W_i.dtype.itemsize <= 2 for W_i in stack.matrices),
             entries,
@@ -164,7 +169,7 @@ class Evidence:
         return math.sqrt(self.noise / self.averaged) if self.averaged else 1.0
 
     @property
-    def expected(self) -> Expected:
+    def expected(self) -> PredictedError:
         """The error of the weight before it is stored, and between what it is."""
         mse, directions, runs_on = self.mse, self.traces.directions, self._runs_into_noise
         most = (mse + self.could_hide) * (MORE_RUNNING_ON if runs_on else MORE)
@@ -176,7 +181,7 @@ class Evidence:
         if self.excess > MOST_LEFT**2:
             # What is left may be in the deltas alone.
             least = min(least, self.noise / self.excess)
-        return Expected(mse, least, min(most, wrong) if self.traces.solved else wrong)
+        return PredictedError(mse, least, min(most, wrong) if self.traces.solved else wrong)
 
     def doubt(self, rounded: StoredError) -> str | None:
         """Why the prediction, of the weight as it will be stored, may be wrong; None where there is no reason."""
@@ -217,7 +222,7 @@ class Evidence:
     def _noticed(self) -> float:
         """Singular value from which a direction shows."""
         noise = math.sqrt(self.excess * float(self.variances.mean()))
-        return NOTICED * noise * (math.sqrt(self.core.Q.shape[0]) + math.sqrt(self.core.P.shape[0]))
+        return NOTICED * noise * (math.sqrt(self.operator.Q.shape[0]) + math.sqrt(self.operator.P.shape[0]))
 
     @property
     def _weakest_delta(self) -> float:
@@ -246,12 +251,12 @@ class Evidence:
     def _hidden_by_side(self, gap: float) -> list[float]:
         """From directions of the rows and of the columns that are less than so many times weaker than those found."""
         by_side = [0.0, 0.0]
-        for unseen in self._unseen:
-            i, strengths = unseen.model, unseen.strengths
+        for undetected in self._undetected:
+            i, strengths = undetected.model, undetected.strengths
             least = self._weakest[i] / gap if len(self.spaces[i].S) else 0.0
             possible = strengths[strengths > least] if least else strengths[:1]
-            reach = possible.clamp(max=self._weakest[i]) * unseen.moves[: len(possible)]
-            by_side[unseen.columns] += float(reach.square().sum()) / self.entries
+            reach = possible.clamp(max=self._weakest[i]) * undetected.moves[: len(possible)]
+            by_side[undetected.columns] += float(reach.square().sum()) / self.entries
         return by_side
 
     @cached_property
@@ -261,10 +266,10 @@ class Evidence:
         return [float(space.S[-1]) if len(space.S) else strongest for space in self.spaces]
 
     @cached_property
-    def _unseen(self) -> tuple[Unseen, ...]:
+    def _undetected(self) -> tuple[UndetectedDirections, ...]:
         """What could have escaped; where no spectrum runs into the noise, only what is asked for, which is quick."""
         least = None if self._runs_into_noise else [each / GAP for each in self._weakest]
-        return unseen_directions(self.core, self._noticed, least)
+        return undetected_directions(self.operator, self._noticed, least)
 
 
 def moved_mse(recovery: Recovery) -> float:
@@ -274,9 +279,9 @@ def moved_mse(recovery: Recovery) -> float:
     return total.energy / len(deltas) ** 2 / recovery.weight.numel()
 
 
-def _moved_mse(core: Core, spaces: Sequence[Space], entries: int) -> float:
+def _moved_mse(operator: NormalOperator, spaces: Sequence[SVDFactors], entries: int) -> float:
     """The same, of deltas in the coordinates of the core."""
-    total = sum((a_i * space.S) @ b_i.mT for a_i, b_i, space in zip(core.a, core.b, spaces, strict=True))
+    total = sum((a_i * space.S) @ b_i.mT for a_i, b_i, space in zip(operator.a, operator.b, spaces, strict=True))
     return float(torch.as_tensor(total).square().sum()) / len(spaces) ** 2 / entries
 
 

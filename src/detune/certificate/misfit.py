@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 from detune.numerics.device import upload
 from detune.numerics.linalg import product
-from detune.problem.low_rank import Space
+from detune.problem.low_rank import SVDFactors
 from detune.problem.recovery import Recovery, Residuals
 from detune.problem.stack import Stack
 from detune.problem.storage_noise import storage_energy
@@ -36,7 +36,7 @@ class Misfit:
     distance: float
 
     @classmethod
-    def of(cls, stack: Stack, recovery: Recovery, core: Core, spaces: Sequence[Space]) -> "Misfit":
+    def of(cls, stack: Stack, recovery: Recovery, operator: NormalOperator, spaces: Sequence[SVDFactors]) -> "Misfit":
         """Measure it.
 
         The step is `Delta = A^-1 sum_i P_i e_i R_i` for residuals `e_i = W_i - W_star - M_i`: Gauss-Newton's, which is
@@ -45,26 +45,27 @@ class Misfit:
         Args:
             stack: The models.
             recovery: The answer, with a delta for each model.
-            core: The operator A at its spaces, computing in float64.
+            operator: The operator A at its spaces, computing in float64.
             spaces: Of the deltas.
         """
         known = recovery.residuals
         if known is not None and known.are_of(recovery) and all(_well_scaled(space) for space in spaces):
-            sums = _Sums.of_fit(known, recovery, core, spaces)
+            sums = _Sums.of_fit(known, recovery, operator, spaces)
         else:
-            sums = _Sums.measured(stack, recovery, core, spaces)
+            sums = _Sums.measured(stack, recovery, operator, spaces)
         left, right, n = sums.left, sums.right, stack.n
         middle = left.inner + right.inner.mT - sums.common
-        step = core.solve(middle, PRECISION * float(middle.norm()))
-        gained = left.weighed(core.inverse_G_U) + right.weighed(core.inverse_G_V) + float((middle * step).sum())
+        step = operator.solve(middle, PRECISION * float(middle.norm()))
+        gained = left.weighed(operator.inverse_G_U) + right.weighed(operator.inverse_G_V) + float((middle * step).sum())
         distance = sum(
-            side.weighed(inverse @ inverse) for side, inverse in ((left, core.inverse_G_U), (right, core.inverse_G_V))
+            side.weighed(inverse @ inverse)
+            for side, inverse in ((left, operator.inverse_G_U), (right, operator.inverse_G_V))
         )
         distance += float(step.square().sum()) + sums.outside / n**2 - sums.rounding
         return cls(max(0.0, sums.energy - gained - sums.outside / n), max(0.0, distance))
 
 
-def _well_scaled(space: Space) -> bool:
+def _well_scaled(space: SVDFactors) -> bool:
     """Whether what the factors give by products in the compute dtype holds for their weakest direction too."""
     return not len(space.S) or float(space.S[-1]) > LEAST_SCALE * float(space.S[0])
 
@@ -123,7 +124,9 @@ class _Sums:
     common: Tensor
 
     @classmethod
-    def of_fit(cls, known: Residuals, recovery: Recovery, core: Core, spaces: Sequence[Space]) -> "_Sums":
+    def of_fit(
+        cls, known: Residuals, recovery: Recovery, operator: NormalOperator, spaces: Sequence[SVDFactors]
+    ) -> "_Sums":
         """From what the solver's last step has seen: the sums that its normal equations make zero are."""
         # U_i = M_i.left (M_i.right^T V_i) / S_i, and the same with left and right exchanged.
         if known.transposed:
@@ -136,21 +139,23 @@ class _Sums:
                 for (given, basis, S), left_over in zip(factors, known.products, strict=True)
             ]
         )
-        sides = [_Side.zeros(core.Q, core.P), _Side.zeros(core.P, core.Q)]
-        other = core.Q if known.transposed else core.P
-        sides[known.transposed] = _Side.of(products, other).times(-core.joint[known.transposed])
+        sides = [_Side.zeros(operator.Q, operator.P), _Side.zeros(operator.P, operator.Q)]
+        other = operator.Q if known.transposed else operator.P
+        sides[known.transposed] = _Side.of(products, other).times(-operator.joint[known.transposed])
         left, right = sides
         energy = known.energy - _energy(products)
         return cls(energy, 0.0, 0.0, left, right, torch.zeros_like(left.inner))
 
     @classmethod
-    def measured(cls, stack: Stack, recovery: Recovery, core: Core, spaces: Sequence[Space]) -> "_Sums":
+    def measured(
+        cls, stack: Stack, recovery: Recovery, operator: NormalOperator, spaces: Sequence[SVDFactors]
+    ) -> "_Sums":
         """In one pass over the models, block by block."""
         energy = all_energy = 0.0
         right = [M_i.right.to(stack.device, stack.dtype).mT for M_i in recovery.deltas]
         left = [M_i.left.to(stack.device, stack.dtype) for M_i in recovery.deltas]
         U, V = [space.U.to(stack.dtype) for space in spaces], [space.V.to(stack.dtype) for space in spaces]
-        Q, P = core.Q.to(stack.dtype), core.P.to(stack.dtype)
+        Q, P = operator.Q.to(stack.dtype), operator.P.to(stack.dtype)
         out, columns = stack.shape
         E, F = [stack.zeros(U_i.shape[1], columns) for U_i in U], [stack.zeros(out, V_i.shape[1]) for V_i in V]
         total_left, total_right = stack.zeros(Q.shape[1], columns), stack.zeros(out, P.shape[1])
@@ -173,14 +178,14 @@ class _Sums:
                 total_left += product(Q[rows].mT, total)
                 total_right[rows] = product(total, P)
         dtype = stack.factor_dtype
-        Q, P, L, R = (matrix.to(dtype) for matrix in (core.Q, core.P, total_left, total_right))
+        Q, P, L, R = (matrix.to(dtype) for matrix in (operator.Q, operator.P, total_left, total_right))
         E_all, F_all = torch.cat(E).to(dtype), torch.cat(F, dim=1).to(dtype)
-        a_all, b_all = (coordinates.to(dtype) for coordinates in core.joint)
+        a_all, b_all = (coordinates.to(dtype) for coordinates in operator.joint)
         common = product(Q.mT, R).double()
         outside = all_energy - _energy(L) - _energy(R) + _energy(common)
         energy -= _energy(E_all) + _energy(F_all)
         onto_Q = torch.split(product(Q.mT, F_all).double(), [V_i.shape[1] for V_i in V], dim=1)
-        for a_i, b_i, QF_i in zip(core.a, core.b, onto_Q, strict=True):
+        for a_i, b_i, QF_i in zip(operator.a, operator.b, onto_Q, strict=True):
             both = a_i.mT @ QF_i
             energy += _energy(both)
             common = common - a_i @ both @ b_i.mT

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 from detune.numerics.float_grid import interval, spacing
 from detune.numerics.linalg import product
 from detune.numerics.random import seeded
 from detune.problem.low_rank import LowRank
-from detune.problem.recovery import Expected, Recovery
+from detune.problem.recovery import PredictedError, Recovery
 
 # Enough entries to know the average of what rounding does.
 SAMPLED = 1 << 14
@@ -27,7 +27,7 @@ KNOWN_TO = 0.2
 
 
 @dataclass(frozen=True)
-class StoredError(Expected):
+class StoredError(PredictedError):
     """What storing leaves of an error: that of the stored weight.
 
     Attributes:
@@ -39,10 +39,10 @@ class StoredError(Expected):
 
 def rounded_mse(
     recovery: Recovery,
-    core: Core,
+    operator: NormalOperator,
     dtypes: Sequence[torch.dtype],
     stored: torch.dtype,
-    before: Expected,
+    before: PredictedError,
     averaged: float,
     seed: int = 0,
 ) -> StoredError:
@@ -53,7 +53,7 @@ def rounded_mse(
 
     Args:
         recovery: The answer, with a delta for each model.
-        core: The operator at its spaces.
+        operator: The operator at its spaces.
         dtypes: Of the models.
         stored: The dtype to round to.
         before: The error of the weight as it is.
@@ -68,7 +68,7 @@ def rounded_mse(
     generator = seeded(seed, recovery.weight.device)
     rows, columns = _entries(recovery.weight, generator)
     weight = recovery.weight[rows, columns].double()
-    between = recovery.saved_mse > 0
+    between = recovery.mse_reduction > 0
     entries = torch.stack([_entries_of(M_i, rows, columns) for M_i in recovery.deltas])
     # Where a base may be as far as anybody knows: within the rounding of the models.
     steps = torch.stack([spacing(weight + M_i, dtype) for M_i, dtype in zip(entries, dtypes, strict=True)])
@@ -80,7 +80,7 @@ def rounded_mse(
     base = weight + reach * (uniform - 0.5)
     if between:
         averaged = float((_answer(base, entries, dtypes, between) - base).square().mean())
-    leverage = _leverage(core, rows, columns)
+    leverage = _leverage(operator, rows, columns)
 
     def rest(error: float) -> Tensor:
         return normal * (max(0.0, error - averaged) * leverage).sqrt()
@@ -179,13 +179,13 @@ def _entries_of(M_i: LowRank, rows: Tensor, columns: Tensor) -> Tensor:
     return left.mul_(right).sum(dim=1).double()
 
 
-def _leverage(core: Core, rows: Tensor, columns: Tensor) -> Tensor:
+def _leverage(operator: NormalOperator, rows: Tensor, columns: Tensor) -> Tensor:
     """How the error that comes from everywhere is spread over entries, mean 1: the diagonal of A^-1 less 1/n.
 
     On the core A is taken for the Kronecker product that preconditions it.
     """
-    n = len(core.a)
-    sides = (core.Q, core.inverse_G_U, rows), (core.P, core.inverse_G_V, columns)
+    n = len(operator.a)
+    sides = (operator.Q, operator.inverse_G_U, rows), (operator.P, operator.inverse_G_V, columns)
     (q, u), (p, v) = (_diagonals(basis.float(), inverse.float(), places) for basis, inverse, places in sides)
     diagonal = ((1 - q) * (1 - p) - 1) / n + u * (1 - p) + (1 - q) * v + n * u * v
     spread = diagonal.clamp(min=0)

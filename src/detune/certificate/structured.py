@@ -12,7 +12,7 @@ from detune.methods.dora import Scaled, as_one_scale
 from detune.methods.lokr import Rearranged, arrange_back, as_solved
 from detune.methods.vera import Frozen, expected_mse
 from detune.problem.low_rank import LowRank
-from detune.problem.recovery import Expected, Recovery
+from detune.problem.recovery import PredictedError, Recovery
 from detune.problem.stack import Stack
 
 Certify = Callable[[Stack, Recovery, torch.dtype | None, Solve | None], Certificate]
@@ -54,7 +54,7 @@ def _of_frozen(stack: Stack, recovery: Recovery) -> Certificate:
         reason = f"{left:.2g} times the storage noise is left: adapters of these factors do not explain the data"
         # If it is noise it is in the weight too; and factors that are wrong altogether moved the answer by that much.
         most = WRONG * max(left**2 * mse, moved_mse(recovery))
-        expected = Expected(left**2 * mse, mse, most)
+        expected = PredictedError(left**2 * mse, mse, most)
         return Certificate.of_error(Verdict.APPROXIMATE, reason, expected)
     reason = "the only answer with these factors; storage noise is all that is left"
     return Certificate.of_error(Verdict.FLOOR, reason, mse)

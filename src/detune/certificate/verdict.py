@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from detune.problem.recovery import Expected
+from detune.problem.recovery import PredictedError
 
 # A prediction that nothing speaks against is within this of the truth, and none is known more closely.
 BAND = 0.3
@@ -52,7 +52,7 @@ class Certificate:
 
     @classmethod
     def of_error(
-        cls, verdict: Verdict, reason: str, expected: Expected | float, agreement: float = 0.0
+        cls, verdict: Verdict, reason: str, expected: PredictedError | float, agreement: float = 0.0
     ) -> "Certificate":
         """Of an answer that there is only one of, whose error can be foretold.
 
@@ -62,9 +62,9 @@ class Certificate:
             expected: Mean squared error of the stored weight; a number where it is known as closely as any.
             agreement: Mean squared error by the disagreement of parts; 0 where that was not looked at.
         """
-        mse = expected.mse if isinstance(expected, Expected) else expected
+        mse = expected.mse if isinstance(expected, PredictedError) else expected
         predicted = best = worst = _log10(mse)
-        if isinstance(expected, Expected):
+        if isinstance(expected, PredictedError):
             best, worst = _log10(expected.least), _log10(expected.most)
         if predicted is not None:
             best = None if best is None else min(best, predicted - BAND)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-METHODS = ("auto", "lattice", "intersect", "kronecker", "scaled", "sparse", "vera", "spectral", "mean", "single")
+METHODS = ("auto", "lattice", "intersect", "lokr", "dora", "shira", "vera", "spectral", "mean", "single")
 
 models_argument = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")

@@ -23,11 +23,11 @@ from torch import Tensor
 from detune.fitting.least_squares import w_step
 from detune.numerics.linalg import orthonormal, randomized_svd
 from detune.numerics.random import seeded
-from detune.problem.low_rank import LowRank, Space
+from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import Recovery
 from detune.problem.stack import SMALL_ENTRIES, Stack
 
-__all__ = ["Split", "may_mislead", "split_off", "split_start", "within_reason"]
+__all__ = ["ARDFit", "ard_start", "fit_ard", "nearly_share_a_direction", "shrink_where_run_off"]
 
 TURNS = 25
 SMALLEST = 1e-300
@@ -48,7 +48,7 @@ COMMON = 0.1
 
 
 @dataclass(frozen=True)
-class Split:
+class ARDFit:
     """Deltas split off from noisy models.
 
     Attributes:
@@ -64,7 +64,7 @@ class Split:
     cost: float
 
 
-def within_reason(stack: Stack, recovery: Recovery) -> Recovery:
+def shrink_where_run_off(stack: Stack, recovery: Recovery) -> Recovery:
     """The recovery with its deltas held down, where least squares has taken noise for a part that all of them share.
 
     Adapters of one seed have row spaces that nearly coincide. What is common to all `M_i` in such a direction the data
@@ -84,7 +84,7 @@ def within_reason(stack: Stack, recovery: Recovery) -> Recovery:
         return recovery
     if all(_is_clear(stack, i, M_i) for i, M_i in enumerate(recovery.deltas)):
         return recovery
-    split = split_off(stack, [orthonormal(M_i.right.double()) for M_i in recovery.deltas])
+    split = fit_ard(stack, [orthonormal(M_i.right.double()) for M_i in recovery.deltas])
     if _energy(recovery.deltas) <= RAN_OFF * _energy(split.deltas):
         return recovery
     step = w_step(stack, split.deltas)
@@ -101,9 +101,9 @@ def within_reason(stack: Stack, recovery: Recovery) -> Recovery:
     )
 
 
-def split_start(stack: Stack) -> Recovery:
+def ard_start(stack: Stack) -> Recovery:
     """Another start than least squares: deltas that are split off without it, of more directions than are real."""
-    split = split_off(stack)
+    split = fit_ard(stack)
     return Recovery(
         split.weight,
         "relevance",
@@ -113,7 +113,7 @@ def split_start(stack: Stack) -> Recovery:
     )
 
 
-def may_mislead(stack: Stack, spaces: Sequence[Tensor]) -> bool:
+def nearly_share_a_direction(stack: Stack, spaces: Sequence[Tensor]) -> bool:
     """Whether least squares may lose a direction, or run off: where spaces share one, nearly.
 
     Args:
@@ -131,11 +131,11 @@ def _energy(deltas: Sequence[LowRank]) -> float:
 
 
 def _is_clear(stack: Stack, model: int, M_i: LowRank) -> bool:
-    S = Space.of(M_i).S
+    S = SVDFactors.of(M_i).S
     return not len(S) or float(S[-1]) > CLEAR * float(stack.noise_norm(model, stack.shape[0]))
 
 
-def split_off(stack: Stack, V: Sequence[Tensor] | None = None, turns: int = TURNS) -> Split:
+def fit_ard(stack: Stack, V: Sequence[Tensor] | None = None, turns: int = TURNS) -> ARDFit:
     """Split the adapters off.
 
     Args:
@@ -166,11 +166,11 @@ def split_off(stack: Stack, V: Sequence[Tensor] | None = None, turns: int = TURN
     return _split(mean, centred, list(map(LowRank, F, right)), noise, taken)
 
 
-def _split(mean: Tensor, centred: Tensor, deltas: Sequence[LowRank], noise: float, taken: float) -> Split:
+def _split(mean: Tensor, centred: Tensor, deltas: Sequence[LowRank], noise: float, taken: float) -> ARDFit:
     rest = torch.stack([X_i - M_i.dense() for X_i, M_i in zip(centred, deltas, strict=True)])
     left = rest.mean(dim=0)
     rest -= left
-    return Split(mean + left, rest, tuple(deltas), float(rest.square().sum()) / noise**2 + 2 * taken)
+    return ARDFit(mean + left, rest, tuple(deltas), float(rest.square().sum()) / noise**2 + 2 * taken)
 
 
 def _leading(X_i: Tensor, noise: float) -> Tensor:

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from detune.fitting.gauss_newton import Polish, Tangent, gauss_newton_step
+from detune.fitting.gauss_newton import GaussNewton, Tangent, gauss_newton_step
 from detune.fitting.least_squares import solve_given_rows
 from detune.numerics.linalg import orthonormal
 from detune.problem.low_rank import LowRank
@@ -23,7 +23,7 @@ STEP_LENGTHS = (1.0, 0.4, 0.15, 0.05)
 # A misfit that changes by less than this share of the largest squared singular value of noise is as good as it gets.
 ENOUGH = 3e-3
 # Every step solves a linear problem that is wrong anyway: conjugate gradients need not solve it to the last digit.
-INNER = Polish(cg_tolerance=0.1, cg_steps=30)
+INNER = GaussNewton(cg_tolerance=0.1, cg_steps=30)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Fit:
         return tuple(M_i.rank for M_i in self.deltas)
 
 
-def downhill(stack: Stack, V: Sequence[Tensor]) -> tuple[LowRank, ...]:
+def damped_gauss_newton(stack: Stack, V: Sequence[Tensor]) -> tuple[LowRank, ...]:
     """The deltas of least misfit, for a stack small enough to be held in float64.
 
     Args:

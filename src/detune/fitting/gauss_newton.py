@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from detune.fitting.least_squares import project_left, project_right, solve_given_rows
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 from detune.numerics.linalg import orthonormal, product
 from detune.problem.low_rank import LowRank
 from detune.problem.stack import Stack
 
 
-class Polished(NamedTuple):
+class GaussNewtonFit(NamedTuple):
     """What polishing gave.
 
     Attributes:
@@ -41,7 +41,7 @@ class Polished(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Polish:
+class GaussNewton:
     """How long to polish.
 
     Attributes:
@@ -56,7 +56,7 @@ class Polish:
     cg_tolerance: float = 0.01
     cg_steps: int = 500
 
-    def run(self, stack: Stack, V: Sequence[Tensor]) -> Polished:
+    def run(self, stack: Stack, V: Sequence[Tensor]) -> GaussNewtonFit:
         """The deltas at the maximum.
 
         Gauss-Newton converges quadratically or not at all: where some direction is as good as undetermined it wanders,
@@ -86,7 +86,7 @@ class Polish:
             V = tuple(M_i.right for M_i in deltas)
             left = tuple(M_i.left for M_i in deltas)
             onto_right = project_right(stack, V)
-        return Polished(deltas, steps, converged)
+        return GaussNewtonFit(deltas, steps, converged)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def gauss_newton_step(
     U: Sequence[Tensor],
     V: Sequence[Tensor],
     noise: float = 0.0,
-    options: Polish | None = None,
+    options: GaussNewton | None = None,
 ) -> tuple[Tangent, ...]:
     """Solve the problem linearised at `U_i`, `V_i` exactly.
 
@@ -155,13 +155,13 @@ def gauss_newton_step(
     Returns:
         The new `M_i`, each in its tangent space.
     """
-    options = options or Polish()
-    core = Core.of(U, V, U[0].dtype)
-    Q, P, a, b = core.Q, core.P, core.a, core.b
+    options = options or GaussNewton()
+    operator = NormalOperator.of(U, V, U[0].dtype)
+    Q, P, a, b = operator.Q, operator.P, operator.a, operator.b
 
     ranks = [U_i.shape[1] for U_i in U]
     E_all, F_all = torch.cat(list(E)), torch.cat(list(F), dim=1)
-    a_all, b_all = core.joint
+    a_all, b_all = operator.joint
 
     # Right-hand side -sum_i [U_i E_i + F_i V_i^T - U_i (U_i^T F_i) V_i^T], block by block. All models go into one
     # product: with a thin one for each, and P or Q in all of them, the cost would be cubic in their number.
@@ -174,10 +174,10 @@ def gauss_newton_step(
         middle += a_i @ product(U_i.mT, F_i) @ b_i.mT
 
     # Delta = W - mean = Q left + right P^T + Q middle P^T.
-    left = product(core.inverse_G_U, left)
-    right = product(right, core.inverse_G_V)
+    left = product(operator.inverse_G_U, left)
+    right = product(right, operator.inverse_G_V)
     precision = options.cg_tolerance * noise * (len(U) * middle.numel()) ** 0.5
-    middle = core.solve(middle, precision, options.cg_steps)
+    middle = operator.solve(middle, precision, options.cg_steps)
     # U_i^T (W_i - W), where `right` has no part in Q, and (W_i - W) V_i, where `left` has none in P.
     X = torch.split(E_all - product(a_all.mT, left + product(middle, P.mT)), ranks)
     Y = torch.split(F_all - product(product(Q, middle) + right, b_all), ranks, dim=1)

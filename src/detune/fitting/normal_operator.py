@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detune.numerics.linalg import inverse_of_normal, joint_basis, product
 
-__all__ = ["Core"]
+__all__ = ["NormalOperator"]
 
 # Conjugate gradients on singular equations are stopped at so many times the least residual.
 DIVERGED = 1e3
@@ -28,7 +28,7 @@ REFINED = 0.1
 
 
 @dataclass(frozen=True)
-class Core:
+class NormalOperator:
     """The operator `A: Delta -> sum_i P_i Delta R_i` on the joint spans, all but the bases in one compute dtype.
 
     Attributes:
@@ -48,7 +48,7 @@ class Core:
     inverse_G_V: Tensor
 
     @classmethod
-    def of(cls, U: Sequence[Tensor], V: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> "Core":
+    def of(cls, U: Sequence[Tensor], V: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> "NormalOperator":
         """The operator for given spaces.
 
         Args:
@@ -67,10 +67,10 @@ class Core:
         return self.inverse_G_U.dtype
 
     @cached_property
-    def single(self) -> "Core":
+    def single(self) -> "NormalOperator":
         """The same in float32."""
         a, b = (tuple(c_i.float() for c_i in coordinates) for coordinates in (self.a, self.b))
-        return Core(self.Q, self.P, a, b, self.inverse_G_U.float(), self.inverse_G_V.float())
+        return NormalOperator(self.Q, self.P, a, b, self.inverse_G_U.float(), self.inverse_G_V.float())
 
     @cached_property
     def spectrum_U(self) -> Tensor:

@@ -17,7 +17,7 @@ from detune.problem.stack import Stack
 
 
 @dataclass(frozen=True)
-class JointCore:
+class ProjectedStack:
     """A stack in the coordinates of its joint column and row space.
 
     Attributes:
@@ -31,7 +31,7 @@ class JointCore:
     cores: Tensor
 
     @classmethod
-    def of(cls, stack: Stack, rank: int, seed: int = 0) -> "JointCore | None":
+    def of(cls, stack: Stack, rank: int, seed: int = 0) -> "ProjectedStack | None":
         """Find the joint spaces with a Gaussian sketch and one power pass.
 
         Args:

@@ -22,7 +22,7 @@ LEAST_COSINE = 1e-6
 
 
 @dataclass(frozen=True)
-class Spaces:
+class RowSpaces:
     """The adapters' row spaces, or their column spaces as the row spaces of the transposed stack.
 
     Attributes:
@@ -42,11 +42,11 @@ class Spaces:
         return f"{'column' if self.transposed else 'row'} spaces, separation {self.separation:.2g}"
 
 
-class Unsplittable(NotRecoverable):
+class RanksTooHigh(NotRecoverable):
     """The ranks are too high for the intersection; an iterative method may still do."""
 
 
-def find_spaces(differences: Differences, rank: int | None = None, seed: int = 0) -> Spaces:
+def find_spaces(differences: Differences, rank: int | None = None, seed: int = 0) -> RowSpaces:
     """The adapters' spaces on the side where they are easier to tell apart.
 
     LoRAs of one seed keep their A near the shared start, so their row spaces nearly coincide and their column spaces
@@ -73,7 +73,7 @@ def find_spaces(differences: Differences, rank: int | None = None, seed: int = 0
     return turned if rows is None else max(rows, turned, key=lambda spaces: spaces.separation)
 
 
-def intersect(differences: Differences, ranks: tuple[int, ...]) -> Spaces:
+def intersect(differences: Differences, ranks: tuple[int, ...]) -> RowSpaces:
     """`row(M_i) = row(W_i - W_before) ∩ row(W_i - W_after)` for every model of the ring.
 
     The principal angles between the two spaces are zero on the intersection: the leading singular vectors of
@@ -95,7 +95,7 @@ def intersect(differences: Differences, ranks: tuple[int, ...]) -> Spaces:
         bases.append(orthonormal(principal).double())
         if r and len(cosines) > r:
             separation = min(separation, max(0.0, 1 - float(cosines[r]) ** 2))
-    return Spaces(differences.stack, False, tuple(bases), separation)
+    return RowSpaces(differences.stack, False, tuple(bases), separation)
 
 
 def _widest_triple(ranks: tuple[int, ...]) -> int:
@@ -124,7 +124,7 @@ def check_conditions(differences: Differences, rank: int | None = None) -> tuple
     ranks = differences.ranks if rank is None else tuple(min(r, rank) for r in differences.ranks)
     widest_pair = max(ranks[i] + ranks[j] for i, j in differences.by_pair)
     if widest_pair > min(out, columns) or _widest_triple(ranks) > max(out, columns):
-        raise Unsplittable(
+        raise RanksTooHigh(
             f"ranks {ranks} are too high for a {out}x{columns} matrix",
             f"two sum to {widest_pair} of at most {min(out, columns)}, "
             f"three to {_widest_triple(ranks)} of at most {max(out, columns)}",

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 from detune.identifiability.null_space import ZERO, dense_core
 from detune.numerics.random import seeded
 
@@ -45,17 +45,19 @@ def cramer_rao_mse(U: Sequence[Tensor], V: Sequence[Tensor], variance: float, pr
     Returns:
         `variance * trace(A^-1) / (out * in)`.
     """
-    core = Core.of(U, V)
-    (d, s_U), (k, s_V) = core.Q.shape, core.P.shape
-    generator = seeded(seed, core.Q.device)
+    operator = NormalOperator.of(U, V)
+    (d, s_U), (k, s_V) = operator.Q.shape, operator.P.shape
+    generator = seeded(seed, operator.Q.device)
     inner = 0.0
     for _ in range(probes):
-        probe = torch.randint(0, 2, (s_U, s_V), generator=generator, device=core.Q.device).to(core.dtype) * 2 - 1
-        inner += float((probe * core.solve(probe, 1e-8 * probe.numel() ** 0.5)).sum()) / probes
+        probe = (
+            torch.randint(0, 2, (s_U, s_V), generator=generator, device=operator.Q.device).to(operator.dtype) * 2 - 1
+        )
+        inner += float((probe * operator.solve(probe, 1e-8 * probe.numel() ** 0.5)).sum()) / probes
     trace = (
         (d - s_U) * (k - s_V) / len(U)
-        + (k - s_V) * float(core.inverse_G_U.trace())
-        + (d - s_U) * float(core.inverse_G_V.trace())
+        + (k - s_V) * float(operator.inverse_G_U.trace())
+        + (d - s_U) * float(operator.inverse_G_V.trace())
         + inner
     )
     return variance * trace / (d * k)
@@ -88,70 +90,73 @@ class _CoreTraces(NamedTuple):
     solved: bool = True
 
 
-def error_traces(core: Core, seed: int = 0) -> ErrorTraces:
+def error_traces(operator: NormalOperator, seed: int = 0) -> ErrorTraces:
     """The traces that turn variances into expected errors; A has no null space.
 
     Args:
-        core: The operator, float64.
+        operator: The operator, float64.
         seed: Of the probes.
     """
-    n = len(core.a)
-    (d, s_U), (k, s_V) = core.Q.shape, core.P.shape
+    n = len(operator.a)
+    (d, s_U), (k, s_V) = operator.Q.shape, operator.P.shape
     outside = float((d - s_U) * (k - s_V)) / n
-    weight, taken = (core.inverse_G_U.new_full((n,), part) for part in (outside / n, outside))
+    weight, taken = (operator.inverse_G_U.new_full((n,), part) for part in (outside / n, outside))
     squares = outside / n
-    ranks = torch.tensor([a_i.shape[1] for a_i in core.a], dtype=torch.float64, device=core.Q.device)
-    for inverse, coordinates, times in ((core.inverse_G_U, core.a, k - s_V), (core.inverse_G_V, core.b, d - s_U)):
+    ranks = torch.tensor([a_i.shape[1] for a_i in operator.a], dtype=torch.float64, device=operator.Q.device)
+    for inverse, coordinates, times in (
+        (operator.inverse_G_U, operator.a, k - s_V),
+        (operator.inverse_G_V, operator.b, d - s_U),
+    ):
         images = [(c_i, inverse @ c_i) for c_i in coordinates]
         square = inverse.square().sum()
         weight = weight + times * torch.stack([square - image.square().sum() for _, image in images])
         taken = taken + times * torch.stack([inverse.trace() - (c_i * image).sum() for c_i, image in images])
         squares += times * float(square)
-    inner = _core_traces(core, float(weight.sum()), seed)
+    inner = _core_traces(operator, float(weight.sum()), seed)
     weight, taken, squares = weight + inner.weight, taken + inner.image, squares + inner.squares
     free = (d - ranks) * (k - ranks) - taken
     return ErrorTraces(weight, free.clamp(min=0), float(weight.sum()) ** 2 / squares, inner.solved)
 
 
-def _core_traces(core: Core, outside: float, seed: int) -> _CoreTraces:
+def _core_traces(operator: NormalOperator, outside: float, seed: int) -> _CoreTraces:
     """The core's part, as exactly as it has to be, given the part of the error outside."""
-    if core.Q.shape[1] * core.P.shape[1] <= DENSE:
-        return _dense_traces(core)
+    if operator.Q.shape[1] * operator.P.shape[1] <= DENSE:
+        return _dense_traces(operator)
     # Probes need no more digits, but near-singular equations do.
-    found = _probed_traces(core.single, outside, seed)
-    return found if found.solved else _probed_traces(core, outside, seed)
+    found = _probed_traces(operator.single, outside, seed)
+    return found if found.solved else _probed_traces(operator, outside, seed)
 
 
-def _dense_traces(core: Core) -> _CoreTraces:
-    s_U, s_V = core.Q.shape[1], core.P.shape[1]
-    values, vectors = torch.linalg.eigh(dense_core(core))
-    kept = values > ZERO * len(core.a)
+def _dense_traces(operator: NormalOperator) -> _CoreTraces:
+    s_U, s_V = operator.Q.shape[1], operator.P.shape[1]
+    values, vectors = torch.linalg.eigh(dense_core(operator))
+    kept = values > ZERO * len(operator.a)
     X, values = vectors.mT[kept].reshape(int(kept.sum()), s_U, s_V), values[kept]
-    shares = torch.stack([core.project(i, X).square().sum(dim=(1, 2)) for i in range(len(core.a))])
+    shares = torch.stack([operator.project(i, X).square().sum(dim=(1, 2)) for i in range(len(operator.a))])
     return _CoreTraces((shares / values.square()).sum(1), (shares / values).sum(1), float(values.pow(-2).sum()))
 
 
-def _probed_traces(core: Core, outside: float, seed: int) -> _CoreTraces:
+def _probed_traces(operator: NormalOperator, outside: float, seed: int) -> _CoreTraces:
     """With random signs z (Hutchinson 1990): `E z^T B z = tr(B)`.
 
     Args:
-        core: The operator.
+        operator: The operator.
         outside: What the core's share of the error, `sum_i tr(A^-1 A_i A^-1)`, is added to: it need not be known better
             than the whole.
         seed: Of the probes.
     """
-    n, shape = len(core.a), (core.Q.shape[1], core.P.shape[1])
+    n, shape = len(operator.a), (operator.Q.shape[1], operator.P.shape[1])
     weights: list[Tensor] = []
     images: list[Tensor] = []
     squares: list[float] = []
     left = 0.0
-    generator = seeded(seed, core.Q.device)
+    generator = seeded(seed, operator.Q.device)
     while len(weights) < PROBES and not _settled(weights, outside):
-        probe = torch.randint(0, 2, shape, generator=generator, device=core.Q.device).to(core.dtype) * 2 - 1
-        solved = core.solve(probe, PRECISION * probe.numel() ** 0.5)
-        left = max(left, float((probe - core.apply(solved)).square().mean()))
+        probe = torch.randint(0, 2, shape, generator=generator, device=operator.Q.device).to(operator.dtype) * 2 - 1
+        solved = operator.solve(probe, PRECISION * probe.numel() ** 0.5)
+        left = max(left, float((probe - operator.apply(solved)).square().mean()))
         squares.append(float(solved.square().sum()))
-        moved = [core.project(i, solved) for i in range(n)]
+        moved = [operator.project(i, solved) for i in range(n)]
         weights.append(torch.stack([moved_i.square().sum() for moved_i in moved]))
         images.append(torch.stack([(moved_i * probe).sum() for moved_i in moved]))
     solved_well = left <= (10 * PRECISION) ** 2

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 from detune.numerics.random import seeded
-from detune.problem.low_rank import Space
+from detune.problem.low_rank import SVDFactors
 from detune.problem.stack import Stack
 
 # Eigenvalues of sums of projectors below this are zeros of the arithmetic.
@@ -30,31 +30,31 @@ PRECISION = 1e-6
 BLURRED = 2.0
 
 
-def undetermined(core: Core, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor], seed: int = 0) -> int:
+def undetermined(operator: NormalOperator, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor], seed: int = 0) -> int:
     """Dimension of the null space, counting directions that all models share within the noise.
 
     Args:
-        core: The operator, float64.
+        operator: The operator, float64.
         blur_U: For each column of each `U_i` the expected square of its error, `(r_i,)`; zeros count exactly.
         blur_V: The same for `V_i`.
         seed: Of the probes, where it comes to them.
     """
-    if _clearly_determined(core, blur_U, blur_V):
+    if _clearly_determined(operator, blur_U, blur_V):
         return 0
-    d, k = core.Q.shape[0], core.P.shape[0]
-    C_U, C_V = _common(core.a, blur_U), _common(core.b, blur_V)
+    d, k = operator.Q.shape[0], operator.P.shape[0]
+    C_U, C_V = _common(operator.a, blur_U), _common(operator.b, blur_V)
     p_U, p_V = C_U.shape[1], C_V.shape[1]
     hidden = p_U * k + p_V * d - p_U * p_V
-    a, b = _without(core.a, C_U), _without(core.b, C_V)
+    a, b = _without(operator.a, C_U), _without(operator.b, C_V)
     for inner, outer in ((b, a), (a, b)):
         ranks = [c_i.shape[1] for c_i in inner]
         if _independent(inner):
             others = [[c_i for i, c_i in enumerate(outer) if i != j] for j in range(len(outer))]
             return hidden + sum(r * _common(rest).shape[1] for r, rest in zip(ranks, others, strict=True) if rest)
-    return hidden + _of_core(Core.of(a, b) if hidden else core, seed)
+    return hidden + _of_core(NormalOperator.of(a, b) if hidden else operator, seed)
 
 
-def blurs(stack: Stack, spaces: Sequence[Space]) -> tuple[list[Tensor], list[Tensor]]:
+def basis_error_variances(stack: Stack, spaces: Sequence[SVDFactors]) -> tuple[list[Tensor], list[Tensor]]:
     """The expected squared error of every basis vector, of columns and of rows: `sigma_i^2 size / s^2`.
 
     To first order noise N turns a singular vector v by `N^T u / s` outside its space.
@@ -65,10 +65,10 @@ def blurs(stack: Stack, spaces: Sequence[Space]) -> tuple[list[Tensor], list[Ten
     return [out * each for each in inverse], [columns * each for each in inverse]
 
 
-def _clearly_determined(core: Core, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor]) -> bool:
+def _clearly_determined(operator: NormalOperator, blur_U: Sequence[Tensor], blur_V: Sequence[Tensor]) -> bool:
     """Whether the spaces are independent on both sides, so that no two of them meet, and nothing is near to all."""
-    sides = ((core.a, core.spectrum_U, blur_U), (core.b, core.spectrum_V, blur_V))
-    n = len(core.a)
+    sides = ((operator.a, operator.spectrum_U, blur_U), (operator.b, operator.spectrum_V, blur_V))
+    n = len(operator.a)
     for coordinates, spectrum, blur in sides:
         if n < 3 or not len(spectrum) or sum(c_i.shape[1] for c_i in coordinates) > len(spectrum):
             return False
@@ -109,29 +109,33 @@ def _independent(coordinates: Sequence[Tensor]) -> bool:
     return not joint.shape[1] or float(torch.linalg.svdvals(joint)[-1]) ** 2 > ZERO
 
 
-def _of_core(core: Core, seed: int) -> int:
+def _of_core(operator: NormalOperator, seed: int) -> int:
     """Both sides dependent: outside the core A has no null space.
 
     Preconditioned conjugate gradients give `B A z` with `A B A = A`: then `I - B A` projects onto the null space, and
     its trace, the dimension, is the mean of `z^T (z - B A z)` over random signs z (Hutchinson 1990).
     """
-    size = core.Q.shape[1] * core.P.shape[1]
+    size = operator.Q.shape[1] * operator.P.shape[1]
     if size <= COUNTED:
-        return int(torch.linalg.eigvalsh(dense_core(core)).le(ZERO * len(core.a)).sum())
+        return int(torch.linalg.eigvalsh(dense_core(operator)).le(ZERO * len(operator.a)).sum())
     left = 0.0
-    generator = seeded(seed, core.Q.device)
+    generator = seeded(seed, operator.Q.device)
     for _ in range(PROBES):
-        probe = torch.randint(0, 2, (core.Q.shape[1], core.P.shape[1]), generator=generator, device=core.Q.device)
-        probe = probe.to(core.dtype) * 2 - 1
-        kept = core.solve(core.apply(probe), PRECISION * size**0.5)
+        probe = torch.randint(
+            0, 2, (operator.Q.shape[1], operator.P.shape[1]), generator=generator, device=operator.Q.device
+        )
+        probe = probe.to(operator.dtype) * 2 - 1
+        kept = operator.solve(operator.apply(probe), PRECISION * size**0.5)
         left += float((probe * (probe - kept)).sum()) / PROBES
         if abs(left) < 1 / PROBES / 2:
             return 0
     return max(1, round(left))
 
 
-def dense_core(core: Core) -> Tensor:
+def dense_core(operator: NormalOperator) -> Tensor:
     """A on the core as a matrix on row-major vectors, `(s_U s_V, s_U s_V)`."""
-    eye_U, eye_V = (torch.eye(B.shape[1], dtype=core.dtype, device=B.device) for B in (core.Q, core.P))
-    terms = [torch.kron(eye_U - a_i @ a_i.mT, eye_V - b_i @ b_i.mT) for a_i, b_i in zip(core.a, core.b, strict=True)]
+    eye_U, eye_V = (torch.eye(B.shape[1], dtype=operator.dtype, device=B.device) for B in (operator.Q, operator.P))
+    terms = [
+        torch.kron(eye_U - a_i @ a_i.mT, eye_V - b_i @ b_i.mT) for a_i, b_i in zip(operator.a, operator.b, strict=True)
+    ]
     return torch.stack(terms).sum(dim=0)

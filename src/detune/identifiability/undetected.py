@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from detune.fitting.normal_operator import Core
+from detune.fitting.normal_operator import NormalOperator
 
 # Of the other directions at least half shows.
 HALF = 0.5
@@ -25,7 +25,7 @@ SMALLEST = 1e-14
 
 
 @dataclass(frozen=True)
-class Unseen:
+class UndetectedDirections:
     """Directions of one model, on one side, that hardly show.
 
     Attributes:
@@ -41,18 +41,23 @@ class Unseen:
     moves: Tensor
 
 
-def unseen_directions(core: Core, noise_norm: float, least: Sequence[float] | None = None) -> tuple[Unseen, ...]:
+def undetected_directions(
+    operator: NormalOperator, noise_norm: float, least: Sequence[float] | None = None
+) -> tuple[UndetectedDirections, ...]:
     """What could have escaped, model by model, first on the rows' side and then on the columns'.
 
     Args:
-        core: The operator at the recovered spaces, float64.
+        operator: The operator at the recovered spaces, float64.
         noise_norm: Singular value from which a direction is told from noise.
         least: For each model, the singular value below which nothing is asked: models and sides where nothing can be
             stronger are left out, which is quick to see. None asks for all.
     """
     found = []
-    n = len(core.a)
-    rows, columns = (core.spectrum_V, core.inverse_G_V, core.b), (core.spectrum_U, core.inverse_G_U, core.a)
+    n = len(operator.a)
+    rows, columns = (
+        (operator.spectrum_V, operator.inverse_G_V, operator.b),
+        (operator.spectrum_U, operator.inverse_G_U, operator.a),
+    )
     for is_columns, (spectrum, inverse, coordinates) in ((False, rows), (True, columns)):
         # The least eigenvalue of G: no part of the inverse exceeds the whole.
         least_shown = n - float(spectrum[-1]) if len(spectrum) else float(n)
@@ -65,5 +70,5 @@ def unseen_directions(core: Core, noise_norm: float, least: Sequence[float] | No
             rho = (1 - shared[hard]).clamp(min=SMALLEST).sqrt()
             moves = torch.linalg.vector_norm(inverse @ vectors[:, hard], dim=0)
             order = rho.argsort()
-            found.append(Unseen(i, is_columns, noise_norm / rho[order], moves[order]))
+            found.append(UndetectedDirections(i, is_columns, noise_norm / rho[order], moves[order]))
     return tuple(found)

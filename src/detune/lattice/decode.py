@@ -12,7 +12,7 @@ from detune.lattice.intervals import Residual, View, views
 from detune.lattice.message_passing import sweep, sweep_each
 from detune.numerics.float_grid import spacing
 from detune.numerics.random import seeded
-from detune.problem.recovery import Expected
+from detune.problem.recovery import PredictedError
 from detune.problem.stack import Stack
 
 # An entry is certain if the probability of another grid point is below DOUBT with all variances SAFETY times as large.
@@ -52,7 +52,7 @@ class BaseBits:
 
     weight: Tensor
     certain: Tensor
-    expected: Expected
+    expected: PredictedError
     foreseeable: float
     relative_residual: float
     noise_ratio: float
@@ -133,7 +133,7 @@ def _exponent(step: Tensor) -> Tensor:
     return (torch.frexp(step)[1] + EXPONENTS // 2).clamp(0, EXPONENTS - 1).long()
 
 
-def _outlook(wrong: Tensor, entries: int) -> tuple[Expected, float]:
+def _outlook(wrong: Tensor, entries: int) -> tuple[PredictedError, float]:
     """The mean squared error, and the probability to be within a factor of two of its median.
 
     Wrong entries come one by one, and those with the longest steps weigh most: their numbers are Poisson numbers.
@@ -148,7 +148,7 @@ def _outlook(wrong: Tensor, entries: int) -> tuple[Expected, float]:
     median = float(sums.median())
     near = (sums >= median / 2) & (sums <= 2 * median)
     least, most = (float(sums.quantile(share)) for share in (OUTSIDE, 1 - OUTSIDE))
-    return Expected(median / entries, least / entries, most / entries), float(near.double().mean())
+    return PredictedError(median / entries, least / entries, most / entries), float(near.double().mean())
 
 
 def _off(strained: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def between_intervals(stack: Stack, start: Recovery, seed: int) -> Recovery:
         seed: Of the rows and columns that the sweep looks at.
 
     Returns:
-        The recovery; `saved_mse` says by how much it is better than least squares.
+        The recovery; `mse_reduction` says by how much it is better than least squares.
     """
     before = from_recovery(stack, start)
     assert before is not None
@@ -50,7 +50,7 @@ def between_intervals(stack: Stack, start: Recovery, seed: int) -> Recovery:
         deltas=tuple(e.low_rank for e in estimates),
         relative_residual=residual.relative,
         noise_ratio=residual.noise_ratio,
-        saved_mse=max(0.0, 1 - variance / weight.numel() / _least_squares_mse(stack, before))
+        mse_reduction=max(0.0, 1 - variance / weight.numel() / _least_squares_mse(stack, before))
         * _bound(stack, estimates),
     )
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from detune.fitting.ard import may_mislead, split_start
+from detune.fitting.ard import ard_start, nearly_share_a_direction
 from detune.lattice.decode import base_bits, cross_fitted
 from detune.lattice.estimate import Estimate, from_recovery
 from detune.lattice.holdout import HeldOut, calibrated, log10_false_positive, misfit
@@ -21,7 +21,7 @@ from detune.lattice.message_passing import sweep
 from detune.lattice.off_grid import between_intervals
 from detune.lattice.spectral_init import delta_scale, known_spaces, score_start, within
 from detune.numerics.float_grid import lies_on, name_of, spacing
-from detune.problem.recovery import Bits, NotRecoverable, Recovery, left_alone
+from detune.problem.recovery import DecodedBits, NotRecoverable, Recovery, left_alone
 from detune.problem.stack import Stack
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -66,7 +66,7 @@ class Fit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lattice:
+class LatticeSearch:
     """How to look for the base's bits.
 
     Attributes:
@@ -103,11 +103,11 @@ class Lattice:
             return self.refine_from(stack, start, rank)
         except NoGrid:
             if start is None or not any(
-                may_mislead(stack, side)
+                nearly_share_a_direction(stack, side)
                 for side in ([M_i.right for M_i in start.deltas], [M_i.left for M_i in start.deltas])
             ):
                 raise
-        return self.refine_from(stack, split_start(stack), rank)
+        return self.refine_from(stack, ard_start(stack), rank)
 
     def refine_from(self, stack: Stack, start: Recovery | None, rank: int | None = None) -> Recovery:
         """The same from this start and no other."""
@@ -201,7 +201,7 @@ class Lattice:
         known = start.ranks if start is not None and start.ranks else (1,) * stack.n
         deltas = tuple(e.significant if r else e.nothing for e, r in zip(estimates, known, strict=True))
         name = name_of(fit.grid)
-        bits = Bits(fit.grid, fit.log10_false_positive, found.certain, found.expected, found.foreseeable)
+        bits = DecodedBits(fit.grid, fit.log10_false_positive, found.certain, found.expected, found.foreseeable)
         before = f"{start.reason}; then " if start is not None else ""
         return Recovery(
             found.weight,

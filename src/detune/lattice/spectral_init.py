@@ -34,22 +34,22 @@ SMALL = 1024
 POWER_PASSES = 4
 
 
-class Spaces(NamedTuple):
+class FactorSpaces(NamedTuple):
     """Orthonormal bases that hold the factors of every `M_i`: `(out, .)` and `(in, .)`, float64."""
 
     left: Tensor
     right: Tensor
 
 
-def known_spaces(stack: Stack, rank: int | None) -> Spaces | None:
+def known_spaces(stack: Stack, rank: int | None) -> FactorSpaces | None:
     """Column and row space of `W_1 - W_2 = M_1 - M_2`, which hold those of both; None if it has no low rank."""
     rows, columns = (find_differences(s, rank, fold=False).of(0, 1) for s in (stack, stack.transposed))
     if rows.full_rank or columns.full_rank or not rows.rank or not columns.rank:
         return None
-    return Spaces(columns.basis, rows.basis)
+    return FactorSpaces(columns.basis, rows.basis)
 
 
-def within(estimates: Sequence[Estimate], spaces: Spaces | None) -> tuple[Estimate, ...]:
+def within(estimates: Sequence[Estimate], spaces: FactorSpaces | None) -> tuple[Estimate, ...]:
     """The estimates with their factors projected onto spaces that hold the true ones."""
     if spaces is None:
         return tuple(estimates)
@@ -98,7 +98,7 @@ def score_start(
     grid: torch.dtype,
     tau: float,
     rank: int | None = None,
-    spaces: Spaces | None = None,
+    spaces: FactorSpaces | None = None,
     used: Tensor | None = None,
 ) -> tuple[Estimate, ...] | None:
     """Estimates from the leading singular vectors of each model's score; None where nothing leads.
@@ -136,7 +136,9 @@ def score_start(
     return tuple(estimates)
 
 
-def _leading(score: Tensor, information: float, tau: float, rank: int | None, spaces: Spaces | None) -> Estimate | None:
+def _leading(
+    score: Tensor, information: float, tau: float, rank: int | None, spaces: FactorSpaces | None
+) -> Estimate | None:
     out, columns = score.shape
     if spaces is not None:
         core = spaces.left.mT @ score.double() @ spaces.right

@@ -9,17 +9,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detune.fitting.ard import may_mislead, split_start, within_reason
-from detune.fitting.descent import downhill
+from detune.fitting.ard import ard_start, nearly_share_a_direction, shrink_where_run_off
+from detune.fitting.descent import damped_gauss_newton
 from detune.fitting.differences import SIGNAL, Difference, Differences, find_differences
-from detune.fitting.gauss_newton import Polish, Polished
+from detune.fitting.gauss_newton import GaussNewton, GaussNewtonFit
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
-from detune.fitting.subspaces import Spaces, Unsplittable, find_spaces
+from detune.fitting.subspaces import RanksTooHigh, RowSpaces, find_spaces
 from detune.identifiability.principal_part import with_principal_part
-from detune.lattice import HALVES, UNSETTLED, Lattice, NoGrid
-from detune.methods.mixed_precision import FLOOR_RATIO, from_fine
+from detune.lattice import HALVES, UNSETTLED, LatticeSearch, NoGrid
+from detune.methods.mixed_precision import FLOOR_RATIO, solve_from_finest
 from detune.methods.spectral import Spectral
-from detune.problem.low_rank import LowRank, Space
+from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import NotRecoverable, Recovery, left_alone
 from detune.problem.stack import SMALL_ENTRIES, Stack
 from detune.ranks.search import select_ranks
@@ -52,21 +52,23 @@ class Auto:
     min_models: ClassVar[int] = 3
     working_copies: ClassVar[int] = 10
 
-    lattice: Lattice | None = field(default_factory=lambda: Lattice(grids=HALVES, sweeps=12, least_gain=0.1))
-    polish: Polish = field(default_factory=Polish)
+    lattice: LatticeSearch | None = field(
+        default_factory=lambda: LatticeSearch(grids=HALVES, sweeps=12, least_gain=0.1)
+    )
+    polish: GaussNewton = field(default_factory=GaussNewton)
     spectral: Spectral = field(default_factory=Spectral)
     seed: int = 0
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Choose and solve; see `Solver.solve`. The reason says which and why."""
-        of_fine = from_fine(stack, self._solve_fine, rank)
-        if of_fine is not None:
-            return of_fine
+        of_finest = solve_from_finest(stack, self._solve_finest, rank)
+        if of_finest is not None:
+            return of_finest
         first = find_differences(stack, rank, self.seed)
         bits = self._bits_at_once(first, rank)
         if bits is not None:
             return bits
-        found = within_reason(stack, with_principal_part(self._without_grid(first, rank)))
+        found = shrink_where_run_off(stack, with_principal_part(self._without_grid(first, rank)))
         if self.lattice is None or not found.deltas:
             return found
         try:
@@ -74,7 +76,7 @@ class Auto:
         except NoGrid:
             return self.lattice.without_grid(stack, found)
 
-    def _solve_fine(self, part: Stack, rank: int | None) -> Recovery:
+    def _solve_finest(self, part: Stack, rank: int | None) -> Recovery:
         """Of models that others are left out beside: one or two are enough only on a grid."""
         if part.n >= self.min_models:
             return self.solve(part, rank)
@@ -90,10 +92,10 @@ class Auto:
         stack, found = differences.stack, differences.by_pair.values()
         if self.lattice is None or not set(stack.rounded_dtypes) <= set(HALVES) or not any(map(_in_doubt, found)):
             return None
-        if not may_mislead(stack, [difference.basis for difference in found]):
+        if not nearly_share_a_direction(stack, [difference.basis for difference in found]):
             return None
         try:
-            return replace(self.lattice, most_misfits=UNSETTLED).refine_from(stack, split_start(stack), rank)
+            return replace(self.lattice, most_misfits=UNSETTLED).refine_from(stack, ard_start(stack), rank)
         except NoGrid:
             return None
 
@@ -106,7 +108,7 @@ class Auto:
         best, why_not = None, ""
         try:
             best = self._closed_form(first, rank)
-        except Unsplittable as why:
+        except RanksTooHigh as why:
             why_not = str(why)
         if best is not None or _in_a_crowd(first):
             best = self._look_again(stack, rank, best)
@@ -130,7 +132,7 @@ class Auto:
                 continue
             try:
                 again = self._closed_form(find_differences(stack, rank, self.seed, False, signal), rank)
-            except Unsplittable:
+            except RanksTooHigh:
                 continue
             except NotRecoverable:
                 break
@@ -165,7 +167,7 @@ class Auto:
         )
 
 
-def _best_step(spaces: Spaces, polished: Polished) -> WStep | None:
+def _best_step(spaces: RowSpaces, polished: GaussNewtonFit) -> WStep | None:
     """The W-step at the polished deltas, or at better ones where they did not converge; None where all ran off.
 
     Full steps wander where some direction is as good as undetermined. Shorter ones, which only matrices small enough
@@ -175,7 +177,7 @@ def _best_step(spaces: Spaces, polished: Polished) -> WStep | None:
         return w_step(spaces.stack, polished.deltas)
     options = [polished.deltas]
     if spaces.stack.shape[0] * spaces.stack.shape[1] <= SMALL_ENTRIES:
-        options.append(downhill(spaces.stack, spaces.bases))
+        options.append(damped_gauss_newton(spaces.stack, spaces.bases))
     most = RAN_OFF * _size(w_step_given_rows(spaces.stack, spaces.bases).deltas)
     steps = [w_step(spaces.stack, deltas) for deltas in options if _size(deltas) <= most]
     return min(steps, key=lambda step: step.noise_ratio, default=None)
@@ -211,7 +213,7 @@ def _fits_noise(recovery: Recovery, stack: Stack) -> bool:
     """Whether some delta is such noise: the better it fits, the worse the base."""
     rows = stack.shape[0]
     return any(
-        _is_crowded(Space.of(M_i).S, SIGNAL * 2**0.5 * float(stack.noise_norm(i, rows)), stack)
+        _is_crowded(SVDFactors.of(M_i).S, SIGNAL * 2**0.5 * float(stack.noise_norm(i, rows)), stack)
         for i, M_i in enumerate(recovery.deltas)
         if M_i.rank > FEW_DIRECTIONS
     )

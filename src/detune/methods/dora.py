@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from detune.fitting.differences import find_differences
-from detune.fitting.gauss_newton import Polish
+from detune.fitting.gauss_newton import GaussNewton
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import find_spaces
 from detune.methods.auto import Auto
@@ -71,7 +71,7 @@ class Scaled(LowRank):
 
 
 @dataclass(frozen=True)
-class RowScales:
+class DoRA:
     """Recovery up to one scale for each row, where every model has scaled rows as well: DoRA, IA³.
 
     Attributes:
@@ -82,7 +82,7 @@ class RowScales:
     min_models: ClassVar[int] = 3
     working_copies: ClassVar[int] = 10
 
-    polish: Polish = field(default_factory=Polish)
+    polish: GaussNewton = field(default_factory=GaussNewton)
     unscaled: Auto = field(default_factory=Auto)
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
@@ -137,7 +137,7 @@ class RowScales:
         noise = float(stack.noise.square().mean()) * (stack.n - 1) * weight.numel()
         return Recovery(
             weight,
-            "scaled",
+            "dora",
             f"the models on one scale for each {side}, closed form there; the base's own {len(guess)} scales are not "
             "in the data: those of the mean norm stand in",
             deltas,

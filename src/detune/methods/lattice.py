@@ -3,15 +3,15 @@
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from detune.lattice import Lattice, NoGrid
+from detune.lattice import LatticeSearch, NoGrid
 from detune.methods.auto import Auto
-from detune.methods.mixed_precision import from_fine
+from detune.methods.mixed_precision import solve_from_finest
 from detune.problem.recovery import Recovery
 from detune.problem.stack import Stack
 
 
 @dataclass(frozen=True)
-class OnGrid:
+class Lattice:
     """Recovery of a base that was stored in bf16, fp16 or float32, taken at that.
 
     With three models or more it starts from `Auto`'s answer; with two or one, from the entries' distance to the grid.
@@ -23,7 +23,7 @@ class OnGrid:
     min_models: ClassVar[int] = 1
     working_copies: ClassVar[int] = 10
 
-    lattice: Lattice = field(default_factory=Lattice)
+    lattice: LatticeSearch = field(default_factory=LatticeSearch)
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Recover the bits; see `Solver.solve`.
@@ -33,9 +33,9 @@ class OnGrid:
         """
         if stack.n < 3:
             return self.lattice.refine(stack, None, rank)
-        of_fine = from_fine(stack, self._solve_fine, rank)
-        if of_fine is not None:
-            return of_fine
+        of_finest = solve_from_finest(stack, self._solve_finest, rank)
+        if of_finest is not None:
+            return of_finest
         start = replace(Auto(), lattice=None).solve(stack, rank)
         if start.method == "unchanged":
             return start
@@ -44,5 +44,5 @@ class OnGrid:
         except NoGrid as why:
             return replace(start, reason=f"{start.reason}; {why}")
 
-    def _solve_fine(self, part: Stack, rank: int | None) -> Recovery:
+    def _solve_finest(self, part: Stack, rank: int | None) -> Recovery:
         return self.solve(part, rank) if part.n >= 3 else self.lattice.refine_from(part, None, rank)

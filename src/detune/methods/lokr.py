@@ -56,7 +56,7 @@ class Rearranged(LowRank):
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class LoKr:
     """Recovery where each `M_i` is a Kronecker product, or a sum of few: LoKr.
 
     Attributes:
@@ -104,7 +104,7 @@ class Kronecker:
             return moved
         return replace(
             moved,
-            method=f"kronecker+{recovery.method}",
+            method=f"lokr+{recovery.method}",
             reason=f"factors of {a}x{b} and {stack.shape[0] // a}x{stack.shape[1] // b}: rearranged, {recovery.reason}",
             deltas=tuple(Rearranged(M_i.left, M_i.right, blocks, stack.shape) for M_i in recovery.deltas),
         )

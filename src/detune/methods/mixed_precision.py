@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 
 from detune.fitting.differences import find_differences
-from detune.fitting.normal_operator import Core
-from detune.identifiability.null_space import blurs, undetermined
+from detune.fitting.normal_operator import NormalOperator
+from detune.identifiability.null_space import basis_error_variances, undetermined
 from detune.numerics.linalg import thin_svd
-from detune.problem.low_rank import LowRank, Space
+from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import NotLowRank, NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
@@ -28,7 +28,7 @@ ROUNDED_TWICE = 2**0.5
 Solve = Callable[[Stack, int | None], Recovery]
 
 
-def from_fine(stack: Stack, solve: Solve, rank: int | None) -> Recovery | None:
+def solve_from_finest(stack: Stack, solve: Solve, rank: int | None) -> Recovery | None:
     """The answer of the finely stored models, with the deltas of all.
 
     Args:
@@ -59,21 +59,21 @@ def from_fine(stack: Stack, solve: Solve, rank: int | None) -> Recovery | None:
         deltas=tuple(deltas[i] for i in sorted(deltas)),
         ranks=tuple(deltas[i].rank for i in sorted(deltas)),
         residuals=None,
-        of_models=fine,
+        source_models=fine,
     )
 
 
-def fine_part(stack: Stack, recovery: Recovery) -> tuple[Stack, Recovery]:
-    """The models that an answer of `from_fine` is from, and that answer with no others' deltas."""
-    chosen = recovery.of_models if recovery.deltas else ()
+def finest_part(stack: Stack, recovery: Recovery) -> tuple[Stack, Recovery]:
+    """The models that an answer of `solve_from_finest` is from, and that answer with no others' deltas."""
+    chosen = recovery.source_models if recovery.deltas else ()
     deltas = tuple(recovery.deltas[i] for i in chosen)
     ranks = tuple(recovery.ranks[i] for i in chosen)
-    return stack.part(recovery.of_models), replace(recovery, deltas=deltas, ranks=ranks, of_models=())
+    return stack.part(recovery.source_models), replace(recovery, deltas=deltas, ranks=ranks, source_models=())
 
 
 def _fine_models(stack: Stack) -> tuple[int, ...]:
     steps = [torch.finfo(dtype).eps for dtype in stack.rounded_dtypes]
-    if stack.told_noise:
+    if stack.noise_override:
         return tuple(range(stack.n))
     return tuple(i for i, step in enumerate(steps) if step <= COARSE * min(steps))
 
@@ -84,16 +84,16 @@ def _is_enough(part: Stack, found: Recovery) -> bool:
         return True
     if found.noise_ratio is None or found.noise_ratio > FLOOR_RATIO:
         return False
-    spaces = [Space.of(M_i) for M_i in found.deltas]
-    core = Core.of([space.U for space in spaces], [space.V for space in spaces])
-    return not undetermined(core, *blurs(part, spaces))
+    spaces = [SVDFactors.of(M_i) for M_i in found.deltas]
+    operator = NormalOperator.of([space.U for space in spaces], [space.V for space in spaces])
+    return not undetermined(operator, *basis_error_variances(part, spaces))
 
 
 def _left_over(stack: Stack, model: int, found: Recovery, rank: int | None) -> LowRank:
     """What a model differs from the answer by, as far as it stands over its noise."""
     W_i = stack.matrices[model]
     noise = ROUNDED_TWICE * float(stack.noise[model])
-    pair = Stack((found.weight.to(W_i.device), W_i), stack.dtype, stack.device, told_noise=(0.0, noise))
+    pair = Stack((found.weight.to(W_i.device), W_i), stack.dtype, stack.device, noise_override=(0.0, noise))
     difference = find_differences(pair).of(0, 1)
     if difference.full_rank:
         raise NotLowRank((difference.pair,), stack.shape)

@@ -27,7 +27,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Sparse:
+class SHiRA:
     """Entry by entry the value that most models have.
 
     Where no two agree, the median stands in if one model is likely to have the base's value, else the mean.
@@ -73,7 +73,7 @@ class Sparse:
         weight = torch.where(agreed, elected.view(dtype).to(stack.dtype), fallback)
         return Recovery(
             weight,
-            "sparse",
+            "shira",
             "entry by entry the bits that most models have"
             + (f"; the {'mean' if alone else 'median'} stands in for {missing} without" if missing else ""),
             agreed=agreed,

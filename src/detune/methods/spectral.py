@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detune.fitting.differences import find_differences
 from detune.fitting.least_squares import w_step
-from detune.fitting.projected_stack import JointCore
+from detune.fitting.projected_stack import ProjectedStack
 from detune.numerics.linalg import randomized_svd
 from detune.numerics.random import seeded
 from detune.problem.low_rank import LowRank
@@ -112,7 +112,7 @@ class Spectral:
                 raise NotLowRank(differences.full_rank_pairs, stack.shape)
             rank = rank or max(differences.ranks)
         rank = max(1, min(rank, *stack.shape))
-        core = JointCore.of(stack, rank, self.seed) if self.on_core else None
+        core = ProjectedStack.of(stack, rank, self.seed) if self.on_core else None
         models = core.cores if core else torch.stack([W_i.to(stack.device, stack.dtype) for W_i in stack.matrices])
         stack.require_finite(models.sum())
         deltas = self.alternate(models, rank)

@@ -59,7 +59,7 @@ class Frozen(LowRank):
 
 
 @dataclass(frozen=True)
-class FrozenFactors:
+class VeRA:
     """Recovery where each adapter scales the rows and the rank's directions of frozen factors from a seed: VeRA.
 
     Attributes:

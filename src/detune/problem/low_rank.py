@@ -7,7 +7,7 @@ from torch import Tensor
 
 from detune.numerics.linalg import gram, product, qr
 
-__all__ = ["LowRank", "Space"]
+__all__ = ["LowRank", "SVDFactors"]
 
 # Singular values below this share of a delta's largest are rounding.
 ROUNDING = 1e-13
@@ -46,7 +46,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Space:
+class SVDFactors:
     """A recovered delta as `U diag(S) V^T`.
 
     Attributes:
@@ -60,7 +60,7 @@ class Space:
     V: Tensor
 
     @classmethod
-    def of(cls, M_i: LowRank, dtype: torch.dtype = torch.float64) -> "Space":
+    def of(cls, M_i: LowRank, dtype: torch.dtype = torch.float64) -> "SVDFactors":
         """Directions that rounding alone gave are dropped.
 
         Args:

@@ -47,7 +47,7 @@ class NotLowRank(NotRecoverable):
 
 
 @dataclass(frozen=True)
-class Expected:
+class PredictedError:
     """A mean squared error per entry that nobody has measured.
 
     Attributes:
@@ -62,7 +62,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Bits:
+class DecodedBits:
     """What is known of the bits that the base was stored in.
 
     Attributes:
@@ -78,7 +78,7 @@ class Bits:
     grid: torch.dtype
     log10_false_positive: float
     certain: Tensor
-    expected: Expected
+    expected: PredictedError
     foreseeable: float
 
     @property
@@ -143,11 +143,11 @@ class Recovery:
     relative_residual: float | None = None
     noise_ratio: float | None = None
     steps: int = 0
-    bits: Bits | None = None
-    saved_mse: float = 0.0
+    bits: DecodedBits | None = None
+    mse_reduction: float = 0.0
     residuals: Residuals | None = None
     agreed: Tensor | None = None
-    of_models: tuple[int, ...] = ()
+    source_models: tuple[int, ...] = ()
 
 
 def left_alone(stack: Stack, model: int, sign: str) -> Recovery:

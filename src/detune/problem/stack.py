@@ -91,7 +91,7 @@ class Stack:
     matrices: tuple[Tensor, ...]
     dtype: torch.dtype
     device: torch.device
-    told_noise: tuple[float, ...] = ()
+    noise_override: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -190,8 +190,8 @@ class Stack:
 
     def part(self, models: Sequence[int]) -> "Stack":
         """The stack of some of the models, in that order."""
-        told = tuple(self.told_noise[i] for i in models) if self.told_noise else ()
-        return replace(self, matrices=tuple(self.matrices[i] for i in models), told_noise=told)
+        told = tuple(self.noise_override[i] for i in models) if self.noise_override else ()
+        return replace(self, matrices=tuple(self.matrices[i] for i in models), noise_override=told)
 
     @cached_property
     def transposed(self) -> "Stack":
@@ -242,10 +242,10 @@ class Stack:
     @cached_property
     def _variances(self) -> list[Tensor]:
         """Noise variance of some rows of each model, `(rows, in)`, float64."""
-        if self.told_noise:
+        if self.noise_override:
             return [
                 torch.full_like(sample_rows(W_i), noise**2, dtype=torch.float64)
-                for W_i, noise in zip(self.matrices, self.told_noise, strict=True)
+                for W_i, noise in zip(self.matrices, self.noise_override, strict=True)
             ]
         return [storage_variance(sample) for sample in as_rounded([sample_rows(W_i) for W_i in self.matrices])]
 

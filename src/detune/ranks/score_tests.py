@@ -29,7 +29,7 @@ LEAST_SHARE = 0.02
 
 
 @dataclass(frozen=True)
-class Claim:
+class AddCandidate:
     """A direction that a model's residual shows over the noise.
 
     Attributes:
@@ -44,7 +44,7 @@ class Claim:
     u: Tensor
     v: Tensor
 
-    def same_as(self, other: "Claim") -> bool:
+    def same_as(self, other: "AddCandidate") -> bool:
         """Whether it may be the other model's direction showing through."""
         return self.model != other.model and (
             float(self.u @ other.u) ** 2 > SAME or float(self.v @ other.v) ** 2 > SAME
@@ -52,7 +52,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Doubt:
+class DropCandidate:
     """The direction of a model that explains least.
 
     Attributes:
@@ -66,7 +66,7 @@ class Doubt:
     without: Tensor
 
 
-def claims_of(fit: Fit, floors: Sequence[float], least: float, first: float) -> list[Claim]:
+def add_candidates(fit: Fit, floors: Sequence[float], least: float, first: float) -> list[AddCandidate]:
     """What the residuals show, the strongest first.
 
     Args:
@@ -89,11 +89,11 @@ def claims_of(fit: Fit, floors: Sequence[float], least: float, first: float) -> 
             if strength <= (least if fit.ranks[i] else first):
                 break
             v = right.whiten(u[None] @ Z, i)[0]
-            claims.append(Claim(strength, i, u, v / v.norm()))
+            claims.append(AddCandidate(strength, i, u, v / v.norm()))
     return sorted(claims, key=lambda claim: -claim.strength)
 
 
-def doubts_of(fit: Fit, floors: Sequence[float]) -> list[Doubt]:
+def drop_candidates(fit: Fit, floors: Sequence[float]) -> list[DropCandidate]:
     """Every model's weakest direction, the most doubtful first.
 
     Args:
@@ -111,7 +111,7 @@ def doubts_of(fit: Fit, floors: Sequence[float]) -> list[Doubt]:
         else:
             M_i = fit.deltas[i]
             rest = orthonormal(M_i.right @ (M_i.left.mT @ column.others)) if M_i.rank > 1 else row.others
-        doubts.append(Doubt(min(row.rise, column.rise) / floors[i], i, rest))
+        doubts.append(DropCandidate(min(row.rise, column.rise) / floors[i], i, rest))
     return sorted(doubts, key=lambda doubt: doubt.strength)
 
 
@@ -187,7 +187,7 @@ def whitened_residuals(fit: Fit) -> list[Tensor]:
     return [left.whiten(right.whiten(fit.residual[i], i).mT, i).mT * (1 - 1 / n) ** 0.5 for i in range(n)]
 
 
-def granted(fit: Fit, claims: Sequence[Claim]) -> list[Tensor]:
+def add_directions(fit: Fit, claims: Sequence[AddCandidate]) -> list[Tensor]:
     """The row spaces with the claimed directions."""
     V = list(fit.V)
     for claim in claims:
@@ -196,7 +196,7 @@ def granted(fit: Fit, claims: Sequence[Claim]) -> list[Tensor]:
     return V
 
 
-def without(fit: Fit, doubts: Sequence[Doubt]) -> list[Tensor]:
+def drop_directions(fit: Fit, doubts: Sequence[DropCandidate]) -> list[Tensor]:
     """The row spaces without the doubtful directions."""
     V = list(fit.V)
     for doubt in doubts:
@@ -204,7 +204,7 @@ def without(fit: Fit, doubts: Sequence[Doubt]) -> list[Tensor]:
     return V
 
 
-def regauged(fit: Fit) -> Iterator[list[Tensor]]:
+def reassign_shared_direction(fit: Fit) -> Iterator[list[Tensor]]:
     """The row spaces with what all models but one have in common taken from them and given to that one.
 
     A direction `u v^T` that all M_i lack or hold too much of is a change of W. A fit can have taken it for one of every
@@ -239,9 +239,9 @@ def _most_shared(spaces: Sequence[Tensor]) -> _Shared:
     return _Shared(directions[:, 0], float(S[0]) ** 2 / len(spaces))
 
 
-def strongest_by_model(claims: Sequence[Claim]) -> list[Claim]:
+def strongest_by_model(claims: Sequence[AddCandidate]) -> list[AddCandidate]:
     """Each model's first claim, in the order given."""
-    first: dict[int, Claim] = {}
+    first: dict[int, AddCandidate] = {}
     for claim in claims:
         first.setdefault(claim.model, claim)
     return list(first.values())

@@ -25,18 +25,18 @@ from torch import Tensor
 
 from detune.fitting.descent import ENOUGH, Fit, centred, descend
 from detune.fitting.differences import find_differences
-from detune.fitting.subspaces import Spaces, intersect
+from detune.fitting.subspaces import RowSpaces, intersect
 from detune.problem.stack import SMALL_ENTRIES, Stack
 from detune.ranks.score_tests import (
-    Claim,
-    Doubt,
-    claims_of,
-    doubts_of,
-    granted,
-    regauged,
+    AddCandidate,
+    DropCandidate,
+    add_candidates,
+    add_directions,
+    drop_candidates,
+    drop_directions,
+    reassign_shared_direction,
     strongest_by_model,
     whitened_residuals,
-    without,
 )
 
 # Noise alone reaches 1, and a little more where the fit bends to it.
@@ -73,7 +73,7 @@ BAD_START = 10.0
 UNEQUAL_NOISE = 2.0
 
 
-def select_ranks(spaces: Spaces, rank: int | None = None) -> Spaces:
+def select_ranks(spaces: RowSpaces, rank: int | None = None) -> RowSpaces:
     """Spaces with the ranks of least penalised misfit.
 
     Left as they are where the stack is large (more than a million entries a matrix: it is held in float64), where
@@ -148,7 +148,7 @@ class _Search:
     def _cleared(self, fit: Fit, least: float = 1.0) -> Fit:
         """Without what stands over its own model's noise by less, although it lowers the misfit."""
         while below := self._doubtful(fit, least):
-            fit = self._fit(without(fit, below[:1]))
+            fit = self._fit(drop_directions(fit, below[:1]))
         return fit
 
     def _without_patterns(self, fit: Fit) -> Fit:
@@ -159,7 +159,7 @@ class _Search:
         """
         sure = fit
         while doubtful := self._doubtful(sure, DOUBTFUL):
-            sure = self._fit(without(sure, doubtful))
+            sure = self._fit(drop_directions(sure, doubtful))
         patterns = torch.stack([_above(error, self.floor) for error in self._errors(sure)])
         if not bool(patterns.any()):
             return fit
@@ -193,7 +193,7 @@ class _Search:
         unsure = EXCHANGED if self.stack.n <= FEW_MODELS else DOUBTFUL
         if self._doubtful(fit, unsure):
             fit = self._searched(fit, unsure)
-        while (better := self._regauged(fit)) is not None:
+        while (better := self._reassigned(fit)) is not None:
             fit = better
         return fit
 
@@ -204,9 +204,9 @@ class _Search:
             doubtful = self._doubtful(fit, DOUBTFUL + MORE_DOUBTFUL * round_)
             if not doubtful:
                 break
-            fewer = self._fit(without(fit, doubtful))
+            fewer = self._fit(drop_directions(fit, doubtful))
             if round_ >= DEEPER:
-                fewer = self._fit(without(fewer, self._doubtful(fewer, DOUBTFUL)))
+                fewer = self._fit(drop_directions(fewer, self._doubtful(fewer, DOUBTFUL)))
             again = self._grow(fewer, careful=True)
             if self._penalised(again) < self._penalised(fit):
                 fit = again
@@ -249,40 +249,42 @@ class _Search:
 
     def _moves(self, fit: Fit, careful: bool) -> Iterator[list[Tensor]]:
         """Row spaces to try next, the most promising first."""
-        claims = claims_of(fit, self.floors, CLEAR, NEARLY)
-        together: list[Claim] = []
+        claims = add_candidates(fit, self.floors, CLEAR, NEARLY)
+        together: list[AddCandidate] = []
         for claim in claims:
             if claim.strength >= STRONG * claims[0].strength and not any(map(claim.same_as, together)):
                 together.append(claim)
         if len(together) > 1 and not careful:
-            yield granted(fit, together)
+            yield add_directions(fit, together)
         for claim in strongest_by_model(claims)[:3]:
-            yield granted(fit, [claim])
-        for doubt in doubts_of(fit, self.floors)[:2]:
+            yield add_directions(fit, [claim])
+        for doubt in drop_candidates(fit, self.floors)[:2]:
             if doubt.strength < DOUBTFUL:
-                yield without(fit, [doubt])
+                yield drop_directions(fit, [doubt])
 
     def _exchanged(self, fit: Fit, unsure: float) -> Fit | None:
         """A better fit with a weak claim granted or a doubtful direction given to another model; None without one."""
-        for claim in strongest_by_model(claims_of(fit, self.floors, NEARLY, NEARLY))[:3]:
-            moved = self._fit_allowed(granted(fit, [claim]))
+        for claim in strongest_by_model(add_candidates(fit, self.floors, NEARLY, NEARLY))[:3]:
+            moved = self._fit_allowed(add_directions(fit, [claim]))
             if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
                 return moved
         for doubt in self._doubtful(fit, unsure)[:MOST_EXCHANGED]:
-            fewer = self._fit(without(fit, [doubt]))
-            claims = [claim for claim in claims_of(fewer, self.floors, NEARLY, NEARLY) if claim.model != doubt.model]
+            fewer = self._fit(drop_directions(fit, [doubt]))
+            claims = [
+                claim for claim in add_candidates(fewer, self.floors, NEARLY, NEARLY) if claim.model != doubt.model
+            ]
             for claim in strongest_by_model(claims)[:3]:
-                moved = self._fit_allowed(granted(fewer, [claim]))
+                moved = self._fit_allowed(add_directions(fewer, [claim]))
                 if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
                     return moved
         return None
 
-    def _regauged(self, fit: Fit) -> Fit | None:
+    def _reassigned(self, fit: Fit) -> Fit | None:
         """A better fit after what all models but one share is given to that one; None without one.
 
         No step of one direction leads there: one out of four models and into the fifth, for instance.
         """
-        for V in regauged(fit):
+        for V in reassign_shared_direction(fit):
             moved = self._fit_allowed(V)
             moved = moved and self._cleared(self._grow(moved))
             if moved and self._penalised(moved) < self._penalised(fit) - WORTHWHILE:
@@ -300,9 +302,9 @@ class _Search:
         changed = sum(rank > 0 for rank in fit.ranks)
         return fit.misfit / self.floor**2 + CLEAR**2 * (sum(fit.ranks) - changed) + FIRST**2 * changed
 
-    def _doubtful(self, fit: Fit, below: float) -> list[Doubt]:
+    def _doubtful(self, fit: Fit, below: float) -> list[DropCandidate]:
         """The weakest directions of fewer floors than that."""
-        return [doubt for doubt in doubts_of(fit, self.floors) if doubt.strength < below]
+        return [doubt for doubt in drop_candidates(fit, self.floors) if doubt.strength < below]
 
 
 def _above(error: Tensor, floor: float) -> Tensor:

@@ -120,7 +120,7 @@ def recover(
     finished by calling it again.
 
     Models that do not share a source with most are left out, and the report says so; the first of the others gives the
-    layout. `mean`, `single`, `kronecker`, `scaled`, `sparse` and `vera` take the models as they are.
+    layout. `mean`, `single`, `lokr`, `dora`, `shira` and `vera` take the models as they are.
 
     Args:
         models: Directories, files, Hub ids or `BASE+ADAPTER`; see `detune.checkpoints.open_checkpoint`.

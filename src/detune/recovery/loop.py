@@ -15,7 +15,7 @@ from detune.compatibility.model_set import Family, damaged
 from detune.methods import Auto
 from detune.numerics.device import full_precision
 from detune.numerics.float_grid import name_of
-from detune.problem import Bits, NonFinite
+from detune.problem import DecodedBits, NonFinite
 from detune.recovery.report import Status, TensorRow
 from detune.recovery.scheduler import Lanes, Load
 
@@ -43,7 +43,7 @@ class Answer:
     relative_residual: float | None = None
     noise_ratio: float | None = None
     certificate: Certificate | None = None
-    bits: Bits | None = None
+    bits: DecodedBits | None = None
 
     def row(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], seconds: float) -> TensorRow:
         """The report's row."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from detune.certificate.certify import certify
 from detune.certificate.jackknife import Solve
 from detune.compatibility.low_rank_test import SMALLEST, split
-from detune.methods import Mean, OnGrid, Single
+from detune.methods import Lattice, Mean, Single
 from detune.methods.auto import unchanged
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.problem.stack import matricise
@@ -100,7 +100,7 @@ def _solve_vector(stack: Stack, solver: Solver, stored: torch.dtype) -> tuple[An
     if stack.n >= 3:
         untouched = unchanged(stack)
     else:
-        untouched = solver.lattice.untouched(stack) if isinstance(solver, OnGrid) else None
+        untouched = solver.lattice.untouched(stack) if isinstance(solver, Lattice) else None
     if untouched is not None:
         return _certified(stack, untouched, stored)
     answer, weight = _answer(Mean().solve(stack), Status.AVERAGED)
