@@ -3,10 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import resource
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,28 +219,28 @@ def test_a_file_that_comes_back_otherwise_is_named(packed, tmp_path):
         ("base/", "tensor '.*' of model-0"),
         ("factors/2/", "tensor 'layer.*' of model-2"),
         ("files/0", "file 'config.json' of model-0"),
-        ("manifest.json", "its manifest"),
+        ("manifest.json", "the manifest"),
     ],
 )
 def test_a_missing_or_damaged_member_is_named(packed, tmp_path, kind, what):
     with zipfile.ZipFile(packed) as archive:
         member = next(name for name in archive.namelist() if name.startswith(kind))
     rewrite(packed, lambda members: members.update({member: members[member][:-5]}))
-    refuse(packed, tmp_path, f"pack is damaged in {what}|of model-. does not come back")
+    refuse(packed, tmp_path, f"{what} in .*pack is damaged|of model-. does not come back")
     rewrite(packed, lambda members: members.pop(member))
-    refuse(packed, tmp_path, f"pack is damaged in {what}.*no item named")
+    refuse(packed, tmp_path, f"{what} in .*pack is damaged.*no item named")
 
 
 @pytest.mark.parametrize("path", ["../evil", "/tmp/evil", "a/../../evil", "", ".", "a//b", "..\\evil"])
 def test_a_pack_writes_nowhere_else(packed, tmp_path, path):
     edit_manifest(packed, lambda manifest: manifest["models"][0]["files"][0].update(path=path))
-    refuse(packed, tmp_path, "damaged in its manifest; a file is to go to")
+    refuse(packed, tmp_path, "the manifest in .*pack is damaged; ValueError: a file is to go to")
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "model-1"])
 def test_a_pack_has_one_directory_for_each_model(packed, tmp_path, name):
     edit_manifest(packed, lambda manifest: manifest["models"][0].update(name=name))
-    refuse(packed, tmp_path, "damaged in its manifest; (a file is to go to|a model is to go|two files have one name)")
+    refuse(packed, tmp_path, "is damaged; ValueError: (a file is to go to|a model is to go|two files have one name)")
 
 
 @pytest.mark.parametrize(
@@ -252,13 +255,89 @@ def test_a_pack_has_one_directory_for_each_model(packed, tmp_path, name):
 )
 def test_another_manifest_is_refused(packed, tmp_path, change, message):
     edit_manifest(packed, change)
-    refuse(packed, tmp_path, f"damaged in its manifest; .*{message}")
+    refuse(packed, tmp_path, f"the manifest in .*pack is damaged; .*{message}")
 
 
 @pytest.mark.parametrize("change", [{"index": 99}, {"rank": 50}, {"dtype": "F64"}, {"exponent": 2000}])
 def test_a_tensor_told_wrongly_is_refused(packed, tmp_path, change):
     edit_manifest(packed, lambda manifest: manifest["models"][0]["tensors"]["layer.0.weight"].update(change))
-    refuse(packed, tmp_path, r"damaged in tensor 'layer.0.weight' of model-0|of model-0 does not come back")
+    refuse(
+        packed,
+        tmp_path,
+        r"tensor 'layer.0.weight' of model-0 in .* is damaged|of model-0 does not come|the manifest in .* is damaged",
+    )
+
+
+# Zeros that zstd brings from a gigabyte to some kilobytes.
+BOMB_BYTES = 2**30
+
+
+@pytest.fixture(scope="module")
+def bomb() -> bytes:
+    compressor = zstandard.ZstdCompressor().compressobj()
+    block = bytes(2**24)
+    return b"".join(compressor.compress(block) for _ in range(BOMB_BYTES // len(block))) + compressor.flush()
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("files/0", r"file 'config.json' of model-0 in .* is damaged|'config.json' of model-0 does not come back"),
+        ("base/0", r"tensor '.*' of model-0 in .* is damaged; ValueError: base/0 has more of \d+ bytes"),
+        ("factors/0/", r"tensor '.*' of model-0 in .* is damaged; ValueError: factors/0/\d has more of \d+ bytes"),
+        ("manifest.json", r"the manifest in .* is damaged; ValueError: it has more than \d+ bytes"),
+    ],
+)
+def test_no_more_is_unpacked_than_was_declared(packed, tmp_path, bomb, member, message):
+    with zipfile.ZipFile(packed) as archive:
+        name = next(name for name in archive.namelist() if name.startswith(member))
+    rewrite(packed, lambda members: members.update({name: bomb}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refuse(packed, tmp_path, message)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BOMB_BYTES / 4
+
+
+def test_a_pack_that_grows_beyond_reason_is_refused(packed, tmp_path):
+    edit_manifest(packed, lambda manifest: manifest["models"][0]["files"][0].update(size_bytes=2**40))
+    refuse(packed, tmp_path, r"pack would grow from \d+ bytes to 10995\d+; expected at most 1000 times as much")
+
+
+def test_a_pack_that_the_disk_cannot_hold_is_refused(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+    with pytest.raises(OutputError, match=r"no space left for .*again; it needs \d+ bytes and .* has 5000 available"):
+        detune.unpack(packed, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(models={}),
+        lambda m: m["models"].append(3),
+        lambda m: m["models"][0].update(tensors=[]),
+        lambda m: m["models"][0].update(name=3),
+        lambda m: m["models"][0].update(spec="\ud800"),
+        lambda m: m["models"][0].update(files="all"),
+        lambda m: m["models"][0]["files"][0].update(size_bytes="55"),
+        lambda m: m["models"][0]["files"][0].update(size_bytes=-1),
+        lambda m: m["models"][0]["files"][0].update(size_bytes=2**70),
+        lambda m: m["models"][0]["files"][0].update(spans=None),
+        lambda m: m["models"][0]["files"][1]["spans"][0].update(offset=1.5),
+        lambda m: m["models"][0]["files"][1]["spans"][0].update(offset=10**6),
+        lambda m: m["models"][0]["files"][1]["spans"][0].update(tensor="none"),
+        lambda m: m["models"][0]["files"][1]["spans"][1].update(offset=1),
+        lambda m: m["base"][0].update(shape=[2**70]),
+        lambda m: m["base"][0].update(shape=[2**40, 2**40]),
+        lambda m: m["base"][0].update(shape="ab"),
+        lambda m: m["base"][0].update(dtype=[]),
+        lambda m: m["models"][0]["tensors"]["layer.0.weight"].update(index=-1),
+        lambda m: m["models"][0]["tensors"]["layer.0.weight"].update(rank=10**9),
+        lambda m: m["models"][0]["tensors"]["layer.0.weight"].update(exponent=10**400),
+    ],
+)
+def test_a_manifest_of_other_kinds_is_refused(packed, tmp_path, change):
+    edit_manifest(packed, change)
+    refuse(packed, tmp_path, r"^((the manifest|tensor '.*' of model-0) in .*pack is damaged; |tensor '.*' has)[^\n]*$")
 
 
 def test_other_files_are_no_packs(fine, tmp_path):
@@ -266,7 +345,7 @@ def test_other_files_are_no_packs(fine, tmp_path):
     refuse(tmp_path / "absent", tmp_path, "cannot read .*absent")
     with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
         archive.writestr("hello", "world")
-    refuse(tmp_path / "zip", tmp_path, "damaged in its manifest.*no item named 'manifest.json'")
+    refuse(tmp_path / "zip", tmp_path, "the manifest in .*zip is damaged.*no item named 'manifest.json'")
 
 
 # --- refusals of `pack` ---

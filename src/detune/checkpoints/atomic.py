@@ -10,7 +10,17 @@ from pathlib import Path
 
 from detune.errors import OutputError
 
-__all__ = ["FULL", "check_new", "hidden", "move_into_place", "new_directory", "new_file", "reported", "sync"]
+__all__ = [
+    "FULL",
+    "check_new",
+    "hidden",
+    "move_into_place",
+    "new_directory",
+    "new_file",
+    "reported",
+    "require_space",
+    "sync",
+]
 
 # What a full disk or quota says.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -121,6 +131,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_space(out: Path, needed_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        out: What is to be made.
+        needed_bytes: What is still to be written of it.
+
+    Raises:
+        OutputError: There is less space.
+    """
+    available = shutil.disk_usage(_existing(out.parent)).free
+    if available < needed_bytes:
+        raise OutputError(
+            f"no space left for {out}",
+            f"it needs {needed_bytes} bytes and {out.parent} has {available} available",
+            "free some space or choose another disk",
+        )
 
 
 @contextmanager

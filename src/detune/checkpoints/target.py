@@ -1,9 +1,9 @@
 """Where a checkpoint goes, and what may be lost there."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from detune.checkpoints.atomic import require_space
 from detune.checkpoints.headers import PICKLE_SUFFIXES
 from detune.errors import OutputError
 
@@ -65,13 +65,7 @@ class Target:
         Raises:
             OutputError: There is less space.
         """
-        available = shutil.disk_usage(self.out.parent).free
-        if available < needed_bytes:
-            raise OutputError(
-                f"no space left for {self.out}",
-                f"it needs {needed_bytes} bytes and {self.out.parent} has {available} available",
-                "free some space or choose another disk",
-            )
+        require_space(self.out, needed_bytes)
 
 
 def _require_checkpoint(out: Path) -> None:

@@ -4,13 +4,14 @@ import io
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from detune._runtime import needs_extra
-from detune.errors import InputError
+from detune.checkpoints.blocks import open_regular
+from detune.errors import InputError, parsing
 from detune.packing.layout import Compressor
 
 LEVEL = 1
@@ -20,6 +21,9 @@ USUAL_LEVEL = 3
 """What zstd does unless told otherwise: what a pack is compared with."""
 
 MANIFEST = "manifest.json"
+
+# Some 400,000 tensors in all models together.
+MAX_MANIFEST_BYTES = 64 * 2**20
 
 _DAMAGED = "copy the pack again, or pack the models anew"
 
@@ -91,6 +95,10 @@ class ArchiveReader:
     Args:
         path: The file.
 
+    Attributes:
+        path: As given.
+        size_bytes: Its size.
+
     Raises:
         InputError: It is no pack, or is damaged.
         DetuneError: The extra `pack` is not installed.
@@ -102,25 +110,44 @@ class ArchiveReader:
         self.path = path
         self._zstandard: Any = zstandard
         self._decompressor = zstandard.ZstdDecompressor()
-        try:
-            self._zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise InputError(f"{path} is no pack, or is truncated", str(error), _DAMAGED) from error
-        except OSError as error:
-            raise InputError(f"cannot read {path}", str(error.strerror or error), "check the path") from error
+        with parsing(path, _DAMAGED):
+            open_regular(path).close()
+            self.size_bytes = path.stat().st_size
+            try:
+                self._zip = zipfile.ZipFile(path)
+            except zipfile.BadZipFile as error:
+                raise InputError(f"{path} is no pack, or is truncated", str(error), _DAMAGED) from error
 
-    def read(self, member: str, what: str) -> bytes:
+    def read(self, member: str, what: str, size_bytes: int) -> bytes:
         """One member.
 
         Args:
             member: Its name.
             what: What it is to the user, for messages: a tensor, a file.
+            size_bytes: Its size, as the manifest has it; no more is read.
 
         Raises:
-            InputError: It is missing or damaged.
+            InputError: It is missing or damaged, or has another size.
         """
         with self.open(member, what) as stream:
-            return stream.read()
+            data = stream.read(size_bytes + 1)
+            if len(data) != size_bytes:
+                raise ValueError(
+                    f"{member} has {'more' if len(data) > size_bytes else len(data)} of {size_bytes} bytes"
+                )
+        return data
+
+    def read_manifest(self) -> bytes:
+        """The member that tells what the others are.
+
+        Raises:
+            InputError: It is missing or damaged, or larger than `MAX_MANIFEST_BYTES`.
+        """
+        with self.open(MANIFEST, "the manifest") as stream:
+            data = stream.read(MAX_MANIFEST_BYTES + 1)
+            if len(data) > MAX_MANIFEST_BYTES:
+                raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
+        return data
 
     @contextmanager
     def open(self, member: str, what: str) -> Iterator[IO[bytes]]:
@@ -128,26 +155,9 @@ class ArchiveReader:
         with self.checked(what), self._zip.open(member) as frame, self._decompressor.stream_reader(frame) as stream:
             yield io.BufferedReader(stream)
 
-    @contextmanager
-    def checked(self, what: str) -> Iterator[None]:
+    def checked(self, what: str) -> AbstractContextManager[None]:
         """Name the pack and `what` where its content cannot be made sense of."""
-        try:
-            yield
-        except (
-            zipfile.BadZipFile,
-            self._zstandard.ZstdError,
-            LookupError,
-            ValueError,
-            TypeError,
-            ArithmeticError,
-            EOFError,
-            RuntimeError,
-        ) as error:
-            raise InputError(
-                f"{self.path} is damaged in {what}", str(error) or type(error).__name__, _DAMAGED
-            ) from error
-        except OSError as error:
-            raise InputError(f"cannot read {self.path}", str(error.strerror or error), "check the file") from error
+        return parsing(f"{what} in {self.path}", _DAMAGED)
 
     def __enter__(self) -> Self:
         return self

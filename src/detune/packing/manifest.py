@@ -1,6 +1,7 @@
 """What is in a pack: models, their files, and how each tensor is told."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from detune import __version__
-from detune.checkpoints.headers import DTYPES
+from detune.checkpoints.entries import DTYPES, MAX_ELEMENTS, check_shape, is_text
 from detune.checkpoints.paths import is_plain_path
 
 FORMAT = "detune pack"
@@ -46,6 +47,10 @@ class PackedTensor:
     dtype: torch.dtype
     rank: int = 0
     exponent: int = 0
+
+    def nbytes(self, base: Sequence["BaseTensor"]) -> int:
+        """Its size, given the base's tensors."""
+        return math.prod(base[self.index].shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,11 @@ class BaseTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -134,31 +144,83 @@ class Manifest:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: It is something else, of another version, or names a place outside its directory.
-            KeyError: Something is missing.
-            TypeError: Something is of another type.
+            InputError: A tensor has an impossible shape.
+            Exception: It is something else, of another version, names a place outside its directory, or does not add
+                up; of whatever kind the fault makes it.
         """
         content = json.loads(data)
         if content["format"] != FORMAT or content["version"] != VERSION:
             raise ValueError(f"{content['format']} {content['version']}, expected {FORMAT} {VERSION}")
-        base = tuple(BaseTensor(row["name"], tuple(row["shape"]), DTYPES[row["dtype"]]) for row in content["base"])
-        models = tuple(_model(row) for row in content["models"])
+        base = tuple(_base_tensor(row) for row in _rows(content, "base"))
+        models = tuple(_model(row, base) for row in _rows(content, "models"))
         _check_paths([model.name for model in models])
         if any("/" in model.name for model in models):
             raise ValueError("a model is to go to a directory below its own")
         return cls(base, models)
 
 
-def _model(row: Mapping[str, Any]) -> PackedModel:
-    files = tuple(
-        PackedFile(**{**file, "spans": tuple(Span(**span) for span in file["spans"])}) for file in row["files"]
-    )
+def _base_tensor(row: Any) -> BaseTensor:
+    name = _text(row, "name")
+    return BaseTensor(name, check_shape(f"tensor {name!r}", _rows(row, "shape")), DTYPES[row["dtype"]])
+
+
+def _model(row: Any, base: Sequence[BaseTensor]) -> PackedModel:
+    tensors = {name: _tensor(name, fields, base) for name, fields in row["tensors"].items()}
+    files = tuple(_file(fields, tensors, base) for fields in _rows(row, "files"))
     _check_paths([file.path for file in files])
-    tensors = {
-        name: PackedTensor(**{**tensor, "coding": Coding(tensor["coding"]), "dtype": DTYPES[tensor["dtype"]]})
-        for name, tensor in row["tensors"].items()
-    }
-    return PackedModel(row["name"], row["spec"], files, tensors)
+    return PackedModel(_text(row, "name"), _text(row, "spec"), files, tensors)
+
+
+def _tensor(name: str, row: Any, base: Sequence[BaseTensor]) -> PackedTensor:
+    packed = PackedTensor(
+        _count(row, "index"), Coding(row["coding"]), DTYPES[row["dtype"]], _count(row, "rank"), _whole(row, "exponent")
+    )
+    shape = base[packed.index].shape
+    if packed.rank > max(shape, default=0):
+        raise ValueError(f"tensor {name!r} is to change by rank {packed.rank}, its shape is {shape}")
+    return packed
+
+
+def _file(row: Any, tensors: Mapping[str, PackedTensor], base: Sequence[BaseTensor]) -> PackedFile:
+    spans = tuple(Span(_text(fields, "tensor"), _count(fields, "offset")) for fields in _rows(row, "spans"))
+    file = PackedFile(_text(row, "path"), _count(row, "size_bytes"), _text(row, "sha256"), _text(row, "member"), spans)
+    end = 0
+    for span in spans:
+        if span.offset < end:
+            raise ValueError(f"tensor {span.tensor!r} lies over another one in {file.path!r}")
+        packed = tensors[span.tensor]
+        end = span.offset + packed.nbytes(base)
+    if end > file.size_bytes:
+        raise ValueError(f"the tensors of {file.path!r} take {end} of its {file.size_bytes} bytes")
+    return file
+
+
+def _rows(row: Any, key: str) -> list[Any]:
+    value = row[key]
+    if not isinstance(value, list):
+        raise TypeError(f"{key} is {type(value).__name__}, expected a list")
+    return value
+
+
+def _text(row: Any, key: str) -> str:
+    value = row[key]
+    if not (isinstance(value, str) and is_text(value)):
+        raise TypeError(f"{key} is {type(value).__name__}, expected text")
+    return value
+
+
+def _whole(row: Any, key: str) -> int:
+    value = row[key]
+    if type(value) is not int:
+        raise TypeError(f"{key} is {type(value).__name__}, expected a whole number")
+    return value
+
+
+def _count(row: Any, key: str) -> int:
+    value = _whole(row, key)
+    if not 0 <= value <= MAX_ELEMENTS:
+        raise ValueError(f"{key} is {value}, expected a number of bytes or things")
+    return value
 
 
 def _check_paths(paths: Sequence[str]) -> None:

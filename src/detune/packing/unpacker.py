@@ -10,14 +10,20 @@ from pathlib import Path
 from torch import Tensor
 
 from detune.checkpoints import inside, new_directory
+from detune.checkpoints.atomic import require_space
 from detune.checkpoints.blocks import memory_of
 from detune.errors import InputError
-from detune.packing.archive import MANIFEST, ArchiveReader
+from detune.packing.archive import ArchiveReader
 from detune.packing.codec import decode_factors, decode_residual, decode_tensor
 from detune.packing.layout import blocks
 from detune.packing.manifest import Coding, Manifest, PackedFile, PackedModel
 from detune.packing.prediction import predict
 from detune.problem.stack import matricise
+
+# Five fine-tunes of one base take a sixth of their size; a hundred that nobody changed, about a hundredth.
+MAX_GROWTH = 1000
+# Less than this does no harm, whatever it was.
+SMALL_BYTES = 64 * 2**20
 
 OnFile = Callable[[str], None]
 
@@ -68,6 +74,7 @@ def unpack(pack: str | Path, out: str | Path, *, on_file: OnFile | None = None) 
     started = time.perf_counter()
     with ArchiveReader(Path(pack).expanduser()) as archive, new_directory(out) as partial:
         contents = Contents(archive)
+        require_space(Path(out), contents.size_bytes)
         for model in contents.manifest.models:
             for file in model.files:
                 if on_file:
@@ -90,6 +97,7 @@ class Contents:
 
     Attributes:
         manifest: What is in it.
+        size_bytes: Of all its files together.
 
     Raises:
         InputError: The manifest is damaged, or of another format.
@@ -97,8 +105,16 @@ class Contents:
 
     def __init__(self, archive: ArchiveReader) -> None:
         self._archive = archive
-        with archive.checked("its manifest"):
-            self.manifest = Manifest.from_json(archive.read(MANIFEST, "its manifest"))
+        with archive.checked("the manifest"):
+            self.manifest = Manifest.from_json(archive.read_manifest())
+        self.size_bytes = sum(file.size_bytes for model in self.manifest.models for file in model.files)
+        most_bytes = max(MAX_GROWTH * archive.size_bytes, SMALL_BYTES)
+        if self.size_bytes > most_bytes:
+            raise InputError(
+                f"{archive.path} would grow from {archive.size_bytes} bytes to {self.size_bytes}",
+                f"expected at most {MAX_GROWTH} times as much",
+                "do not trust where it comes from",
+            )
 
     def checked(self, model: PackedModel, file: PackedFile) -> Iterator[bytes | memoryview]:
         """The bytes of a file, block by block.
@@ -113,10 +129,19 @@ class Contents:
         Raises:
             InputError: The pack is damaged: after the last block, where the hash is not that of the file.
         """
-        digest = hashlib.sha256()
+        digest, left = hashlib.sha256(), file.size_bytes
         for block in self._restored(model, file):
+            left -= len(block)
+            if left < 0:
+                break
             digest.update(block)
             yield block
+        if left:
+            raise InputError(
+                f"{file.path!r} of {model.name} does not come back from {self._archive.path}",
+                f"it has {'more' if left < 0 else file.size_bytes - left} of {file.size_bytes} bytes",
+                "copy the pack again, or pack the models anew",
+            )
         if digest.hexdigest() != file.sha256:
             raise InputError(
                 f"{file.path!r} of {model.name} does not come back from {self._archive.path}",
@@ -130,7 +155,8 @@ class Contents:
             with self._archive.open(file.member, what) as stream:
                 yield from blocks(stream)
             return
-        between = self._archive.read(file.member, what)
+        tensors_bytes = sum(model.tensors[span.tensor].nbytes(self.manifest.base) for span in file.spans)
+        between = self._archive.read(file.member, what, file.size_bytes - tensors_bytes)
         position = used = 0
         for span in file.spans:
             gap = span.offset - position
@@ -147,14 +173,15 @@ class Contents:
             info = self.manifest.base[packed.index]
             place = f"{self.manifest.models.index(model)}/{packed.index}"
             if packed.coding is Coding.PLAIN:
-                return decode_tensor(self._archive.read(f"plain/{place}", what), info.shape, packed.dtype)
-            base = decode_tensor(self._archive.read(f"base/{packed.index}", what), info.shape, info.dtype)
+                data = self._archive.read(f"plain/{place}", what, packed.nbytes(self.manifest.base))
+                return decode_tensor(data, info.shape, packed.dtype)
+            base = decode_tensor(self._archive.read(f"base/{packed.index}", what, info.nbytes), info.shape, info.dtype)
             if packed.coding is Coding.SAME:
                 return base
             factors = None
             if packed.rank:
                 rows, columns = matricise(base).shape
-                data = self._archive.read(f"factors/{place}", what)
+                data = self._archive.read(f"factors/{place}", what, 4 * packed.rank * (rows + columns))
                 factors = decode_factors(data, packed.rank, (rows, columns), packed.exponent)
-            residual = self._archive.read(f"residual/{place}", what)
+            residual = self._archive.read(f"residual/{place}", what, packed.nbytes(self.manifest.base))
             return decode_residual(residual, predict(base, factors, packed.dtype)).contiguous()
