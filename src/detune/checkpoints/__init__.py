@@ -18,6 +18,8 @@ from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, pa
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.target import Target
+from detune.checkpoints.unmerged import Unmerged
+from detune.checkpoints.view import Part, View, raw
 from detune.checkpoints.writer import CheckpointFiles, CheckpointWriter
 
 __all__ = [
@@ -30,12 +32,15 @@ __all__ = [
     "Lora",
     "LoraLayer",
     "MergedCheckpoint",
+    "Part",
     "PeftLayer",
     "PeftPlaces",
     "PeftWriter",
     "Place",
     "Target",
     "TensorInfo",
+    "Unmerged",
+    "View",
     "WeightFile",
     "absolute",
     "check_new",
@@ -54,6 +59,7 @@ __all__ = [
     "pack_layers",
     "pack_mask",
     "peft_layer",
+    "raw",
     "reported",
     "round_to",
     "unpack_layers",

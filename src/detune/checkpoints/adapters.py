@@ -11,7 +11,7 @@ first.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -141,6 +141,10 @@ class MergedCheckpoint(Checkpoint):
     def known_hashes(self) -> dict[str, str]:
         """See `Checkpoint.known_hashes`; none of a model that no file holds."""
         return {}
+
+    def made_files(self) -> Mapping[str, bytes]:
+        """See `Checkpoint.made_files`."""
+        return self._base.made_files()
 
     def side_files(self) -> list[Path]:
         """List the base's files that should travel to a checkpoint made like this one."""

@@ -52,6 +52,7 @@ class Entry:
         shape: The stored shape.
         offset: First byte of the tensor, counted from the start of the file.
         stride: Strides in elements; None for a contiguous tensor, as all but pickled views are.
+        encoding: What its bytes are, where they are no numbers of the dtype; empty where they are.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
     stride: tuple[int, ...] | None = None
+    encoding: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,8 @@ taken in a few runs, because a run is one read: the first rows, the last, and so
 matrix that was stacked from several (queries, keys and values) has its turn.
 """
 
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -30,23 +31,35 @@ class Excerpt(Checkpoint):
         rows: Rows of each matrix, or slices of each kernel along its first dimension; what has no more is whole.
 
     Attributes:
+        whole: As given.
         rows: As given.
-        read_total_bytes: Bytes of tensors read so far.
     """
 
     def __init__(self, whole: Checkpoint, rows: int) -> None:
         self.spec, self.root, self.index_files = whole.spec, whole.root, whole.index_files
         self.tensors, self.weight_files = whole.tensors, whole.weight_files
         self.rows = rows
-        self.read_total_bytes = 0
-        self._whole = whole
+        # Of all excerpts of one model.
+        self._read_bytes = Counter[str]()
+        self.whole = whole
         self._kept: dict[str, torch.Tensor] = {}
         self._lock = Lock()
+
+    def over(self, whole: Checkpoint) -> "Excerpt":
+        """The same rows of another view of the model; what is read counts together."""
+        excerpt = Excerpt(whole, self.rows)
+        excerpt._read_bytes = self._read_bytes
+        return excerpt
+
+    @property
+    def read_total_bytes(self) -> int:
+        """Bytes of tensors read so far."""
+        return self._read_bytes.total()
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """What on disk belongs to this model and must not be overwritten."""
-        return self._whole.paths
+        return self.whole.paths
 
     def read(self, name: str) -> torch.Tensor:
         """Read some rows of a matrix, and all of anything else.
@@ -64,8 +77,8 @@ class Excerpt(Checkpoint):
             tensor = self._kept.pop(name, None)
             if tensor is None:
                 runs = self._runs(name)
-                tensor = self._whole.read_rows(name, runs) if runs else self._whole.read(name)
-                self.read_total_bytes += self.shown_bytes(name)
+                tensor = self.whole.read_rows(name, runs) if runs else self.whole.read(name)
+                self._read_bytes[name] += self.shown_bytes(name)
             self._kept[name] = tensor
             while sum(map(self.shown_bytes, self._kept)) > KEPT_BYTES and len(self._kept) > 1:
                 del self._kept[next(iter(self._kept))]
@@ -97,35 +110,43 @@ class Excerpt(Checkpoint):
         """Read all of a tensor; see `Checkpoint.read`."""
         if not self._runs(name):
             return self.read(name)
-        self.read_total_bytes += self.tensors[name].nbytes
-        return self._whole.read(name)
+        self._read_bytes[name] += self.tensors[name].nbytes
+        return self.whole.read(name)
+
+    def noise(self, name: str, rows: slice | None = None) -> float | None:
+        """See `Checkpoint.noise`."""
+        return self.whole.noise(name, rows)
+
+    def made_files(self) -> Mapping[str, bytes]:
+        """See `Checkpoint.made_files`."""
+        return self.whole.made_files()
 
     def content_key(self, name: str) -> Hashable | None:
         """See `Checkpoint.content_key`."""
-        return self._whole.content_key(name)
+        return self.whole.content_key(name)
 
     def read_rows(self, name: str, runs: Sequence[slice]) -> torch.Tensor:
         """Read rows of the whole; see `Checkpoint.read_rows`."""
-        tensor = self._whole.read_rows(name, runs)
-        self.read_total_bytes += tensor.numel() * tensor.element_size()
+        tensor = self.whole.read_rows(name, runs)
+        self._read_bytes[name] += tensor.numel() * tensor.element_size()
         return tensor
 
     def hashes(self) -> dict[str, str]:
         """See `Checkpoint.hashes`; of the files that need not be read for it."""
-        return self._whole.known_hashes()
+        return self.whole.known_hashes()
 
     def known_hashes(self) -> dict[str, str]:
         """See `Checkpoint.known_hashes`."""
-        return self._whole.known_hashes()
+        return self.whole.known_hashes()
 
     def side_files(self) -> list[Path]:
         """See `Checkpoint.side_files`."""
-        return self._whole.side_files()
+        return self.whole.side_files()
 
     def close(self) -> None:
         """Release what the checkpoint holds."""
         self._kept.clear()
-        self._whole.close()
+        self.whole.close()
 
     def _runs(self, name: str) -> tuple[slice, ...]:
         """The rows of a matrix to read; none where that is all of them, and for vectors."""

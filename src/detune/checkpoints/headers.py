@@ -7,12 +7,14 @@ from pathlib import Path, PurePosixPath
 
 from detune.checkpoints.blocks import open_regular
 from detune.checkpoints.entries import DTYPES, Entry, Header
+from detune.checkpoints.gguf_header import GGUF_SUFFIX, read_gguf
 from detune.checkpoints.safetensors_file import encode_safetensors_header, parse_safetensors, read_safetensors
 from detune.checkpoints.torch_archive import read_torch_archive
 from detune.errors import parsing
 
 __all__ = [
     "DTYPES",
+    "GGUF_SUFFIX",
     "PICKLE_SUFFIXES",
     "Entry",
     "Header",
@@ -29,7 +31,7 @@ def read_header(path: Path) -> Header:
     """Read the header of a weight file.
 
     Args:
-        path: A `.safetensors` file, or a `torch.save` archive with one of `PICKLE_SUFFIXES`.
+        path: A `.safetensors` or `.gguf` file, or a `torch.save` archive with one of `PICKLE_SUFFIXES`.
 
     Returns:
         The table of tensors.
@@ -38,6 +40,8 @@ def read_header(path: Path) -> Header:
         InputError: The file cannot be read, is damaged, or holds something other than plain tensors.
     """
     with parsing(path), open_regular(path) as file:
+        if path.suffix == GGUF_SUFFIX:
+            return read_gguf(path, file)
         return read_torch_archive(path, file) if path.suffix in PICKLE_SUFFIXES else read_safetensors(path, file)
 
 
@@ -54,7 +58,7 @@ def safetensors_name(file: str) -> str:
     name = path.name
     if name.endswith(".json"):
         name = name.replace(".bin.index.", ".safetensors.index.")
-    elif path.suffix in PICKLE_SUFFIXES:
+    elif path.suffix in (GGUF_SUFFIX, *PICKLE_SUFFIXES):
         name = path.stem + ".safetensors"
     if name != path.name and name.startswith("pytorch_model"):
         name = name.removeprefix("pytorch_")

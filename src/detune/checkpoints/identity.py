@@ -11,7 +11,7 @@ from detune.errors import InputError
 
 __all__ = ["identity"]
 
-_SUFFIXES = (".safetensors", ".json", *PICKLE_SUFFIXES)
+_SUFFIXES = (".safetensors", ".gguf", ".json", *PICKLE_SUFFIXES)
 # A fine-tune of the same size and age as another is told from it by some of its bytes: those of a model that was
 # unpacked from an archive, for instance, which may set all files to one date.
 _SAMPLES = 16

@@ -6,12 +6,15 @@ from pathlib import Path
 import torch
 
 from detune.checkpoints.excerpt import Excerpt
-from detune.checkpoints.headers import PICKLE_SUFFIXES
+from detune.checkpoints.gguf_file import with_gguf_names
+from detune.checkpoints.headers import GGUF_SUFFIX, PICKLE_SUFFIXES
 from detune.checkpoints.hub import cached_snapshot, fetch, find_repository, is_hub_id
 from detune.checkpoints.layout import component_dirs, pick_weights, weight_map
 from detune.checkpoints.remote import HubFiles
+from detune.checkpoints.scaled import with_scales
 from detune.checkpoints.source import Checkpoint
 from detune.checkpoints.storage import LocalFiles, Storage
+from detune.checkpoints.unmerged import without_adapters
 from detune.errors import InputError, parsing
 
 __all__ = ["absolute", "is_on_hub", "open_adapter", "open_checkpoint"]
@@ -31,7 +34,7 @@ def open_checkpoint(spec: str | Path, *, merge_dtype: torch.dtype | None = None,
         spec: One of
             a directory in Hugging Face layout (safetensors or `torch.save` files, sharded or not);
             a diffusers pipeline or sentence-transformers directory, whose parts get names `component/tensor`;
-            one weight file;
+            one weight file, GGUF among them;
             a Hub id `org/name` or `org/name@revision`;
             `BASE+ADAPTER`, a model with a LoRA of PEFT, diffusers or kohya to be merged on the fly.
         merge_dtype: For `BASE+ADAPTER`: the dtype in which touched tensors are merged and presented. None
@@ -67,14 +70,25 @@ def _open(text: str, merge_dtype: torch.dtype | None) -> Checkpoint:
         return MergedCheckpoint(text, base, lora, merge_dtype=merge_dtype)
     path = _locate(text)
     if path.is_file():
-        if path.suffix != ".safetensors" and path.suffix not in PICKLE_SUFFIXES:
+        if path.suffix not in (".safetensors", GGUF_SUFFIX, *PICKLE_SUFFIXES):
             raise InputError(
                 f"{path} is not a weight file",
-                f"expected .safetensors or {', '.join(PICKLE_SUFFIXES)}",
+                f"expected .safetensors, {GGUF_SUFFIX} or {', '.join(PICKLE_SUFFIXES)}",
                 "give a weight file or the model's directory",
             )
-        return Checkpoint(text, LocalFiles(path.parent), [path.name], single_file=True)
+        return _as_meant(Checkpoint(text, LocalFiles(path.parent), [path.name], single_file=True))
     return _open_directory(text, LocalFiles(path))
+
+
+def _as_meant(stored: Checkpoint) -> Checkpoint:
+    """A checkpoint with quantised tensors dequantised, and without adapters that were not merged.
+
+    Raises:
+        InputError: A scale is missing, or does not fit.
+    """
+    if any(file.file.endswith(GGUF_SUFFIX) for file in stored.weight_files):
+        return with_gguf_names(stored)
+    return without_adapters(with_scales(stored))
 
 
 def is_on_hub(spec: str | Path) -> bool:
@@ -214,7 +228,7 @@ def _open_directory(spec: str, storage: Storage) -> Checkpoint:
     checkpoint = Checkpoint(spec, storage, files, components=components, index_files=indices)
     for index in indices:
         _check_index(checkpoint, index)
-    return checkpoint
+    return _as_meant(checkpoint)
 
 
 def _check_index(checkpoint: Checkpoint, index: str) -> None:

@@ -32,6 +32,7 @@ class TensorInfo:
         dtype: The dtype in which it is read.
         nbytes: Its size in that dtype.
         file: Its weight file relative to the checkpoint's root, with forward slashes.
+        quantised: How it is stored, where that is not the dtype in which it is read; empty where it is.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TensorInfo:
     dtype: torch.dtype
     nbytes: int
     file: str
+    quantised: str = ""
 
     @property
     def component(self) -> str:
@@ -191,6 +193,25 @@ class Checkpoint:
         """The same as `read`; an excerpt gives all of the tensor here."""
         return self.read(name)
 
+    def encoding(self, name: str) -> str:
+        """What a tensor's bytes are, where they are no numbers of its dtype; empty where they are."""
+        return self._entries[name].encoding
+
+    def noise(self, name: str, rows: slice | None = None) -> float | None:
+        """How far a tensor's numbers are from those that were stored, where that is more than its dtype tells.
+
+        Args:
+            name: A key of `tensors`.
+            rows: The rows to judge it by; None is all.
+
+        Returns:
+            The root mean square error of an entry; None where it is the rounding to the dtype.
+
+        Raises:
+            InputError: The file can no longer be read.
+        """
+        return None
+
     def content_key(self, name: str) -> Hashable | None:
         """What says that a tensor has the bytes of another one, without reading them.
 
@@ -255,6 +276,10 @@ class Checkpoint:
             InputError: One is not what it should be; see `detune.checkpoints.side_files`.
         """
         return [] if self._single_file else side_files(self.root, self._components)
+
+    def made_files(self) -> Mapping[str, bytes]:
+        """Small files that a checkpoint made like this one needs and that are not on disk, by relative path."""
+        return {}
 
     def close(self) -> None:
         """Release what the checkpoint holds: nothing today, files are open only while they are read."""

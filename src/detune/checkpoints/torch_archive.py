@@ -1,7 +1,8 @@
 """Archives of `torch.save` (`.bin`, `.pt`, `.pth`, `.ckpt`): a zip of plain storages, and a pickle that names them.
 
 Places come from the zip's own headers, never from how `torch.save` would have laid the file out: any program may have
-written the archive anew.
+written the archive anew. Before version 1.6 torch wrote pickles one after the other instead, and then each storage
+behind its length.
 """
 
 import io
@@ -11,10 +12,11 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from detune.checkpoints.entries import DAMAGED, DTYPE_NAMES, MAX_ELEMENTS, Entry, Header, check_name, check_shape
 from detune.checkpoints.pickles import Foreign, StoredTensor, read_pickle
+from detune.checkpoints.state_dicts import state_dict, tensors_in
 from detune.errors import InputError
 
 __all__ = ["read_torch_archive"]
@@ -28,6 +30,11 @@ _RESAVE = "save it again with a current version of torch, or as safetensors"
 # The local header of a zip member: its signature, 22 bytes of no interest here, the lengths of name and extra field.
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED = 0x1
+_ZIP = b"PK"
+# What such a file begins with, in the first pickle.
+_LEGACY_NUMBER = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+_LEGACY_VERSION = 1001
+_LENGTH = struct.Struct("<q")
 
 
 @dataclass(frozen=True)
@@ -53,25 +60,71 @@ def read_torch_archive(path: Path, file: IO[bytes]) -> Header:
             plain tensors.
         Exception: It is damaged; of whatever kind the fault makes it.
     """
+    is_zip = file.read(len(_ZIP)) == _ZIP
+    state, records = _read_zip(path, file) if is_zip else _read_legacy(path, file)
+    if not isinstance(state, dict):
+        kind = state.what if isinstance(state, Foreign) else type(state).__name__
+        raise InputError(f"{path} is not a table of tensors", f"got {kind}", _RESAVE)
+    entries = [_entry(path, name, value, records) for name, value in state_dict(path, state).items()]
+    return Header(tuple(sorted(entries, key=lambda entry: entry.offset)), {}, None)
+
+
+def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, _Record]]:
+    """What was saved, and where its storages lie."""
     records = _records(path, file)
     order = _content(file, records["byteorder"]) if "byteorder" in records else b"little"
     if order != b"little":
-        raise InputError(
-            f"{path} was saved on a machine with another byte order",
-            f"got {order[:10].decode(errors='replace')!a}, expected 'little'",
-            "load it with torch and save it again",
-        )
+        _refuse_byte_order(path, order[:10].decode(errors="replace"))
     pickle = records["data.pkl"]
     if pickle.size_bytes > MAX_PICKLE_BYTES:
         raise InputError(
             f"{path} has a pickle of {pickle.size_bytes} bytes", f"expected at most {MAX_PICKLE_BYTES}", _RESAVE
         )
     state = read_pickle(io.BytesIO(_content(file, pickle)))
-    if not isinstance(state, dict):
-        kind = state.what if isinstance(state, Foreign) else type(state).__name__
-        raise InputError(f"{path} is not a table of tensors", f"got {kind}", _RESAVE)
-    entries = [_entry(path, name, value, records) for name, value in state.items()]
-    return Header(tuple(sorted(entries, key=lambda entry: entry.offset)), {}, None)
+    return state, {name.removeprefix("data/"): record for name, record in records.items() if name.startswith("data/")}
+
+
+def _read_legacy(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, _Record]]:
+    """The same of a file of the time before zips."""
+    file.seek(0)
+    # The pickles come first, and ask for no more than there is.
+    stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+    if _LEGACY_NUMBER not in stream.getvalue()[:32]:
+        raise InputError(f"{path} is damaged, or was not saved by torch", "expected a zip, or torch's number", _RESAVE)
+    read_pickle(stream)
+    version, system = read_pickle(stream), read_pickle(stream)
+    if version != _LEGACY_VERSION or not isinstance(system, dict):
+        raise InputError(f"{path} has an unknown version", f"got {version!a}, expected {_LEGACY_VERSION}", _RESAVE)
+    if not system.get("little_endian", True):
+        _refuse_byte_order(path, "big")
+    state, keys = read_pickle(stream), read_pickle(stream)
+    dtypes = {tensor.storage.key: tensor.storage.dtype for tensor in tensors_in(state)}
+    end = os.fstat(file.fileno()).st_size
+    records = {}
+    offset = stream.tell()
+    for key in keys:
+        file.seek(offset)
+        (count,) = _LENGTH.unpack(file.read(_LENGTH.size))
+        offset += _LENGTH.size
+        dtype = dtypes.get(key)
+        # What no tensor is in must still be passed over, and only tensors tell dtypes.
+        if dtype is None or count < 0 or offset + count * dtype.itemsize > end:
+            raise InputError(
+                f"{path} is damaged or cut short",
+                f"storage {key!a} of {count} elements does not fit between bytes {offset} and {end}",
+                DAMAGED,
+            )
+        records[key] = _Record(offset, count * dtype.itemsize)
+        offset += count * dtype.itemsize
+    return state, records
+
+
+def _refuse_byte_order(path: Path, order: str) -> NoReturn:
+    raise InputError(
+        f"{path} was saved on a machine with another byte order",
+        f"got {order!a}, expected 'little'",
+        "load it with torch and save it again",
+    )
 
 
 def _records(path: Path, file: IO[bytes]) -> Mapping[str, _Record]:
@@ -134,7 +187,7 @@ def _entry(path: Path, name: Any, value: Any, records: Mapping[str, _Record]) ->
         raise InputError(f"{where} is a lazy view", "expected stored values", "save a clone")
     shape = check_shape(where, value.shape)
     stride = tuple(step for step in value.stride if type(step) is int and 0 <= step <= MAX_ELEMENTS)
-    record = records.get(f"data/{value.storage.key}")
+    record = records.get(value.storage.key)
     if record is None or not len(stride) == len(value.stride) == len(shape) or value.offset < 0:
         raise InputError(f"{where} cannot be located", "its record is missing or its view is malformed", DAMAGED)
     start = value.offset * dtype.itemsize

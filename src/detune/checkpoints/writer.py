@@ -25,13 +25,14 @@ import torch
 
 from detune.checkpoints.atomic import new_directory, reported, sync
 from detune.checkpoints.blocks import memory_of, round_to
-from detune.checkpoints.data_file import DataFile
+from detune.checkpoints.data_file import DataFile, Read
 from detune.checkpoints.headers import Entry, encode_safetensors_header, safetensors_name
 from detune.checkpoints.layout import read_json
 from detune.checkpoints.paths import inside
 from detune.checkpoints.side_files import read_side_file
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.target import Target
+from detune.checkpoints.view import Part, View
 from detune.errors import InputError, OutputError
 
 __all__ = ["CheckpointFiles", "CheckpointWriter"]
@@ -61,7 +62,8 @@ class CheckpointFiles:
     Args:
         like: The checkpoint whose layout the output takes.
         directory: Where the files are.
-        dtype: Store every float tensor in this dtype instead of `like`'s.
+        dtype: Store every float tensor in this dtype instead of `like`'s; what is quantised there becomes bf16 without.
+        parts: Names by which parts of tensors are written; None takes each as a whole, by its name in `like`.
         shared: Whether other machines write into the same files. Then each block goes to the server as it is: NFS
             clients may otherwise write whole pages back, with what a neighbour has changed since.
 
@@ -75,9 +77,16 @@ class CheckpointFiles:
     """
 
     def __init__(
-        self, like: Checkpoint, directory: Path, dtype: torch.dtype | None = None, *, shared: bool = False
+        self,
+        like: Checkpoint,
+        directory: Path,
+        dtype: torch.dtype | None = None,
+        *,
+        parts: Mapping[str, Part] | None = None,
+        shared: bool = False,
     ) -> None:
         self._like = like
+        self._view = View(like, {name: Part(name) for name in like.tensors} if parts is None else parts)
         self._directory = directory
         self._shared = shared
         self._buffers: deque[mmap] = deque()
@@ -90,17 +99,21 @@ class CheckpointFiles:
         self.needed_bytes = sum(self._sizes_bytes.values())
         self.side_files = tuple(path.as_posix() for path in like.side_files())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a part is stored in."""
+        return self._infos[self._view.parts[name].tensor].dtype
+
     def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Round a tensor to the dtype that it is stored in.
 
         Args:
-            name: A key of `like.tensors`.
+            name: Of a part.
             tensor: Its values, on any device.
 
         Returns:
             The tensor on the CPU, contiguous; itself where nothing has to be done.
         """
-        dtype = self._infos[name].dtype
+        dtype = self.dtype(name)
         if tensor.dtype == dtype:
             return tensor.detach().cpu().contiguous()
         stored = torch.empty(tensor.shape, dtype=dtype)
@@ -131,10 +144,10 @@ class CheckpointFiles:
                 os.truncate(path, size_bytes)
 
     def write(self, name: str, tensor: torch.Tensor) -> int:
-        """Write one tensor.
+        """Write one part.
 
         Args:
-            name: A key of `like.tensors`.
+            name: Its name.
             tensor: Its values, on any device; floats are rounded to nearest in the stored dtype.
 
         Returns:
@@ -144,25 +157,23 @@ class CheckpointFiles:
             OutputError: The disk refuses.
             ValueError: The tensor has another shape, or a kind of dtype that cannot be stored there.
         """
-        info = self._infos[name]
-        if tuple(tensor.shape) != info.shape:
-            raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {info.shape}")
-        if tensor.dtype != info.dtype and not (tensor.is_floating_point() and info.dtype.is_floating_point):
-            raise ValueError(f"tensor {name!r} is {tensor.dtype}, expected {info.dtype}")
-        place = self._places[name]
+        shape, dtype = self._view.tensors[name].shape, self.dtype(name)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
+            raise ValueError(f"tensor {name!r} is {tensor.dtype}, expected {dtype}")
         memory = memory_of(self.as_stored(name, tensor))
 
         def read(start: int, out: memoryview) -> None:
             out[:] = memory[start : start + len(out)]
 
-        with self._opened(place.file) as file:
-            return file.write(place.offset, len(memory), read)
+        return self._put(name, len(memory), read)
 
     def copy(self, name: str) -> int:
-        """Copy one tensor of `like` byte for byte, in blocks, or in the dtype asked for if that holds it exactly.
+        """Copy one part of `like` byte for byte, in blocks, or in the dtype asked for if that holds it exactly.
 
         Args:
-            name: A key of `like.tensors`.
+            name: Its name.
 
         Returns:
             The CRC-32 of its bytes.
@@ -171,53 +182,62 @@ class CheckpointFiles:
             InputError: The tensor can no longer be read, or would be rounded.
             OutputError: The disk refuses.
         """
-        info = self._infos[name]
-        if info != self._like.tensors[name]:
-            values = self._like.read(name)
-            if not torch.equal(values.to(info.dtype).to(values.dtype), values):
+        info, dtype = self._view.tensors[name], self.dtype(name)
+        if info.dtype != dtype:
+            values = self._view.read(name)
+            if not info.quantised and not torch.equal(values.to(dtype).to(values.dtype), values):
                 raise InputError(
                     f"tensor {name!r} would be rounded",
-                    f"it is {values.dtype} and not representable in {info.dtype}",
+                    f"it is {values.dtype} and not representable in {dtype}",
                     "leave out --dtype",
                 )
             return self.write(name, values)
-        place = self._places[name]
 
         def read(start: int, out: memoryview) -> None:
-            self._like.read_bytes(name, start, len(out), out)
+            self._view.read_bytes(name, start, len(out), out)
 
-        with self._opened(place.file) as file:
-            return file.write(place.offset, info.nbytes, read)
+        return self._put(name, info.nbytes, read)
+
+    def _put(self, name: str, length: int, read: Read) -> int:
+        with self._opened(self._places[self._view.parts[name].tensor].file) as file:
+            return file.write(self._offset(name), length, read)
 
     def checksum(self, name: str) -> int:
-        """Compute the CRC-32 of what is in the place of a tensor.
+        """Compute the CRC-32 of what is in the place of a part.
 
         Args:
-            name: A key of `like.tensors`.
+            name: Its name.
 
         Raises:
             OutputError: It cannot be read.
         """
-        place, left = self._places[name], self._infos[name].nbytes
+        file, left = self._places[self._view.parts[name].tensor].file, self.stored_bytes([name])
         checksum = 0
-        with self._report_disk(place.file), (self._directory / place.file).open("rb", buffering=0) as file:
-            file.seek(place.offset)
-            while left and (block := file.read(min(left, _READ_BYTES))):
+        with self._report_disk(file), (self._directory / file).open("rb", buffering=0) as opened:
+            opened.seek(self._offset(name))
+            while left and (block := opened.read(min(left, _READ_BYTES))):
                 checksum = zlib.crc32(block, checksum)
                 left -= len(block)
         return checksum
 
+    def _offset(self, name: str) -> int:
+        """Where a part begins in its file."""
+        part = self._view.parts[name]
+        info = self._infos[part.tensor]
+        before = part.start * (info.nbytes // max(1, info.shape[0])) if part.start else 0
+        return self._places[part.tensor].offset + before
+
     def stored_bytes(self, names: Iterable[str]) -> int:
-        """What some tensors take."""
-        return sum(self._infos[name].nbytes for name in names)
+        """What some parts take."""
+        return sum(math.prod(self._view.tensors[name].shape) * self.dtype(name).itemsize for name in names)
 
     def sync(self, names: Iterable[str]) -> None:
-        """Wait until what was written of some tensors is on the disk.
+        """Wait until what was written of some parts is on the disk.
 
         Raises:
             OutputError: The disk refuses.
         """
-        for file in {self._places[name].file for name in names}:
+        for file in {self._places[self._view.parts[name].tensor].file for name in names}:
             with self._report_disk(file):
                 sync(self._directory / file)
 
@@ -236,7 +256,8 @@ class CheckpointFiles:
                 opened.write(header)
         with self._report_disk(""):
             indices = {safetensors_name(file): self._index(file) for file in self._like.index_files}
-        small: dict[str, bytes | None] = {**dict.fromkeys(self.side_files), **indices, **extra}
+        made = {**self._like.made_files(), **indices}
+        small: dict[str, bytes | None] = {**dict.fromkeys(self.side_files), **made, **extra}
         for name, content in small.items():
             with self._report_disk(name):
                 path = inside(self._directory, name)
@@ -277,7 +298,10 @@ class CheckpointFiles:
             return read_side_file(self._like.root, file)
         content = read_json(path)
         prefix = file[: file.rfind("/") + 1]
-        names = list(content["weight_map"])
+        files = {prefix + shard for shard in content["weight_map"].values()}
+        within = [name.removeprefix(prefix) for name, info in self._like.tensors.items() if info.file in files]
+        # In the order of the index, but for names that it does not have.
+        names = list(dict.fromkeys([name for name in content["weight_map"] if name in set(within)] + within))
         total_bytes = sum(self._infos[prefix + name].nbytes for name in names)
         content["metadata"] = {**(content.get("metadata") or {}), "total_size": total_bytes}
         content["weight_map"] = {name: self._places[prefix + name].file.removeprefix(prefix) for name in names}
@@ -398,6 +422,7 @@ class CheckpointWriter:
 
 def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     """A tensor as it will be stored."""
-    if dtype is None or not info.dtype.is_floating_point or info.dtype == dtype:
+    dtype = dtype or (torch.bfloat16 if info.quantised else info.dtype)
+    if not info.dtype.is_floating_point or info.dtype == dtype:
         return info
     return replace(info, dtype=dtype, nbytes=math.prod(info.shape) * dtype.itemsize)

@@ -1,0 +1,136 @@
+"""GGUF files, as llama.cpp writes them, through the package `gguf`.
+
+A file is a table of settings, a table of tensors, and their data. F32, F16 and BF16 are read where they lie. Quantised
+tensors are rows of blocks, each with its scales and small integers; they are dequantised row by row when they are read.
+The names are llama.cpp's own, `blk.0.attn_q.weight`, and some tensors have their rows in another order. Where
+transformers knows the architecture, both are turned back, and the configuration is made from the settings.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detune._runtime import quiet
+from detune.checkpoints.quantised import Coding, Decoded
+from detune.checkpoints.source import Checkpoint
+
+__all__ = ["with_gguf_names"]
+
+logger = logging.getLogger(__name__)
+
+# Neighbours that have one scale, in the formats with blocks of 256 in which that is not 32.
+_GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}
+# Architectures whose tensors transformers stores as llama.cpp does, but for the order of rows.
+_ARCHITECTURES = ("llama", "qwen2", "qwen3", "falcon", "phi3", "stablelm", "starcoder2")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor that is stored as rows of blocks.
+
+    Attributes:
+        weight: Its name in the file.
+        shape: Of the tensor.
+        encoding: The format of the blocks, as `gguf` names it.
+    """
+
+    weight: str
+    shape: tuple[int, ...]
+    encoding: str
+
+    @property
+    def about(self) -> str:
+        """See `Coding`."""
+        return f"GGUF {self.encoding}"
+
+    def decode(self, stored: Checkpoint, rows: slice) -> Tensor:
+        """See `Coding.decode`."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        packed = stored.read_rows(self.weight, [rows])
+        return torch.from_numpy(dequantize(packed.numpy(), GGMLQuantizationType[self.encoding]))
+
+    def steps(self, stored: Checkpoint, rows: slice) -> Tensor:
+        """See `Coding.steps`: what lies closest among the entries of one scale, which are many beside its levels."""
+        values = self.decode(stored, rows)
+        groups = values.reshape(-1, _GROUPS.get(self.encoding, 32))
+        gaps = groups.sort(dim=1).values.diff(dim=1)
+        # Levels are apart by far more than the rounding of float32.
+        least = groups.abs().amax(dim=1, keepdim=True) * 1e-5
+        closest = torch.where(gaps > least, gaps, torch.inf).amin(dim=1, keepdim=True)
+        steps = torch.where(closest.isfinite(), closest, 0.0)
+        return steps.expand_as(groups).reshape(values.shape)
+
+
+def with_gguf_names(model: Checkpoint) -> Checkpoint:
+    """A GGUF file with its quantised tensors dequantised, under the names that transformers has for them.
+
+    Args:
+        model: The file's tensors, as stored.
+
+    Returns:
+        The model. Its names stay llama.cpp's where transformers is absent or does not know the architecture.
+    """
+    codings: dict[str, Coding] = {}
+    for name, info in model.tensors.items():
+        encoding = model.encoding(name)
+        if encoding:
+            codings[name] = Blocks(name, _shape(info.shape, encoding), encoding)
+    file = model.weight_files[0]
+    architecture = file.metadata.get("architecture", "")
+    known = _known(model.root, file.file, architecture) if architecture in _ARCHITECTURES else None
+    if known is None or not set(known.names) >= {name for name in model.tensors if name not in _UNNAMED}:
+        logger.debug("%s keeps llama.cpp's names: architecture %r", model.spec, architecture)
+        return Decoded(model, codings)
+    heads = {name: known.heads[kind] for name in model.tensors for kind in known.heads if f".{kind}." in name}
+    names = {own: name for own, name in known.names.items() if own in model.tensors}
+    return Decoded(model, codings, _UNNAMED, names, heads, {"config.json": known.config})
+
+
+# Tensors of the file that are no weights of the model.
+_UNNAMED = frozenset({"rope_freqs.weight"})
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What transformers says of a file.
+
+    Attributes:
+        names: Its name for each tensor of llama.cpp.
+        heads: Kinds of tensors whose rows llama.cpp has in another order, and how many heads they are of.
+        config: The `config.json`.
+    """
+
+    names: Mapping[str, str]
+    heads: Mapping[str, int]
+    config: bytes
+
+
+def _known(root: Path, file: str, architecture: str) -> _Known | None:
+    # Neither the maps nor the parser of settings are stable interfaces: whatever goes wrong, names stay as they are.
+    try:
+        import transformers
+        from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+        with quiet(), torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(root, gguf_file=file, local_files_only=True)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            names = get_gguf_hf_weights_map(model, TensorProcessor())
+        config.architectures = [type(model).__name__]
+        counts = (config.num_attention_heads, config.num_key_value_heads) if architecture == "llama" else ()
+        heads = dict(zip(("attn_q", "attn_k"), counts, strict=False))
+        return _Known(names, heads, config.to_json_string(use_diff=True).encode())
+    except Exception as error:
+        logger.debug("transformers does not know %s: %s", root / file, error)
+        return None
+
+
+def _shape(packed: tuple[int, ...], encoding: str) -> tuple[int, ...]:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[encoding]]
+    return (*packed[:-1], packed[-1] // nbytes * block)

@@ -1,0 +1,87 @@
+"""Where every tensor lies inside a GGUF file, found without reading a single weight."""
+
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from detune._runtime import needs_extra
+from detune.checkpoints.entries import DAMAGED, Entry, Header, check_name
+from detune.errors import InputError
+
+__all__ = ["GGUF_SUFFIX", "read_gguf"]
+
+GGUF_SUFFIX = ".gguf"
+_PLAIN = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+}
+# Formats that `gguf` cannot dequantise are refused when the file is opened.
+_KNOWN = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "MXFP4",
+)  # fmt: skip
+
+
+def read_gguf(path: Path, file: IO[bytes]) -> Header:
+    """Read the tables of a GGUF file.
+
+    Args:
+        path: The file.
+        file: The same, opened.
+
+    Returns:
+        The table of tensors. Quantised ones are bytes, `(rows, bytes of a row)`, with their format as `encoding`; the
+        metadata has the architecture.
+
+    Raises:
+        InputError: The file is damaged or cut short.
+        DetuneError: The extra `gguf` is not installed.
+    """
+    with needs_extra("gguf"):
+        from gguf import GGML_QUANT_SIZES, GGUFReader
+
+    size = os.fstat(file.fileno()).st_size
+
+    class Bounded(GGUFReader):
+        """Refuses to read beyond the end, where the library would go on with nothing."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            if count < 0 or offset + int(count) > size:
+                raise ValueError(f"it ends at byte {size} and should go on to {offset + int(count)} at least")
+            return super()._get(offset, dtype, count, override_order)
+
+    try:
+        reader = Bounded(path)
+        architecture = reader.get_field("general.architecture")
+        metadata = {} if architecture is None else {"architecture": str(architecture.contents())}
+        entries = []
+        for tensor in reader.tensors:
+            shape = tuple(int(length) for length in reversed(tensor.shape))
+            name, encoding = tensor.name, tensor.tensor_type.name
+            check_name(path, name)
+            if encoding in _PLAIN:
+                entry = Entry(name, _PLAIN[encoding], shape, int(tensor.data_offset))
+            else:
+                block, nbytes = GGML_QUANT_SIZES[tensor.tensor_type]
+                row = (*shape[:-1], shape[-1] // block * nbytes)
+                entry = Entry(name, torch.uint8, row, int(tensor.data_offset), encoding=encoding)
+            if entry.offset + entry.nbytes > size:
+                raise ValueError(f"tensor {name!r} ends at byte {entry.offset + entry.nbytes}, the file at {size}")
+            if entry.encoding and encoding not in _KNOWN:
+                raise InputError(
+                    f"tensor {name!r} in {path} is stored as {encoding}",
+                    f"known are {', '.join((*_PLAIN, *_KNOWN))}",
+                    "convert it to one of these, or to F16",
+                )
+            entries.append(entry)
+    except (ValueError, LookupError) as error:
+        raise InputError(f"{path} is damaged, cut short, or no GGUF file", str(error), DAMAGED) from error
+    return Header(tuple(sorted(entries, key=lambda entry: entry.offset)), metadata, None)

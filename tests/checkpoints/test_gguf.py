@@ -1,0 +1,184 @@
+"""GGUF files, written by llama.cpp's own package: read lazily, dequantised, under transformers' names."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from detune.checkpoints import CheckpointWriter, open_checkpoint
+from detune.errors import InputError
+
+HEADS, KEYS, HIDDEN, BLOCKS = 4, 2, 64, 2
+
+
+def write(
+    path: Path, tensors: dict[str, tuple[np.ndarray, Kind]], architecture: str = "other", **settings: int
+) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in settings.items():
+        getattr(writer, f"add_{key}")(value)
+    for name, (values, kind) in tensors.items():
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((96, 128)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16])
+def test_floats_are_read_where_they_lie(tmp_path, values, kind):
+    path = write(tmp_path / "model.gguf", {"a.weight": (values, kind), "b.weight": (values[0], Kind.F32)})
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
+    with open_checkpoint(path) as model:
+        assert torch.equal(model.read("a.weight"), torch.from_numpy(values).to(dtype))
+        assert torch.equal(model.read_rows("a.weight", [slice(90, 96)]), torch.from_numpy(values[90:]).to(dtype))
+        assert torch.equal(model.read("b.weight"), torch.from_numpy(values[0]))
+        assert model.noise("a.weight") is None
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q5_0, Kind.Q4_0, Kind.Q4_1])
+def test_blocks_are_dequantised_with_their_noise(tmp_path, values, kind):
+    path = write(tmp_path / "model.gguf", {"a.weight": (values, kind)})
+    expected = torch.from_numpy(gguf.dequantize(gguf.quantize(values, kind), kind))
+    with open_checkpoint(path) as model:
+        info = model.tensors["a.weight"]
+        assert (info.shape, info.dtype, info.quantised) == ((96, 128), torch.float32, f"GGUF {kind.name}")
+        assert torch.equal(model.read("a.weight"), expected)
+        assert torch.equal(model.read_rows("a.weight", [slice(5, 7), slice(0, 1)]), expected[[5, 6, 0]])
+        assert bytes(model.read_bytes("a.weight", 8, 16)) == expected.numpy().tobytes()[8:24]
+        error = float((expected - torch.from_numpy(values)).square().mean().sqrt())
+        assert model.noise("a.weight") == pytest.approx(error, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_XS])
+def test_the_other_formats_are_read_as_the_package_reads_them(tmp_path, kind):
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    packed = np.random.default_rng(1).integers(0, 60, (3, 2 * nbytes), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "other")
+    writer.add_tensor("a.weight", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open_checkpoint(tmp_path / "model.gguf") as model:
+        assert model.tensors["a.weight"].shape == (3, 2 * block)
+        assert torch.equal(model.read("a.weight"), torch.from_numpy(gguf.dequantize(packed, kind)))
+        assert model.noise("a.weight") > 0
+
+
+def permuted(weight: Tensor, heads: int) -> np.ndarray:
+    """As llama.cpp's converter puts the rows of queries and keys."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape).numpy()
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEYS,
+        intermediate_size=96,
+        vocab_size=50,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def write_llama(path: Path, model: LlamaForCausalLM, kind: Kind = Kind.F32) -> Path:
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, BLOCKS)
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        values = weight.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            values = permuted(weight, HEADS if "q_proj" in name else KEYS)
+        stored = names.get_name(name, try_suffixes=(".weight",))
+        tensors[stored] = (values, kind if weight.ndim > 1 else Kind.F32)
+    return write(
+        path,
+        tensors,
+        "llama",
+        context_length=128,
+        embedding_length=HIDDEN,
+        block_count=BLOCKS,
+        feed_forward_length=96,
+        head_count=HEADS,
+        head_count_kv=KEYS,
+        layer_norm_rms_eps=1e-6,
+        rope_dimension_count=HIDDEN // HEADS,
+        vocab_size=50,
+    )
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
+def test_names_and_rows_of_a_known_architecture_are_turned_back(tmp_path, llama, kind):
+    state = {name: weight for name, weight in llama.state_dict().items() if name != "lm_head.weight"}
+    with open_checkpoint(write_llama(tmp_path / "model.gguf", llama, kind)) as model:
+        assert set(model.tensors) == set(state)
+        for name, weight in state.items():
+            torch.testing.assert_close(model.read(name), weight, rtol=0, atol=0 if kind is Kind.F32 else 1e-3)
+            assert torch.equal(model.read_rows(name, [slice(1, 3)]), model.read(name)[1:3])
+
+
+def test_the_output_loads_in_transformers(tmp_path, llama):
+    path = write_llama(tmp_path / "model.gguf", llama, Kind.Q8_0)
+    with open_checkpoint(path) as model, CheckpointWriter(model, tmp_path / "out") as writer:
+        for name in model.tensors:
+            writer.copy(name)
+        expected = {name: model.read(name).bfloat16() for name in model.tensors if "proj" in name}
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_key_value_heads"] == KEYS
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.arange(10)[None]
+    torch.testing.assert_close(loaded(tokens).logits, llama(tokens).logits, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("length", [0, 3, 30, 100, -1])
+def test_a_file_that_is_cut_short_is_refused(tmp_path, values, length):
+    path = write(tmp_path / "model.gguf", {"a.weight": (values, Kind.Q8_0)})
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(InputError, match=r"model\.gguf is damaged"):
+        open_checkpoint(path)
+
+
+def test_a_list_longer_than_the_file_is_refused_at_once(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "other")
+    writer.add_array("tokenizer.ggml.scores", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    content = (tmp_path / "model.gguf").read_bytes()
+    length = (7).to_bytes(8, "little")
+    assert content.count(length) == 1
+    (tmp_path / "model.gguf").write_bytes(content.replace(length, (2**62).to_bytes(8, "little")))
+    with pytest.raises(InputError, match=r"model\.gguf is damaged"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_an_unknown_format_is_named(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "other")
+    _, nbytes = gguf.GGML_QUANT_SIZES[Kind.Q8_K]
+    writer.add_tensor("a.weight", np.zeros((2, nbytes), dtype=np.uint8), raw_dtype=Kind.Q8_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=r"tensor 'a\.weight' in .* is stored as Q8_K; known are F64"):
+        open_checkpoint(tmp_path / "model.gguf")
