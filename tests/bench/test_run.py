@@ -1,7 +1,9 @@
 """The runner: cells, draws, resuming, methods of the user's, and what it says when they fail."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,27 @@ def test_a_killed_run_goes_on_with_the_layer_it_was_at(subset, store, monkeypatc
     assert len(solved) == len(set(solved)) == 8
     assert [len(result.layers) for result in results] == [4, 4]
     assert not (store.folder / ".partial").exists()
+
+
+@pytest.mark.parametrize("writes", [0, 1, 3, 5])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(subset, store, monkeypatch, writes):
+    tasks = plan(subset, methods(subset, "mean"), [3])
+    write_bytes, left = Path.write_bytes, [writes]
+
+    def until_full(path, data):
+        left[0] -= 1
+        if left[0] < 0:
+            write_bytes(path, data[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write_bytes(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", until_full)
+        with pytest.raises(OutputError, match=r"^no space left for [^\n]*; free some space or choose another disk$"):
+            run(subset, tasks, store)
+    (result,) = run(subset, tasks, store)
+    assert len(result.layers) == 4
+    assert not list(store.folder.rglob(".*.json.*"))
 
 
 def test_a_method_named_twice_is_one_cell(subset, store):

@@ -434,3 +434,13 @@ def test_a_real_run_reports_on_stdout_and_fails_on_stderr(family, out):
     assert json.loads(done.stdout)["summary"]["to the storage floor"] == 4
     again = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
     assert_refused(Ran(again.returncode, again.stdout, again.stderr), ["exists and is not empty"])
+
+
+def test_what_the_disk_refuses_is_one_line(command, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results/a.json")
+
+    monkeypatch.setattr(detune.cli, "cli", refuse)
+    ran = command("inspect", "a")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == ("detune: error: cannot read or write results/a.json; No space left on device; check the disk\n")

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import detune
 from detune._runtime import versions
+from detune.checkpoints import reported
 from detune.errors import InputError, OutputError
 
 __all__ = ["EXACT_W_ERROR", "Cell", "CellResult", "Environment", "LayerResult", "ResultStore"]
@@ -212,7 +213,8 @@ class ResultStore:
         Raises:
             OutputError: Another run is at it.
         """
-        self._partial.mkdir(parents=True, exist_ok=True)
+        with reported(self.folder):
+            self._partial.mkdir(parents=True, exist_ok=True)
         try:
             lock = FileLock(self._partial / f"{cell.name}.lock", timeout=0).acquire()
         except Timeout:
@@ -250,7 +252,7 @@ class ResultStore:
         """Keep one layer of an unfinished cell, and its recovered weight where it is needed later."""
         file = self._layer_file(cell, result.index)
         if weight is not None:
-            save_file({"weight": weight.contiguous()}, self.weight_file(cell, result.index))
+            _write(self.weight_file(cell, result.index), save({"weight": weight.contiguous()}))
         _write(file, result.model_dump_json())
 
     def layers(self, cell: Cell) -> tuple[LayerResult, ...]:
@@ -292,10 +294,15 @@ def _parse(file: Path) -> CellResult:
         ) from None
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path, content: str | bytes) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    with reported(file):
+        try:
+            partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+            partial.replace(file)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def _code_hash() -> str:

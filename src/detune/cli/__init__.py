@@ -68,6 +68,11 @@ def main() -> None:
         # The reader of our output has gone, as in `detune inspect ... | head`: not an error worth a word.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        # A disk that is full or refuses, at a place that has no word of its own for it.
+        place, why = error.filename or "a file", error.strerror or str(error)
+        click.echo(f"detune: error: {DetuneError(f'cannot read or write {place}', why, 'check the disk')}", err=True)
+        sys.exit(2)
 
 
 def _notes(error: BaseException) -> list[str]:
