@@ -42,7 +42,7 @@ COLOURS = {"exact": "#1b7837", "to the storage floor": "#5aae61", "approximate":
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelSet:
     """One matrix of the base and what the fine-tunes made of it.
 
     Attributes:
@@ -98,13 +98,13 @@ class Assumption:
 
     name: str
     settings: str
-    points: dict[str, Callable[[Family], list[Tensor]]]
+    points: dict[str, Callable[[ModelSet], list[Tensor]]]
 
 
-def another_source(share: float) -> Callable[[Family], list[Tensor]]:
+def another_source(share: float) -> Callable[[ModelSet], list[Tensor]]:
     """A fourth model, whose base differs at full rank by a share of W."""
 
-    def models(family: Family) -> list[Tensor]:
+    def models(family: ModelSet) -> list[Tensor]:
         *rest, last = family.models(N + 1)
         other = family.random(*last.shape, seed=1) * share * float(family.W.square().mean()) ** 0.5
         return [*rest, (last.double() + other).float()]
@@ -112,7 +112,7 @@ def another_source(share: float) -> Callable[[Family], list[Tensor]]:
     return models
 
 
-def full_rank(share: float) -> Callable[[Family], list[Tensor]]:
+def full_rank(share: float) -> Callable[[ModelSet], list[Tensor]]:
     """Every model changes at full rank too, by a share of its delta."""
     return lambda family: [
         (W_i.double() + family.random(*W_i.shape, seed=i) * share * family.delta_rms).float()
@@ -120,10 +120,10 @@ def full_rank(share: float) -> Callable[[Family], list[Tensor]]:
     ]
 
 
-def permuted(share: float) -> Callable[[Family], list[Tensor]]:
+def permuted(share: float) -> Callable[[ModelSet], list[Tensor]]:
     """A fourth model, in which so many of the neurons (rows) have changed places."""
 
-    def models(family: Family) -> list[Tensor]:
+    def models(family: ModelSet) -> list[Tensor]:
         *rest, last = family.models(N + 1)
         moved = last.clone()
         rows = family.random(len(last), seed=2).argsort()[: round(share * len(last))]
@@ -133,12 +133,12 @@ def permuted(share: float) -> Callable[[Family], list[Tensor]]:
     return models
 
 
-def stored(dtype: torch.dtype) -> Callable[[Family], list[Tensor]]:
+def stored(dtype: torch.dtype) -> Callable[[ModelSet], list[Tensor]]:
     """Merged in another precision; the base is the float32 one."""
     return lambda family: [W_i.to(dtype) for W_i in family.models()]
 
 
-def steps_of(bits: int) -> Callable[[Family], list[Tensor]]:
+def steps_of(bits: int) -> Callable[[ModelSet], list[Tensor]]:
     """Rounded to nearest, with one step for each row: what a quantised model is once it is dequantised."""
 
     def quantised(W_i: Tensor) -> Tensor:
@@ -148,15 +148,15 @@ def steps_of(bits: int) -> Callable[[Family], list[Tensor]]:
     return lambda family: [quantised(W_i) for W_i in family.models()]
 
 
-def so_many(n: int) -> Callable[[Family], list[Tensor]]:
+def so_many(n: int) -> Callable[[ModelSet], list[Tensor]]:
     """The first n fine-tunes."""
     return lambda family: family.models(n)
 
 
-def of_rank(r: int) -> Callable[[Family], list[Tensor]]:
+def of_rank(r: int) -> Callable[[ModelSet], list[Tensor]]:
     """Random LoRAs of another rank, as large as the trained ones."""
 
-    def models(family: Family) -> list[Tensor]:
+    def models(family: ModelSet) -> list[Tensor]:
         out, columns = family.W.shape
         size = family.delta_rms / math.sqrt(r)
         deltas = [family.random(out, r, seed=3 * i) @ family.random(r, columns, seed=3 * i + 1) for i in range(N)]
@@ -197,17 +197,17 @@ ASSUMPTIONS = (
 )
 
 
-def families() -> tuple[Family, ...]:
+def families() -> tuple[ModelSet, ...]:
     """The matrices with their trained deltas."""
     names = [f"encoder.layer.{layer}.attention.self.query.weight" for layer in LAYERS]
     base, models = open_checkpoint(base_model()), [open_checkpoint(path) for path in merged_models()]
     return tuple(
-        Family(W := base.read(name).double(), tuple(model.read(name).double() - W for model in models))
+        ModelSet(W := base.read(name).double(), tuple(model.read(name).double() - W for model in models))
         for name in names
     )
 
 
-def outcome(at: str, problems: Sequence[Family], make: Callable[[Family], list[Tensor]]) -> Point:
+def outcome(at: str, problems: Sequence[ModelSet], make: Callable[[ModelSet], list[Tensor]]) -> Point:
     """Recover every matrix, and compare with what the certificate says."""
     errors, means, verdicts = [], [], []
     overconfident = 0

@@ -16,7 +16,7 @@ import torch
 from random_sets import RandomSet, Role, random_set
 
 import detune
-from detune.compatibility.check import Kinship, Relative
+from detune.compatibility.check import FamilyCheck, ModelStatus
 from detune.compatibility.low_rank_test import Kind, relate
 
 REASONS = {
@@ -66,12 +66,12 @@ def main() -> None:
     near_the_noise()
 
 
-def judge(drawn: RandomSet, kinship: Kinship) -> list[str]:
+def judge(drawn: RandomSet, check: FamilyCheck) -> list[str]:
     """For each model: right, on the wrong side, or there for the wrong reason."""
-    return [_judge(role, model, drawn.head) for role, model in zip(drawn.roles, kinship.models, strict=True)]
+    return [_judge(role, model, drawn.head) for role, model in zip(drawn.roles, check.models, strict=True)]
 
 
-def _judge(role: Role, model: Relative, head: str) -> str:
+def _judge(role: Role, model: ModelStatus, head: str) -> str:
     if model.belongs is not role.belongs:
         return "wrong side"
     if not role.belongs:

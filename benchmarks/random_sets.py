@@ -1,4 +1,4 @@
-"""Random sets of checkpoints with a known kinship: fine-tunes of one base, and strangers."""
+"""Random sets of checkpoints whose origin is known: fine-tunes of one base, and strangers."""
 
 import math
 from collections.abc import Callable

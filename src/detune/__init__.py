@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from detune.adapters.extract import Extraction, extract
-    from detune.compatibility.check import Kinship, check_family
+    from detune.compatibility.check import FamilyCheck, check_family
     from detune.errors import DetuneError, InputError, OutputError
     from detune.packing import PackReport, UnpackReport, pack, unpack
     from detune.problem import LowRank, NotRecoverable, Recovery
@@ -26,7 +26,7 @@ _HOMES = {
     "DetuneError": "errors",
     "Extraction": "adapters.extract",
     "InputError": "errors",
-    "Kinship": "compatibility.check",
+    "FamilyCheck": "compatibility.check",
     "LowRank": "problem",
     "NotRecoverable": "problem",
     "OutputError": "errors",
@@ -49,8 +49,8 @@ __all__ = [
     "Comparison",
     "DetuneError",
     "Extraction",
+    "FamilyCheck",
     "InputError",
-    "Kinship",
     "LowRank",
     "NotRecoverable",
     "OutputError",

@@ -77,7 +77,7 @@ def test_what_is_missing_is_said_before_anything_is_computed(command, fine, tmp_
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("detune.audit.run.walk", None)
+    monkeypatch.setattr("detune.audit.run.map_tensors", None)
     ran = command("audit", *fine.models, "--out", tmp_path / "out")
     assert ran.code == 2
     assert re.fullmatch(rf"detune: error: {package}\S* is not installed; pip install 'detune\[audit\]'\n", ran.err)

@@ -34,12 +34,12 @@ def another_base(model: Path) -> None:
 
 
 def test_one_family(fine):
-    kinship = detune.check_family(fine.models)
-    assert [model.spec for model in kinship.members] == fine.specs
-    assert [(row.ranks, row.enough) for row in kinship.tensors] == [((2, 2, 2, 2), True)] * 4
-    assert (kinship.shared, kinship.looked_at, kinship.suffices) == (3, 4, True)
-    assert kinship.verdict == "4 of 4 models share a source: all 4 changed matrices can be recovered"
-    assert json.loads(kinship.to_json())["models"][0]["belongs"] is True
+    found = detune.check_family(fine.models)
+    assert [model.spec for model in found.members] == fine.specs
+    assert [(row.ranks, row.enough) for row in found.tensors] == [((2, 2, 2, 2), True)] * 4
+    assert (found.shared, found.looked_at, found.suffices) == (3, 4, True)
+    assert found.verdict == "4 of 4 models share a source: all 4 changed matrices can be recovered"
+    assert json.loads(found.to_json())["models"][0]["belongs"] is True
 
 
 def test_mixed_ranks_and_models_that_left_a_tensor_alone(tmp_path):
@@ -50,19 +50,19 @@ def test_mixed_ranks_and_models_that_left_a_tensor_alone(tmp_path):
         changed = {f"layer.{k}.weight": r[i] for k, r in targets.items()}
         state = {name: add(base[name], delta(generator, base[name], r)) for name, r in changed.items() if r}
         models.append(save_plain(tmp_path / str(i), base | state))
-    kinship = detune.check_family(models)
-    assert [row.ranks for row in kinship.tensors] == list(targets.values())
-    assert kinship.models[1].reason == "changed 1 matrix at low rank"
+    found = detune.check_family(models)
+    assert [row.ranks for row in found.tensors] == list(targets.values())
+    assert found.models[1].reason == "changed 1 matrix at low rank"
 
 
 def test_a_new_head_is_named_and_its_model_belongs(fine):
     new_head(fine.models[1])
-    kinship = detune.check_family(fine.models)
-    assert len(kinship.members) == 4
-    (foreign,) = kinship.models[1].foreign
+    found = detune.check_family(fine.models)
+    assert len(found.members) == 4
+    (foreign,) = found.models[1].foreign
     assert (foreign.model, foreign.name) == (1, HEAD)
     assert foreign.cause.startswith("re-initialised")
-    row = next(row for row in kinship.tensors if row.name == HEAD)
+    row = next(row for row in found.tensors if row.name == HEAD)
     assert row.ranks == (2, None, 2, 2)
     assert row.enough
 
@@ -70,20 +70,20 @@ def test_a_new_head_is_named_and_its_model_belongs(fine):
 def test_heads_that_all_differ_cannot_be_recovered(fine):
     for i, model in enumerate(fine.models):
         new_head(model, 20 + i)
-    kinship = detune.check_family(fine.models)
-    assert len(kinship.members) == 4
-    assert not kinship.suffices
-    assert kinship.verdict.endswith(f"3 of 4 changed matrices can be recovered, not '{HEAD}'")
-    assert all(model.foreign[0].cause == "every model has its own" for model in kinship.models)
+    found = detune.check_family(fine.models)
+    assert len(found.members) == 4
+    assert not found.suffices
+    assert found.verdict.endswith(f"3 of 4 changed matrices can be recovered, not '{HEAD}'")
+    assert all(model.foreign[0].cause == "every model has its own" for model in found.models)
 
 
 def test_a_resized_vocabulary_belongs_with_the_rest(fine):
     edit(fine.models[0], lambda state: state.update({"embed_tokens.weight": torch.ones(64, 16)}))
-    kinship = detune.check_family(fine.models)
-    assert len(kinship.members) == 4
-    (foreign,) = kinship.models[0].foreign
+    found = detune.check_family(fine.models)
+    assert len(found.members) == 4
+    (foreign,) = found.models[0].foreign
     assert foreign.cause == "resized vocabulary, 64 rows instead of 50: call resize_token_embeddings(50)"
-    assert kinship.tensors[0].ranks == (2, 2, 2, 2)
+    assert found.tensors[0].ranks == (2, 2, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -99,26 +99,26 @@ def test_a_resized_vocabulary_belongs_with_the_rest(fine):
 )
 def test_misfits_are_told_and_the_rest_is_compared(fine, change, cause):
     edit(fine.models[2], change)
-    kinship = detune.check_family(fine.models)
-    assert len(kinship.members) == 4
-    (foreign,) = kinship.models[2].foreign
+    found = detune.check_family(fine.models)
+    assert len(found.members) == 4
+    (foreign,) = found.models[2].foreign
     assert re.match(cause, foreign.cause)
 
 
 def test_a_stranger_is_not_counted(fine):
     another_base(fine.models[0])
-    kinship = detune.check_family(fine.models)
-    assert [(model.cluster, model.belongs) for model in kinship.models] == [(1, False)] + [(0, True)] * 3
-    assert "it has another base" in kinship.models[0].reason
-    assert kinship.suffices
-    assert kinship.verdict.startswith("3 of 4 models share a source")
+    found = detune.check_family(fine.models)
+    assert [(model.group, model.belongs) for model in found.models] == [(1, False)] + [(0, True)] * 3
+    assert "it has another base" in found.models[0].reason
+    assert found.suffices
+    assert found.verdict.startswith("3 of 4 models share a source")
 
 
 def test_another_architecture_cannot_be_compared(fine, tmp_path):
     other = save_plain(tmp_path / "other", {f"block.{i}": torch.ones(3) for i in range(6)})
-    kinship = detune.check_family([*fine.models, other])
-    assert kinship.models[4].cluster is None
-    assert kinship.models[4].reason.startswith("another architecture: other names or shapes in 'block.0'")
+    found = detune.check_family([*fine.models, other])
+    assert found.models[4].group is None
+    assert found.models[4].reason.startswith("another architecture: other names or shapes in 'block.0'")
 
 
 def test_two_sources_of_equal_size_are_both_listed(fine):
@@ -126,9 +126,9 @@ def test_two_sources_of_equal_size_are_both_listed(fine):
         another_base(model)
         edit(model, lambda state, model=model: state.update({"norm.weight": state["norm.weight"] + len(str(model))}))
     edit(fine.models[3], lambda state: state.update({"norm.weight": state["norm.weight"] + 1}))
-    kinship = detune.check_family(fine.models)
-    assert not kinship.members
-    assert re.search(r"2 sources with 2 models each: \{.*model-0, .*model-1\} and \{.*2, .*3\}", kinship.verdict)
+    found = detune.check_family(fine.models)
+    assert not found.members
+    assert re.search(r"2 sources with 2 models each: \{.*model-0, .*model-1\} and \{.*2, .*3\}", found.verdict)
 
 
 def test_a_stranger_with_its_rows_in_another_order_is_known_from_some_rows(tmp_path):
@@ -141,42 +141,42 @@ def test_a_stranger_with_its_rows_in_another_order_is_known_from_some_rows(tmp_p
         models.append(save_plain(tmp_path / str(i), changed))
     order = torch.randperm(320, generator=generator)
     edit(models[3], lambda state: state.update({name: state[name][order].contiguous() for name in base}))
-    kinship = detune.check_family(models, rows=128)
-    assert [model.belongs for model in kinship.models] == [True, True, True, False]
-    assert "same base with its neurons or heads in another order" in kinship.models[3].reason
-    assert [tensor.ranks for tensor in kinship.tensors] == [(2, 2, 2)] * 2
-    assert kinship.reading.rows == 128
+    found = detune.check_family(models, rows=128)
+    assert [model.belongs for model in found.models] == [True, True, True, False]
+    assert "same base with its neurons or heads in another order" in found.models[3].reason
+    assert [tensor.ranks for tensor in found.tensors] == [(2, 2, 2)] * 2
+    assert found.reading.rows == 128
     # Both matrices of the stranger and of a member, and the part of each model.
-    assert kinship.reading.read_bytes == (4 * 2 * 128 + 2 * 2 * 320) * 96 * 4
-    assert kinship.reading.total_bytes == 4 * 2 * 320 * 96 * 4
+    assert found.reading.read_bytes == (4 * 2 * 128 + 2 * 2 * 320) * 96 * 4
+    assert found.reading.total_bytes == 4 * 2 * 320 * 96 * 4
 
 
 def test_two_of_three_are_not_enough(fine):
     another_base(fine.models[1])
-    kinship = detune.check_family(fine.models[:3])
-    assert kinship.verdict == "2 of 3 models share a source: recovery needs 3"
-    assert kinship.tensors[0].reason.startswith("the difference of two models has rank 4; a third")
+    found = detune.check_family(fine.models[:3])
+    assert found.verdict == "2 of 3 models share a source: recovery needs 3"
+    assert found.tensors[0].reason.startswith("the difference of two models has rank 4; a third")
 
 
 def test_vectors_and_integers(fine):
     for i, model in enumerate(fine.models):
         edit(model, lambda s, i=i: s.update({"norm.weight": torch.full((64,), i / 7), "steps": torch.tensor(i)}))
-    kinship = detune.check_family(fine.models)
-    rows = {row.name: row for row in kinship.tensors}
+    found = detune.check_family(fine.models)
+    rows = {row.name: row for row in found.tensors}
     assert rows["steps"].reason == "not floating point"
     assert not rows["norm.weight"].enough
-    assert kinship.suffices
-    assert kinship.verdict.endswith("; 2 that are no matrices can be averaged or copied")
+    assert found.suffices
+    assert found.verdict.endswith("; 2 that are no matrices can be averaged or copied")
 
 
 def test_ranks_beyond_the_conditions(tmp_path):
     generator = seeded(6)
     base = normal(generator, 64, 64)
     models = [save_plain(tmp_path / str(i), {"w": add(base, delta(generator, base, 26))}) for i in range(3)]
-    kinship = detune.check_family(models)
-    assert kinship.tensors[0].ranks == (26, 26, 26)
-    assert not kinship.suffices
-    assert "too high for a 64x64 matrix" in kinship.tensors[0].reason
+    found = detune.check_family(models)
+    assert found.tensors[0].ranks == (26, 26, 26)
+    assert not found.suffices
+    assert "too high for a 64x64 matrix" in found.tensors[0].reason
 
 
 def test_writes_nothing_and_tells_what_it_is_at(fine):
@@ -196,7 +196,7 @@ def test_random_sets(tmp_path, seed):
     """A tenth of what benchmarks/family.py runs."""
     dtypes = ((torch.bfloat16,), (torch.float32,), (torch.bfloat16, torch.float32))[seed % 3]
     drawn = random_set(tmp_path, seed, dtypes, least_full=0.006 if torch.bfloat16 in dtypes else 0.001)
-    kinship = detune.check_family(drawn.models)
-    assert [model.belongs for model in kinship.models] == [role.belongs for role in drawn.roles]
+    found = detune.check_family(drawn.models)
+    assert [model.belongs for model in found.models] == [role.belongs for role in drawn.roles]
     heads = [[drawn.head] if role is Role.HEAD else [] for role in drawn.roles]
-    assert [[tensor.name for tensor in model.foreign] for model in kinship.models] == heads
+    assert [[tensor.name for tensor in model.foreign] for model in found.models] == heads

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detune.compatibility.groups import Clusters, find_clusters, select, tells
+from detune.compatibility.groups import BaseGroups, group_by_base, select, tells
 from detune.compatibility.model_set import Models
 from detune.errors import InputError
 from tests.cases import normal, seeded
@@ -143,9 +143,9 @@ def test_looks_at_all_matrices_only_where_some_do_not_agree(tmp_path):
     states = [{name: add(weight, delta(generator, weight, 2)) for name, weight in base.items()} for _ in range(3)]
     models = [save_plain(tmp_path / str(i), state) for i, state in enumerate(states)]
     with Models(models) as given:
-        assert len(find_clusters(given.models).splits) == 12
+        assert len(group_by_base(given.models).splits) == 12
     edit(models[0], lambda state: state.update({"w00": normal(generator, 64, 64)}))
     with Models(models) as given:
-        assert find_clusters(given.models) == Clusters(
+        assert group_by_base(given.models) == BaseGroups(
             ((0, 1, 2),), {name: ((1, 2), (0,)) if name == "w00" else ((0, 1, 2),) for name in base}
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from detune.compatibility.model_set import BLOCK_BYTES, LISTED, SAMPLE_BYTES, Family
+from detune.compatibility.model_set import BLOCK_BYTES, LISTED, SAMPLE_BYTES, ModelSet
 from detune.errors import InputError
 from tests.cases import normal, seeded
 from tests.families import Fine, edit, plain_family, plain_state, same_bits, save_plain
@@ -16,7 +16,7 @@ def fine(tmp_path) -> Fine:
 
 
 def test_lists_what_all_models_have(fine):
-    with Family(fine.models) as family:
+    with ModelSet(fine.models) as family:
         expected = plain_state()
         assert family.n == 3
         assert set(family.names) == set(expected)
@@ -26,7 +26,7 @@ def test_lists_what_all_models_have(fine):
 
 
 def test_tells_shared_tensors_from_those_that_differ(fine):
-    with Family(fine.models) as family:
+    with ModelSet(fine.models) as family:
         assert {name for name in family.names if not family.is_shared(name)} == {f"layer.{i}.weight" for i in range(4)}
         stack = family.stack("layer.0.weight")
         assert len(stack) == 3
@@ -35,7 +35,7 @@ def test_tells_shared_tensors_from_those_that_differ(fine):
 
 def test_other_dtype_is_no_shared_tensor_and_no_misfit(fine):
     edit(fine.models[1], lambda state: state.update({"norm.weight": state["norm.weight"].double()}))
-    with Family(fine.models) as family:
+    with ModelSet(fine.models) as family:
         assert not family.is_shared("norm.weight")
         assert family.dtypes("norm.weight") == (torch.float32, torch.float64, torch.float32)
 
@@ -46,7 +46,7 @@ def test_sees_a_difference_in_the_last_byte_of_the_last_block(tmp_path):
     other[-1] = 1
     for name, tensor in (("a", weight), ("b", other)):
         save_file({"weight": tensor}, tmp_path / f"{name}.safetensors")
-    with Family([tmp_path / "a.safetensors", tmp_path / "b.safetensors"]) as family:
+    with ModelSet([tmp_path / "a.safetensors", tmp_path / "b.safetensors"]) as family:
         assert not family.is_shared("weight")
 
 
@@ -55,7 +55,7 @@ def test_equal_beginnings_are_no_proof_of_a_copy(tmp_path):
     other = weight.clone()
     other[-1] = 1
     paths = [save_plain(tmp_path / name, {"weight": tensor}) for name, tensor in (("a", weight), ("b", other))]
-    with Family(paths) as family:
+    with ModelSet(paths) as family:
         assert family.n == 2
 
 
@@ -65,7 +65,7 @@ def test_bits_decide_and_not_values(tmp_path):
     paths = [
         save_plain(tmp_path / name, {"x": x, "y": states[0].clone()}) for name, x in zip("ab", states, strict=True)
     ]
-    with Family(paths) as family:
+    with ModelSet(paths) as family:
         assert not family.is_shared("x")
         assert family.is_shared("y")
         assert same_bits(family.stack("x")[1], states[1])
@@ -82,7 +82,7 @@ def test_refuses_missing_and_additional_tensors(fine):
         r"model-1 does not fit .*model-0; it lacks 'layer\.0\.weight'.* and has in addition 'new\..* and 1 more; give"
     )
     with pytest.raises(InputError, match=pattern):
-        Family(fine.models)
+        ModelSet(fine.models)
 
 
 def test_lists_only_the_first_few_shapes(tmp_path):
@@ -91,20 +91,20 @@ def test_lists_only_the_first_few_shapes(tmp_path):
     ]
     says = rf"{LISTED + 2} of its tensors have other shapes; got 'w0' \[2, 4\]"
     with pytest.raises(InputError, match=says) as refused:
-        Family(paths)
+        ModelSet(paths)
     assert str(refused.value).count("'w") == LISTED
 
 
 def test_names_a_resized_vocabulary(fine):
     edit(fine.models[2], lambda state: state.update({"embed_tokens.weight": torch.ones(64, 16)}))
     with pytest.raises(InputError, match=r"model-2 has a resized vocabulary; 'embed_tokens.weight' has 64 rows.* 50"):
-        Family(fine.models)
+        ModelSet(fine.models)
 
 
 def test_refuses_integers_against_floats(fine):
     edit(fine.models[1], lambda state: state.update({"norm.weight": state["norm.weight"].int()}))
     with pytest.raises(InputError, match=r"norm\.weight"):
-        Family(fine.models)
+        ModelSet(fine.models)
 
 
 @pytest.mark.parametrize("how", ["same path", "link", "copy"])
@@ -117,18 +117,18 @@ def test_refuses_a_model_given_twice(fine, how):
     else:
         again = fine.models[1]
     with pytest.raises(InputError, match=r"(again|model-1) is given twice; .*; give each model once"):
-        Family([*fine.models, again])
+        ModelSet([*fine.models, again])
 
 
 def test_a_fine_tune_that_changed_nothing_else_is_not_a_copy(fine):
     """The base itself among the models is welcome: its deltas are zero."""
-    with Family([*fine.models, fine.base]) as family:
+    with ModelSet([*fine.models, fine.base]) as family:
         assert family.n == 4
 
 
 def test_random_weights_are_not_used_up(fine):
     """Opening reads no weights: a file that shrinks afterwards is noticed, by name."""
-    with Family(fine.models) as family:
+    with ModelSet(fine.models) as family:
         file = fine.models[2] / "model.safetensors"
         state = {"x": normal(seeded(), 2)}
         save_file(state, file)

@@ -60,7 +60,7 @@ class AdapterRow:
 
 
 @dataclass(frozen=True)
-class Change:
+class AdapterChange:
     """What one tensor of one model becomes in its adapter.
 
     Attributes:
@@ -120,7 +120,7 @@ class ChangeFitter:
         self._rank = rank
         self._device = device
 
-    def fit(self, name: str, base: Tensor, tensors: Sequence[Tensor]) -> tuple[Change, ...]:
+    def fit(self, name: str, base: Tensor, tensors: Sequence[Tensor]) -> tuple[AdapterChange, ...]:
         """Find what one tensor becomes.
 
         Args:
@@ -140,7 +140,7 @@ class ChangeFitter:
             if tensor.dtype != base.dtype or bit_identical(base, tensor) < 1
         )
 
-    def _change(self, i: int, name: str, base: Tensor, tensor: Tensor) -> Change:
+    def _change(self, i: int, name: str, base: Tensor, tensor: Tensor) -> AdapterChange:
         places = self._places.of(name)
         kind = places.takes_low_rank(name)
         M_i = self._fit(i, name, base, tensor) if kind and tensor.is_floating_point() else None
@@ -155,18 +155,20 @@ class ChangeFitter:
         )
         if kind is None or M_i is None:
             if not places.takes(name):
-                return Change(i, as_base)
+                return AdapterChange(i, as_base)
             reason = "no low rank" if kind else "no matrix"
             # PEFT loads it into the base's module, in the base's dtype.
             loaded = _deviation(tensor.to(base.dtype), tensor)
-            return Change(i, AdapterRow(self._names[i], name, as_base.shape, Kept.WHOLE, 0, *loaded, reason), as_base)
+            return AdapterChange(
+                i, AdapterRow(self._names[i], name, as_base.shape, Kept.WHOLE, 0, *loaded, reason), as_base
+            )
         if M_i.rank == 0:
-            return Change(i, replace(as_base, kept=Kept.NOISE, reason="storage noise alone"))
+            return AdapterChange(i, replace(as_base, kept=Kept.NOISE, reason="storage noise alone"))
         layer = peft_layer(kind, M_i.left, M_i.right, as_base.shape)
         # What PEFT will make of it, from the very factors that will be written.
         merged = _deviation(layer.merged(base), tensor)
         row = AdapterRow(self._names[i], name, as_base.shape, Kept.LORA, layer.rank, *merged)
-        return Change(i, row, layer=layer)
+        return AdapterChange(i, row, layer=layer)
 
     def _fit(self, i: int, name: str, base: Tensor, tensor: Tensor) -> LowRank | None:
         """The change at low rank; None where factors would be no smaller than the tensor."""

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from detune._runtime import versions
-from detune.adapters.changes import AdapterRow, Change, ChangeFitter, Kept, PlacesOf, adapter_names
+from detune.adapters.changes import AdapterChange, AdapterRow, ChangeFitter, Kept, PlacesOf, adapter_names
 from detune.checkpoints import Checkpoint, Kind, PeftWriter, inside, new_directory, open_checkpoint
-from detune.compatibility.groups import STRANGER, find_clusters, why_foreign
-from detune.compatibility.model_set import Family, is_shared, misfit
+from detune.compatibility.groups import STRANGER, group_by_base, why_foreign
+from detune.compatibility.model_set import ModelSet, incompatibility, is_shared
 from detune.errors import InputError, OutputError
 
 
@@ -95,7 +95,7 @@ def extract(
         >>> extraction = extract(["ft-a", "ft-b"], "adapters", base="recovered")  # doctest: +SKIP
         >>> PeftModel.from_pretrained(model, "adapters/ft-a")  # doctest: +SKIP
     """
-    with open_checkpoint(base) as opened, Family(models) as family:
+    with open_checkpoint(base) as opened, ModelSet(models) as family:
         require_base(opened, family.models)
         fitter = ChangeFitter(family.models, _reference(base), rank, device)
         with extracting(family.models, out, base=_reference(base)) as extractor:
@@ -124,11 +124,11 @@ def require_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
     """
     for model in models:
         pair = (base, model)
-        why = misfit(model, base)
+        why = incompatibility(model, base)
         if why is not None and not all(fits(base, model, name) for name in model.tensors):
             raise why
-        found = find_clusters(pair, tuple(model.tensors))
-        if len(found.clusters) == 1:
+        found = group_by_base(pair, tuple(model.tensors))
+        if len(found.groups) == 1:
             continue
         foreign = found.foreign(1, (0,))
         resemblance = why_foreign(pair, 1, 0, foreign[len(foreign) // 2])
@@ -195,7 +195,7 @@ class Extractor:
         """What a tensor's weight is to PEFT, if that takes a LoRA."""
         return self._places.of(name).takes_low_rank(name)
 
-    def add(self, name: str, changes: Sequence[Change]) -> None:
+    def add(self, name: str, changes: Sequence[AdapterChange]) -> None:
         """Add one tensor to every adapter whose model changed it.
 
         Args:

@@ -18,7 +18,7 @@ from detune.attacks.frames import find_actions
 from detune.attacks.rebuild import rebuild
 from detune.certificate.certify import certify
 from detune.checkpoints import Checkpoint, CheckpointWriter
-from detune.compatibility.model_set import Family
+from detune.compatibility.model_set import ModelSet
 from detune.errors import InputError
 from detune.methods import Auto, Mean
 from detune.problem import NotRecoverable, Recovery, Stack
@@ -96,7 +96,7 @@ def align(models: Sequence[Path], folder: Path) -> tuple[Aligned, ...]:
         InputError: They do not fit together, or their architecture is not known.
     """
     aligned = [Aligned(Path(models[0]), True)]
-    with Family(models) as family:
+    with ModelSet(models) as family:
         first, *others = family.models
         layers = read_layers(first.root, {name: info.shape for name, info in first.tensors.items()})
         for i, (path, other) in enumerate(zip(models[1:], others, strict=True), start=1):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from detune.audit.members import ENOUGH
 from detune.audit.record import ModelEntry, Outcome, Result, Rule, TensorEntry
-from detune.compatibility.groups import STRANGER, Clusters
+from detune.compatibility.groups import STRANGER, BaseGroups
 from detune.compatibility.mismatch import Cause
 from detune.recovery.report import Status
 
@@ -67,12 +67,12 @@ class Evidence:
 
     Attributes:
         models: The releases given.
-        clusters: How they were grouped; None for a single one.
+        groups: How they were grouped; None for a single one.
         matrices: Changed matrices.
     """
 
     models: Sequence[ModelEntry]
-    clusters: Clusters | None
+    groups: BaseGroups | None
     matrices: Sequence[TensorEntry]
 
     @property
@@ -126,14 +126,14 @@ Checked = tuple[bool | None, str]
 
 
 def _same_source(evidence: Evidence) -> Checked:
-    if evidence.clusters is None:
+    if evidence.groups is None:
         return None, "one release alone does not tell"
-    judged = len(evidence.clusters.splits)
+    judged = len(evidence.groups.splits)
     return evidence.used > 1, f"{evidence.used} of {evidence.given} releases do, judged by {_matrices(judged)}"
 
 
 def _alignment(evidence: Evidence) -> Checked:
-    if evidence.clusters is None:
+    if evidence.groups is None:
         return None, "one release alone does not tell"
     matched = sum(model.realigned for model in evidence.models)
     if matched:

@@ -12,9 +12,9 @@ from detune.adapters.extract import fits
 from detune.attacks.denoise import is_white, noise_size
 from detune.attacks.frames import find_actions
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
-from detune.compatibility.groups import Clusters, best_reference, find_clusters, why_foreign, why_left_out
-from detune.compatibility.mismatch import Cause, resemble
-from detune.compatibility.model_set import misfit
+from detune.compatibility.groups import BaseGroups, best_reference, group_by_base, why_foreign, why_left_out
+from detune.compatibility.mismatch import Cause, find_mismatch
+from detune.compatibility.model_set import incompatibility
 from detune.errors import InputError
 from detune.problem.stack import matricise
 from detune.symmetries import Action, Actions, act, read_layers
@@ -38,7 +38,7 @@ class Members:
     Attributes:
         models: Of all releases given, the checkpoint that stands for it: itself, or a copy in the first one's frame.
         places: Those that are recovered from.
-        clusters: How they were grouped; None for a single one.
+        groups: How they were grouped; None for a single one.
         reasons: Why the others are left out, by place.
         moved: Those that a copy stands for.
         turned: Whether numbers were rounded in that: matrices that were turned or scaled are on no grid any more, and
@@ -48,7 +48,7 @@ class Members:
 
     models: tuple[Checkpoint, ...]
     places: tuple[int, ...]
-    clusters: Clusters | None = None
+    groups: BaseGroups | None = None
     reasons: tuple[tuple[int, str], ...] = ()
     moved: tuple[int, ...] = ()
     turned: bool = False
@@ -89,14 +89,14 @@ def find_members(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) 
 
 def _in_one_frame(models: Sequence[Checkpoint], found: Members, folder: Path, opened: ExitStack) -> Members:
     """The same with releases matched to the first, where that brings more of them together."""
-    if found.clusters is None or not _disagreement(found.clusters):
+    if found.groups is None or not _disagreement(found.groups):
         return found
-    fitting = sorted(i for cluster in found.clusters.clusters for i in cluster)
+    fitting = sorted(i for group in found.groups.groups for i in group)
     copies, turned = _copies([models[i] for i in fitting], folder / "releases", opened)
     moved = tuple(i for i, copy in zip(fitting, copies, strict=True) if copy is not models[i])
     standing = dict(zip(fitting, copies, strict=True))
     again = _grouped(tuple(standing.get(i, model) for i, model in enumerate(models))) if moved else found
-    better = again.clusters is not None and _disagreement(again.clusters) < _disagreement(found.clusters)
+    better = again.groups is not None and _disagreement(again.groups) < _disagreement(found.groups)
     return replace(again, moved=moved, turned=turned) if better else found
 
 
@@ -107,13 +107,13 @@ def _through_noise(found: Members, explains: Callable[[Tensor, Tensor], bool]) -
         found: What was found without.
         explains: Whether that is so of a matrix of a release, given the first one's.
     """
-    if found.clusters is None or len(found.places) >= ENOUGH:
+    if found.groups is None or len(found.places) >= ENOUGH:
         return found
-    fitting = sorted(i for cluster in found.clusters.clusters for i in cluster)
+    fitting = sorted(i for group in found.groups.groups for i in group)
     if len(fitting) < ENOUGH:
         return found
     first, *others = fitting
-    if not all(_all_explained(found.models, found.clusters, i, first, explains) for i in others):
+    if not all(_all_explained(found.models, found.groups, i, first, explains) for i in others):
         return found
     reasons = tuple((i, why) for i, why in found.reasons if i not in fitting)
     return replace(found, places=tuple(fitting), reasons=reasons, noisy=True)
@@ -121,7 +121,7 @@ def _through_noise(found: Members, explains: Callable[[Tensor, Tensor], bool]) -
 
 def _all_explained(
     models: Sequence[Checkpoint],
-    found: Clusters,
+    found: BaseGroups,
     model: int,
     first: int,
     explains: Callable[[Tensor, Tensor], bool],
@@ -134,7 +134,7 @@ def _all_explained(
 
 
 def _is_close(matrix: Tensor, first: Tensor) -> bool:
-    return resemble(matrix, first).cause is Cause.FULL
+    return find_mismatch(matrix, first).cause is Cause.FULL
 
 
 def _is_noise(matrix: Tensor, first: Tensor) -> bool:
@@ -158,12 +158,12 @@ def base_in_frame(base: Checkpoint, first: Checkpoint, folder: Path, opened: Exi
         InputError: It has another architecture, or other weights altogether.
     """
     _require_fit(base, first)
-    found = find_clusters((base, first), tuple(first.tensors))
+    found = group_by_base((base, first), tuple(first.tensors))
     if not _disagreement(found) or _all_explained((base, first), found, 1, 0, _is_noise):
         return base
     (_, copy), _ = _copies((first, base), folder / "base", opened)
     if copy is not base:
-        again = find_clusters((copy, first), tuple(first.tensors))
+        again = group_by_base((copy, first), tuple(first.tensors))
         if _disagreement(again) < _disagreement(found):
             return copy
     foreign = found.foreign(1, (0,))
@@ -181,13 +181,13 @@ def _grouped(models: tuple[Checkpoint, ...]) -> Members:
     if len(models) == 1:
         return Members(models, (0,))
     reference, fitting = best_reference(models)
-    misfits = {i: misfit(models[reference], models[i]) for i in range(len(models)) if i not in fitting}
+    incompatible = {i: incompatibility(models[reference], models[i]) for i in range(len(models)) if i not in fitting}
     if len(fitting) == 1:
-        raise next(why for why in misfits.values() if why is not None)
-    found = find_clusters([models[i] for i in fitting]).placed(fitting)
-    reasons = [(i, str(why)) for i, why in misfits.items()]
-    reasons += [(i, why_left_out(models, found, i)) for cluster in found.clusters[1:] for i in cluster]
-    return Members(models, found.clusters[0], found, tuple(reasons))
+        raise next(why for why in incompatible.values() if why is not None)
+    found = group_by_base([models[i] for i in fitting]).placed(fitting)
+    reasons = [(i, str(why)) for i, why in incompatible.items()]
+    reasons += [(i, why_left_out(models, found, i)) for group in found.groups[1:] for i in group]
+    return Members(models, found.groups[0], found, tuple(reasons))
 
 
 def _copies(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) -> tuple[list[Checkpoint], bool]:
@@ -222,7 +222,7 @@ def _moved(model: Checkpoint, actions: Actions, copy: Path, opened: ExitStack) -
     return opened.enter_context(open_checkpoint(copy))
 
 
-def _disagreement(found: Clusters) -> float:
+def _disagreement(found: BaseGroups) -> float:
     """Share of the matrices in which not all differ by a low rank."""
     return sum(len(groups) > 1 for groups in found.splits.values()) / max(1, len(found.splits))
 

@@ -21,11 +21,11 @@ from detune.audit.record import AuditReport, Behaviour, Invocation, ModelEntry, 
 from detune.audit.spectra import spectrum
 from detune.audit.trial import Trial
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
-from detune.compatibility.model_set import Family, Models, damaged, is_shared
+from detune.compatibility.model_set import Models, ModelSet, damaged, is_shared
 from detune.errors import InputError
 from detune.problem import Solver
 from detune.recovery.api import make_solver
-from detune.recovery.loop import Answer, OnTensor, walk
+from detune.recovery.loop import Answer, OnTensor, map_tensors
 from detune.recovery.report import Status
 
 __all__ = ["audit"]
@@ -82,7 +82,7 @@ def audit(
         given = opened.enter_context(Models(models, merge_dtype))
         given_base = opened.enter_context(open_checkpoint(base)) if base is not None else None
         members = find_members(given.models, folder, opened)
-        family = opened.enter_context(Family(members.used))
+        family = opened.enter_context(ModelSet(members.used))
         trial = Trial(solver, rank, device, members.turned, members.noisy)
         truth = None if given_base is None else base_in_frame(given_base, family.models[0], folder, opened)
         judge = None if weights_only else Judge(family.models[0], truth, Path(inputs) if inputs is not None else None)
@@ -100,7 +100,7 @@ def audit(
             moved = truth is not given_base
             base_entry = ModelEntry(spec=given_base.spec, sha256=given_base.hashes(), realigned=moved)
     curve = curve_of([entry for entry in tensors if entry.is_matrix], family.n)
-    evidence = Evidence(entries, members.clusters, [entry for entry in tensors if entry.is_matrix])
+    evidence = Evidence(entries, members.groups, [entry for entry in tensors if entry.is_matrix])
     return AuditReport(
         tool=Tool(versions=versions()),
         invocation=Invocation(
@@ -123,7 +123,7 @@ def audit(
 
 
 def _try_all(
-    family: Family,
+    family: ModelSet,
     base: Checkpoint | None,
     trial: Trial,
     judge: Judge | None,
@@ -166,7 +166,7 @@ def _try_all(
                 writer.write(name, tried.weight)
             return tried.answer
 
-        walk(family, keep, attempt, on_tensor, device=trial.device)
+        map_tensors(family, keep, attempt, on_tensor, device=trial.device)
     entries = [found[name] for name in family.names if name in found]
     tensors = _with_spectra(entries, family) if family.n > 1 else tuple(entries)
     unchanged = Unchanged(
@@ -181,7 +181,7 @@ def _try_all(
     return tensors, unchanged, judge.judge(recovered)
 
 
-def _with_spectra(entries: Sequence[TensorEntry], family: Family) -> tuple[TensorEntry, ...]:
+def _with_spectra(entries: Sequence[TensorEntry], family: ModelSet) -> tuple[TensorEntry, ...]:
     """The entries, some matrices over the depth of the model with the spectrum of a difference."""
     matrices = [entry.name for entry in entries if entry.is_matrix]
     count = min(SPECTRA, len(matrices))

@@ -133,17 +133,17 @@ def family(
     models: tuple[str, ...], rows: int | Literal["auto", "all"], device: str, merge_dtype: str, as_json: bool
 ) -> None:
     """Show which models share a source, which do not and why, and whether that is enough. Writes nothing."""
-    from detune.cli.tables import show_kinship
+    from detune.cli.tables import show_family
 
     with progress(quiet=as_json) as on_tensor:
-        kinship = detune.check_family(
+        check = detune.check_family(
             models,
             device=device_of(device),
             merge_dtype=merge_dtype_of(merge_dtype),
             rows=rows,
             on_tensor=lambda name: on_tensor(name, None),
         )
-    click.echo(kinship.to_json(), nl=False) if as_json else show_kinship(kinship)
+    click.echo(check.to_json(), nl=False) if as_json else show_family(check)
 
 
 @click.command()

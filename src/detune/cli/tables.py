@@ -17,7 +17,7 @@ from detune.recovery.report import Report, Status, TensorRow, w_error_range
 if TYPE_CHECKING:
     from detune.adapters.extract import Extraction
     from detune.bench.results import CellResult
-    from detune.compatibility.check import Kinship
+    from detune.compatibility.check import FamilyCheck
     from detune.compatibility.tensor_ranks import ChangedTensor
     from detune.packing import PackReport, UnpackReport
     from detune.recovery.compare import Comparison
@@ -85,28 +85,28 @@ def show_report(report: Report, out: Path | None = None) -> None:
         console.print(f"{took}; the whole report is {out / 'detune.json'}", soft_wrap=True)
 
 
-def show_kinship(kinship: "Kinship") -> None:
+def show_family(check: "FamilyCheck") -> None:
     """Print a line for each model, one for each kind of tensor that differs, and the verdict."""
     console = Console(markup=False, highlight=False)
-    for model in kinship.models:
-        source = "-" if model.cluster is None else chr(ord("A") + model.cluster)
+    for model in check.models:
+        source = "-" if model.group is None else chr(ord("A") + model.group)
         console.print(f"{source}  {'' if model.belongs else 'NOT '}{model.spec}: {model.reason}", soft_wrap=True)
         for (pattern, cause), tensors in _by_kind(model.foreign, lambda tensor: tensor.cause).items():
             console.print(f"     {pattern}{f' ×{len(tensors)}' * (len(tensors) > 1)}: {cause}", soft_wrap=True)
     table = Table("tensor", "shape", "ranks", "recoverable", box=None, pad_edge=False)
-    for (pattern, _), rows in _by_kind(kinship.tensors, lambda row: (row.shape, row.enough)).items():
+    for (pattern, _), rows in _by_kind(check.tensors, lambda row: (row.shape, row.enough)).items():
         table.add_row(
             f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
             "×".join(map(str, rows[0].shape)),
             _member_ranks(rows),
             "yes" if rows[0].enough else f"no: {rows[0].reason}",
         )
-    if kinship.tensors:
+    if check.tensors:
         console.print(table)
-    if kinship.shared:
-        console.print(f"{kinship.shared} tensor{'s' * (kinship.shared != 1)} identical in all of the family")
-    _show_reading(console, kinship.reading)
-    console.print(kinship.verdict, soft_wrap=True)
+    if check.shared:
+        console.print(f"{check.shared} tensor{'s' * (check.shared != 1)} identical in all of the family")
+    _show_reading(console, check.reading)
+    console.print(check.verdict, soft_wrap=True)
 
 
 def show_comparison(comparison: "Comparison") -> None:

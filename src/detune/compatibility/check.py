@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 
 from detune.checkpoints import Checkpoint
-from detune.compatibility.groups import Clusters, best_reference, find_clusters, why_left_out
+from detune.compatibility.groups import BaseGroups, best_reference, group_by_base, why_left_out
 from detune.compatibility.model_set import Models, is_resized_vocabulary, rows_to_read, some
 from detune.compatibility.reading import Reading
-from detune.compatibility.tensor_ranks import ENOUGH, ChangedTensor, ForeignTensor, find_change
+from detune.compatibility.tensor_ranks import ENOUGH, ChangedTensor, ForeignTensor, find_tensor_change
 from detune.errors import InputError
 
 # A model that has fewer of the tensors than this is of another architecture.
@@ -20,39 +20,39 @@ SAME_ARCHITECTURE = 1 / 2
 
 
 @dataclass(frozen=True)
-class Relative:
+class ModelStatus:
     """One model, as it stands to the others.
 
     Attributes:
         spec: As the user gave it.
-        cluster: Number of its cluster, 0 the largest; None where it could not be compared.
+        group: Number of its group, 0 the largest; None where it could not be compared.
         belongs: Whether it is of the family.
         reason: One sentence: what it changed, or why it does not belong.
         foreign: Tensors in which it is not like the family, although it belongs.
     """
 
     spec: str
-    cluster: int | None
+    group: int | None
     belongs: bool
     reason: str
     foreign: tuple[ForeignTensor, ...] = ()
 
 
 @dataclass(frozen=True)
-class Kinship:
+class FamilyCheck:
     """What `check_family` found.
 
     Attributes:
         models: All, in the order given.
         tensors: Those that differ within the family, in file order.
         shared: Number of tensors that all of the family have in common.
-        looked_at: Number of matrices that the clusters are judged by.
+        looked_at: Number of matrices that the groups are judged by.
         suffices: Whether at least three models share a source and every changed matrix can be recovered.
         verdict: One sentence.
         reading: How much of the models was read; None where it was all.
     """
 
-    models: tuple[Relative, ...]
+    models: tuple[ModelStatus, ...]
     tensors: tuple[ChangedTensor, ...]
     shared: int
     looked_at: int
@@ -61,7 +61,7 @@ class Kinship:
     reading: Reading | None = None
 
     @property
-    def members(self) -> tuple[Relative, ...]:
+    def members(self) -> tuple[ModelStatus, ...]:
         """The models of the family."""
         return tuple(model for model in self.models if model.belongs)
 
@@ -77,22 +77,22 @@ class _Sorted:
     Attributes:
         models: As given.
         reference: The one whose tensors the others are held against.
-        found: The clusters of those that could be compared, with their places among the models given.
+        found: The groups of those that could be compared, with their places among the models given.
     """
 
     models: Sequence[Checkpoint]
     reference: Checkpoint
-    found: Clusters
+    found: BaseGroups
 
     @property
     def largest(self) -> list[tuple[int, ...]]:
-        """The largest cluster, or all of that size."""
-        clusters = self.found.clusters
-        return [cluster for cluster in clusters if len(cluster) == len(clusters[0])]
+        """The largest group, or all of that size."""
+        groups = self.found.groups
+        return [group for group in groups if len(group) == len(groups[0])]
 
     @property
     def members(self) -> tuple[int, ...]:
-        """The family. Empty where two clusters are equally large, because it is not ours to say which is meant."""
+        """The family. Empty where two groups are equally large, because it is not ours to say which is meant."""
         return self.largest[0] if len(self.largest) == 1 else ()
 
 
@@ -103,8 +103,8 @@ def check_family(
     merge_dtype: torch.dtype | None = None,
     rows: int | Literal["auto", "all"] = "auto",
     on_tensor: Callable[[str], None] | None = None,
-) -> Kinship:
-    """Cluster models by common source, and say who does not belong and why. Writes nothing.
+) -> FamilyCheck:
+    """Group models by common source, and say who does not belong and why. Writes nothing.
 
     Args:
         models: At least two, as `detune.checkpoints.open_checkpoint` takes them. They need not fit together.
@@ -115,14 +115,14 @@ def check_family(
         on_tensor: For progress: called with the name of each tensor when it is begun.
 
     Returns:
-        The models with their clusters and reasons, the tensors that changed with a rank for each model, and a verdict.
+        The models with their groups and reasons, the tensors that changed with a rank for each model, and a verdict.
 
     Raises:
         InputError: A model cannot be read, is given twice, or holds NaN or Inf.
 
     Example:
-        >>> kinship = check_family(["ft-a", "ft-b", "ft-c", "other"])  # doctest: +SKIP
-        >>> [model.belongs for model in kinship.models]  # doctest: +SKIP
+        >>> check = check_family(["ft-a", "ft-b", "ft-c", "other"])  # doctest: +SKIP
+        >>> [model.belongs for model in check.models]  # doctest: +SKIP
         [True, True, True, False]
     """
     if len(models) < 2:
@@ -130,21 +130,21 @@ def check_family(
     with Models(models, merge_dtype, rows_to_read(models, rows)) as given:
         known = _sort(given.models)
         names = tuple(known.reference.tensors) if len(known.members) > 1 else ()
-        foreign = [row for i in known.members for row in _misfits(i, known.models[i], known.reference)]
+        foreign = [row for i in known.members for row in _differences(i, known.models[i], known.reference)]
         tensors = []
         for name in names:
             if on_tensor:
                 on_tensor(name)
             holders = [i for i in known.members if _has(known.models[i], known.reference, name)]
-            change = find_change(known.models, known.members, holders, name, device)
+            change = find_tensor_change(known.models, known.members, holders, name, device)
             if change is not None:
                 tensors.append(change.tensor)
                 foreign.extend(change.foreign)
-        relatives = tuple(_relative(i, known, tensors, foreign) for i in range(len(models)))
+        statuses = tuple(_model_status(i, known, tensors, foreign) for i in range(len(models)))
         reading = given.reading
     suffices, verdict = _verdict(known, tensors)
     looked_at = len(known.found.splits)
-    return Kinship(relatives, tuple(tensors), len(names) - len(tensors), looked_at, suffices, verdict, reading)
+    return FamilyCheck(statuses, tuple(tensors), len(names) - len(tensors), looked_at, suffices, verdict, reading)
 
 
 def _sort(models: Sequence[Checkpoint]) -> _Sorted:
@@ -152,7 +152,7 @@ def _sort(models: Sequence[Checkpoint]) -> _Sorted:
     shares = [sum(_has(model, reference, name) for name in reference.tensors) for model in models]
     compared = [i for i, share in enumerate(shares) if share >= SAME_ARCHITECTURE * len(reference.tensors)]
     common = [name for name in reference.tensors if all(_has(models[i], reference, name) for i in compared)]
-    return _Sorted(models, reference, find_clusters([models[i] for i in compared], common).placed(compared))
+    return _Sorted(models, reference, group_by_base([models[i] for i in compared], common).placed(compared))
 
 
 def _has(model: Checkpoint, reference: Checkpoint, name: str) -> bool:
@@ -165,18 +165,18 @@ def _has(model: Checkpoint, reference: Checkpoint, name: str) -> bool:
     )
 
 
-def _misfits(i: int, model: Checkpoint, reference: Checkpoint) -> list[ForeignTensor]:
+def _differences(i: int, model: Checkpoint, reference: Checkpoint) -> list[ForeignTensor]:
     """Tensors by which a model does not fit the others."""
     rows = [ForeignTensor(i, name, "additional") for name in model.tensors if name not in reference.tensors]
     for name in reference.tensors:
         if name not in model.tensors:
             rows.append(ForeignTensor(i, name, "missing"))
         elif not _has(model, reference, name):
-            rows.append(ForeignTensor(i, name, _misfit(model, reference, name)))
+            rows.append(ForeignTensor(i, name, _difference(model, reference, name)))
     return rows
 
 
-def _misfit(model: Checkpoint, reference: Checkpoint, name: str) -> str:
+def _difference(model: Checkpoint, reference: Checkpoint, name: str) -> str:
     info, expected = model.tensors[name], reference.tensors[name]
     if info.shape == expected.shape:
         return f"{info.dtype} instead of {expected.dtype}: dequantise it"
@@ -188,24 +188,26 @@ def _misfit(model: Checkpoint, reference: Checkpoint, name: str) -> str:
     return f"shape {list(info.shape)} instead of {list(expected.shape)}"
 
 
-def _relative(i: int, known: _Sorted, tensors: Sequence[ChangedTensor], foreign: Sequence[ForeignTensor]) -> Relative:
+def _model_status(
+    i: int, known: _Sorted, tensors: Sequence[ChangedTensor], foreign: Sequence[ForeignTensor]
+) -> ModelStatus:
     """The row of one model."""
     spec = known.models[i].spec
-    cluster = next((k for k, places in enumerate(known.found.clusters) if i in places), None)
-    if cluster is None:
-        names = [row.name for row in _misfits(i, known.models[i], known.reference)]
-        return Relative(spec, None, False, f"another architecture: other names or shapes in {some(names)}")
+    group = next((k for k, places in enumerate(known.found.groups) if i in places), None)
+    if group is None:
+        names = [row.name for row in _differences(i, known.models[i], known.reference)]
+        return ModelStatus(spec, None, False, f"another architecture: other names or shapes in {some(names)}")
     if not known.members:
-        return Relative(spec, cluster, False, f"one of {len(known.found.clusters[cluster])} models of one source")
+        return ModelStatus(spec, group, False, f"one of {len(known.found.groups[group])} models of one source")
     if i not in known.members:
-        return Relative(spec, cluster, False, why_left_out(known.models, known.found, i))
+        return ModelStatus(spec, group, False, why_left_out(known.models, known.found, i))
     own = tuple(row for row in foreign if row.model == i)
     ranks = [row.ranks[known.members.index(i)] for row in tensors if row.ranks]
     changed = sum(bool(rank) for rank in ranks)
     reason = f"changed {changed} {_matrices(changed)} at low rank"
     if own:
         reason += f"; {len(own)} tensor{'s' * (len(own) > 1)} of its own: {some([row.name for row in own])}"
-    return Relative(spec, cluster, True, reason, own)
+    return ModelStatus(spec, group, True, reason, own)
 
 
 def _verdict(known: _Sorted, tensors: Sequence[ChangedTensor]) -> tuple[bool, str]:

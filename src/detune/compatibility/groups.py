@@ -2,7 +2,7 @@
 
 Every model's matrix is compared with one of each group found so far (`detune.compatibility.low_rank_test.split`), on
 some matrices first and on all where those do not agree. Two models are kin if they differ by a low rank, or not at all,
-in at least half of the matrices; a cluster is what kinship connects.
+in at least half of the matrices; a group is what that relation connects.
 """
 
 import math
@@ -14,8 +14,8 @@ from itertools import combinations
 from detune._runtime import use_threads
 from detune.checkpoints import Checkpoint, Excerpt
 from detune.compatibility.low_rank_test import LAST_SAMPLE, SMALLEST, split
-from detune.compatibility.mismatch import Cause, Resemblance, resemble
-from detune.compatibility.model_set import damaged, misfit
+from detune.compatibility.mismatch import Cause, Mismatch, find_mismatch
+from detune.compatibility.model_set import damaged, incompatibility
 from detune.errors import InputError
 from detune.problem import NonFinite
 from detune.problem.stack import matricise
@@ -38,28 +38,28 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Clusters:
+class BaseGroups:
     """Models by common source.
 
     Attributes:
-        clusters: Places of the models, the largest cluster first; of equal ones, that of the first model.
+        groups: Places of the models, the largest group first; of equal ones, that of the first model.
         splits: For each matrix that was looked at, the groups of models that differ by a low rank in it.
     """
 
-    clusters: Groups
+    groups: Groups
     splits: dict[str, Groups]
 
     def foreign(self, model: int, others: Sequence[int]) -> list[str]:
         """The matrices in which a model is not in one group with most of the others."""
         return [name for name, groups in self.splits.items() if not _is_among(model, others, groups)]
 
-    def placed(self, places: Sequence[int]) -> "Clusters":
+    def placed(self, places: Sequence[int]) -> "BaseGroups":
         """The same with other numbers for the models: `places[i]` for i."""
 
         def move(groups: Groups) -> Groups:
             return tuple(tuple(places[i] for i in group) for group in groups)
 
-        return Clusters(move(self.clusters), {name: move(groups) for name, groups in self.splits.items()})
+        return BaseGroups(move(self.groups), {name: move(groups) for name, groups in self.splits.items()})
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,15 @@ def select(models: Sequence[Checkpoint], need: int) -> Selection:
         InputError: Fewer than `need` remain, or two sets of equal size do.
     """
     reference, fitting = best_reference(models)
-    misfits = {i: misfit(models[reference], models[i]) for i in range(len(models)) if i not in fitting}
-    for why in misfits.values():
+    incompatible = {i: incompatibility(models[reference], models[i]) for i in range(len(models)) if i not in fitting}
+    for why in incompatible.values():
         if why is not None and len(fitting) < need:
             raise why
-    found = find_clusters([models[i] for i in fitting]).placed(fitting)
+    found = group_by_base([models[i] for i in fitting]).placed(fitting)
     _require(models, found, need)
-    left_out = [LeftOut(i, str(why)) for i, why in misfits.items()]
-    left_out += [LeftOut(i, why_left_out(models, found, i)) for cluster in found.clusters[1:] for i in cluster]
-    return Selection(found.clusters[0], tuple(sorted(left_out, key=lambda row: row.model)))
+    left_out = [LeftOut(i, str(why)) for i, why in incompatible.items()]
+    left_out += [LeftOut(i, why_left_out(models, found, i)) for group in found.groups[1:] for i in group]
+    return Selection(found.groups[0], tuple(sorted(left_out, key=lambda row: row.model)))
 
 
 def best_reference(models: Sequence[Checkpoint]) -> tuple[int, tuple[int, ...]]:
@@ -122,12 +122,12 @@ def best_reference(models: Sequence[Checkpoint]) -> tuple[int, tuple[int, ...]]:
     layouts = [tuple(sorted((name, info.shape) for name, info in model.tensors.items())) for model in models]
     most = Counter(layouts).most_common(1)[0][0]
     reference = layouts.index(most)
-    fitting = tuple(i for i, model in enumerate(models) if misfit(models[reference], model) is None)
+    fitting = tuple(i for i, model in enumerate(models) if incompatibility(models[reference], model) is None)
     return reference, fitting
 
 
-def find_clusters(models: Sequence[Checkpoint], names: Sequence[str] | None = None) -> Clusters:
-    """Cluster models that have the same matrices.
+def group_by_base(models: Sequence[Checkpoint], names: Sequence[str] | None = None) -> BaseGroups:
+    """Group models that have the same matrices.
 
     Args:
         models: Opened checkpoints.
@@ -142,7 +142,7 @@ def find_clusters(models: Sequence[Checkpoint], names: Sequence[str] | None = No
     if not _unanimous(splits, len(models)):
         splits = {name: splits.get(name) or split_tensor(models, name) for name in telling}
     kin = [(i, j) for i, j in combinations(range(len(models)), 2) if _agreement(splits, i, j) >= 1 / 2]
-    return Clusters(_connected(kin, len(models)), splits)
+    return BaseGroups(_connected(kin, len(models)), splits)
 
 
 def tells(model: Checkpoint, name: str) -> bool:
@@ -171,17 +171,17 @@ def split_tensor(models: Sequence[Checkpoint], name: str) -> Groups:
         raise damaged(name, models[error.model].spec) from None
 
 
-def why_foreign(models: Sequence[Checkpoint], model: int, member: int, name: str) -> Resemblance:
+def why_foreign(models: Sequence[Checkpoint], model: int, member: int, name: str) -> Mismatch:
     """How a model's tensor resembles that of a member of the family, all of it: rows may have changed places."""
     stranger, reference = (matricise(models[i].read_whole(name)) for i in (model, member))
-    return resemble(stranger, reference)
+    return find_mismatch(stranger, reference)
 
 
-def why_left_out(models: Sequence[Checkpoint], found: Clusters, model: int) -> str:
-    """In a sentence, why a model is not in the largest cluster, by what most of some matrices say."""
-    member = found.clusters[0][0]
-    # Where the members of a loose cluster disagree among each other, the first of them stands for it.
-    foreign = found.foreign(model, found.clusters[0]) or found.foreign(model, [member])
+def why_left_out(models: Sequence[Checkpoint], found: BaseGroups, model: int) -> str:
+    """In a sentence, why a model is not in the largest group, by what most of some matrices say."""
+    member = found.groups[0][0]
+    # Where the members of a loose group disagree among each other, the first of them stands for it.
+    foreign = found.foreign(model, found.groups[0]) or found.foreign(model, [member])
     step = max(1, len(foreign) // ASKED_WHY)
     seen = [why_foreign(models, model, member, name) for name in foreign[::step][:ASKED_WHY]]
     causes = Counter(resemblance.cause for resemblance in seen)
@@ -198,14 +198,14 @@ def why_left_out(models: Sequence[Checkpoint], found: Clusters, model: int) -> s
     )
 
 
-def _require(models: Sequence[Checkpoint], found: Clusters, need: int) -> None:
-    """Refuse where no cluster is large enough, or two are equally large."""
-    clusters, splits = found.clusters, found.splits
-    largest = [cluster for cluster in clusters if len(cluster) == len(clusters[0])]
+def _require(models: Sequence[Checkpoint], found: BaseGroups, need: int) -> None:
+    """Refuse where no group is large enough, or two are equally large."""
+    groups, splits = found.groups, found.splits
+    largest = [group for group in groups if len(group) == len(groups[0])]
     if len(largest) == 1 and len(largest[0]) >= need:
         return
     if len(largest[0]) >= need:
-        sets = " and ".join("{" + ", ".join(models[i].spec for i in cluster) + "}" for cluster in largest)
+        sets = " and ".join("{" + ", ".join(models[i].spec for i in group) + "}" for group in largest)
         raise InputError(
             f"the models have {len(largest)} sources, with {len(largest[0])} models each",
             f"they are {sets}",
@@ -214,15 +214,15 @@ def _require(models: Sequence[Checkpoint], found: Clusters, need: int) -> None:
     name = next(name for name, groups in splits.items() if len(groups) > 1)
     apart = sum(len(groups) > 1 for groups in splits.values())
     evidence = f"in {apart} of {len(splits)} matrices, first {name!r}"
-    if len(largest) == 1 and len(clusters) == 2:
+    if len(largest) == 1 and len(groups) == 2:
         raise InputError(
-            f"{models[clusters[1][0]].spec} differs from the other models at full rank",
+            f"{models[groups[1][0]].spec} differs from the other models at full rank",
             evidence,
             f"it has another base or was fine-tuned in full: leave it out, and give at least {need} of one base",
         )
     raise InputError(
-        f"{models[clusters[0][0]].spec} and {models[clusters[1][0]].spec} differ at full rank"
-        + ", and others too" * (len(clusters) > 2),
+        f"{models[groups[0][0]].spec} and {models[groups[1][0]].spec} differ at full rank"
+        + ", and others too" * (len(groups) > 2),
         evidence,
         f"fewer than {need} of the models share a base: give fine-tunes of one base, merged from LoRA",
     )

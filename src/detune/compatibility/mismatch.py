@@ -40,7 +40,7 @@ class Cause(StrEnum):
 
 
 @dataclass(frozen=True)
-class Resemblance:
+class Mismatch:
     """How a matrix resembles one of the family.
 
     Attributes:
@@ -54,7 +54,7 @@ class Resemblance:
     relative_difference: float
 
 
-def resemble(stranger: Tensor, member: Tensor) -> Resemblance:
+def find_mismatch(stranger: Tensor, member: Tensor) -> Mismatch:
     """Say what became of a matrix that differs from one of the family at full rank.
 
     Args:
@@ -67,7 +67,7 @@ def resemble(stranger: Tensor, member: Tensor) -> Resemblance:
     one, other = (sample(matrix, LAST_SAMPLE).double() for matrix in (stranger, member))
     cosine = _cosine(one, other)
     relative = float((one - other).norm() / other.norm().clamp(min=torch.finfo(other.dtype).tiny))
-    return Resemblance(_cause(stranger, member, cosine), cosine, relative)
+    return Mismatch(_cause(stranger, member, cosine), cosine, relative)
 
 
 def _cause(stranger: Tensor, member: Tensor, cosine: float) -> Cause:

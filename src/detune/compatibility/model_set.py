@@ -80,7 +80,7 @@ class Models:
         self._opened.close()
 
 
-class Family(Models):
+class ModelSet(Models):
     """Several checkpoints with the same tensors; the first gives the output its layout.
 
     Raises:
@@ -89,7 +89,7 @@ class Family(Models):
 
     def _check(self) -> None:
         for other in self.models[1:]:
-            why = misfit(self.models[0], other)
+            why = incompatibility(self.models[0], other)
             if why is not None:
                 raise why
         super()._check()
@@ -167,7 +167,7 @@ def damaged(name: str, spec: str) -> InputError:
     )
 
 
-def misfit(reference: Checkpoint, other: Checkpoint) -> InputError | None:
+def incompatibility(reference: Checkpoint, other: Checkpoint) -> InputError | None:
     """Why a model does not fit another: same names, same shapes, floats against floats; None where it does."""
     missing = [name for name in reference.tensors if name not in other.tensors]
     extra = [name for name in other.tensors if name not in reference.tensors]

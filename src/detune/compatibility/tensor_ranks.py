@@ -58,7 +58,7 @@ class ChangedTensor:
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """All that is found out about one tensor that differs.
 
     Attributes:
@@ -71,13 +71,13 @@ class Change:
 
 
 @full_precision()
-def find_change(
+def find_tensor_change(
     models: Sequence[Checkpoint],
     members: Sequence[int],
     holders: Sequence[int],
     name: str,
     device: torch.device | str | None = None,
-) -> Change | None:
+) -> TensorChange | None:
     """Look at one tensor of a family.
 
     Args:
@@ -104,13 +104,13 @@ def find_change(
         # None of them is more the family's than another.
         reason = f"{len(groups)} versions that differ at full rank, and as many models have one as the other"
         foreign = tuple(ForeignTensor(i, name, "every model has its own") for i in holders if len(groups[0]) == 1)
-        return Change(ChangedTensor(name, shape, (), False, reason), foreign)
+        return TensorChange(ChangedTensor(name, shape, (), False, reason), foreign)
     outcome = _find_ranks([models[i] for i in groups[0]], name, device)
     known = dict(zip(groups[0], outcome.ranks, strict=True)) if outcome.ranks else {}
     ranks = tuple(known.get(i) for i in members) if known else ()
     strangers = [i for group in groups[1:] for i in group]
     foreign = tuple(ForeignTensor(i, name, _cause(models, i, groups[0][0], name)) for i in sorted(strangers))
-    return Change(ChangedTensor(name, shape, ranks, outcome.enough, outcome.reason), foreign)
+    return TensorChange(ChangedTensor(name, shape, ranks, outcome.enough, outcome.reason), foreign)
 
 
 def _cause(models: Sequence[Checkpoint], model: int, member: int, name: str) -> str:

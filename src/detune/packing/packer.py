@@ -18,7 +18,7 @@ from detune.adapters.changes import adapter_names
 from detune.adapters.extract import require_base
 from detune.adapters.fit import fit_adapter
 from detune.checkpoints import Checkpoint, new_file, open_checkpoint
-from detune.compatibility.model_set import Family
+from detune.compatibility.model_set import ModelSet
 from detune.metrics import bit_identical
 from detune.packing.archive import MANIFEST, ArchiveReader, ArchiveWriter
 from detune.packing.codec import PREDICTABLE, encode_factors, encode_residual, encode_tensor
@@ -111,7 +111,7 @@ def pack(
         (0.31, 0.92)
     """
     started = time.perf_counter()
-    with new_file(out) as partial, Family(models) as family, _base_of(models, base, partial, rank, device) as known:
+    with new_file(out) as partial, ModelSet(models) as family, _base_of(models, base, partial, rank, device) as known:
         require_base(known, family.models)
         with ArchiveWriter(partial) as archive:
             packer = _Packer(archive, family, known, rank, device)
@@ -175,7 +175,7 @@ class _Packer:
     def __init__(
         self,
         archive: ArchiveWriter,
-        family: Family,
+        family: ModelSet,
         base: Checkpoint,
         rank: int | None,
         device: torch.device | str | None,

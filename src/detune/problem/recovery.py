@@ -128,11 +128,11 @@ class Recovery:
         noise_ratio: The same residual over what storage rounding alone leaves: 1 is the storage floor.
         steps: Iterations used; 0 for a closed form.
         bits: Where the base was found to lie on a grid: which, and which entries are certain. None where it was not.
-        saved_mse: By how much the weight's mean squared error per entry is below that of least squares.
+        mse_reduction: By how much the weight's mean squared error per entry is below that of least squares.
         residuals: Where the last step has seen them: they save the certificate a pass over the models.
         agreed: Where at least two models have the weight's bits, `(out, in)`, bool: for methods that ask for no more.
-        of_models: The models that the weight is from, and that the residuals speak of, where the others are stored far
-            more coarsely; empty is all.
+        source_models: The models that the weight is from, and that the residuals speak of, where the others are
+            stored far more coarsely; empty is all.
     """
 
     weight: Tensor

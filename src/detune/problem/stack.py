@@ -84,8 +84,8 @@ class Stack:
         matrices: `n` tensors `(out, in)`, in their stored float dtypes, which may differ.
         dtype: The dtype of every computation, float32 or float64.
         device: Where it computes; blocks are moved there as they are read.
-        told_noise: Root mean square of each model's noise where it is known to be more than storage's: somebody added
-            some, or rounded to fewer values than the dtype has. Empty where it is the rounding to the dtype.
+        noise_override: Root mean square of each model's noise where it is known to be more than storage's: somebody
+            added some, or rounded to fewer values than the dtype has. Empty where it is the rounding to the dtype.
     """
 
     matrices: tuple[Tensor, ...]

@@ -27,7 +27,7 @@ from detune.checkpoints import (
     write_masks,
 )
 from detune.compatibility.groups import Selection, select
-from detune.compatibility.model_set import Family, Models
+from detune.compatibility.model_set import Models, ModelSet
 from detune.errors import InputError
 from detune.methods import ANY_RANK, SOLVERS, Mean, Single
 from detune.numerics.device import full_precision
@@ -164,7 +164,7 @@ def recover(
         _check_targets(target, adapters, mask)
         hashes = opened.enter_context(hashing(given.models, merge_dtype, executor))
         selection = _select(given.models, solver)
-        family = opened.enter_context(Family([given.models[i] for i in selection.members]))
+        family = opened.enter_context(ModelSet([given.models[i] for i in selection.members]))
         job = Job(
             tuple(absolute(model.spec) for model in family.models),
             tuple(map(identity, family.models)),
@@ -212,7 +212,7 @@ def _write_results(
     landed: Mapping[str, Landed],
     files: CheckpointFiles,
     report: Report,
-    family: Family,
+    family: ModelSet,
     target: Target,
     adapters: str | Path | None,
     mask: str | Path | None,

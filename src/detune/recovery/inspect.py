@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from detune.compatibility.groups import select
-from detune.compatibility.model_set import Family, Models, rows_to_read, surely_shared
+from detune.compatibility.model_set import Models, ModelSet, rows_to_read, surely_shared
 from detune.errors import InputError
 from detune.fitting.differences import find_differences
 from detune.methods import Auto
 from detune.problem import NotLowRank, Stack
 from detune.problem.stack import matricise
-from detune.recovery.loop import Answer, OnTensor, walk
+from detune.recovery.loop import Answer, OnTensor, map_tensors
 from detune.recovery.report import InputRow, Report, Status, TensorRow
 from detune.recovery.tensor import solve_tensor
 
@@ -54,12 +54,12 @@ def inspect(
     shown = rows_to_read(models, rows)
     with Models(models, merge_dtype, shown) as given:
         selection = select(given.models, min(3, len(models)))
-        family = Family([given.models[i] for i in selection.members])
+        family = ModelSet([given.models[i] for i in selection.members])
 
         def look(name: str, tensors: tuple[Tensor, ...]) -> Answer:
             return _look(tensors, rank, device)
 
-        looked_at = walk(family, lambda name: None, look, on_tensor, device=device)
+        looked_at = map_tensors(family, lambda name: None, look, on_tensor, device=device)
         inputs = tuple(
             InputRow(model.spec, model.hashes(), selection.reason(i)) for i, model in enumerate(given.models)
         )
@@ -70,7 +70,7 @@ def inspect(
     return Report(command, inputs, tuple(looked_at), time.perf_counter() - started, reading=reading)
 
 
-def _hedged(row: TensorRow, family: Family, rows: int) -> TensorRow:
+def _hedged(row: TensorRow, family: ModelSet, rows: int) -> TensorRow:
     """Rows that were not looked at may differ."""
     if row.status is not Status.SHARED or len(row.shape) < 2 or row.shape[0] <= rows:
         return row

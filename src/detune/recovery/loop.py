@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from detune.certificate.certify import Certificate
-from detune.compatibility.model_set import Family, damaged
+from detune.compatibility.model_set import ModelSet, damaged
 from detune.methods import Auto
 from detune.numerics.device import full_precision
 from detune.numerics.float_grid import name_of
 from detune.problem import DecodedBits, NonFinite
 from detune.recovery.report import Status, TensorRow
-from detune.recovery.scheduler import Lanes, Load
+from detune.recovery.scheduler import TensorLoad, TensorScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class Answer:
         )
 
 
-def walk(
-    family: Family,
+def map_tensors(
+    family: ModelSet,
     on_shared: Callable[[str], None],
     on_changed: Callable[[str, tuple[Tensor, ...]], Answer],
     on_tensor: OnTensor | None = None,
@@ -112,40 +112,40 @@ def walk(
                 on_tensor(row.name, row)
 
     most = None if torch.device(device or "cpu").type == "cpu" else 1
-    with Lanes[TensorRow](loads.values(), most) as lanes:
+    with TensorScheduler[TensorRow](loads.values(), most) as scheduler:
         for name in names:
             load = loads[name]
             # Read here, while others are computed.
-            while not lanes.may_read(load):
-                take(lanes.finished())
+            while not scheduler.may_read(load):
+                take(scheduler.finished())
             began = time.perf_counter()
             stack = None if family.is_shared(name) else family.stack(name)
-            while stack is not None and not lanes.may_start(load):
-                take(lanes.finished())
+            while stack is not None and not scheduler.may_start(load):
+                take(scheduler.finished())
             if on_tensor:
                 on_tensor(name, None)
             if stack is None:
                 take([_row(family, name, Answer(Status.SHARED, "copy", "identical in all models"), began)])
             else:
-                lanes.start(load, partial(_visit, family, name, [stack], on_changed))
+                scheduler.start(load, partial(_visit, family, name, [stack], on_changed))
             # Not while the next is read.
             del stack
-        take(lanes.rest())
+        take(scheduler.rest())
     return [rows[name] for name in names]
 
 
-def _load(family: Family, name: str, working_copies: int) -> Load:
+def _load(family: ModelSet, name: str, working_copies: int) -> TensorLoad:
     entries = math.prod(family.shape(name))
     itemsizes = [dtype.itemsize for dtype in family.dtypes(name)]
     stack_bytes = entries * sum(itemsizes)
     copies = working_copies + MORE_COPIES * max(0, family.n - 3)
     # Of models in float32 most is computed in float64.
     held = copies * (4 if max(itemsizes) <= 2 else 8)
-    return Load(entries, stack_bytes, stack_bytes + round(held * entries))
+    return TensorLoad(entries, stack_bytes, stack_bytes + round(held * entries))
 
 
 def _visit(
-    family: Family,
+    family: ModelSet,
     name: str,
     held: list[tuple[Tensor, ...]],
     on_changed: Callable[[str, tuple[Tensor, ...]], Answer],
@@ -159,5 +159,5 @@ def _visit(
         raise damaged(name, family.models[error.model].spec) from None
 
 
-def _row(family: Family, name: str, answer: Answer, began: float) -> TensorRow:
+def _row(family: ModelSet, name: str, answer: Answer, began: float) -> TensorRow:
     return answer.row(name, family.shape(name), family.dtypes(name), time.perf_counter() - began)

@@ -16,7 +16,7 @@ import torch
 
 from detune._runtime import use_threads
 
-__all__ = ["SHARED_OUT", "Lanes", "Load", "computing_threads"]
+__all__ = ["SHARED_OUT", "TensorLoad", "TensorScheduler", "computing_threads"]
 
 Result = TypeVar("Result")
 
@@ -30,7 +30,7 @@ HELD_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Load:
+class TensorLoad:
     """What one tensor takes.
 
     Attributes:
@@ -44,7 +44,7 @@ class Load:
     working_bytes: int
 
 
-class Lanes(Generic[Result]):
+class TensorScheduler(Generic[Result]):
     """Threads that compute tensors side by side. A context manager.
 
     Leaving it waits for what is being computed, unless the program is being ended.
@@ -56,36 +56,36 @@ class Lanes(Generic[Result]):
         most: How many tensors may be in work at a time; None is one for each thread that torch computes with.
     """
 
-    def __init__(self, loads: Iterable[Load], most: int | None = None) -> None:
+    def __init__(self, loads: Iterable[TensorLoad], most: int | None = None) -> None:
         self._all_threads = torch.get_num_threads()
-        self._lanes = self._all_threads if most is None else most
+        self._slots = self._all_threads if most is None else most
         largest = max((load.entries for load in loads), default=0)
         self._limit_bytes = max(HELD * 4 * largest, HELD_BYTES)
-        self._pool = ThreadPoolExecutor(self._lanes, thread_name_prefix="detune-lane")
-        self._running: dict[Future[Result], Load] = {}
+        self._pool = ThreadPoolExecutor(self._slots, thread_name_prefix="detune-solve")
+        self._running: dict[Future[Result], TensorLoad] = {}
         self._threads = self._all_threads
 
-    def threads(self, load: Load) -> int:
+    def threads(self, load: TensorLoad) -> int:
         """How many threads a tensor is computed on: the same in every run."""
         if load.entries < SHARED_OUT:
             return 1
-        side_by_side = min(self._lanes, self._limit_bytes // max(1, load.working_bytes))
+        side_by_side = min(self._slots, self._limit_bytes // max(1, load.working_bytes))
         return max(1, self._all_threads // max(1, side_by_side))
 
-    def may_read(self, load: Load) -> bool:
+    def may_read(self, load: TensorLoad) -> bool:
         """Whether there is memory to read a tensor's stack while others are computed."""
         return not self._running or self._held_bytes + load.stack_bytes <= self._limit_bytes
 
-    def may_start(self, load: Load) -> bool:
+    def may_start(self, load: TensorLoad) -> bool:
         """Whether there are threads and memory to compute a tensor."""
         if not self._running:
             return True
         threads = self.threads(load)
-        lanes = min(self._lanes, self._all_threads // threads)
+        slots = min(self._slots, self._all_threads // threads)
         fits = self._held_bytes + load.working_bytes <= self._limit_bytes
-        return fits and threads == self._threads and len(self._running) < lanes
+        return fits and threads == self._threads and len(self._running) < slots
 
-    def start(self, load: Load, compute: Callable[[], Result]) -> None:
+    def start(self, load: TensorLoad, compute: Callable[[], Result]) -> None:
         """Compute a tensor that may start."""
         self._threads = self.threads(load)
         self._running[self._pool.submit(_on_threads, self._threads, compute)] = load

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from detune.compatibility.model_set import Family
+from detune.compatibility.model_set import ModelSet
 from detune.recovery.execution import make_units, units
 from tests.cases import normal, seeded
 from tests.families import save_plain, shard
 
 
 @pytest.fixture
-def family(tmp_path) -> Family:
+def family(tmp_path) -> ModelSet:
     """Two shards: three tensors of 4 kB, 12 kB and 4 kB, and four of 4 kB."""
     models = []
     for i in range(2):
@@ -18,7 +18,7 @@ def family(tmp_path) -> Family:
         state = {name: normal(seeded(i), n, 100).float() for name, n in rows.items()}
         models.append(save_plain(tmp_path / str(i), state))
         shard(models[-1])
-    return Family(models)
+    return ModelSet(models)
 
 
 def test_pieces_lie_in_one_file_and_are_in_order(family, monkeypatch):

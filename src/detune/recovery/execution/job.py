@@ -20,11 +20,11 @@ from detune.checkpoints import (
     pack_layers,
     pack_mask,
 )
-from detune.compatibility.model_set import Family
+from detune.compatibility.model_set import ModelSet
 from detune.errors import DetuneError
 from detune.problem import Solver
 from detune.recovery.execution.landed import FACTORS, MASK, Landed, Lander, Solved, Written
-from detune.recovery.loop import Answer, OnTensor, walk
+from detune.recovery.loop import Answer, OnTensor, map_tensors
 from detune.recovery.report import TensorRow
 from detune.recovery.tensor import solve_tensor
 
@@ -81,7 +81,7 @@ class Performer:
         fitter: Where adapters are wanted.
     """
 
-    def __init__(self, job: Job, family: Family, landing: Landing, fitter: ChangeFitter | None) -> None:
+    def __init__(self, job: Job, family: ModelSet, landing: Landing, fitter: ChangeFitter | None) -> None:
         self._job = job
         self._family = family
         self._fitter = fitter
@@ -102,7 +102,7 @@ class Performer:
             InputError: A model cannot be read, or holds NaN or Inf.
             OutputError: The disk refuses.
         """
-        # A few smaller matrices may wait, so that no lane stands still for the disk; the largest only by itself.
+        # A few smaller matrices may wait, so that no thread stands still for the disk; the largest only by itself.
         largest = max((self._files.stored_bytes([name]) for name in self._family.names), default=0)
         with Lander(self._landing, self._files, largest // 2) as lander:
             solved: dict[str, Solved] = {}
@@ -120,7 +120,7 @@ class Performer:
                 if on_tensor:
                     on_tensor(name, row)
 
-            walk(self._family, keep, solve, land, names, self._job.device, self._job.solver.working_copies)
+            map_tensors(self._family, keep, solve, land, names, self._job.device, self._job.solver.working_copies)
         return lander.landed
 
     def _solve(self, name: str, tensors: tuple[Tensor, ...]) -> tuple[Answer, Solved]:
@@ -176,9 +176,9 @@ def _landing(directory: Path) -> Landing:
 
 # Opened once in each process, and left open for the next unit.
 @lru_cache(maxsize=1)
-def _open(models: tuple[str, ...], identities: tuple[str, ...], merge_dtype: torch.dtype | None) -> Family:
+def _open(models: tuple[str, ...], identities: tuple[str, ...], merge_dtype: torch.dtype | None) -> ModelSet:
     try:
-        family = Family(models, merge_dtype)
+        family = ModelSet(models, merge_dtype)
         same = tuple(map(identity, family.models)) == identities
     except DetuneError as error:
         raise DetuneError(f"a worker on {socket.gethostname()} cannot open the models", str(error)) from None

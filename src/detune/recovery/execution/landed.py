@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
-from detune.adapters.changes import AdapterRow, Change, Kept
+from detune.adapters.changes import AdapterChange, AdapterRow, Kept
 from detune.checkpoints import CheckpointFiles, Kind, Landing, unpack_layers
 from detune.errors import DetuneError, OutputError
 from detune.recovery.report import Status, TensorRow
@@ -49,7 +49,7 @@ class Landed:
 
     row: TensorRow
     written: "Written"
-    changes: tuple[Change, ...] = ()
+    changes: tuple[AdapterChange, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold."""
@@ -69,7 +69,7 @@ class Landed:
             **row | {"shape": tuple(row["shape"]), "ranks": tuple(row["ranks"]), "status": Status(row["status"])}
         )
         changes = (
-            Change(change["model"], _row(change["row"]), _row(change["as_base"]) if change["as_base"] else None)
+            AdapterChange(change["model"], _row(change["row"]), _row(change["as_base"]) if change["as_base"] else None)
             for change in content["changes"]
         )
         return cls(row, Written(**content["written"]), tuple(changes))
@@ -141,7 +141,7 @@ def _is_whole(landed: Landed, landing: Landing, files: CheckpointFiles) -> bool:
     return True
 
 
-def read_changes(landing: Landing, landed: Landed, kind: Kind | None) -> tuple[Change, ...]:
+def read_changes(landing: Landing, landed: Landed, kind: Kind | None) -> tuple[AdapterChange, ...]:
     """The changes of a tensor with their factors.
 
     Args:
@@ -205,7 +205,7 @@ class Solved:
 
     write: Callable[[], Written]
     held_bytes: int = 0
-    changes: tuple[Change, ...] = ()
+    changes: tuple[AdapterChange, ...] = ()
 
 
 class Lander:

@@ -9,7 +9,7 @@ import torch
 
 from detune.adapters.changes import ChangeFitter
 from detune.checkpoints import Checkpoint, CheckpointFiles, Landing, Target, identity
-from detune.compatibility.model_set import Family
+from detune.compatibility.model_set import ModelSet
 from detune.errors import InputError
 from detune.recovery.execution.dispatch import dispatch, hashed_by
 from detune.recovery.execution.job import Job, Performer
@@ -39,7 +39,7 @@ def kept_for_later(landing: Landing) -> Iterator[None]:
         raise
 
 
-def landed_before(landing: Landing, files: CheckpointFiles, target: Target, family: Family) -> dict[str, Landed]:
+def landed_before(landing: Landing, files: CheckpointFiles, target: Target, family: ModelSet) -> dict[str, Landed]:
     """Find what an earlier run of the same command left, and make the files to go on with.
 
     Args:
@@ -64,7 +64,7 @@ def landed_before(landing: Landing, files: CheckpointFiles, target: Target, fami
 
 def land(
     job: Job,
-    family: Family,
+    family: ModelSet,
     landing: Landing,
     landed: dict[str, Landed],
     executor: Executor | None,
@@ -133,7 +133,7 @@ def hashing(
         thread.shutdown(wait=False, cancel_futures=True)
 
 
-def require_unchanged(job: Job, family: Family) -> None:
+def require_unchanged(job: Job, family: ModelSet) -> None:
     """Refuse a result of models that are not what they were.
 
     Args:

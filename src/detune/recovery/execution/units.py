@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from itertools import groupby
 
-from detune.compatibility.model_set import Family
+from detune.compatibility.model_set import ModelSet
 
 # A piece is this large at most, in bytes to be read: what a killed worker may do again, and how progress is told.
 LARGEST_BYTES = 2**30
@@ -13,7 +13,7 @@ SMALLEST_BYTES = 2**25
 PIECES = 64
 
 
-def make_units(family: Family, names: Iterable[str]) -> list[tuple[str, ...]]:
+def make_units(family: ModelSet, names: Iterable[str]) -> list[tuple[str, ...]]:
     """Cut tensors into runs that lie together in one weight file, of about equal size.
 
     Args:
