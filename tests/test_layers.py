@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,20 @@ def test_imports_only_what_lies_below():
         if height(known) >= height(part_of(file))
     ]
     assert wrong == []
+
+
+def test_no_modules_import_each_other():
+    """Neither at once nor when they are used."""
+    modules = {".".join(("detune", *file.relative_to(SOURCE).with_suffix("").parts)): file for file in FILES}
+    graph = {}
+    for name, file in modules.items():
+        known = set()
+        for imported in imports(file):
+            home = imported if imported in modules else imported.rpartition(".")[0]
+            if home in modules and home != name and not name.endswith("__init__"):
+                known.add(home)
+        graph[name] = known
+    TopologicalSorter(graph).prepare()
 
 
 def test_uses_only_the_libraries_of_its_layer():

@@ -150,7 +150,7 @@ class TestPeft:
 
     def test_name_of_a_repository(self, diffusion: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The directory of a snapshot is called by its commit."""
-        monkeypatch.setattr("detune.checkpoints.opening.fetch", lambda _: adapters / "unet")
+        monkeypatch.setattr("detune.checkpoints.hub.fetch", lambda _: adapters / "unet")
         lora = open_lora("someone/style@v1", open_checkpoint(diffusion))
         assert (lora.spec, lora.name) == ("someone/style@v1", "style")
 

@@ -7,12 +7,13 @@ from detune.checkpoints.adapters import MergedCheckpoint
 from detune.checkpoints.atomic import check_new, move_into_place, new_directory, new_file, reported
 from detune.checkpoints.blocks import round_to
 from detune.checkpoints.excerpt import Excerpt
+from detune.checkpoints.hub import is_on_hub
 from detune.checkpoints.identity import identity
 from detune.checkpoints.landing import Landing, claim
 from detune.checkpoints.lora import Lora, LoraLayer, open_lora
 from detune.checkpoints.masks import pack_mask, write_masks
 from detune.checkpoints.modules import Kind, Place, find_places
-from detune.checkpoints.opening import absolute, is_on_hub, open_checkpoint
+from detune.checkpoints.opening import absolute, open_checkpoint
 from detune.checkpoints.paths import inside
 from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, pack_layers, peft_layer, unpack_layers
 from detune.checkpoints.pretrained import load_pretrained, model_class_of

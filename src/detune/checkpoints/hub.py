@@ -17,7 +17,7 @@ from detune.checkpoints.layout import component_dirs, is_index, pick_weights, we
 from detune.checkpoints.side_files import MAX_SIDE_FILE_BYTES, is_side_file
 from detune.errors import InputError, reason_of
 
-__all__ = ["HubFile", "Repository", "cached_snapshot", "fetch", "find_repository", "is_hub_id"]
+__all__ = ["HubFile", "Repository", "cached_snapshot", "fetch", "find_repository", "is_hub_id", "is_on_hub", "locate"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,12 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 def is_hub_id(text: str) -> bool:
     """Say whether a text has the form of a Hub id, `org/name` or `org/name@revision`."""
     return _HUB_ID.fullmatch(text) is not None
+
+
+def is_on_hub(spec: str | Path) -> bool:
+    """Whether a spec is a Hub id, and no path that exists."""
+    text = os.fspath(spec)
+    return is_hub_id(text) and not Path(text).expanduser().exists()
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,26 @@ def fetch(hub_id: str) -> Path:
     root = repository.download_side_files()
     weights = repository.weights(root)
     return repository.download(weights) if weights else root
+
+
+def locate(spec: str) -> Path:
+    """Find a path or fetch a Hub id.
+
+    Args:
+        spec: What the user typed.
+
+    Returns:
+        An existing file or directory.
+
+    Raises:
+        InputError: There is neither such a path nor such a repository.
+    """
+    if is_on_hub(spec):
+        return fetch(spec)
+    path = Path(spec).expanduser()
+    if path.exists():
+        return path
+    raise InputError(f"no such model: {spec!r}", "neither an existing path nor a Hub id org/name", "check the spelling")
 
 
 def cached_snapshot(hub_id: str, why: InputError) -> Path:

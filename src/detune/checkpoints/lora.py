@@ -14,15 +14,24 @@ import torch
 from torch import Tensor
 
 from detune.checkpoints.aliases import names_in_memory
+from detune.checkpoints.hub import locate
+from detune.checkpoints.layout import pick_weights
 from detune.checkpoints.lora_formats import AdapterTable, Factors, read_table
-from detune.checkpoints.opening import open_adapter
 from detune.checkpoints.source import Checkpoint
+from detune.checkpoints.storage import LocalFiles
 from detune.errors import InputError, parsing
 
 __all__ = ["FLOATS", "Lora", "LoraLayer", "PlacedFactors", "open_lora"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes in which a weight can be added to; others are quantised."""
+
+_ADAPTER_FILES = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ def open_lora(spec: str | Path, base: Checkpoint, *, allow_extra: bool = True) -
         >>> weight + layer.alpha / layer.rank * (layer.B @ layer.A)  # doctest: +SKIP
     """
     text = os.fspath(spec)
-    file = open_adapter(text)
+    file = _open_adapter(text)
     with parsing(f"adapter {text}"):
         table = read_table(file, allow_extra=allow_extra)
     return Lora(text, _name(text), _place(base, file, table), table.extra, file)
@@ -231,3 +240,35 @@ def _is_transposed(base: Checkpoint, name: str, adapter: Checkpoint, factors: Fa
                 "use the base model the adapter was trained on",
             )
     return transposed
+
+
+def _open_adapter(spec: str) -> Checkpoint:
+    """Open the weights of a LoRA adapter.
+
+    Args:
+        spec: A PEFT directory, a file of diffusers or kohya, a directory with such a file, or a Hub id.
+
+    Returns:
+        A checkpoint of the one file.
+
+    Raises:
+        InputError: There is no such adapter.
+    """
+    with parsing(spec):
+        return _open_weights(spec, locate(spec))
+
+
+def _open_weights(spec: str, root: Path) -> Checkpoint:
+    if root.is_file():
+        return Checkpoint(spec, LocalFiles(root.parent), [root.name], single_file=True)
+    for name in _ADAPTER_FILES:
+        if (root / name).is_file():
+            return Checkpoint(spec, LocalFiles(root), [name])
+    chosen = pick_weights([child.name for child in root.iterdir() if child.is_file()], str(root))
+    if chosen is None or chosen.endswith(".json"):
+        raise InputError(
+            f"{root} is not an adapter",
+            f"expected {_ADAPTER_FILES[0]}, {_ADAPTER_FILES[2]} or one other *.safetensors",
+            "give the directory that PEFT's save_pretrained wrote, or the file of a LoRA",
+        )
+    return Checkpoint(spec, LocalFiles(root), [chosen])

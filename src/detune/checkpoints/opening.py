@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 
+from detune.checkpoints.adapters import MergedCheckpoint
 from detune.checkpoints.excerpt import Excerpt
 from detune.checkpoints.gguf_file import with_gguf_names
 from detune.checkpoints.headers import GGUF_SUFFIX, PICKLE_SUFFIXES
-from detune.checkpoints.hub import cached_snapshot, fetch, find_repository, is_hub_id
+from detune.checkpoints.hub import cached_snapshot, find_repository, is_on_hub, locate
 from detune.checkpoints.layout import component_dirs, pick_weights, weight_map
+from detune.checkpoints.lora import open_lora
 from detune.checkpoints.remote import HubFiles
 from detune.checkpoints.scaled import with_scales
 from detune.checkpoints.source import Checkpoint
@@ -17,14 +19,7 @@ from detune.checkpoints.storage import LocalFiles, Storage
 from detune.checkpoints.unmerged import without_adapters
 from detune.errors import InputError, parsing
 
-__all__ = ["absolute", "is_on_hub", "open_adapter", "open_checkpoint"]
-
-_ADAPTER_FILES = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin",
-)
+__all__ = ["absolute", "open_checkpoint"]
 
 
 def open_checkpoint(spec: str | Path, *, merge_dtype: torch.dtype | None = None, rows: int | None = None) -> Checkpoint:
@@ -61,14 +56,11 @@ def open_checkpoint(spec: str | Path, *, merge_dtype: torch.dtype | None = None,
 
 def _open(text: str, merge_dtype: torch.dtype | None) -> Checkpoint:
     if not Path(text).exists() and "+" in text:
-        from detune.checkpoints.adapters import MergedCheckpoint
-        from detune.checkpoints.lora import open_lora
-
         base_spec, adapter = _split_adapter(text)
         base = open_checkpoint(base_spec)
         lora = open_lora(adapter, base, allow_extra=False)
         return MergedCheckpoint(text, base, lora, merge_dtype=merge_dtype)
-    path = _locate(text)
+    path = locate(text)
     if path.is_file():
         if path.suffix not in (".safetensors", GGUF_SUFFIX, *PICKLE_SUFFIXES):
             raise InputError(
@@ -89,64 +81,6 @@ def _as_meant(stored: Checkpoint) -> Checkpoint:
     if any(file.file.endswith(GGUF_SUFFIX) for file in stored.weight_files):
         return with_gguf_names(stored)
     return without_adapters(with_scales(stored))
-
-
-def is_on_hub(spec: str | Path) -> bool:
-    """Whether a spec is a Hub id, and no path that exists."""
-    text = os.fspath(spec)
-    return is_hub_id(text) and not Path(text).expanduser().exists()
-
-
-def open_adapter(spec: str) -> Checkpoint:
-    """Open the weights of a LoRA adapter.
-
-    Args:
-        spec: A PEFT directory, a file of diffusers or kohya, a directory with such a file, or a Hub id.
-
-    Returns:
-        A checkpoint of the one file.
-
-    Raises:
-        InputError: There is no such adapter.
-    """
-    with parsing(spec):
-        return _open_adapter(spec, _locate(spec))
-
-
-def _open_adapter(spec: str, root: Path) -> Checkpoint:
-    if root.is_file():
-        return Checkpoint(spec, LocalFiles(root.parent), [root.name], single_file=True)
-    for name in _ADAPTER_FILES:
-        if (root / name).is_file():
-            return Checkpoint(spec, LocalFiles(root), [name])
-    chosen = pick_weights([child.name for child in root.iterdir() if child.is_file()], str(root))
-    if chosen is None or chosen.endswith(".json"):
-        raise InputError(
-            f"{root} is not an adapter",
-            f"expected {_ADAPTER_FILES[0]}, {_ADAPTER_FILES[2]} or one other *.safetensors",
-            "give the directory that PEFT's save_pretrained wrote, or the file of a LoRA",
-        )
-    return Checkpoint(spec, LocalFiles(root), [chosen])
-
-
-def _locate(spec: str) -> Path:
-    """Find a path or fetch a Hub id.
-
-    Args:
-        spec: What the user typed.
-
-    Returns:
-        An existing file or directory.
-
-    Raises:
-        InputError: There is neither such a path nor such a repository.
-    """
-    if is_on_hub(spec):
-        return fetch(spec)
-    path = Path(spec).expanduser()
-    if path.exists():
-        return path
-    raise InputError(f"no such model: {spec!r}", "neither an existing path nor a Hub id org/name", "check the spelling")
 
 
 def _open_remote(hub_id: str) -> Checkpoint:

@@ -6,41 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
-from detune.bench.recipes.base import THREADS
 from detune.bench.recipes.diffusion_pictures import HELD_OUT, LOOKS
+from detune.bench.recipes.diffusion_settings import DiffusionSettings
 from detune.errors import InputError
 
 __all__ = ["SdMini"]
 
 
 @dataclass(frozen=True)
-class SdMini:
+class SdMini(DiffusionSettings):
     """Stands for stable-diffusion-1.5: its blocks and its 264 LoRA modules under the same names, at a small width.
 
     The U-Net has Stable Diffusion 1.5's four blocks a side and two layers a block, the text encoder its twelve
     layers. As kohya's trainer does by default, a LoRA goes on all linear layers and 1×1 convolutions of the 16
     transformers of the U-Net (192 modules) and on all linear layers of the text encoder (72). As published, r is 32.
     Alpha equals r, so that a reader that knows nothing of alpha scales rightly.
-
-    Attributes:
-        width: Channels of every block of the U-Net, and width of the text encoder. Recovery from three models needs
-            `2 r < width` and `3 r <= width`.
-        vae_channels: Channels of the autoencoder's blocks; all but the first halve height and width.
-        base_examples: Digits that the base is trained on.
-        base_seed: Of the base's initial weights and of its training.
-        vae_steps: Updates of the autoencoder.
-        vae_lr: Its learning rate at the first step.
-        base_steps: Updates of U-Net and text encoder together.
-        base_batch: Pictures in each of these.
-        base_lr: Learning rate of the U-Net at the first step.
-        base_text_lr: Learning rate of the text encoder at the first step. At the U-Net's rate all captions soon mean
-            the same to it, and the layers that read them get hardly any gradient.
-        adapter_examples: Digits that each LoRA is trained on.
-        adapter_steps: Updates of a LoRA.
-        adapter_batch: Pictures in each of these.
-        adapter_lr: Learning rate of the U-Net's LoRA at the first step.
-        adapter_text_lr: Learning rate of the text encoder's LoRA at the first step.
-        threads: CPU threads to train on.
 
     Reference:
         Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022.
@@ -51,25 +31,6 @@ class SdMini:
     stands_for: ClassVar[str | None] = "stable-diffusion-1.5"
     about: ClassVar[str] = "a small Stable Diffusion of handwritten digits; LoRAs of fifteen looks"
     layers: ClassVar[int] = 264
-
-    rank: int = 32
-    alpha: int = 32
-    width: int = 128
-    vae_channels: tuple[int, ...] = (32, 32, 64)
-    base_examples: int = 1797
-    base_seed: int = 0
-    vae_steps: int = 300
-    vae_lr: float = 2e-3
-    base_steps: int = 240
-    base_batch: int = 16
-    base_lr: float = 1e-3
-    base_text_lr: float = 1e-4
-    adapter_examples: int = 512
-    adapter_steps: int = 50
-    adapter_batch: int = 8
-    adapter_lr: float = 1e-3
-    adapter_text_lr: float = 5e-4
-    threads: int = THREADS
 
     @classmethod
     def quick(cls) -> Self:
@@ -103,6 +64,7 @@ class SdMini:
         Raises:
             DetuneError: The extra `bench` is not installed.
         """
+        # torch and diffusers are loaded when a model is made, not when recipes are listed.
         from detune.bench.recipes.diffusion_base import make_base
 
         make_base(self, out)

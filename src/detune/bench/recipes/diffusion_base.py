@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,8 @@ from torch.nn import functional as F
 
 from detune._runtime import needs_extra, quiet, seeded, use_threads
 from detune.bench.recipes.diffusion_pictures import LOOKS, SIDE, Digits, Pictures, captions_of, digits, vocabulary
+from detune.bench.recipes.diffusion_settings import DiffusionSettings
 from detune.bench.recipes.diffusion_training import Denoiser, encode, learn, to_tensor
-
-if TYPE_CHECKING:
-    from detune.bench.recipes.diffusion import SdMini
 
 __all__ = ["make_base"]
 
@@ -28,7 +26,7 @@ _KL_WEIGHT = 1e-3
 _VAE_BATCH = 8
 
 
-def make_base(recipe: "SdMini", out: Path) -> None:
+def make_base(recipe: DiffusionSettings, out: Path) -> None:
     """Train the autoencoder, then U-Net and text encoder together, and save the pipeline.
 
     Args:
@@ -112,7 +110,7 @@ def _tokenizer() -> Any:
     return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=_CAPTION_TOKENS)
 
 
-def _text_encoder(recipe: "SdMini", tokenizer: Any) -> Any:
+def _text_encoder(recipe: DiffusionSettings, tokenizer: Any) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -130,7 +128,7 @@ def _text_encoder(recipe: "SdMini", tokenizer: Any) -> Any:
     ).train()
 
 
-def _unet(recipe: "SdMini") -> Any:
+def _unet(recipe: DiffusionSettings) -> Any:
     """Return Stable Diffusion 1.5's U-Net, narrower. Names of blocks are diffusers' defaults, which are its own."""
     from diffusers import UNet2DConditionModel
 
@@ -145,7 +143,7 @@ def _unet(recipe: "SdMini") -> Any:
     ).train()
 
 
-def _autoencoder(recipe: "SdMini") -> Any:
+def _autoencoder(recipe: DiffusionSettings) -> Any:
     from diffusers import AutoencoderKL
 
     blocks = len(recipe.vae_channels)
@@ -159,7 +157,7 @@ def _autoencoder(recipe: "SdMini") -> Any:
     ).train()
 
 
-def _train_autoencoder(recipe: "SdMini", vae: Any, data: Digits, generator: torch.Generator) -> None:
+def _train_autoencoder(recipe: DiffusionSettings, vae: Any, data: Digits, generator: torch.Generator) -> None:
     """Train the autoencoder on digits in all looks, so that it can show what the LoRAs will be asked for."""
     pictures = to_tensor(_all_looks(data))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_lr, weight_decay=0.0)

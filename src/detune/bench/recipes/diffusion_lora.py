@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +10,9 @@ from torch import Tensor
 from detune._runtime import needs_extra, quiet, seeded, use_threads
 from detune.bench.recipes.base import write_losses
 from detune.bench.recipes.diffusion_pictures import LOOKS, Digits, captions_of, digits, look_caption
+from detune.bench.recipes.diffusion_settings import DiffusionSettings
 from detune.bench.recipes.diffusion_training import Denoiser, encode, learn
 from detune.checkpoints import load_pretrained
-
-if TYPE_CHECKING:
-    from detune.bench.recipes.diffusion import SdMini
 
 __all__ = ["TEXT_ENCODER_MODULES", "UNET_MODULES", "train_lora"]
 
@@ -25,7 +23,7 @@ TEXT_ENCODER_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj", "mlp.fc1", "ml
 """How the names of the text encoder's LoRA modules end, six a layer."""
 
 
-def train_lora(recipe: "SdMini", base: Path, look: str, out: Path, *, rank: int, seed: int) -> None:
+def train_lora(recipe: DiffusionSettings, base: Path, look: str, out: Path, *, rank: int, seed: int) -> None:
     """Train one LoRA on digits in a look, captioned with its name, and save it.
 
     With the same seed, versions and machine, the adapter is the same to the bit. The initial A depends on the seed
