@@ -5,12 +5,13 @@ import fcntl
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from detune.checkpoints import claim, identity, open_checkpoint
 from detune.errors import OutputError
-from tests.families import plain_family
+from tests.families import plain_family, tree
 
 
 def names(folder) -> set[str]:
@@ -94,3 +95,72 @@ def test_identity_of_a_merge_is_that_of_its_adapter_too(tmp_path):
     before = identity(first)
     (fine.models[0] / "config.json").write_text("{ }")
     assert identity(first) != before
+
+
+@pytest.mark.parametrize("content", [["notes"], ["parts"], ["lock", "parts", "notes"], ["lock/x"]])
+@pytest.mark.parametrize("own", [True, False])
+def test_what_no_run_made_is_left_alone(tmp_path, content, own):
+    place = tmp_path / ".out.recovering-one"
+    for name in content:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("mine")
+    before = tree(place)
+    if own:
+        with pytest.raises(OutputError, match=r"\.out\.recovering-one is in the way; no run of yours made it"):
+            claim(tmp_path / "out", "one").__enter__()
+    else:
+        with claim(tmp_path / "out", "two") as landing:
+            landing.remove()
+    assert tree(place) == before
+    assert names(tmp_path) == {place.name}
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "directory", "link to the directory", "pipe"])
+@pytest.mark.parametrize("key", ["one", "two"])
+def test_a_planted_lock_is_not_followed(tmp_path, kind, key):
+    victim, place = tmp_path / "victim", tmp_path / ".out.recovering-one"
+    victim.write_text("mine")
+    place.mkdir()
+    if kind == "link":
+        (place / "lock").symlink_to(victim)
+    elif kind == "dangling link":
+        (place / "lock").symlink_to(tmp_path / "nothing")
+    elif kind == "hard link":
+        os.link(victim, place / "lock")
+    elif kind == "directory":
+        (place / "lock").mkdir()
+    elif kind == "pipe":
+        os.mkfifo(place / "lock")
+    else:
+        place.rmdir()
+        (tmp_path / "elsewhere").mkdir()
+        place.symlink_to(tmp_path / "elsewhere")
+    if key == "one" or kind == "hard link":
+        with pytest.raises(OutputError, match=r"recovering-one.* is in the way; no run of yours made it"):
+            claim(tmp_path / "out", key).__enter__()
+    else:
+        with claim(tmp_path / "out", key) as landing:
+            landing.remove()
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "nothing").exists()
+    assert not (tmp_path / "elsewhere" / "lock").exists()
+    assert place.exists()
+
+
+def test_what_another_user_made_is_left_alone(tmp_path, monkeypatch):
+    with claim(tmp_path / "out", "one") as landing:
+        landing.record([{"name": "a"}])
+    theirs = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: theirs)
+    own, stat = Path.stat, tmp_path.stat()
+
+    def of_another(path, **options):
+        # The directory around it is this user's.
+        found = own(path, **options)
+        return os.stat_result((*found[:4], theirs, *found[5:])) if path == tmp_path else found
+
+    monkeypatch.setattr(Path, "stat", of_another)
+    assert stat.st_uid != theirs
+    with pytest.raises(OutputError, match=r"recovering-one is in the way; no run of yours made it"):
+        claim(tmp_path / "out", "one").__enter__()
+    assert (landing.directory / "lock").exists()

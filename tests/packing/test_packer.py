@@ -461,3 +461,11 @@ def test_a_repeated_name_of_a_tensor_is_told_once(fine, tmp_path):
         models[-1].mkdir(parents=True)
         torch.save(state | {"head.weight": state["layer.0.weight"]}, models[-1] / "pytorch_model.bin")
     check(Fine(models[0], tuple(models[1:])), tmp_path, base=models[0])
+
+
+@pytest.mark.parametrize("place", ["models/model-0/pack", "models/model-1/a/b/pack", "models/base/pack"])
+def test_a_model_is_not_packed_into_itself(fine, tmp_path, place):
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=r"pack is the input .*, or lies inside it; expected a place elsewhere"):
+        detune.pack(fine.models, tmp_path / place, base=fine.base)
+    assert tree(tmp_path) == before

@@ -11,6 +11,7 @@ from detune.checkpoints.hub import is_on_hub
 from detune.checkpoints.identity import identity
 from detune.checkpoints.landing import Landing, claim
 from detune.checkpoints.lora import Lora, LoraLayer, open_lora
+from detune.checkpoints.mark import write_mark
 from detune.checkpoints.masks import pack_mask, write_masks
 from detune.checkpoints.modules import Kind, Place, find_places
 from detune.checkpoints.opening import absolute, open_checkpoint
@@ -18,7 +19,7 @@ from detune.checkpoints.paths import inside
 from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, pack_layers, peft_layer, unpack_layers
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
-from detune.checkpoints.target import Target
+from detune.checkpoints.target import Target, require_outside
 from detune.checkpoints.unmerged import Unmerged
 from detune.checkpoints.view import Part, View, raw
 from detune.checkpoints.writer import CheckpointFiles, CheckpointWriter
@@ -62,7 +63,9 @@ __all__ = [
     "peft_layer",
     "raw",
     "reported",
+    "require_outside",
     "round_to",
     "unpack_layers",
+    "write_mark",
     "write_masks",
 ]

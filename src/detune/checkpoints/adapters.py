@@ -66,6 +66,11 @@ class MergedCheckpoint(Checkpoint):
         """What on disk belongs to this model and must not be overwritten."""
         return (*self._base.paths, *self._lora.file.paths)
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """See `Checkpoint.places`."""
+        return (*self._base.places, *self._lora.file.places)
+
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor, merged where the adapter touches it; see `Checkpoint.read`.
 

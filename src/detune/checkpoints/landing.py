@@ -24,6 +24,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -184,6 +185,9 @@ class Landing:
 
     def remove(self) -> None:
         """Remove the directory, once its checkpoint has been moved to its place, or is of no use."""
+        # The lock last: what has none is not known for ours.
+        for part in _PARTS:
+            shutil.rmtree(self.directory / part, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -200,7 +204,7 @@ def _checksum(text: bytes) -> bytes:
 def claim(out: Path, key: str) -> Iterator[Landing]:
     """Make the hidden directory of a run, or find it again, and keep every other run out of `out` meanwhile.
 
-    What runs of other inputs or options left behind is removed.
+    What runs of other inputs or options left behind is removed; a directory that no run made stays.
 
     Args:
         out: The directory that the run makes, resolved.
@@ -210,17 +214,21 @@ def claim(out: Path, key: str) -> Iterator[Landing]:
         The landing. It stays when the block ends, unless it has been removed.
 
     Raises:
-        OutputError: Another run is writing to `out`, or the disk refuses.
+        OutputError: Another run is writing to `out`, its place is taken, or the disk refuses.
     """
     own = out.with_name(f".{out.name}.recovering-{key}")
     with reported(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         for other in out.parent.glob(f".{glob.escape(out.name)}.recovering-*"):
-            if other != own:
+            if other != own and _is_ours(other):
                 with _locked(other, out):
                     logger.info("removing %s: its run had other inputs or options", other)
-                    shutil.rmtree(other, ignore_errors=True)
-        own.mkdir(exist_ok=True)
+                    Landing(other).remove()
+        try:
+            own.mkdir()
+        except FileExistsError:
+            if not _is_ours(own):
+                raise _taken(own) from None
     with _locked(own, out):
         landing = Landing(own)
         with reported(out):
@@ -229,12 +237,54 @@ def claim(out: Path, key: str) -> Iterator[Landing]:
         yield landing
 
 
+def _is_ours(directory: Path) -> bool:
+    """Whether a run of this user made a directory, and nothing else was put into it."""
+    try:
+        names = {path.name for path in directory.iterdir()}
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or not _is_own(status, directory.parent):
+            return False
+        if not names:
+            # Left between two steps, and no loss to anybody.
+            return True
+        lock = (directory / "lock").lstat()
+        return names <= {"lock", *_PARTS} and stat.S_ISREG(lock.st_mode) and _is_own(lock, directory.parent)
+    except OSError:
+        return False
+
+
+def _is_own(status: os.stat_result, parent: Path) -> bool:
+    """Whether something belongs to this user, or to whom the directory around it belongs.
+
+    Some network file systems give what root makes to nobody; and who owns the directory could replace all in it.
+    """
+    return status.st_uid in (os.geteuid(), parent.stat().st_uid)
+
+
+def _taken(path: Path) -> OutputError:
+    return OutputError(f"{path} is in the way", "no run of yours made it, and one needs its place", "move it elsewhere")
+
+
 @contextmanager
 def _locked(directory: Path, out: Path) -> Iterator[None]:
     path = directory / "lock"
-    with reported(out):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    # Not through links, of this directory or in it, and not into what others share under another name.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            descriptor = os.open("lock", flags, 0o666, dir_fd=folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO):
+            raise _taken(path) from None
+        with reported(out):
+            raise
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or not _is_own(status, directory.parent):
+            raise _taken(path)
         _lock(descriptor, path, out)
         yield
     finally:

@@ -134,6 +134,12 @@ class Checkpoint:
         return (self.root / self.weight_files[0].file,) if self._single_file else (self.root,)
 
     @property
+    def places(self) -> tuple[Path, ...]:
+        """The same, and where its weights really lie: files may be links to elsewhere."""
+        files = (self.root / file.file for file in self.weight_files)
+        return (*self.paths, *(file.resolve() for file in files))
+
+    @property
     def total_bytes(self) -> int:
         """Size of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())

@@ -1,15 +1,16 @@
 """Where a checkpoint goes, and what may be lost there."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from detune.checkpoints.atomic import require_space
-from detune.checkpoints.headers import PICKLE_SUFFIXES
+from detune.checkpoints.mark import find_foreign
 from detune.errors import OutputError
 
-__all__ = ["Target"]
+__all__ = ["Target", "require_outside"]
 
-_CHECKPOINT_SIGNS = ("detune.json", "model_index.json")
+_CURE = "choose another"
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Target:
 
     Attributes:
         out: The directory. A link to a directory stays a link: what it points to is replaced.
-        overwrite: Whether a checkpoint there may be replaced.
+        overwrite: Whether an earlier recovery there may be replaced.
         inputs: Files and directories that must survive.
     """
 
@@ -50,11 +51,15 @@ class Target:
         for path in (path.resolve() for path in self.inputs):
             if path == out or path.is_relative_to(out) or out.is_relative_to(path):
                 raise OutputError(
-                    f"{out} cannot be overwritten",
-                    f"it is, contains or lies inside the input {path}",
-                    "choose another",
+                    f"{out} cannot be overwritten", f"it is, contains or lies inside the input {path}", _CURE
                 )
-        _require_checkpoint(out)
+        foreign = find_foreign(out)
+        if foreign is not None:
+            raise OutputError(
+                f"{out} cannot be overwritten",
+                f"{foreign}, expected what recover wrote and nothing else",
+                "move or remove it yourself, or choose another",
+            )
 
     def require_space(self, needed_bytes: int) -> None:
         """Refuse to begin what the disk cannot hold.
@@ -68,15 +73,16 @@ class Target:
         require_space(self.out, needed_bytes)
 
 
-def _require_checkpoint(out: Path) -> None:
-    children = list(out.iterdir())
-    # A config.json alone may be anybody's: it needs weights beside it.
-    has_weights = any(child.suffix in (".safetensors", *PICKLE_SUFFIXES) for child in children)
-    only_weights = all(child.suffix in (".safetensors", *PICKLE_SUFFIXES) for child in children)
-    is_model = only_weights or (has_weights and (out / "config.json").is_file())
-    if not is_model and not any((out / sign).is_file() for sign in _CHECKPOINT_SIGNS):
-        raise OutputError(
-            f"{out} does not look like a checkpoint",
-            f"found {children[0].name} and none of {', '.join(_CHECKPOINT_SIGNS)}",
-            "remove it yourself or choose another output directory",
-        )
+def require_outside(out: Path, places: Iterable[Path]) -> None:
+    """Refuse to write into an input.
+
+    Args:
+        out: What is to be made, resolved.
+        places: Files and directories that are read.
+
+    Raises:
+        OutputError: It is one of them, or lies inside.
+    """
+    for place in (place.resolve() for place in places):
+        if out.is_relative_to(place):
+            raise OutputError(f"{out} is the input {place}, or lies inside it", "expected a place elsewhere", _CURE)

@@ -13,7 +13,7 @@ import os
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from mmap import mmap
@@ -329,8 +329,6 @@ class CheckpointWriter:
     Args:
         like: The checkpoint whose layout the output takes.
         out: The directory to make.
-        overwrite: Whether an existing checkpoint in `out` may be replaced.
-        inputs: Files and directories that must survive, besides those of `like`.
         dtype: Store every float tensor in this dtype instead of `like`'s.
 
     Raises:
@@ -347,12 +345,10 @@ class CheckpointWriter:
         like: Checkpoint,
         out: Path | str,
         *,
-        overwrite: bool = False,
-        inputs: Sequence[Path] = (),
         dtype: torch.dtype | None = None,
     ) -> None:
         self._like = like
-        self._target = Target(Path(out).expanduser().resolve(), overwrite, (*like.paths, *inputs))
+        self._target = Target(Path(out).expanduser().resolve())
         self._dtype = dtype
         self._extra: dict[str, bytes] = {}
         self._written: set[str] = set()

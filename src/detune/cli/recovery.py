@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @dtype_option
 @click.option("--mask", type=click.Path(path_type=Path), help="A .npz file to make: where each tensor is certain.")
 @click.option("--check", is_flag=True, help="Recover from parts of the models too: do they agree? From four models on.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a checkpoint, with all that is in it.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if recover wrote it and nothing was added or changed.")
 @execution_options
 @json_option
 def recover(

@@ -60,7 +60,7 @@ class Models:
     @property
     def paths(self) -> list[Path]:
         """What on disk belongs to the models and must not be overwritten."""
-        return [path for model in self.models for path in model.paths]
+        return [path for model in self.models for path in model.places]
 
     @property
     def reading(self) -> Reading | None:

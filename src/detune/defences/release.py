@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from detune.checkpoints import Checkpoint, CheckpointWriter, check_new, new_directory, open_checkpoint
+from detune.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    check_new,
+    new_directory,
+    open_checkpoint,
+    require_outside,
+)
 from detune.defences.base import Defence
 from detune.defences.running import load_model, outputs, probe
 from detune.errors import OutputError
@@ -139,13 +146,7 @@ def defend(
 
 
 def _check(target: Path, model: Checkpoint) -> None:
-    for path in (path.resolve() for path in model.paths):
-        if target == path or target.is_relative_to(path):
-            raise OutputError(
-                f"{target} is the model itself, or lies inside it",
-                "expected a new directory elsewhere",
-                "choose another",
-            )
+    require_outside(target, model.places)
     check_new(target)
 
 

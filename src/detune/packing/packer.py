@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from detune.adapters.changes import adapter_names
 from detune.adapters.extract import require_base
 from detune.adapters.fit import fit_adapter
-from detune.checkpoints import Checkpoint, new_file, open_checkpoint
+from detune.checkpoints import Checkpoint, new_file, open_checkpoint, require_outside
 from detune.compatibility.model_set import ModelSet
 from detune.metrics import bit_identical
 from detune.packing.archive import MANIFEST, ArchiveReader, ArchiveWriter
@@ -111,7 +111,15 @@ def pack(
         (0.31, 0.92)
     """
     started = time.perf_counter()
-    with new_file(out) as partial, ModelSet(models) as family, _base_of(models, base, partial, rank, device) as known:
+    with ExitStack() as opened:
+        family = opened.enter_context(ModelSet(models))
+        places = [place for model in family.models for place in model.places]
+        if base is not None:
+            with open_checkpoint(base) as given:
+                places += given.places
+        require_outside(Path(out).expanduser().resolve(), places)
+        partial = opened.enter_context(new_file(out))
+        known = opened.enter_context(_base_of(models, base, partial, rank, device))
         require_base(known, family.models)
         with ArchiveWriter(partial) as archive:
             packer = _Packer(archive, family, known, rank, device)

@@ -24,6 +24,7 @@ from detune.checkpoints import (
     move_into_place,
     new_file,
     reported,
+    write_mark,
     write_masks,
 )
 from detune.compatibility.groups import Selection, select
@@ -128,7 +129,7 @@ def recover(
         method: A name in `detune.methods.SOLVERS`, or a solver with hyperparameters of your own.
         rank: The most that any adapter's rank can be; None finds each model's rank in each tensor.
         device: Where to compute; None is the CPU.
-        overwrite: Whether an existing checkpoint in `out` may be replaced.
+        overwrite: Whether what an earlier `recover` wrote to `out` may be replaced, if nothing was added or changed.
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
         adapters: A directory to make with each model's LoRA as a PEFT adapter of the base, as `extract` does.
         dtype: Store every float tensor in this dtype instead of the first model's: bfloat16 for a bf16 base that
@@ -227,8 +228,9 @@ def _write_results(
             report = replace(report, adapters=extractor.finish().summary)
         if mask:
             write_masks(results.enter_context(new_file(mask)), read_masks(landing, landed, family.names))
-        files.finish({"detune.json": report.to_json().encode()})
+        files.finish({})
         with reported(target.out, files.needed_bytes):
+            write_mark(landing.checkpoint, report.content)
             move_into_place(landing.checkpoint, target.out, target.check)
     return report
 

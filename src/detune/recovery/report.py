@@ -140,8 +140,9 @@ class Report:
             "seconds": self.seconds,
         }
 
-    def to_json(self) -> str:
-        """The report as it is written to `detune.json`."""
+    @property
+    def content(self) -> dict[str, Any]:
+        """What JSON can hold of it."""
         content = {
             "versions": self.versions,
             "command": self.command,
@@ -153,7 +154,11 @@ class Report:
             content["adapters"] = self.adapters
         if self.reading is not None:
             content["reading"] = asdict(self.reading)
-        return json.dumps(content, indent=1) + "\n"
+        return content
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.content, indent=1) + "\n"
 
 
 def w_error_range(best: float | None, worst: float) -> str:
