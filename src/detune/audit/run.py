@@ -86,7 +86,8 @@ def audit(
         trial = Trial(solver, rank, device, members.turned, members.noisy)
         truth = None if given_base is None else base_in_frame(given_base, family.models[0], folder, opened)
         judge = None if weights_only else Judge(family.models[0], truth, Path(inputs) if inputs is not None else None)
-        tensors, unchanged, behaviour = _try_all(family, truth, trial, judge, folder / "recovered", on_tensor)
+        recovered = folder / "recovered" if judge is not None and judge.is_ready else None
+        tensors, unchanged = _try_all(family, truth, trial, recovered, on_tensor)
         if not tensors:
             raise InputError(
                 f"{family.models[0].spec} is the base", "no tensor differs from it", "give fine-tunes of the base"
@@ -99,6 +100,9 @@ def audit(
         if given_base is not None:
             moved = truth is not given_base
             base_entry = ModelEntry(spec=given_base.spec, sha256=given_base.hashes(), realigned=moved)
+        behaviour = Behaviour(note="not run: the weights alone were asked for" if judge is None else judge.note)
+        if judge is not None and recovered is not None:
+            behaviour = judge.judge(recovered)
     curve = curve_of([entry for entry in tensors if entry.is_matrix], family.n)
     evidence = Evidence(entries, members.groups, [entry for entry in tensors if entry.is_matrix])
     return AuditReport(
@@ -126,11 +130,10 @@ def _try_all(
     family: ModelSet,
     base: Checkpoint | None,
     trial: Trial,
-    judge: Judge | None,
-    recovered: Path,
+    recovered: Path | None,
     on_tensor: OnTensor | None,
-) -> tuple[tuple[TensorEntry, ...], Unchanged, Behaviour]:
-    """Every tensor; then the recovered model, if it can be run."""
+) -> tuple[tuple[TensorEntry, ...], Unchanged]:
+    """Every tensor; the recovered model is written to a directory where one is named."""
     place_of = places(family.names)
     # Filled from several threads, in any order.
     found: dict[str, TensorEntry] = {}
@@ -138,7 +141,7 @@ def _try_all(
     differing: set[str] = set()
     with ExitStack() as opened:
         writer = None
-        if judge is not None and judge.is_ready:
+        if recovered is not None:
             writer = opened.enter_context(CheckpointWriter(family.models[0], recovered))
 
         def keep(name: str) -> None:
@@ -174,11 +177,7 @@ def _try_all(
         entries=sum(math.prod(family.shape(name)) for name in same),
         differing=tuple(name for name in family.names if name in differing),
     )
-    if judge is None:
-        return tensors, unchanged, Behaviour(note="not run: the weights alone were asked for")
-    if writer is None or not entries:
-        return tensors, unchanged, Behaviour(note=judge.note)
-    return tensors, unchanged, judge.judge(recovered)
+    return tensors, unchanged
 
 
 def _with_spectra(entries: Sequence[TensorEntry], family: ModelSet) -> tuple[TensorEntry, ...]:

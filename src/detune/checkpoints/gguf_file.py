@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from detune._runtime import quiet
+from detune.checkpoints.pretrained import load_pretrained, require_reasonable
 from detune.checkpoints.quantised import Coding, Decoded
 from detune.checkpoints.source import Checkpoint
 
@@ -117,7 +118,8 @@ def _known(root: Path, file: str, architecture: str) -> _Known | None:
         from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
         with quiet(), torch.device("meta"):
-            config = transformers.AutoConfig.from_pretrained(root, gguf_file=file, local_files_only=True)
+            config = load_pretrained(transformers.AutoConfig, root, gguf_file=file)
+            require_reasonable(config.to_dict(), root / file)
             model = transformers.AutoModelForCausalLM.from_config(config)
             names = get_gguf_hf_weights_map(model, TensorProcessor())
         config.architectures = [type(model).__name__]

@@ -4,14 +4,26 @@
 transformers asks on standard input whether to run them.
 """
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from detune.errors import InputError
+from detune.checkpoints.layout import read_json
+from detune.errors import InputError, parsing
 
-__all__ = ["load_pretrained", "model_class_of"]
+__all__ = ["load_pretrained", "model_class_of", "require_reasonable"]
+
+# By keys of a configuration: several times what the largest published models have.
+MOST = {
+    r"layers?$|depths?$|^(num|n)_.*(layer|block|stage)|^n_layer": 2000,
+    r"experts?$": 10_000,
+    r"labels?$|^(id2label|label2id)$": 1_000_000,
+    r"heads?$": 100_000,
+    r"position|^n_ctx$": 2**24,
+}
 
 
 def load_pretrained(factory: Any, directory: Path | str, **options: Any) -> Any:
@@ -32,6 +44,9 @@ def load_pretrained(factory: Any, directory: Path | str, **options: Any) -> Any:
     Example:
         >>> load_pretrained(AutoModel, "my-model", dtype=torch.float32)  # doctest: +SKIP
     """
+    path = Path(directory) / "config.json"
+    if path.is_file():
+        require_reasonable(read_json(path), path)
     # The models of diffusers run no code of others, and take the option for a part of their configuration.
     if not (factory.__module__.startswith("diffusers.") and issubclass(factory, torch.nn.Module)):
         options["trust_remote_code"] = False
@@ -45,6 +60,35 @@ def load_pretrained(factory: Any, directory: Path | str, **options: Any) -> Any:
             "its files name classes in Python files beside them (auto_map), and no code of a model is run here",
             "give a model whose class is one of transformers or diffusers",
         ) from None
+
+
+def require_reasonable(config: Any, where: Path) -> None:
+    """Refuse a configuration that no model has: a library makes as many layers and labels as it says.
+
+    Args:
+        config: As JSON.
+        where: Where it stands, for messages.
+
+    Raises:
+        InputError: It asks for more than `MOST` of something.
+    """
+    with parsing(where):
+        for key, value in _numbers(config):
+            for pattern, most in MOST.items():
+                if value > most and re.search(pattern, key):
+                    raise InputError(
+                        f"{where} is of no model", f"its {key} is {value:.3g}, expected at most {most}", "copy it again"
+                    )
+
+
+def _numbers(content: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a configuration, and the sizes of its tables and lists, each with the key that it stands under."""
+    if isinstance(content, dict | list):
+        yield key, len(content)
+        for name, value in content.items() if isinstance(content, dict) else ((key, value) for value in content):
+            yield from _numbers(value, name)
+    elif isinstance(content, int | float):
+        yield key, content
 
 
 def model_class_of(config: Any) -> Any:

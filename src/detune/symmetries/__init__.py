@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from detune.errors import InputError
+from detune.errors import InputError, parsing
 from detune.symmetries import bert, llama, vit
 from detune.symmetries.action import Action, act
 from detune.symmetries.base import Attention, Describe, FeedForward, Layer, NormInto
@@ -83,10 +83,11 @@ def read_layers(directory: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[L
     path = directory / "config.json"
     try:
         config = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"cannot read {path}",
             f"{type(error).__name__}, expected the config that tells the architecture",
             "give a model's directory as save_pretrained wrote it",
         ) from error
-    return find_layers(config, shapes)
+    with parsing(path):
+        return find_layers(config, shapes)

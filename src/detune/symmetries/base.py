@@ -169,7 +169,7 @@ def width_of(config: Mapping[str, Any], *names: str) -> int:
         InputError: None does, or it is no positive number.
     """
     value = next((config[name] for name in names if config.get(name) is not None), None)
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise InputError(
             f"config.json has no usable {names[0]!r}", f"got {value!r}, expected a positive number", "copy it again"
         )

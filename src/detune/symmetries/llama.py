@@ -15,7 +15,7 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> 
     """
     heads, hidden = width_of(config, "num_attention_heads"), width_of(config, "hidden_size")
     groups = width_of(config, "num_key_value_heads", "num_attention_heads")
-    width = config.get("head_dim") or hidden // heads
+    width = hidden // heads if config.get("head_dim") is None else width_of(config, "head_dim")
     layers = []
     for layer in prefixes(shapes, "layers", "mlp.gate_proj.weight"):
         attention = Attention(
