@@ -15,7 +15,7 @@ from detune.fitting.differences import SIGNAL, Difference, Differences, find_dif
 from detune.fitting.gauss_newton import GaussNewton, GaussNewtonFit
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import RanksTooHigh, RowSpaces, find_spaces
-from detune.identifiability.principal_part import with_principal_part
+from detune.identifiability.principal_part import require_own_adapters
 from detune.lattice import HALVES, UNSETTLED, LatticeSearch, NoGrid
 from detune.methods.mixed_precision import FLOOR_RATIO, solve_from_finest
 from detune.methods.spectral import Spectral
@@ -68,7 +68,9 @@ class Auto:
         bits = self._bits_at_once(first, rank)
         if bits is not None:
             return bits
-        found = shrink_where_run_off(stack, with_principal_part(self._without_grid(first, rank)))
+        found = self._without_grid(first, rank)
+        require_own_adapters(found)
+        found = shrink_where_run_off(stack, found)
         if self.lattice is None or not found.deltas:
             return found
         try:
