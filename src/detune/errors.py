@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["DetuneError", "InputError", "OutputError", "parsing", "reason_of"]
+__all__ = ["DetuneError", "InputError", "OutputError", "parsing", "printable", "reason_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,8 @@ class DetuneError(Exception):
     file; what to try. Parts may be passed one by one or as one string.
 
     Args:
-        *parts: The parts of the message, joined by semicolons. Line breaks become spaces.
+        *parts: The parts of the message, joined by semicolons. Line breaks become spaces, and `printable` makes the
+            rest so.
 
     Example:
         >>> str(DetuneError("model has no weights", "found no *.safetensors in 'a/'", "give its directory"))
@@ -24,7 +25,7 @@ class DetuneError(Exception):
     """
 
     def __init__(self, *parts: str) -> None:
-        super().__init__("; ".join(" ".join(part.split()) for part in parts))
+        super().__init__("; ".join(printable(" ".join(part.split())) for part in parts))
 
 
 class InputError(DetuneError):
@@ -63,6 +64,25 @@ def parsing(what: object, cure: str = "download or copy it again") -> Iterator[N
     except Exception as error:
         logger.debug("cannot read %s", what, exc_info=True)
         raise InputError(f"{what} is damaged", f"{type(error).__name__}: {reason_of(error)}", cure) from error
+
+
+def printable(text: str) -> str:
+    r"""Text as one line that a terminal shows and does not obey.
+
+    Names in files may hold anything: sequences that colour a terminal or set its title, line breaks, characters that
+    turn the direction of writing.
+
+    Args:
+        text: Any.
+
+    Returns:
+        The same, with what is no letter, mark or space written as Python would.
+
+    Example:
+        >>> print(printable("layer\n0\x1b[31m \u202eweight, größer"))
+        layer\n0\x1b[31m \u202eweight, größer
+    """
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def reason_of(error: BaseException) -> str:

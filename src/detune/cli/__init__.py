@@ -18,6 +18,7 @@ from detune.cli.defend import defend
 from detune.cli.options import METHODS
 from detune.cli.recovery import compare, demo, family, inspect, recover
 from detune.cli.signals import Interrupted, leave, signals_raised
+from detune.cli.terminal import Formatter, say
 from detune.errors import DetuneError
 
 __all__ = ["METHODS", "cli", "main"]
@@ -35,7 +36,9 @@ def cli(verbose: int) -> None:
     or BASE+ADAPTER, a LoRA merged on the fly.
     """
     levels = (logging.WARNING, logging.INFO, logging.DEBUG)
-    logging.basicConfig(level=levels[min(verbose, 2)], format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=levels[min(verbose, 2)], handlers=[handler])
     if not verbose:
         # It tells of every retry, twice; what counts comes in the one line at the end.
         os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
@@ -55,14 +58,14 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except DetuneError as error:
-        click.echo("; ".join((f"detune: error: {error}", *_notes(error))), err=True)
+        say("; ".join((f"detune: error: {error}", *_notes(error))), err=True)
         sys.exit(2)
     except Interrupted as error:
         with suppress(OSError):
-            click.echo("; ".join((INTERRUPTED, *_notes(error))), err=True)
+            say("; ".join((INTERRUPTED, *_notes(error))), err=True)
         leave(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo(INTERRUPTED, err=True)
+        say(INTERRUPTED, err=True)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone, as in `detune inspect ... | head`: not an error worth a word.
@@ -71,7 +74,7 @@ def main() -> None:
     except OSError as error:
         # A disk that is full or refuses, at a place that has no word of its own for it.
         place, why = error.filename or "a file", error.strerror or str(error)
-        click.echo(f"detune: error: {DetuneError(f'cannot read or write {place}', why, 'check the disk')}", err=True)
+        say(f"detune: error: {DetuneError(f'cannot read or write {place}', why, 'check the disk')}", err=True)
         sys.exit(2)
 
 

@@ -7,6 +7,7 @@ import click
 import detune
 from detune.cli.options import device_of, device_option, json_option, models_argument, rank_option
 from detune.cli.recovery import progress
+from detune.cli.terminal import say_json
 
 
 @click.command()
@@ -22,7 +23,7 @@ def extract(models: tuple[str, ...], base: str, out: Path, rank: int | None, dev
 
     with progress(quiet=as_json) as on_tensor:
         extraction = detune.extract(models, out, base=base, rank=rank, device=device_of(device), on_tensor=on_tensor)
-    click.echo(extraction.to_json(), nl=False) if as_json else show_extraction(extraction, out)
+    say_json(extraction.to_json()) if as_json else show_extraction(extraction, out)
 
 
 @click.command()
@@ -41,7 +42,7 @@ def pack(models: tuple[str, ...], base: str | None, out: Path, rank: int | None,
 
     with progress(quiet=as_json) as on_tensor:
         report = detune.pack(models, out, base=base, rank=rank, device=device_of(device), on_tensor=on_tensor)
-    click.echo(report.to_json(), nl=False) if as_json else show_pack(report)
+    say_json(report.to_json()) if as_json else show_pack(report)
 
 
 @click.command()
@@ -54,4 +55,4 @@ def unpack(pack: Path, out: Path, as_json: bool) -> None:
 
     with progress(quiet=as_json) as on_tensor:
         report = detune.unpack(pack, out, on_file=lambda name: on_tensor(name, None))
-    click.echo(report.to_json(), nl=False) if as_json else show_unpack(report, out)
+    say_json(report.to_json()) if as_json else show_unpack(report, out)

@@ -18,6 +18,7 @@ from detune.cli.options import (
     rank_option,
 )
 from detune.cli.recovery import progress
+from detune.cli.terminal import say, say_json, show_table
 
 if TYPE_CHECKING:
     from detune.audit import AuditReport
@@ -87,42 +88,38 @@ def audit(
             (folder / "audit.html").write_text(render(report), encoding="utf-8")
         if page is not None:
             page.write_text(render(report), encoding="utf-8")
-    click.echo(report.to_json(), nl=False) if as_json else _show(report, out / "audit.html" if out else html)
+    say_json(report.to_json()) if as_json else _show(report, out / "audit.html" if out else html)
 
 
 def _show(report: "AuditReport", page: Path | None) -> None:
     """Print the curve, what the recovery rests on, and the verdict."""
-    from rich.console import Console
-    from rich.table import Table
-
     from detune.audit.assumptions import ASSUMPTIONS
 
-    console = Console(markup=False, highlight=False)
     columns = ("releases", "given away", *(("W-Error", "identical bits") if report.base else ()), "predicted")
-    table = Table(*columns, box=None, pad_edge=False)
+    lines = []
     for point in report.curve:
         measured = (
             "" if point.w_error is None else f"{point.w_error:.2f}",
             "" if point.identical is None else f"{100 * point.identical:.2f} %",
         )
         given_away = f"{point.given_away} of {report.verdict.matrices}"
-        table.add_row(str(point.models), given_away, *(measured if report.base else ()), point.expected)
-    console.print(table)
-    console.print()
+        lines.append((str(point.models), given_away, *(measured if report.base else ()), point.expected))
+    show_table(columns, lines)
+    say()
     assumed = {rule.id for rule in ASSUMPTIONS}
     titles = {rule.id: rule.title for rule in report.rules}
     marks = {True: "yes", False: "no ", None: "?  "}
     for result in report.results:
         if result.rule_id in assumed:
-            console.print(f"{marks[result.holds]} {titles[result.rule_id]}: {result.message}", soft_wrap=True)
+            say(f"{marks[result.holds]} {titles[result.rule_id]}: {result.message}")
     for model in report.models:
         if model.left_out is not None:
-            console.print(f"left out {model.spec}: {model.left_out}", soft_wrap=True)
-    console.print()
-    console.print(report.verdict.headline, style="bold", soft_wrap=True)
+            say(f"left out {model.spec}: {model.left_out}")
+    say()
+    say(report.verdict.headline, bold=True)
     for sentence in (*report.verdict.sentences, *report.verdict.next_steps):
-        console.print(sentence, soft_wrap=True)
+        say(sentence)
     if report.behaviour.note:
-        console.print(f"Outputs: {report.behaviour.note}", soft_wrap=True)
+        say(f"Outputs: {report.behaviour.note}")
     if page is not None:
-        console.print(f"wrote {page} in {report.invocation.seconds:.1f} s", soft_wrap=True)
+        say(f"wrote {page} in {report.invocation.seconds:.1f} s")

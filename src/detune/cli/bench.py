@@ -10,6 +10,7 @@ import click
 from detune.cli.defences import defences
 from detune.cli.leaderboard import leaderboard
 from detune.cli.options import device_of, device_option
+from detune.cli.terminal import progress_bar, say, status
 
 if TYPE_CHECKING:
     from detune.bench.subsets import Subset
@@ -111,14 +112,14 @@ def build(
             raise click.UsageError("--quick, --seeds, --seed and --ranks are for a RECIPE, not for --base.")
         from detune.bench.build import build_subset
 
-        with _status("writing rows") as say:
+        with status("writing rows") as tell:
             subset = build_subset(
                 base,
                 source,
                 out,
                 name=name,
                 stands_for=stands_for,
-                on_shard=lambda done, total: say(f"file {done} of {total}"),
+                on_shard=lambda done, total: tell(f"file {done} of {total}"),
             )
     else:
         from detune.bench.recipes import build_recipe, find_recipe
@@ -128,8 +129,8 @@ def build(
         if len(source) > 1:
             raise click.UsageError("give one RECIPE, or --base BASE with the ADAPTERs.")
         recipe = find_recipe(source[0], quick=quick)
-        with _status("starting") as say:
-            subset = build_recipe(recipe, out, seeds=seeds, seed=seed, ranks=ranks, on_step=say)
+        with status("starting") as tell:
+            subset = build_recipe(recipe, out, seeds=seeds, seed=seed, ranks=ranks, on_step=tell)
     _show_subset(subset, out)
 
 
@@ -144,9 +145,9 @@ def merge(subset: str, out: Path, base: Path | None, data: Path | None, revision
     from detune.bench.checkpoints import merge_subset
     from detune.bench.subsets import open_subset
 
-    with _status("merging"):
+    with status("merging"):
         paths = merge_subset(open_subset(subset, data=data, revision=revision), out, base=base)
-    click.echo(f"wrote {len(paths)} merged models below {out}")
+    say(f"wrote {len(paths)} merged models below {out}")
 
 
 @bench.command()
@@ -251,12 +252,12 @@ def study(
     with _layers() as on_layer:
         result = run_study(study, Bench(opened, ResultStore(out), models, draws, on_layer))
     for file in result.files:
-        click.echo(f"wrote {file}")
+        say(f"wrote {file}")
 
 
 def _show_subset(subset: "Subset", out: Path) -> None:
-    click.echo(f"{subset.name}: {subset.rows} layers in {out}; run methods on it with")
-    click.echo(f"  detune bench run {out} --out results")
+    say(f"{subset.name}: {subset.rows} layers in {out}; run methods on it with")
+    say(f"  detune bench run {out} --out results")
 
 
 def _show_table(store: Any) -> None:
@@ -265,7 +266,7 @@ def _show_table(store: Any) -> None:
 
     files = write_table(store)
     show_tables(store.read_all())
-    click.echo(f"wrote {', '.join(str(file) for file in files)}")
+    say(f"wrote {', '.join(str(file) for file in files)}")
 
 
 def _use_threads(threads: int | None) -> None:
@@ -276,27 +277,9 @@ def _use_threads(threads: int | None) -> None:
 
 
 @contextmanager
-def _status(first: str) -> Iterator[Callable[[str], None]]:
-    """What is being done, on stderr; gone when done."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: click.echo(text, err=True)
-        return
-    with console.status(first) as status:
-        yield status.update
-
-
-@contextmanager
 def _layers() -> Iterator[Callable[[Any, int, int | None], None]]:
     """A bar with the layer and the cell at hand, on stderr; gone when done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar(counting=True) as bar:
         task = bar.add_task("opening the subset", total=None)
 
         def on_layer(cell: Any, index: int, rows: int | None) -> None:

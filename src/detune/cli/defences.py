@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from detune.cli.loading import load_torch
+from detune.cli.terminal import say
 
 
 @click.command()
@@ -31,7 +32,8 @@ def defences(
     if threads is not None:
         torch.set_num_threads(threads)
     results = bench_defences(
-        out, base=base, models=models, only=only, quick=quick, on_step=lambda what: click.echo(what, err=True)
+        out, base=base, models=models, only=only, quick=quick, on_step=lambda what: say(what, err=True)
     )
-    click.echo(markdown(results), nl=False)
-    click.echo(f"wrote {out / 'defences.md'} and {out / 'defences.png'}", err=True)
+    for line in markdown(results).splitlines():
+        say(line)
+    say(f"wrote {out / 'defences.md'} and {out / 'defences.png'}", err=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from detune.cli.options import json_option
+from detune.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
     from detune.defences import Defended
@@ -71,7 +72,7 @@ def _command(name: str) -> click.Command:
 
         given = {key: value for key, value in settings.items() if value is not None}
         report = defend_model(DEFENCES[name](**given), model, out, seed)
-        click.echo(report.to_json(), nl=False) if as_json else _show(report)
+        say_json(report.to_json()) if as_json else _show(report)
 
     for option in reversed(SETTINGS.get(name, ())):
         run = option(run)
@@ -101,15 +102,19 @@ def frozen_a(base: Path, out: Path, rank: int, alpha: int, targets: str, seed: i
     from detune.defences import FrozenA
 
     names = tuple(target.strip() for target in targets.split(",") if target.strip())
-    click.echo(f"wrote {FrozenA(rank, alpha, names).start(base, out, seed)}: train from it with detune's freeze_a")
+    say(f"wrote {FrozenA(rank, alpha, names).start(base, out, seed)}: train from it with detune's freeze_a")
 
 
 def _show(report: "Defended") -> None:
-    click.echo(f"copied as they are: {', '.join(report.copied) or 'no files'}")
-    click.echo(f"wrote {report.out}: {report.changed} of {report.tensors} tensors changed, ", nl=False)
-    click.echo(f"by {report.relative_change:.2g} of their size; seed {report.seed}")
+    say(f"copied as they are: {', '.join(report.copied) or 'no files'}")
+    say(
+        f"wrote {report.out}: {report.changed} of {report.tensors} tensors changed, "
+        f"by {report.relative_change:.2g} of their size; seed {report.seed}"
+    )
     if report.preservation is not None:
         kept = report.preservation
-        click.echo(f"the same function: outputs of up to {kept.largest_output:.2g} ", nl=False)
-        click.echo(f"differ by at most {kept.largest_difference:.1e}; ", nl=False)
-        click.echo(f"rounding every weight once more changes them by {kept.rounding_difference:.1e}")
+        say(
+            f"the same function: outputs of up to {kept.largest_output:.2g} "
+            f"differ by at most {kept.largest_difference:.1e}; "
+            f"rounding every weight once more changes them by {kept.rounding_difference:.1e}"
+        )

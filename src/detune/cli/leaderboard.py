@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from detune.cli.loading import load_torch
+from detune.cli.terminal import say
 
 if TYPE_CHECKING:
     from detune.bench.defences import RowResult
@@ -47,7 +48,7 @@ def add(rows: tuple[str, ...], out: Path, entries: Path, authors: tuple[str, ...
     from detune.bench.leaderboard import add as add_entries
 
     for file in add_entries(results, entries, authors, _command(rows), link):
-        click.echo(f"wrote {file}")
+        say(f"wrote {file}")
 
 
 @leaderboard.command()
@@ -60,7 +61,7 @@ def verify(rows: tuple[str, ...], out: Path, entries: Path) -> None:
     from detune.bench.leaderboard import verify as verify_entries
 
     for file in verify_entries(results, entries, _command(rows)):
-        click.echo(f"verified {file}")
+        say(f"verified {file}")
 
 
 @leaderboard.command()
@@ -79,14 +80,14 @@ def build(entries: Path, page: Path) -> None:
 
     found = read_entries(entries)
     write_page(found, page)
-    click.echo(f"wrote {len(found)} entries into {page}")
+    say(f"wrote {len(found)} entries into {page}")
 
 
 def _run(rows: tuple[str, ...], out: Path) -> "tuple[RowResult, ...]":
     load_torch()
     from detune.bench.defences import bench_defences
 
-    return bench_defences(out, only=rows, on_step=lambda what: click.echo(what, err=True))
+    return bench_defences(out, only=rows, on_step=lambda what: say(what, err=True))
 
 
 def _command(rows: tuple[str, ...]) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from detune.cli.terminal import say
+
 METHODS = ("auto", "lattice", "intersect", "lokr", "dora", "shira", "vera", "spectral", "mean", "single")
 
 models_argument = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
@@ -84,7 +86,7 @@ def device_of(name: str) -> Any:
         warnings.simplefilter("always")
         device = find_device(name)
     for warning in told:
-        click.echo(f"detune: {warning.message}", err=True)
+        say(f"detune: {warning.message}", err=True)
     return device
 
 

@@ -23,6 +23,7 @@ from detune.cli.options import (
     rank_option,
     rows_option,
 )
+from detune.cli.terminal import progress_bar, say_json
 
 if TYPE_CHECKING:
     from detune.recovery.report import TensorRow
@@ -88,7 +89,7 @@ def recover(
             on_tensor=on_tensor,
             executor=executor,
         )
-    click.echo(report.to_json(), nl=False) if as_json else show_report(report, out)
+    say_json(report.to_json()) if as_json else show_report(report, out)
     if report.adapters is not None and adapters is not None and not as_json:
         show_adapters(report.adapters, adapters)
 
@@ -120,7 +121,7 @@ def inspect(
             rows=rows,
             on_tensor=on_tensor,
         )
-    click.echo(report.to_json(), nl=False) if as_json else show_report(report)
+    say_json(report.to_json()) if as_json else show_report(report)
 
 
 @click.command()
@@ -143,7 +144,7 @@ def family(
             rows=rows,
             on_tensor=lambda name: on_tensor(name, None),
         )
-    click.echo(check.to_json(), nl=False) if as_json else show_family(check)
+    say_json(check.to_json()) if as_json else show_family(check)
 
 
 @click.command()
@@ -156,7 +157,7 @@ def compare(recovered: str, truth: str, as_json: bool) -> None:
 
     load_torch()
     comparison = detune.compare(recovered, truth)
-    click.echo(comparison.to_json(), nl=False) if as_json else show_comparison(comparison)
+    say_json(comparison.to_json()) if as_json else show_comparison(comparison)
 
 
 @click.command()
@@ -173,13 +174,8 @@ def demo(out: Path | None, steps: int | None, seed: int) -> None:
 @contextmanager
 def progress(quiet: bool) -> Iterator["Callable[[str, TensorRow | None], None]"]:
     """A bar with the current tensor, on stderr; gone when done."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
     load_torch()
-    columns = (SpinnerColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    with progress_bar(counting=False, quiet=quiet) as bar:
         task = bar.add_task("opening the models", total=None)
 
         def on_tensor(name: str, row: "TensorRow | None") -> None:

@@ -8,9 +8,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 
+from detune.cli.terminal import say, show_table
 from detune.compatibility.reading import Reading
 from detune.recovery.report import Report, Status, TensorRow, w_error_range
 
@@ -48,13 +48,11 @@ def show_report(report: Report, out: Path | None = None) -> None:
         report: Of `recover` or `inspect`.
         out: Where the checkpoint was written, if it was.
     """
-    console = Console(markup=False)
     changed = [row for row in report.tensors if row.status is not Status.SHARED]
     columns = ["tensor", "shape", "verdict", "W-Error", "method", "ranks", "residual", "× noise"]
     on_grid = any(row.grid for row in changed)
-    table = Table(*columns, *["certain bits"] * on_grid, box=None, pad_edge=False)
-    for (pattern, _), rows in _by_kind(changed, lambda row: row.status).items():
-        table.add_row(
+    lines = [
+        (
             f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
             "×".join(map(str, rows[0].shape)),
             rows[0].status,
@@ -65,81 +63,79 @@ def show_report(report: Report, out: Path | None = None) -> None:
             _largest(row.noise_ratio for row in rows),
             *[_certain(rows)] * on_grid,
         )
+        for (pattern, _), rows in _by_kind(changed, lambda row: row.status).items()
+    ]
     if changed:
-        console.print(table)
+        show_table([*columns, *["certain bits"] * on_grid], lines)
     for model in report.inputs:
         if model.left_out is not None:
-            console.print(f"left out {model.spec}: {model.left_out}", highlight=False, soft_wrap=True)
+            say(f"left out {model.spec}: {model.left_out}")
     for status, count in report.counts.items():
-        console.print(f"{count} tensor{'s' * (count != 1)} {MEANING[status]}", highlight=False)
+        say(f"{count} tensor{'s' * (count != 1)} {MEANING[status]}")
     names: dict[str, list[str]] = {}
     for row in changed:
         if row.status in (Status.NOT_DETERMINED, Status.APPROXIMATE):
             names.setdefault(row.reason, []).append(row.name)
     for reason, (name, *others) in names.items():
         more = f" and {len(others)} more" if others else ""
-        console.print(f"  {name}{more}: {reason}", highlight=False, soft_wrap=True)
-    _show_reading(console, report.reading)
+        say(f"  {name}{more}: {reason}")
+    _show_reading(report.reading)
     if out is not None:
         took = f"wrote {out} in {report.seconds:.1f} s"
-        console.print(f"{took}; the whole report is {out / 'detune.json'}", soft_wrap=True)
+        say(f"{took}; the whole report is {out / 'detune.json'}")
 
 
 def show_family(check: "FamilyCheck") -> None:
     """Print a line for each model, one for each kind of tensor that differs, and the verdict."""
-    console = Console(markup=False, highlight=False)
     for model in check.models:
         source = "-" if model.group is None else chr(ord("A") + model.group)
-        console.print(f"{source}  {'' if model.belongs else 'NOT '}{model.spec}: {model.reason}", soft_wrap=True)
+        say(f"{source}  {'' if model.belongs else 'NOT '}{model.spec}: {model.reason}")
         for (pattern, cause), tensors in _by_kind(model.foreign, lambda tensor: tensor.cause).items():
-            console.print(f"     {pattern}{f' ×{len(tensors)}' * (len(tensors) > 1)}: {cause}", soft_wrap=True)
-    table = Table("tensor", "shape", "ranks", "recoverable", box=None, pad_edge=False)
-    for (pattern, _), rows in _by_kind(check.tensors, lambda row: (row.shape, row.enough)).items():
-        table.add_row(
+            say(f"     {pattern}{f' ×{len(tensors)}' * (len(tensors) > 1)}: {cause}")
+    lines = [
+        (
             f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
             "×".join(map(str, rows[0].shape)),
             _member_ranks(rows),
             "yes" if rows[0].enough else f"no: {rows[0].reason}",
         )
+        for (pattern, _), rows in _by_kind(check.tensors, lambda row: (row.shape, row.enough)).items()
+    ]
     if check.tensors:
-        console.print(table)
+        show_table(("tensor", "shape", "ranks", "recoverable"), lines)
     if check.shared:
-        console.print(f"{check.shared} tensor{'s' * (check.shared != 1)} identical in all of the family")
-    _show_reading(console, check.reading)
-    console.print(check.verdict, soft_wrap=True)
+        say(f"{check.shared} tensor{'s' * (check.shared != 1)} identical in all of the family")
+    _show_reading(check.reading)
+    say(check.verdict)
 
 
 def show_comparison(comparison: "Comparison") -> None:
     """Print the tensors that differ, by kind, and the summary."""
-    console = Console(markup=False)
-    table = Table("tensor", "shape", "W-Error", "worst", "identical bits", box=None, pad_edge=False)
-    for (pattern, _), rows in _by_kind(comparison.differing, lambda row: row.shape).items():
-        errors = [row.w_error for row in rows]
-        table.add_row(
+    lines = [
+        (
             f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
             "×".join(map(str, rows[0].shape)),
-            f"{sum(errors) / len(errors):.2f}",
-            f"{max(errors):.2f}",
+            f"{sum(row.w_error for row in rows) / len(rows):.2f}",
+            f"{max(row.w_error for row in rows):.2f}",
             f"{100 * sum(row.bit_identical for row in rows) / len(rows):.2f} %",
         )
+        for (pattern, _), rows in _by_kind(comparison.differing, lambda row: row.shape).items()
+    ]
     if comparison.differing:
-        console.print(table)
+        show_table(("tensor", "shape", "W-Error", "worst", "identical bits"), lines)
     for names, where in ((comparison.only_recovered, comparison.truth), (comparison.only_truth, comparison.recovered)):
         if names:
             listed = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
-            console.print(f"not compared: {where} lacks {listed}", highlight=False, soft_wrap=True)
+            say(f"not compared: {where} lacks {listed}")
     summary = comparison.summary
-    console.print(
+    say(
         f"{summary['identical_tensors']} of {summary['tensors']} tensors and "
         f"{100 * summary['bit_identical']:.4f} % of all entries are identical bit for bit",
-        highlight=False,
     )
     if summary["mean_w_error"] is not None:
-        console.print(
+        say(
             f"W-Error of the tensors that differ: mean {summary['mean_w_error']:.2f}, "
             f"worst {summary['worst_w_error']:.2f} in {summary['worst_tensor']}",
-            highlight=False,
-            soft_wrap=True,
         )
 
 
@@ -147,10 +143,8 @@ def show_extraction(extraction: "Extraction", out: Path) -> None:
     """Print a line for each kind of tensor and where it went, and how closely each adapter gives its model back."""
     from detune.adapters.changes import Kept
 
-    console = Console(markup=False, highlight=False)
-    table = Table("tensor", "shape", "kept", "ranks", "identical bits", "largest ulp", box=None, pad_edge=False)
-    for (pattern, _), rows in _by_kind(extraction.rows, lambda row: (row.kept, row.shape)).items():
-        table.add_row(
+    lines = [
+        (
             pattern,
             "×".join(map(str, rows[0].shape)),
             rows[0].kept,
@@ -158,56 +152,52 @@ def show_extraction(extraction: "Extraction", out: Path) -> None:
             f"{100 * sum(row.identical for row in rows) / len(rows):.2f} %",
             f"{max(row.largest_ulps for row in rows)}",
         )
-    console.print(table)
+        for (pattern, _), rows in _by_kind(extraction.rows, lambda row: (row.kept, row.shape)).items()
+    ]
+    show_table(("tensor", "shape", "kept", "ranks", "identical bits", "largest ulp"), lines)
     for row in extraction.rows:
         if row.kept is Kept.LEFT_OUT:
-            console.print(f"  left out of {row.model}: {row.name}: {row.reason}", soft_wrap=True)
+            say(f"  left out of {row.model}: {row.name}: {row.reason}")
     show_adapters(extraction.summary, out)
 
 
 def show_adapters(summary: "dict[str, dict[str, Any]]", out: Path) -> None:
     """Print a line for each adapter: what is in it, and what PEFT's merge of it gives back."""
-    console = Console(markup=False, highlight=False)
     for name, figures in summary.items():
         whole = f", {figures['whole']} tensors whole" * bool(figures["whole"])
         lost = f", {figures['left out']} LEFT OUT" * bool(figures["left out"])
         shares = (f"{100 * figures[key]:.2f} %" for key in ("identical_of_changed", "identical"))
-        console.print(
+        say(
             f"{name}: {figures['LoRA']} LoRA layers of rank {_span(figures['ranks'])}{whole}{lost}; "
             f"merged by PEFT, {' of the changed entries and '.join(shares)} of all have the model's bits, "
             f"largest deviation {figures['largest_deviation']:.1e} ({figures['largest_ulps']} ulp)",
-            soft_wrap=True,
         )
     loading = f"PeftModel.from_pretrained(base, {str(out / next(iter(summary)))!r})"
-    console.print(f"wrote {out}; load with {loading}", soft_wrap=True)
+    say(f"wrote {out}; load with {loading}")
 
 
 def show_pack(report: "PackReport") -> None:
     """Print what a pack saves, and where its bytes are."""
-    console = Console(markup=False, highlight=False)
-    table = Table("part", "MB", "of the input", box=None, pad_edge=False)
-    for part, size in sorted(report.parts_bytes.items(), key=lambda item: -item[1]):
-        table.add_row(part, f"{size / 1e6:.2f}", f"{100 * size / report.input_bytes:.2f} %")
-    console.print(table)
-    console.print(
+    lines = [
+        (part, f"{size / 1e6:.2f}", f"{100 * size / report.input_bytes:.2f} %")
+        for part, size in sorted(report.parts_bytes.items(), key=lambda item: -item[1])
+    ]
+    show_table(("part", "MB", "of the input"), lines)
+    say(
         f"{len(report.models)} models in {report.files} files, {report.input_bytes / 1e6:.1f} MB: "
         f"packed {100 * report.ratio:.1f} %, zstd alone {100 * report.zstd_ratio:.1f} %",
-        soft_wrap=True,
     )
-    console.print(
+    say(
         f"wrote {report.path} in {report.seconds:.1f} s; unpacked in memory, every file has its hash. "
         "The models are where they were",
-        soft_wrap=True,
     )
 
 
 def show_unpack(report: "UnpackReport", out: Path) -> None:
     """Print what was restored."""
-    console = Console(markup=False, highlight=False)
-    console.print(
+    say(
         f"restored {len(report.models)} models, {report.files} files, {report.size_bytes / 1e6:.1f} MB, below {out} in "
         f"{report.seconds:.1f} s: every file has the hash that it was packed with",
-        soft_wrap=True,
     )
 
 
@@ -215,17 +205,12 @@ def show_tables(results: "Sequence[CellResult]") -> None:
     """Print the table of each subset of the benchmark, and what to know beside it."""
     from detune.bench.table import remarks, tables
 
-    console = Console(markup=False)
     for subset, frame in tables(results).items():
-        table = Table(title=subset, title_justify="left", box=None, pad_edge=False)
-        for name in frame.columns:
-            table.add_column(name, no_wrap=name != "method")
-        for row in frame.itertuples(index=False):
-            table.add_row(*row)
-        console.print(table)
-        console.print()
+        columns = [Column(name, no_wrap=name != "method") for name in frame.columns]
+        show_table(columns, frame.itertuples(index=False), title=subset)
+        say()
     for remark in remarks(results):
-        console.print(remark, highlight=False, soft_wrap=True)
+        say(remark)
 
 
 def show_catalogue() -> None:
@@ -233,45 +218,31 @@ def show_catalogue() -> None:
     from detune.bench.recipes import RECIPES
     from detune.bench.subsets import PUBLISHED, PUBLISHED_LORAS, REPOSITORY
 
-    console = Console(markup=False, highlight=False)
-    table = _catalogue("published", "layers", "rank", "n", "iterations", "base")
-    for name, subset in PUBLISHED.items():
-        numbers = (subset.layers, subset.rank, subset.models, subset.iterations)
-        table.add_row(name, *map(str, numbers), subset.base)
-    console.print(table)
-    console.print(
-        f"n and iterations are the paper's. {PUBLISHED_LORAS} LoRAs each, streamed from the Hub dataset\n"
-        f"{REPOSITORY}, or from a local copy with --data DIR:\n"
-        f"  hf download {REPOSITORY} --repo-type dataset --local-dir DIR\n",
-        soft_wrap=True,
-    )
-    table = _catalogue("recipe", "layers", "rank", "stands for", "what it is")
-    for name, recipe in RECIPES.items():
-        table.add_row(name, str(recipe.layers), str(recipe().rank), recipe.stands_for or "", recipe.about)
-    console.print(table)
-    console.print(
-        f"{PUBLISHED_LORAS} LoRAs each, made here and without a network by\n  detune bench build RECIPE --out DIR",
-        soft_wrap=True,
-    )
+    columns = _catalogue("published", "layers", "rank", "n", "iterations", "base")
+    numbers = {name: (each.layers, each.rank, each.models, each.iterations) for name, each in PUBLISHED.items()}
+    show_table(columns, ((name, *map(str, numbers[name]), PUBLISHED[name].base) for name in PUBLISHED))
+    say(f"n and iterations are the paper's. {PUBLISHED_LORAS} LoRAs each, streamed from the Hub dataset")
+    say(f"{REPOSITORY}, or from a local copy with --data DIR:")
+    say(f"  hf download {REPOSITORY} --repo-type dataset --local-dir DIR")
+    say()
+    columns = _catalogue("recipe", "layers", "rank", "stands for", "what it is")
+    about = {name: (each.layers, each().rank, each.stands_for or "", each.about) for name, each in RECIPES.items()}
+    show_table(columns, ((name, *map(str, about[name])) for name in RECIPES))
+    say(f"{PUBLISHED_LORAS} LoRAs each, made here and without a network by")
+    say("  detune bench build RECIPE --out DIR")
 
 
-def _show_reading(console: Console, reading: Reading | None) -> None:
+def _show_reading(reading: Reading | None) -> None:
     if reading is not None:
         share = 100 * reading.read_bytes / max(1, reading.total_bytes)
-        console.print(
+        say(
             f"looked at {reading.rows} rows of each matrix at most: read {reading.read_bytes / 1e6:.1f} MB of "
             f"{reading.total_bytes / 1e6:.1f} MB, {share:.1f} %; the rest may differ, and --rows all reads it",
-            highlight=False,
-            soft_wrap=True,
         )
 
 
-def _catalogue(name: str, *columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in (name, *columns[:-1]):
-        table.add_column(column, no_wrap=True)
-    table.add_column(columns[-1], overflow="fold")
-    return table
+def _catalogue(*columns: str) -> list[Column]:
+    return [*(Column(column, no_wrap=True) for column in columns[:-1]), Column(columns[-1], overflow="fold")]
 
 
 def _by_kind(rows: Iterable[Row], key: Callable[[Row], object]) -> "dict[tuple[str, object], list[Row]]":

@@ -66,7 +66,7 @@ def tell(out: Path | None = None, *, steps: int | None = None, seed: int = 0) ->
         "   detune inspect MODEL MODEL MODEL"
     )
     if out is not None:
-        console.print(f"All models are kept in {out}.", soft_wrap=True)
+        console.print(f"All models are kept in {out}.", soft_wrap=True, markup=False)
     return comparisons
 
 

@@ -1,0 +1,94 @@
+"""The one way to the terminal: nothing that stands in a file reaches it raw, as control characters or as markup."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from detune.errors import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, Task
+    from rich.table import Column
+
+__all__ = ["Formatter", "progress_bar", "say", "say_json", "show_table", "status"]
+
+
+def say(text: str = "", *, err: bool = False, bold: bool = False) -> None:
+    """Print one line."""
+    text = printable(text)
+    click.echo(click.style(text, bold=True) if bold else text, err=err)
+
+
+def say_json(text: str) -> None:
+    """Print JSON as it is, but for characters that a terminal would obey, which JSON can write in letters."""
+    shown = (each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
+    click.echo("".join(shown), nl=False)
+
+
+def show_table(columns: "Sequence[str | Column]", rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
+    """Print a table.
+
+    Args:
+        columns: Their names, or rich's columns.
+        rows: The cells of each.
+        title: What stands above it.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        *columns, title=Text(printable(title)) if title else None, title_justify="left", box=None, pad_edge=False
+    )
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console(markup=False, highlight=False, emoji=False).print(table)
+
+
+@contextmanager
+def progress_bar(*, counting: bool, quiet: bool = False) -> "Iterator[Progress]":
+    """A bar on stderr, of a terminal only; gone when done. Descriptions pass through `printable`.
+
+    Args:
+        counting: Whether the number of steps is known, so that a bar shows how many are done.
+        quiet: Whether there is to be none.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    class Description(TextColumn):
+        def render(self, task: "Task") -> Text:
+            return Text(printable(task.description))
+
+    console = Console(stderr=True)
+    columns = (BarColumn() if counting else SpinnerColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Description(""))
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        yield bar
+
+
+@contextmanager
+def status(first: str) -> Iterator[Callable[[str], None]]:
+    """What is being done, on stderr; in a terminal it is gone when done."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: say(text, err=True)
+        return
+    with console.status(Text(printable(first))) as shown:
+        yield lambda text: shown.update(Text(printable(text)))
+
+
+class Formatter(logging.Formatter):
+    """Log records whose message is one line, whatever names are in it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
