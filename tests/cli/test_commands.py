@@ -114,8 +114,9 @@ def test_a_name_with_markup_in_it_is_printed_as_it_is(command, tmp_path):
     assert "[red]out" in ran.out
 
 
-def test_methods_are_the_solvers():
+def test_methods_are_named_as_their_files_are():
     assert list(detune.cli.METHODS) == list(SOLVERS)
+    assert [solver.__module__ for solver in SOLVERS.values()] == [f"detune.methods.{name}" for name in SOLVERS]
 
 
 def test_help_answers_without_torch():

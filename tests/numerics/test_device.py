@@ -205,6 +205,7 @@ class Noting:
     """A solver that notes how float32 matrices are multiplied while it runs."""
 
     min_models = 1
+    low_rank = False
     working_copies = 3
 
     def __init__(self):

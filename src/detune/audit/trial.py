@@ -188,6 +188,7 @@ class AboveMeasuredNoise:
     """
 
     min_models: ClassVar[int] = ENOUGH
+    low_rank: ClassVar[bool] = True
     working_copies: ClassVar[int] = 10
 
     solver: Solver

@@ -6,8 +6,9 @@ from typing import Any
 import click
 
 from detune.cli.terminal import say
+from detune.methods import CLASSES
 
-METHODS = ("auto", "lattice", "intersect", "lokr", "dora", "shira", "vera", "spectral", "mean", "single")
+METHODS = tuple(CLASSES)
 
 models_argument = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")

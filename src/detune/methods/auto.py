@@ -50,6 +50,7 @@ class Auto:
     """
 
     min_models: ClassVar[int] = 3
+    low_rank: ClassVar[bool] = True
     working_copies: ClassVar[int] = 10
 
     lattice: LatticeSearch | None = field(

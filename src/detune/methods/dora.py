@@ -80,6 +80,7 @@ class DoRA:
     """
 
     min_models: ClassVar[int] = 3
+    low_rank: ClassVar[bool] = False
     working_copies: ClassVar[int] = 10
 
     polish: GaussNewton = field(default_factory=GaussNewton)

@@ -21,6 +21,7 @@ class Intersect:
     """
 
     min_models: ClassVar[int] = 3
+    low_rank: ClassVar[bool] = True
     working_copies: ClassVar[int] = 3
 
     seed: int = 0

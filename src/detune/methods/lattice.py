@@ -21,6 +21,7 @@ class Lattice:
     """
 
     min_models: ClassVar[int] = 1
+    low_rank: ClassVar[bool] = True
     working_copies: ClassVar[int] = 10
 
     lattice: LatticeSearch = field(default_factory=LatticeSearch)

@@ -66,6 +66,7 @@ class LoKr:
     """
 
     min_models: ClassVar[int] = 3
+    low_rank: ClassVar[bool] = False
     working_copies: ClassVar[int] = 10
 
     blocks: Blocks | None = None

@@ -16,6 +16,7 @@ class Mean:
     """
 
     min_models: ClassVar[int] = 1
+    low_rank: ClassVar[bool] = False
     working_copies: ClassVar[int] = 3
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:

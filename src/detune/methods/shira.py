@@ -34,6 +34,7 @@ class SHiRA:
     """
 
     min_models: ClassVar[int] = 3
+    low_rank: ClassVar[bool] = False
     working_copies: ClassVar[int] = 10
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:

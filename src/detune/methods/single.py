@@ -16,6 +16,7 @@ class Single:
     """
 
     min_models: ClassVar[int] = 1
+    low_rank: ClassVar[bool] = False
     working_copies: ClassVar[int] = 3
     index: int = 0
 

@@ -94,6 +94,7 @@ class Spectral:
     """
 
     min_models: ClassVar[int] = 2
+    low_rank: ClassVar[bool] = True
     working_copies: ClassVar[int] = 10
     iterations: int = 300
     svd: Literal["lowrank", "exact"] = "lowrank"

@@ -69,6 +69,7 @@ class VeRA:
     """
 
     min_models: ClassVar[int] = 3
+    low_rank: ClassVar[bool] = False
     working_copies: ClassVar[int] = 10
 
     seed: int = 0

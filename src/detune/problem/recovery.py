@@ -172,11 +172,13 @@ class Solver(Protocol):
 
     Attributes:
         min_models: The fewest models that it makes sense with.
+        low_rank: Whether it takes models to differ by low ranks, which then tell whether they share a base.
         working_copies: What it holds beside the stack of three models at most, in copies of a large matrix in float32,
             or in float64 of models in float32: so many matrices are solved at the same time as memory allows.
     """
 
     min_models: ClassVar[int]
+    low_rank: ClassVar[bool]
     working_copies: ClassVar[int]
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:

@@ -30,7 +30,7 @@ from detune.checkpoints import (
 from detune.compatibility.groups import Selection, select
 from detune.compatibility.model_set import Models, ModelSet
 from detune.errors import InputError
-from detune.methods import ANY_RANK, SOLVERS, Mean, Single
+from detune.methods import SOLVERS, Mean, Single
 from detune.numerics.device import full_precision
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.recovery.execution import (
@@ -259,7 +259,7 @@ def make_solver(method: str | Solver) -> Solver:
 
 def _select(models: Sequence[Checkpoint], solver: Solver) -> Selection:
     """The models that share a base; all, where the method asks for no low ranks to tell."""
-    if len(models) < 2 or isinstance(solver, ANY_RANK):
+    if len(models) < 2 or not solver.low_rank:
         return Selection(tuple(range(len(models))))
     return select(models, solver.min_models)
 
