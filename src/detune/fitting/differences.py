@@ -28,8 +28,8 @@ FIRST_RANK = 32
 FOLDED_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 1024, torch.float16: 1024}
 # Folding keeps a space of up to this share of its rows.
 FOLDED_RANK = 0.5
-# More than 7/8 of all singular values are a spectrum that runs out, unless the last stands so many times over the noise
-# and some do not.
+# More than 7/8 of all singular values are a spectrum that runs out, unless the last stands four times over the noise
+# and some values do not.
 WELL_ABOVE = 4.0
 # A singular value counts as signal from this multiple of the noise's estimated spectral norm. The estimate is a bound,
 # a fifth above what noise reaches where all entries are of a kind; noise alone does not come near.
@@ -66,7 +66,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Differences:
-    """What the differences of a stack say: the input of the closed form.
+    """The differences of a stack: the input of the closed form.
 
     Attributes:
         stack: The stack they are of.
@@ -255,7 +255,7 @@ class _RangeFinder:
             expected *= 4
 
     def _seen(self, A: Tensor, images: Tensor, noise_norm: float) -> "_Seen":
-        """What A is on the span of some images, `(rows, width)`."""
+        """Row space and singular values of A on the span of some images, `(rows, width)`."""
         Q = orthonormal(images.to(self._stack.factor_dtype))
         projected = product(Q.mT.to(A), A)
         V, S, _ = thin_svd(projected.mT.to(self._stack.dtype), noise_norm)
@@ -264,7 +264,7 @@ class _RangeFinder:
         return _Seen(projected, V, S, floor)
 
     def _widen(self, width: int) -> None:
-        """Make the images of so many test vectors, keeping those that there are."""
+        """Bring the images to this number of test vectors, keeping those that there are."""
         matrices, before = self._matrices, self._images.shape[2]
         if width <= before:
             return

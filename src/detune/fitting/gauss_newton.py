@@ -1,4 +1,4 @@
-"""From a good start to the maximum-likelihood answer, by Gauss-Newton steps.
+"""Gauss-Newton steps from a good start to the maximum-likelihood answer.
 
 Near rank-limited `M_i = U_i C_i V_i^T` the problem is linear: `M_i` may move in the tangent space
 `{U_i X^T + Y V_i^T}`, and what is left of W is fixed by
@@ -27,7 +27,7 @@ from detune.problem.stack import Stack
 
 
 class GaussNewtonFit(NamedTuple):
-    """What polishing gave.
+    """The deltas after Gauss-Newton.
 
     Attributes:
         deltas: The `M_i`.
@@ -42,7 +42,7 @@ class GaussNewtonFit(NamedTuple):
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """How long to polish.
+    """Gauss-Newton on the manifold of rank-limited deltas, with full steps.
 
     Attributes:
         max_steps: Most Gauss-Newton steps; each is two passes over the matrices.
@@ -107,7 +107,7 @@ class Tangent:
 
     @classmethod
     def of(cls, X: Tensor, Y: Tensor, U: Tensor, V: Tensor) -> "Tangent":
-        """From `X` `(r, in)` and `Y` `(out, r)`, at orthonormal U and V."""
+        """Take `U X^T + Y V^T` apart: X is `(r, in)`, Y `(out, r)`, U and V are orthonormal."""
         S = product(X, V)
         X, Y = X - product(S, V.mT), Y - product(U, product(U.mT, Y))
         QX, QY = orthonormal(X.mT), orthonormal(Y)

@@ -1,7 +1,7 @@
 """Passes over the full matrices that the solvers share: projections, and the last step to the answer.
 
-All of them go over the matrices as they lie in memory: what is asked of a transposed stack is the transposed of what
-is done with the stack itself.
+All of them go over the matrices as they lie in memory: a transposed stack is passed over as the stack that it was made
+of, and the result is transposed.
 """
 
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ class WStep:
 
     @property
     def transposed(self) -> "WStep":
-        """Of the transposed stack."""
+        """The step of the transposed stack."""
         weight, deltas, residuals = self.weight.mT, tuple(M_i.transposed for M_i in self.deltas), self.residuals
         if residuals is not None:
             residuals = replace(residuals, weight=weight, deltas=deltas, transposed=not residuals.transposed)
@@ -155,7 +155,7 @@ def w_step_given_rows(stack: Stack, V: Sequence[Tensor]) -> WStep:
 
 
 def _w_step_given_columns(stack: Stack, U: Sequence[Tensor]) -> WStep:
-    """The same where the column spaces are known, `(out, r_i)`: what is best in them takes all rows."""
+    """`w_step_given_rows` with known column spaces, `(out, r_i)`: a pass for the factors and one for the step."""
     onto_left = project_left(stack, U)
     right = solve_given_rows([E_i.mT for E_i in onto_left], U)
     accumulator = _Accumulator(stack, right)
@@ -171,7 +171,7 @@ def _w_step_given_columns(stack: Stack, U: Sequence[Tensor]) -> WStep:
 
 
 class _Accumulator:
-    """What the W-step gathers block by block."""
+    """Sums of the W-step, block by block."""
 
     def __init__(self, stack: Stack, right: Sequence[Tensor]) -> None:
         self._stack = stack

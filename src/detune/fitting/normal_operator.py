@@ -17,13 +17,13 @@ from detune.numerics.linalg import inverse_of_normal, joint_basis, product
 
 __all__ = ["NormalOperator"]
 
-# Conjugate gradients on singular equations are stopped at so many times the least residual.
+# Conjugate gradients on singular equations are stopped when the residual is a thousand times the least so far.
 DIVERGED = 1e3
-# Of so many unknowns a float64 system is solved in float32 first,
+# A float64 system of 128^2 unknowns or more is solved in float32 first,
 LARGE_CORE = 128**2
-# to this share of its right-hand side,
+# to this share of its right-hand side, 25 times float32's precision (derived),
 IN_SINGLE = 3e-6
-# and again, as long as no more than this share is left.
+# and again, as long as no more than a tenth is left each time.
 REFINED = 0.1
 
 
@@ -68,7 +68,7 @@ class NormalOperator:
 
     @cached_property
     def single(self) -> "NormalOperator":
-        """The same in float32."""
+        """The operator in float32."""
         a, b = (tuple(c_i.float() for c_i in coordinates) for coordinates in (self.a, self.b))
         return NormalOperator(self.Q, self.P, a, b, self.inverse_G_U.float(), self.inverse_G_V.float())
 

@@ -15,9 +15,11 @@ from detune.numerics.linalg import orthonormal, product
 from detune.problem.recovery import NotLowRank, NotRecoverable
 from detune.problem.stack import Stack
 
-# Spaces that are this far apart (sin^2) are told apart well enough: the other side is not looked at.
+# Spaces that are 45 degrees apart (sin^2) are told apart well enough, as noise is amplified by 1.4 at most (derived):
+# the other side is not looked at.
 GOOD_SEPARATION = 0.5
-# Directions further apart than this are not shared, whatever the ranks say.
+# Directions at a smaller cosine are not shared, whatever the ranks say: squares are exact to 1e-16, with a factor of a
+# hundred to spare (derived).
 LEAST_COSINE = 1e-6
 
 

@@ -1,1 +1,1 @@
-"""What the data determine of W, without the truth: the null space, error variances, undetected directions."""
+"""How well the data determine W, without the truth: the null space, error variances, undetected directions."""

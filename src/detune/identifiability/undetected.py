@@ -1,7 +1,7 @@
 """How strong a direction of an adapter can be and still escape notice.
 
-A direction `s u v^T` of `M_i` that is not in its recovered ranks goes into W and into the other deltas, as far as
-their row spaces hold v (or their column spaces u): then W is off by it, and the misfit hardly shows it. With u outside
+A direction `s u v^T` of `M_i` that is not in its recovered ranks goes into W and into those deltas whose row
+spaces hold v (or whose column spaces hold u): then W is off by it, and the misfit hardly shows it. With u outside
 all column spaces, what remains of it in the data is
 
     s^2 rho^2,    rho^2 = v^T (I - R_i G^-1 R_i) v,    G = sum_j R_j,
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from detune.fitting.normal_operator import NormalOperator
 
-# Of the other directions at least half shows.
+# A direction of which at least half shows in the data is no undetected one, by definition.
 HALF = 0.5
+# The smallest share of a direction that float64 tells from none: fifty times its precision (derived).
 SMALLEST = 1e-14
 
 
@@ -44,7 +45,7 @@ class UndetectedDirections:
 def undetected_directions(
     operator: NormalOperator, noise_norm: float, least: Sequence[float] | None = None
 ) -> tuple[UndetectedDirections, ...]:
-    """What could have escaped, model by model, first on the rows' side and then on the columns'.
+    """Find what could have escaped, model by model, first on the rows' side and then on the columns'.
 
     Args:
         operator: The operator at the recovered spaces, float64.

@@ -112,7 +112,7 @@ def upload(matrices: Sequence[Tensor], runs: Sequence[slice], device: torch.devi
 
 
 def _compact(rows: Tensor) -> Tensor:
-    """The same without gaps in memory, and in its order: pinning takes the gaps along."""
+    """Copy rows without gaps in memory, in their own order: pinning takes the gaps along."""
     return rows.mT.contiguous().mT if rows.stride(0) < rows.stride(1) else rows.contiguous()
 
 

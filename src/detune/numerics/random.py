@@ -1,9 +1,9 @@
-"""Random numbers for sketches, probes and simulated noise: the same on every run, and nobody else's."""
+"""Generators for sketches, probes and simulated noise: the same numbers on every run, unlike anybody else's."""
 
 import torch
 
-# Seed 0 is also what a user's test data are drawn with, and noise simulated from the very bits that a weight came from
-# is not independent of it: largest where the weight is.
+# Any number does. Seed 0 is also what a user's test data are drawn with, and noise simulated from the very bits that a
+# weight came from is not independent of it: largest where the weight is.
 KEY = 0x5DEECE66D
 
 

@@ -9,7 +9,7 @@ from detune.numerics.linalg import gram, product, qr
 
 __all__ = ["LowRank", "SVDFactors"]
 
-# Singular values below this share of a delta's largest are rounding.
+# Singular values below this share of a delta's largest are rounding: some hundred times float64's precision (derived).
 ROUNDING = 1e-13
 
 
@@ -36,7 +36,7 @@ class LowRank:
 
     @property
     def transposed(self) -> "LowRank":
-        """Of the transposed matrix."""
+        """The transposed matrix, by its factors."""
         return LowRank(self.right, self.left)
 
     @property
@@ -61,7 +61,7 @@ class SVDFactors:
 
     @classmethod
     def of(cls, M_i: LowRank, dtype: torch.dtype = torch.float64) -> "SVDFactors":
-        """Directions that rounding alone gave are dropped.
+        """Decompose a delta; directions that rounding alone gave are dropped.
 
         Args:
             M_i: The delta.

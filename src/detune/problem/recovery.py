@@ -1,4 +1,4 @@
-"""What a solver is: frozen hyperparameters with one verb, `solve(stack) -> Recovery`.
+"""The result type, and the protocol of solvers: frozen hyperparameters with one verb, `solve(stack) -> Recovery`.
 
 Notation, as in the paper (arXiv 2402.10208):
 
@@ -22,7 +22,8 @@ from detune.errors import DetuneError
 from detune.problem.low_rank import LowRank
 from detune.problem.stack import Stack
 
-# Adapters add up to less than this in practice; a difference of more is one of full rank.
+# A difference of a higher rank is one of full rank: the ranks of two of LoWRA Bench's adapters (arXiv 2402.10208) add
+# up to 128 at most, and eight times that is left for others.
 MOST_RANK = 1024
 
 
@@ -52,8 +53,8 @@ class PredictedError:
 
     Attributes:
         mse: What to expect.
-        least: It is hardly less than this.
-        most: Nor more than this.
+        least: The lower end of its range.
+        most: The upper end.
     """
 
     mse: float
@@ -63,7 +64,7 @@ class PredictedError:
 
 @dataclass(frozen=True)
 class DecodedBits:
-    """What is known of the bits that the base was stored in.
+    """The base's grid, and the entries whose bits are known.
 
     Attributes:
         grid: The dtype whose grid the base's entries lie on: bfloat16, float16 or float32.
@@ -89,7 +90,7 @@ class DecodedBits:
 
 @dataclass(frozen=True)
 class Residuals:
-    """What a fit for given row or column spaces leaves, `e_i = W_i - W_star - M_i`.
+    """The residuals of a fit for given row or column spaces, `e_i = W_i - W_star - M_i`.
 
     The normal equations hold exactly: `sum_i e_i = 0`, and `e_i V_i = 0` where row spaces are given.
 
@@ -174,7 +175,7 @@ class Solver(Protocol):
         min_models: The fewest models that it makes sense with.
         low_rank: Whether it takes models to differ by low ranks, which then tell whether they share a base.
         working_copies: What it holds beside the stack of three models at most, in copies of a large matrix in float32,
-            or in float64 of models in float32: so many matrices are solved at the same time as memory allows.
+            or in float64 of models in float32. How many matrices are solved at the same time depends on it.
     """
 
     min_models: ClassVar[int]

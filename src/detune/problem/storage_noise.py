@@ -1,4 +1,4 @@
-"""The noise of stored weights: each was rounded once to its dtype."""
+"""The model of storage noise: every weight was rounded once to its dtype."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def storage_energy(matrix: Tensor) -> float:
 
 
 def as_rounded(samples: Sequence[Tensor]) -> list[Tensor]:
-    """The values in the dtype that they were rounded to: float32 files may hold what was bf16 or fp16 before.
+    """Convert values to the dtype that they were rounded to: float32 files may hold what was bf16 or fp16 before.
 
     All must lie on its grid. One alone is a model that left a half-precision base as it was: exact, not coarse.
     """
@@ -39,5 +39,5 @@ def as_rounded(samples: Sequence[Tensor]) -> list[Tensor]:
 
 
 def sample_rows(matrix: Tensor, rows: int = 64) -> Tensor:
-    """Evenly spaced rows: enough to know magnitudes by."""
+    """Pick evenly spaced rows: their noise stands for that of the matrix."""
     return matrix[:: max(1, matrix.shape[0] // rows)]

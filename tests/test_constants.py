@@ -1,0 +1,67 @@
+"""A constant that decides something says where it comes from: derived, cited or measured."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "detune"
+
+# Packages in which every constant has a source. The others are on their way here.
+SOURCED = ("identifiability", "numerics", "problem")
+
+SAYS_WHY = re.compile(r"\b(derived|measured|by definition|arXiv|doi|any number does)\b", re.IGNORECASE)
+
+
+def constants(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name of each numeric constant of a module, and the comment above it or above its neighbour."""
+    text = file.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    comment, last = "", 0
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and is_number(node.value):
+            above = []
+            while lines[node.lineno - 2 - len(above)].startswith("#"):
+                above.insert(0, lines[node.lineno - 2 - len(above)].removeprefix("#").strip())
+            # Constants in a row share the comment above the first.
+            comment = " ".join(above) or (comment if node.lineno == last + 1 else "")
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield ast.unparse(targets[0]), comment
+            last = node.end_lineno or node.lineno
+
+
+def is_number(node: ast.expr) -> bool:
+    """Whether an expression is made of numbers alone, or of some by a key."""
+    if isinstance(node, ast.Dict):
+        return all(map(is_number, node.values))
+    parts = [part for part in ast.walk(node) if isinstance(part, ast.expr)]
+    allowed = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.Tuple)
+    return all(isinstance(part, allowed) for part in parts) and any(
+        isinstance(part, ast.Constant) and isinstance(part.value, int | float) and not isinstance(part.value, bool)
+        for part in parts
+    )
+
+
+@pytest.mark.parametrize("package", SOURCED)
+def test_every_constant_has_a_source(package):
+    found = {
+        f"{file.relative_to(SOURCE)}: {name}": comment
+        for file in sorted((SOURCE / package).rglob("*.py"))
+        for name, comment in constants(file)
+    }
+    assert found
+    assert [name for name, comment in found.items() if not SAYS_WHY.search(comment)] == []
+
+
+def test_a_constant_without_a_source_is_found(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text(
+        "# Noise ends here (measured).\nFIRST = 2.0\nSECOND = 1 << 3\n\n# Enough.\nTHIRD = (1, -0.5)\nNAME = 'x'\n"
+    )
+    assert list(constants(file)) == [
+        ("FIRST", "Noise ends here (measured)."),
+        ("SECOND", "Noise ends here (measured)."),
+        ("THIRD", "Enough."),
+    ]
