@@ -12,6 +12,7 @@ import torch
 
 from detune._runtime import needs_extra
 from detune.bench.layers import Layer, LoraFactors, arrow_schema, row_of
+from detune.bench.markdown import code, text
 from detune.bench.subsets import CARD, PUBLISHED, Card, Subset, clean_name, is_name, nearest, open_subset
 from detune.checkpoints import Checkpoint, Lora, open_checkpoint, open_lora
 from detune.checkpoints.layout import read_json
@@ -250,19 +251,19 @@ def _write_card(rows: _Rows, out: Path, stands_for: str | None, about: str) -> N
         tags=["lora", "weight-recovery", "lowra-bench"],
         configs=[{"config_name": rows.task, "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
     )
-    names = "".join(f"- `{lora.name}`\n" for lora in rows.loras)
+    names = "".join(f"- {code(lora.name)}\n" for lora in rows.loras)
     left_out = "".join(
-        f"Trained in full beside `{lora}`, and left out: {', '.join(f'`{name}`' for name in tensors)}.\n"
+        f"Trained in full beside {code(lora)}, and left out: {', '.join(map(code, tensors))}.\n"
         for lora, tensors in rows.left_out.items()
     )
-    text = f"""---
+    page = f"""---
 {head.to_yaml()}
 ---
 
-# {rows.task}
+# {text(rows.task)}
 
 {about or "A subset in the schema of LoWRA Bench."} The rows are {len(rows.names)} weight matrices of
-`{rows.base_name}`, each with {len(rows.loras)} LoRAs of rank {", ".join(map(str, ranks))}.
+{code(rows.base_name)}, each with {len(rows.loras)} LoRAs of rank {", ".join(map(str, ranks))}.
 The fine-tuned weight of LoRA i is
 `pre_ft_weight + lora_i_alpha / lora_i_rank · lora_i_B_weight @ lora_i_A_weight`.
 
@@ -274,4 +275,4 @@ Columns: `task_name`, `layer_model`, `layer_name`, `pre_ft_name`, `pre_ft_weight
 {left_out}
 Made with detune.
 """
-    (out / "README.md").write_text(text, encoding="utf-8")
+    (out / "README.md").write_text(page, encoding="utf-8")

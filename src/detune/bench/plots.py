@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from detune.errors import printable
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["METHOD_ORDER", "colour_of", "new_figure", "plot_lines", "save"]
+__all__ = ["METHOD_ORDER", "colour_of", "new_figure", "plain", "plot_lines", "save"]
 
 METHOD_ORDER = ("single", "mean", "spectral", "intersect", "auto")
 
@@ -42,6 +44,11 @@ def new_figure(
     return figure, axes
 
 
+def plain(text: str) -> str:
+    """Text as a figure shows it: dollars would begin a formula, which may be none."""
+    return printable(text).replace("$", r"\$")
+
+
 def plot_lines(axis: "Axes", rows: "pd.DataFrame", *, x: str = "models", y: str = "w_error") -> None:
     """One line for each value of the column `label`."""
     from matplotlib.ticker import MaxNLocator
@@ -51,7 +58,7 @@ def plot_lines(axis: "Axes", rows: "pd.DataFrame", *, x: str = "models", y: str 
         method = str(label).split(",")[0]
         style: dict[str, Any] = {"marker": _MARKERS.get(method, "o"), "markersize": 4}
         style["linestyle"] = "--" if "," in str(label) else "-"
-        axis.plot(line[x], line[y], color=colour_of(str(label), place), label=str(label), **style)
+        axis.plot(line[x], line[y], color=colour_of(str(label), place), label=plain(str(label)), **style)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("models" if x == "models" else x)
     axis.set_ylabel("W-Error (lower is better)")

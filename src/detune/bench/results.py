@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from filelock import FileLock, Timeout
@@ -35,8 +36,13 @@ EXACT_W_ERROR = 2 * math.log10(sys.float_info.epsilon)
 """What a layer without any error counts as, log10 of float64's epsilon squared: lower than any error there can be."""
 
 
+Size = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Cell(_Record):
@@ -60,7 +66,7 @@ class Cell(_Record):
     method: str
     settings: str
     method_sha256: str | None
-    loras: tuple[int, ...]
+    loras: Annotated[tuple[Count, ...], Field(min_length=1)]
     seed: int
     rank_known: bool
 
@@ -92,19 +98,19 @@ class LayerResult(_Record):
         noise_ratio: Its residual in units of the storage noise, where it says.
     """
 
-    index: int
+    index: Count
     model: str
     name: str
     kind: str
-    depth: int | None
-    shape: tuple[int, ...]
-    mse: float
-    bit_identical: float
-    seconds: float
-    peak_memory_bytes: int | None
+    depth: Count | None
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    mse: Size
+    bit_identical: Share
+    seconds: Size
+    peak_memory_bytes: Count | None
     failure: str | None = None
-    ranks: tuple[int, ...] = ()
-    noise_ratio: float | None = None
+    ranks: tuple[Count, ...] = ()
+    noise_ratio: Size | None = None
 
     @property
     def w_error(self) -> float:

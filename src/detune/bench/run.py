@@ -6,6 +6,7 @@ is in memory at a time. What is done is kept layer by layer; a run that is kille
 
 import hashlib
 import json
+import math
 import random
 import tempfile
 import time
@@ -268,6 +269,12 @@ def solve_layer(layer: Layer, task: Task, device: torch.device | str = "cpu") ->
                 "mend the method",
             ) from error
         weight = recovery.weight.to("cpu", layer.weight.dtype).reshape(layer.weight.shape)
+    if not torch.isfinite(weight).all():
+        raise InputError(
+            f"{cell.settings} gave NaN or Inf in row {layer.index}, layer {layer.name!r}",
+            f"of {weight.numel()} entries {int(torch.isfinite(weight).sum())} are finite",
+            "mend the method",
+        )
     result = LayerResult(
         index=layer.index,
         model=layer.model,
@@ -281,7 +288,7 @@ def solve_layer(layer: Layer, task: Task, device: torch.device | str = "cpu") ->
         peak_memory_bytes=memory.peak_bytes,
         failure=failure,
         ranks=recovery.ranks,
-        noise_ratio=recovery.noise_ratio,
+        noise_ratio=recovery.noise_ratio if math.isfinite(recovery.noise_ratio or 0.0) else None,
     )
     return result, weight
 

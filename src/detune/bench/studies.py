@@ -15,7 +15,7 @@ import torch
 
 from detune.bench.layers import Layer
 from detune.bench.methods import Method, find_method
-from detune.bench.plots import colour_of, new_figure, plot_lines, save
+from detune.bench.plots import colour_of, new_figure, plain, plot_lines, save
 from detune.bench.results import CellResult, LayerResult, ResultStore
 from detune.bench.run import OnLayer, draw, plan, run
 from detune.bench.subsets import Subset
@@ -130,7 +130,7 @@ def study_models(bench: Bench) -> "tuple[pd.DataFrame, Figure]":
     for axis, (subset, rows) in zip(axes, frame.groupby("subset", sort=False), strict=True):
         means = rows.groupby(["method", "models"], as_index=False)["w_error"].mean()
         plot_lines(axis, means.rename(columns={"method": "label"}))
-        axis.set_title(str(subset))
+        axis.set_title(plain(str(subset)))
     return frame, figure
 
 
@@ -157,8 +157,8 @@ def study_scheduler(bench: Bench) -> "tuple[pd.DataFrame, Figure]":
             axes[2 * place :], ("w_error", "loss"), ("error of the base", "loss"), strict=False
         ):
             for i, (label, line) in enumerate(trace.groupby("label")):
-                axis.plot(line["iteration"], line[column], label=label, color=colour_of(str(label), i))
-            axis.set_title(f"{subset.name}, n={n}: {title}")
+                axis.plot(line["iteration"], line[column], label=plain(str(label)), color=colour_of(str(label), i))
+            axis.set_title(plain(f"{subset.name}, n={n}: {title}"))
             axis.set_xlabel("iteration")
             axis.set_ylabel("log10, mean over layers")
             axis.legend(fontsize="small", frameon=False)
@@ -184,7 +184,7 @@ def study_ranks(bench: Bench) -> "tuple[pd.DataFrame, Figure]":
             colours.append(colour_of(method))
         axis.barh(labels, values, color=colours)
         axis.invert_yaxis()
-        axis.set_title(str(subset))
+        axis.set_title(plain(str(subset)))
         axis.set_xlabel("W-Error (lower is better)")
         axis.tick_params(axis="y", labelsize="small")
     return frame, figure
@@ -223,8 +223,8 @@ def study_depth(bench: Bench) -> "tuple[pd.DataFrame, Figure]":
         for (model, kind), line in part.groupby(["model", "kind"]):
             means = line.groupby("depth", as_index=False)["w_error"].mean()
             label = f"{model} {kind}" if part["model"].nunique() > 1 else kind
-            axis.plot(means["depth"], means["w_error"], marker="o", markersize=3, label=label)
-        axis.set_title(f"{subset}, {method}, n={part['models'].iloc[0]}")
+            axis.plot(means["depth"], means["w_error"], marker="o", markersize=3, label=plain(str(label)))
+        axis.set_title(plain(f"{subset}, {method}, n={part['models'].iloc[0]}"))
         axis.set_xlabel("block, from the input on")
         axis.set_ylabel("W-Error (lower is better)")
         axis.legend(fontsize="xx-small", frameon=False, ncols=2)
@@ -253,7 +253,7 @@ def study_rank_by_models(bench: Bench) -> "tuple[pd.DataFrame, Figure]":
         axis.set_xlabel("models")
         axis.set_ylabel("rank")
         axis.grid(visible=False)
-        axis.set_title(method)
+        axis.set_title(plain(method))
     figure.colorbar(image, ax=axes, label="W-Error (lower is better)")
     return frame, figure
 

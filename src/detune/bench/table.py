@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detune.bench.plots import METHOD_ORDER, new_figure, plot_lines, save
+from detune.bench.markdown import text
+from detune.bench.plots import METHOD_ORDER, new_figure, plain, plot_lines, save
 from detune.bench.results import EXACT_W_ERROR, CellResult, ResultStore
 from detune.bench.subsets import PUBLISHED
 
@@ -102,8 +103,10 @@ def markdown(results: Sequence[CellResult]) -> str:
     """The tables as Markdown, with what a reader must know to trust them."""
     parts = []
     for subset, table in tables(results).items():
-        parts += [f"### {subset}", table.to_markdown(index=False, disable_numparse=True)]
-    return "\n\n".join([*parts, *remarks(results)]) + "\n"
+        # Names of methods and metrics are anybody's; the rest of a cell is figures.
+        shown = table.assign(method=table["method"].map(text)).rename(columns=text)
+        parts += [f"### {text(subset)}", shown.to_markdown(index=False, disable_numparse=True)]
+    return "\n\n".join([*parts, *map(text, remarks(results))]) + "\n"
 
 
 def write_table(store: ResultStore) -> list[Path]:
@@ -119,10 +122,10 @@ def write_table(store: ResultStore) -> list[Path]:
         InputError: There are no results.
     """
     results = store.read_all()
-    text, sheet = store.folder / "table.md", store.folder / "table.csv"
-    text.write_text(markdown(results), encoding="utf-8")
+    page, sheet = store.folder / "table.md", store.folder / "table.csv"
+    page.write_text(markdown(results), encoding="utf-8")
     _sheet(results).to_csv(sheet, index=False)
-    return [text, sheet, *_plot(results, store.folder / "w-error")]
+    return [page, sheet, *_plot(results, store.folder / "w-error")]
 
 
 def _row(result: CellResult) -> dict[str, Any]:
@@ -253,9 +256,9 @@ def _plot(results: Sequence[CellResult], stem: Path) -> list[Path]:
     for axis, subset in zip(axes, subsets, strict=True):
         rows = frame[frame["subset"] == subset]
         found = rows["rank"].map({"told": "", "found": ", rank found"})
-        version = rows["version"].map(lambda text: f" {text}" if text else "")
+        version = rows["version"].map(lambda letters: f" {letters}" if letters else "")
         plot_lines(axis, rows.assign(label=rows["method"] + version + found))
         published = {result.cell.stands_for for result in results if result.cell.subset == subset} - {None}
         title = f"{subset}\n(as {', '.join(sorted(p for p in published if p in PUBLISHED))})" if published else subset
-        axis.set_title(title)
+        axis.set_title(plain(title))
     return save(figure, stem)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from detune.attacks import ATTACKS
 from detune.bench.defences.matrix import RowResult, verdict
+from detune.bench.markdown import text
+from detune.bench.plots import plain
 
 __all__ = ["draw", "markdown", "write"]
 
@@ -52,7 +54,7 @@ def markdown(rows: Sequence[RowResult]) -> str:
         closest = min(cell.embeddings for cell in row.cells if cell.embeddings is not None)
         lines.append(
             [
-                row.name,
+                text(row.name),
                 str(row.models),
                 *figures,
                 f"{closest:.1e}",
@@ -88,19 +90,19 @@ def draw(rows: Sequence[RowResult], file: Path) -> None:
     for i, row in enumerate(rows):
         for cell in row.cells:
             light = cell.w_error is not None and cell.w_error < -11.5
-            text = "no answer" if cell.w_error is None else f"{cell.w_error:.1f}"
+            told = "no answer" if cell.w_error is None else f"{cell.w_error:.1f}"
             size = 7 if cell.w_error is None else 9
             weight = "bold" if cell is row.best else "normal"
-            label = axis.text(attacks.index(cell.attack), i, text, ha="center", va="center", fontsize=size)
+            label = axis.text(attacks.index(cell.attack), i, told, ha="center", va="center", fontsize=size)
             label.set(fontweight=weight, color="white" if light else "black")
         beside = (f"{_times(row.times_closer)}×", _change(row), verdict(row))
-        for place, text in zip(_BESIDE, beside, strict=True):
-            colour = _COLOURS.get(text, "black")
-            axis.text(len(attacks) + place, i, text, va="center", fontsize=9, color=colour)
-    for place, text in zip(_BESIDE, ("closer", "task", "verdict"), strict=True):
-        axis.text(len(attacks) + place, -0.85, text, va="center", fontsize=9, color="#555555")
+        for place, told in zip(_BESIDE, beside, strict=True):
+            colour = _COLOURS.get(told, "black")
+            axis.text(len(attacks) + place, i, told, va="center", fontsize=9, color=colour)
+    for place, told in zip(_BESIDE, ("closer", "task", "verdict"), strict=True):
+        axis.text(len(attacks) + place, -0.85, told, va="center", fontsize=9, color="#555555")
     axis.set_xticks(range(len(attacks)), attacks, rotation=0)
-    axis.set_yticks(range(len(rows)), [f"{row.name}, n={row.models}" for row in rows])
+    axis.set_yticks(range(len(rows)), [f"{plain(row.name)}, n={row.models}" for row in rows])
     axis.xaxis.tick_top()
     axis.tick_params(length=0, labelsize=9)
     axis.spines[:].set_visible(False)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from detune.bench.leaderboard.attack_sets import ATTACK_SETS
-from detune.bench.results import Environment
+from detune.bench.results import EXACT_W_ERROR, Environment
 from detune.errors import InputError, OutputError
 
 __all__ = ["FORMAT", "Attacked", "Entry", "Making", "Utility", "file_name", "read_entries", "read_entry", "write_entry"]
@@ -21,6 +21,9 @@ FORMAT: Literal["detune-leaderboard/1"] = "detune-leaderboard/1"
 
 Line = Annotated[str, Field(min_length=1, pattern=r"^[^\n|]*$")]
 """What goes into a cell of a table."""
+
+WError = Annotated[float, Field(ge=EXACT_W_ERROR, le=77)]
+"""From no error at all to the square of the largest float32."""
 
 
 class _Record(BaseModel):
@@ -37,8 +40,8 @@ class Attacked(_Record):
         failure: Why it gave no answer.
     """
 
-    w_error: float | None
-    embeddings: Annotated[float, Field(ge=0)] | None
+    w_error: WError | None
+    embeddings: Annotated[float, Field(ge=0, le=1e6)] | None
     failure: str | None = None
 
     @model_validator(mode="after")

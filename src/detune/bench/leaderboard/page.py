@@ -5,6 +5,7 @@ from pathlib import Path
 
 from detune.bench.leaderboard.attack_sets import ATTACK_SETS
 from detune.bench.leaderboard.entry import Entry
+from detune.bench.markdown import link, text
 from detune.errors import InputError, OutputError
 
 __all__ = ["BEGIN", "END", "LOSS_BOUND", "build_page", "ranked", "write_page"]
@@ -44,10 +45,10 @@ def build_page(entries: Mapping[Path, Entry], page: Path) -> str:
         InputError: It cannot be read, or lacks the marks.
     """
     try:
-        text = page.read_text(encoding="utf-8")
+        before = page.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot read {page}", str(error.strerror), "run this in a checkout, or give --page") from None
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = before.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise InputError(f"{page} has no place for entries", f"expected the lines {BEGIN} and {END}", "add them")
@@ -62,9 +63,9 @@ def write_page(entries: Mapping[Path, Entry], page: Path) -> None:
         InputError: It cannot be read, or lacks the marks.
         OutputError: It cannot be written.
     """
-    text = build_page(entries, page)
+    made = build_page(entries, page)
     try:
-        page.write_text(text, encoding="utf-8")
+        page.write_text(made, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {page}", str(error.strerror), "choose another place") from None
 
@@ -91,7 +92,7 @@ def _sections(entries: Mapping[Path, Entry], folder: Path) -> Iterator[str]:
             [
                 (
                     str(rank or "–"),
-                    f"[{entry.name}]({file.relative_to(folder).as_posix()})",
+                    link(entry.name, file.relative_to(folder).as_posix()),
                     str(entry.models),
                     entry.worst_attack,
                     f"{entry.w_errors[entry.worst_attack]:.2f}",
@@ -107,7 +108,7 @@ def _sections(entries: Mapping[Path, Entry], folder: Path) -> Iterator[str]:
         yield "What each attack gets, as W-Error; – is one that the defence did not meet, because it knows another:\n"
         yield from _table(
             ("defence", *frozen.attacks),
-            [(entry.name, *(_figure(entry, attack) for attack in frozen.attacks)) for _, _, entry in rows],
+            [(text(entry.name), *(_figure(entry, attack) for attack in frozen.attacks)) for _, _, entry in rows],
         )
 
 
@@ -123,8 +124,8 @@ def _figure(entry: Entry, attack: str) -> str:
         return "–"
     if attack not in entry.w_errors:
         return "no answer"
-    text = f"{entry.w_errors[attack]:.2f}"
-    return f"**{text}**" if attack == entry.worst_attack else text
+    figure = f"{entry.w_errors[attack]:.2f}"
+    return f"**{figure}**" if attack == entry.worst_attack else figure
 
 
 def _times(factor: float) -> str:
@@ -135,4 +136,4 @@ def _times(factor: float) -> str:
 
 def _by(entry: Entry) -> str:
     names = ", ".join(entry.authors)
-    return f"[{names}]({entry.link})" if entry.link else names
+    return link(names, entry.link) if entry.link else text(names)
