@@ -14,7 +14,7 @@ DOCS_STAMP := $(VENV)/.docs-installed
 LPIPS_VENV := .venv-lpips
 LPIPS_STAMP := $(LPIPS_VENV)/.detune-installed
 
-.PHONY: test test-lpips demo docs lint bench lowra clean
+.PHONY: test test-lpips demo docs lint bench fuzz lowra clean
 
 # A process for each core, and a thread in each; a file's tests stay together, for what they share.
 test: $(STAMP)
@@ -38,6 +38,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# Five thousand mutations of all that is read; a line for each that is neither read rightly nor refused.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing
 
 lowra: $(STAMP)
 	$(BIN)/python benchmarks/lowra.py

@@ -37,6 +37,13 @@ def test_what_the_system_refuses_is_no_damage():
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
+def test_a_part_that_never_ends_loses_its_middle():
+    text = str(InputError("a" * 10**6, "b", "c"))
+    assert len(text) < 6000
+    assert text.endswith("aaa; b; c")
+    assert str(InputError("a" * 4000)) == "a" * 4000
+
+
 @pytest.mark.parametrize("error", [OutputError("a", "b", "c"), KeyboardInterrupt()])
 def test_what_is_no_fault_of_the_file_passes(error):
     with pytest.raises(type(error)) as caught, parsing("x.bin"):

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 __all__ = ["DetuneError", "InputError", "OutputError", "parsing", "printable", "reason_of"]
 
+# A path has at most some 4000 characters; whatever is longer was made to be.
+MAX_PART_LENGTH = 5000
+
 logger = logging.getLogger(__name__)
 
 
@@ -16,8 +19,8 @@ class DetuneError(Exception):
     file; what to try. Parts may be passed one by one or as one string.
 
     Args:
-        *parts: The parts of the message, joined by semicolons. Line breaks become spaces, and `printable` makes the
-            rest so.
+        *parts: The parts of the message, joined by semicolons. Line breaks become spaces, `printable` makes the rest
+            so, and what is longer than `MAX_PART_LENGTH` loses its middle.
 
     Example:
         >>> str(DetuneError("model has no weights", "found no *.safetensors in 'a/'", "give its directory"))
@@ -25,7 +28,7 @@ class DetuneError(Exception):
     """
 
     def __init__(self, *parts: str) -> None:
-        super().__init__("; ".join(printable(" ".join(part.split())) for part in parts))
+        super().__init__("; ".join(_shortened(printable(" ".join(part.split()))) for part in parts))
 
 
 class InputError(DetuneError):
@@ -83,6 +86,11 @@ def printable(text: str) -> str:
         layer\n0\x1b[31m \u202eweight, größer
     """
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def _shortened(text: str) -> str:
+    half = MAX_PART_LENGTH // 2
+    return text if len(text) <= MAX_PART_LENGTH else f"{text[:half]} … {text[-half:]}"
 
 
 def reason_of(error: BaseException) -> str:

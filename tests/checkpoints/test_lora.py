@@ -102,6 +102,24 @@ class TestPeft:
         assert lora.read("conv.weight").B.shape == (5, 3, 1, 1)
         assert lora.read("embed.weight").B.shape == (11, 3)
 
+    @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+    def test_square_layers_are_turned_as_their_class_says(self, tmp_path: Path) -> None:
+        """Whatever the configuration says: PEFT corrects it, and here the oblong layers tell."""
+
+        def make() -> Mixed:
+            torch.manual_seed(0)
+            return Mixed()
+
+        train(make(), LoraConfig(r=3, target_modules=["linear", "square"]), tmp_path / "adapter")
+        save_file(make().state_dict(), tmp_path / "base.safetensors")
+        config = tmp_path / "adapter" / "adapter_config.json"
+        base = open_checkpoint(tmp_path / "base.safetensors")
+        for flag in ("false", "true"):
+            text = config.read_text().replace('"fan_in_fan_out": false', f'"fan_in_fan_out": {flag}')
+            config.write_text(text)
+            assert json.loads(text)["fan_in_fan_out"] is (flag == "true")
+            check(open_lora(tmp_path / "adapter", base), base, merge(make(), tmp_path / "adapter"))
+
     def test_layers_stored_transposed(self, tmp_path: Path) -> None:
         make_gpt2().save_pretrained(tmp_path / "base")
         train(make_gpt2(), LoraConfig(r=4, target_modules=["c_attn", "c_proj"]), tmp_path / "adapter")

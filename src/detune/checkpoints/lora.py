@@ -151,12 +151,15 @@ def _name(spec: str) -> str:
 def _place(base: Checkpoint, adapter: Checkpoint, table: AdapterTable) -> Mapping[str, PlacedFactors]:
     file = adapter.root / adapter.weight_files[0].file
     placed: dict[str, Factors] = {}
-    aliases: Mapping[str, str] | None = None
+    stored, in_memory = _Weights(base.tensors), None
+    aliases: Mapping[str, str] = {}
     for factors in table.factors:
-        matches = _match(factors.module, base.tensors)
+        matches = stored.of(factors.module)
         if not matches:
-            aliases = _aliases(base) if aliases is None else aliases
-            matches = [aliases[alias] for alias in _match(factors.module, aliases)]
+            if in_memory is None:
+                aliases = _aliases(base)
+                in_memory = _Weights(aliases)
+            matches = [aliases[alias] for alias in in_memory.of(factors.module)]
         if len(matches) != 1:
             got = f"{len(matches)} tensors fit, among them {matches[:2]}" if matches else "no tensor fits"
             raise InputError(
@@ -172,35 +175,70 @@ def _place(base: Checkpoint, adapter: Checkpoint, table: AdapterTable) -> Mappin
                 "copy the adapter again",
             )
         placed[name] = factors
+    transposed = _transposed(base, adapter, placed, table)
     return MappingProxyType(
-        {
-            name: PlacedFactors(name, placed[name], _is_transposed(base, name, adapter, placed[name], table))
-            for name in base.tensors
-            if name in placed
-        }
+        {name: PlacedFactors(name, placed[name], transposed[name]) for name in base.tensors if name in placed}
     )
 
 
-def _match(module: str, names: Collection[str]) -> list[str]:
-    """Find the tensors that may be a module's weight.
+class _Weights:
+    """The tensors of a base, found by the names that adapters have for their modules.
 
     Args:
-        module: Its name in the adapter.
-        names: Those in the base.
-
-    Returns:
-        Those of exactly that name in a component, or else all that differ by what either side has in front: a prefix
-        for the model inside its head ("bert.", "text_model."), or the component ("unet/").
+        names: Theirs, or those that they have in memory.
     """
-    component, slash, path = module.rpartition("/")
-    wanted = f"{path}.weight"
-    # A component on its own has no directories.
-    inside = [name for name in names if name.startswith(component + slash)] or [
-        name for name in names if "/" not in name
-    ]
-    bare = {name: name.rpartition("/")[2] for name in inside}
-    exact = [name for name in inside if bare[name] == wanted]
-    return exact or [name for name in inside if bare[name].endswith(f".{wanted}") or wanted.endswith(f".{bare[name]}")]
+
+    # The last parts of a name that are looked up at once: "experts.5.up_proj.weight".
+    _PARTS = 4
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        self._tables: dict[str, _Table] = {}
+
+    def of(self, module: str) -> list[str]:
+        """The tensors that may be a module's weight.
+
+        Args:
+            module: Its name in the adapter.
+
+        Returns:
+            Those of exactly that name in a component, or else all that differ by what either side has in front: a
+            prefix for the model inside its head ("bert.", "text_model."), or the component ("unet/").
+        """
+        component, slash, path = module.rpartition("/")
+        wanted = f"{path}.weight"
+        table = self._tables.get(component + slash) or self._table(component + slash)
+        exact = table.whole.get(wanted)
+        if exact:
+            return exact
+        longer = [name for name in table.ends.get(_tail(wanted, self._PARTS), ()) if name.endswith(f".{wanted}")]
+        dots = [place for place, character in enumerate(wanted) if character == "."]
+        return longer + [name for dot in dots for name in table.whole.get(wanted[dot + 1 :], ())]
+
+    def _table(self, component: str) -> "_Table":
+        # A component on its own has no directories.
+        inside = [name for name in self._names if name.startswith(component)] or [
+            name for name in self._names if "/" not in name
+        ]
+        table = self._tables[component] = _Table({}, {})
+        for name in inside:
+            bare = name.rpartition("/")[2]
+            table.whole.setdefault(bare, []).append(name)
+            for end in {_tail(bare, parts) for parts in range(1, self._PARTS + 1)}:
+                table.ends.setdefault(end, []).append(name)
+        return table
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Names of one component: by all that stands behind it, and by their last parts."""
+
+    whole: dict[str, list[str]]
+    ends: dict[str, list[str]]
+
+
+def _tail(name: str, parts: int) -> str:
+    return ".".join(name.split(".")[-parts:])
 
 
 def _aliases(base: Checkpoint) -> dict[str, str]:
@@ -212,8 +250,35 @@ def _aliases(base: Checkpoint) -> dict[str, str]:
     return found
 
 
-def _is_transposed(base: Checkpoint, name: str, adapter: Checkpoint, factors: Factors, table: AdapterTable) -> bool:
-    """Check that the product of the factors can be added to a weight, and say whether by its transpose."""
+def _transposed(
+    base: Checkpoint, adapter: Checkpoint, placed: Mapping[str, Factors], table: AdapterTable
+) -> dict[str, bool]:
+    """Check that the product of the factors can be added to each weight, and say whether by its transpose.
+
+    The shape decides wherever it can, as one adapter can hold layers of both kinds. Of a square weight PEFT goes by the
+    module's class, whatever the configuration says: here by that of the adapter's other layers, where they agree.
+    """
+    shapes = {
+        name: (adapter.tensors[factors.B].shape[0], *adapter.tensors[factors.A].shape[1:])
+        for name, factors in placed.items()
+    }
+    oblong = {
+        name: shape[::-1] == base.tensors[name].shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and shape[0] != shape[1] and not placed[name].is_embedding
+    }
+    kinds = set(oblong.values())
+    square = kinds.pop() if len(kinds) == 1 else table.fan_in_fan_out
+    found = {
+        name: placed[name].is_embedding or oblong.get(name, square and len(shape) == 2)
+        for name, shape in shapes.items()
+    }
+    for name, shape in shapes.items():
+        _check_fit(base, name, adapter, placed[name], shape[::-1] if found[name] else shape)
+    return found
+
+
+def _check_fit(base: Checkpoint, name: str, adapter: Checkpoint, factors: Factors, shape: tuple[int, ...]) -> None:
     info = base.tensors[name]
     if info.dtype not in FLOATS:
         raise InputError(
@@ -221,25 +286,13 @@ def _is_transposed(base: Checkpoint, name: str, adapter: Checkpoint, factors: Fa
             f"it is stored as {info.dtype}",
             "use the unquantised base model",
         )
-    shape = (adapter.tensors[factors.B].shape[0], *adapter.tensors[factors.A].shape[1:])
-    if factors.is_embedding:
-        transposed = True
-    elif len(shape) == 2 and shape[0] != shape[1]:
-        # One adapter can hold layers of both kinds, so the shape decides wherever it can.
-        transposed = shape[::-1] == info.shape
-    else:
-        transposed = len(shape) == 2 and table.fan_in_fan_out
-    shapes = [shape[::-1] if transposed else shape]
-    if factors.base_layer is not None:
-        shapes.append(adapter.tensors[factors.base_layer].shape)
-    for found in shapes:
+    for found in (shape, *(() if factors.base_layer is None else (adapter.tensors[factors.base_layer].shape,))):
         if found != info.shape:
             raise InputError(
                 f"adapter {adapter.root} does not fit tensor {name!r} in {base.root / info.file}",
                 f"its update has shape {found}, the weight {info.shape}",
                 "use the base model the adapter was trained on",
             )
-    return transposed
 
 
 def _open_adapter(spec: str) -> Checkpoint:
