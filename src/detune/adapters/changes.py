@@ -1,4 +1,4 @@
-"""What a tensor that a model changed becomes in the model's adapter: a LoRA, itself, or nothing."""
+"""The changes of tensors as adapters keep them: as a LoRA, whole, or not at all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from detune.problem.stack import matricise
 
 
 class Kept(StrEnum):
-    """Where a tensor that a model changed went."""
+    """The place that a changed tensor went to."""
 
     LORA = "LoRA"
     """Into a pair of factors."""
@@ -61,7 +61,7 @@ class AdapterRow:
 
 @dataclass(frozen=True)
 class AdapterChange:
-    """What one tensor of one model becomes in its adapter.
+    """One tensor of one model, as its adapter keeps it.
 
     Attributes:
         model: The model's place among those given.
@@ -77,7 +77,7 @@ class AdapterChange:
 
 
 class PlacesOf:
-    """Where a model's tensors are in memory; each of its components is looked at once.
+    """The places of a model's tensors in memory; each of its components is looked at once.
 
     Args:
         model: The checkpoint.
@@ -88,7 +88,7 @@ class PlacesOf:
         self._known: dict[str, PeftPlaces] = {}
 
     def of(self, name: str) -> PeftPlaces:
-        """What PEFT can take of the component that a tensor belongs to."""
+        """The places that PEFT can take in a tensor's component."""
         component = self._model.tensors[name].component
         if component not in self._known:
             self._known[component] = PeftPlaces(find_places(self._model, component))

@@ -21,7 +21,7 @@ from detune.errors import InputError, OutputError
 
 @dataclass(frozen=True)
 class Extraction:
-    """What `extract` did.
+    """The outcome of `extract`.
 
     Attributes:
         base: What the adapters are loaded onto.
@@ -39,7 +39,7 @@ class Extraction:
 
     @property
     def summary(self) -> dict[str, dict[str, Any]]:
-        """For each adapter: its ranks, and how closely the merge gives the model back."""
+        """The ranks of each adapter, and how closely the merge gives the model back."""
         return {model: self._summary([row for row in self.rows if row.model == model]) for model in self.models}
 
     def _summary(self, rows: Sequence[AdapterRow]) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class Extractor:
         self._started = time.perf_counter()
 
     def kind(self, name: str) -> Kind | None:
-        """What a tensor's weight is to PEFT, if that takes a LoRA."""
+        """The kind of a tensor's module, if PEFT takes a LoRA there."""
         return self._places.of(name).takes_low_rank(name)
 
     def add(self, name: str, changes: Sequence[AdapterChange]) -> None:

@@ -26,7 +26,7 @@ STEPS = 32
 MARGIN = 0.03
 # The step is this over the share of violated entries: half of Newton's, which overshoots (see `_into_intervals`).
 DAMPING = 0.5
-# So few violations that a longer step would only follow single entries.
+# With fewer violations a longer step would only follow single entries.
 FEWEST_VIOLATED = 1e-3
 
 
@@ -101,7 +101,7 @@ def _into_intervals(start: LowRank, low: Tensor, high: Tensor) -> LowRank:
 
 
 def _balanced(M: LowRank) -> LowRank:
-    """The same matrix as `(U sqrt(S)) (V sqrt(S))^T`."""
+    """Balance the factors: `(U sqrt(S)) (V sqrt(S))^T`."""
     Q_left, R_left = torch.linalg.qr(M.left.double())
     Q_right, R_right = torch.linalg.qr(M.right.double())
     U, S, Vh = torch.linalg.svd(R_left @ R_right.mT)

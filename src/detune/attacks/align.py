@@ -123,7 +123,7 @@ def _write(release: Checkpoint, actions: Actions, copy: Path) -> Path:
 
 
 def _solve(stack: Stack) -> Tensor:
-    """By `auto`, told the noise of releases that were rounded more often; where there is less, not told.
+    """Solve by `auto` with the noise of releases that were rounded more than once, if they show as much.
 
     In units in which rows, and columns, are of one size, so that the noise is too.
     """
@@ -148,7 +148,7 @@ def _solve(stack: Stack) -> Tensor:
 
 
 def _told(stack: Stack, more: float) -> Stack:
-    """The stack with so many times the noise of storage."""
+    """The stack with a multiple of the noise of storage."""
     return replace(stack, noise_override=tuple((more * stack.noise).tolist()))
 
 
@@ -170,7 +170,7 @@ def _with_fewer_ranks(stack: Stack, more: float, found: Recovery) -> Recovery:
 
 
 def _predicted(stack: Stack, recovery: Recovery) -> float:
-    """The W-Error that the data foretell, as far as they do."""
+    """The predicted W-Error; infinite where there is none."""
     predicted = certify(stack, recovery).predicted_w_error
     return math.inf if predicted is None else predicted
 

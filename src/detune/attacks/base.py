@@ -1,4 +1,4 @@
-"""What an attack is: the recovery as an outsider would run it who knows which defence was used."""
+"""The protocol of attacks: recoveries as an outsider would run them who knows which defence was used."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ __all__ = ["Attack"]
 
 
 class Attack(Protocol):
-    """From releases to a base: a frozen dataclass of its settings.
+    """An attack with its settings, a frozen dataclass: it turns releases into a base.
 
     An attack sees the releases and nothing else: no base, no adapter, no seed.
 

@@ -87,7 +87,7 @@ def between_levels(stack: Stack, sweeps: int = 4) -> Tensor:
 
 
 def within_cells(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> Tensor:
-    """What W is expected to be, entry by entry, where its row's weights are normal.
+    """The posterior mean of W, entry by entry, where its row's weights are normal.
 
     Args:
         low: Lower ends of every model's cells, `(n, rows, in)`, float64.
@@ -150,13 +150,13 @@ def _fit_rows(levels: Levels, estimates: Sequence[Estimate]) -> tuple[Estimate, 
 
 
 def _measured(block: _Block) -> Measurements:
-    """What the cells say of the deltas: of a normal number in an interval, the score and its precision."""
+    """Measure the deltas by the cells: score and precision of a normal number in an interval."""
     found = _posterior(block.low, block.high, block.m, block.v)
     delta, variance, pull = (part.view_as(block.v) for part in (found.delta, found.delta_variance, found.pull))
     return Measurements.of(found._replace(delta=delta, delta_variance=variance, pull=pull), block.m, block.v)
 
 
 def _posterior(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> Posterior:
-    """Of every entry by itself, W between all grids; entries in one row."""
+    """The posterior of every entry by itself, W between all grids; entries in one row."""
     low, high, m, v = (each.flatten(start_dim=1) for each in (low, high, m, v))
     return posterior(low, high, m, v, None)

@@ -25,7 +25,7 @@ _CLOSE = 8.0
 
 
 def find_actions(layer: Layer, first: Checkpoint, other: Checkpoint) -> Actions:
-    """What brings a layer of one release into the hidden bases of another.
+    """The actions that bring a layer of one release into the hidden bases of another.
 
     Args:
         layer: What is free in it.
@@ -53,7 +53,7 @@ def find_actions(layer: Layer, first: Checkpoint, other: Checkpoint) -> Actions:
 
 @dataclass(frozen=True)
 class _Frames:
-    """What is inside a layer, apart from its norms."""
+    """The frames inside a layer, apart from its norms."""
 
     heads: HeadFrame
     neurons: NeuronFrame
@@ -134,7 +134,7 @@ class _Pair:
         groups: Sequence[Group],
         known: Tensor | None,
     ) -> Tensor | None:
-        """What acts on the rows of one module and, inverted, on the rows or columns of the other; None is nothing."""
+        """The turn of one module's rows that, inverted, acts on the rows or columns of the other; None is none."""
         targets = [self.target(module) for module in (one, other)]
         sources = [act(ordered[f"{module}.weight"], self.source(module)) for module in (one, other)]
         if ordered[f"{other}.weight"][0].dim == 1:

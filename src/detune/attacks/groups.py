@@ -62,7 +62,7 @@ class Invertible:
         return _sylvester(primal.gram, dual.gram, primal.moment + dual.moment.mT)
 
     def improve(self, A: Tensor, primal: Normal, dual: Normal) -> Tensor:
-        """The same: it is linear."""
+        """Add the answer for what is left: the problem is linear."""
         return A + self.start(primal, dual)
 
 
@@ -76,7 +76,7 @@ class Complex:
         return complex_blocks(torch.complex(real + other_real, imaginary - other_imaginary) / size)
 
     def improve(self, A: Tensor, primal: Normal, dual: Normal) -> Tensor:
-        """The same: it is linear."""
+        """Add the answer for what is left: the problem is linear."""
         return A + self.start(primal, dual)
 
 
@@ -118,5 +118,5 @@ def _polar(matrices: Tensor) -> Tensor:
 
 
 def _positive(values: Tensor) -> Tensor:
-    """What is divided by: blocks without a weight in them stay where they are."""
+    """The divisor of each block: blocks without a weight in them stay where they are."""
     return values.clamp(min=max(1e-14 * float(values.max()), torch.finfo(values.dtype).tiny))

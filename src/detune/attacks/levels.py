@@ -1,4 +1,4 @@
-"""What a quantised matrix says of the one it was made of: for every entry, the interval that its level stands for.
+"""Quantisation levels: for every entry of a quantised matrix, the interval that its level stands for.
 
 The format and the scales can be read off what is released. The largest magnitude that has a scale lies on the outermost
 level, so it is the scale; then all others must lie on levels too, which no other matrix does.
@@ -110,7 +110,7 @@ def _with_known(stored: Tensor, low: Tensor, high: Tensor, is_outermost: Tensor,
 
 @cache
 def _nf4_levels() -> Tensor:
-    """Of a standard normal distribution, 7 quantiles below zero and 8 above, over the largest (QLoRA, Appendix E)."""
+    """NF4's levels: 7 quantiles of a standard normal below zero and 8 above, over the largest (QLoRA, Appendix E)."""
     below, above = (
         torch.special.ndtri(torch.linspace(OUTERMOST, 0.5, count + 1, dtype=torch.float64)[:-1]) for count in (7, 8)
     )

@@ -80,7 +80,7 @@ def _cosines(targets: Sequence[Tensor], sources: Sequence[Tensor], one: int, oth
 
 
 def _norms(matrices: Sequence[Tensor], one: int, other: int) -> Tensor:
-    """Of each `one_h^T other_h`."""
+    """The Frobenius norm of each `one_h^T other_h`."""
     first, second = matrices[one].float(), matrices[other].float()
     inner = (second @ second.mT).repeat_interleave(len(first) // len(second), dim=0)
     return ((first @ first.mT) * inner).sum(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny).sqrt()

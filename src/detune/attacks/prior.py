@@ -1,4 +1,4 @@
-"""What is left to try against one frozen A: a guess from what a weight matrix usually looks like.
+"""A prior against one frozen A: a guess from what a weight matrix usually looks like.
 
 With `W_i = W + B_i A` the part of W outside A's row space is any single release's. Inside, the releases show
 `w + B_i`, w = W A^+, and every w explains them. Only a prior can choose:
@@ -33,7 +33,7 @@ SHARED = 1.25
 
 @dataclass(frozen=True)
 class Prior:
-    """Where all releases differ in one common row space, guess W there; elsewhere recover as `denoise` does."""
+    """Guess W where all releases differ in one common row space; elsewhere recover as `denoise` does."""
 
     name: ClassVar[str] = "prior"
     about: ClassVar[str] = "guesses what a frozen A hides, from the rest of the matrix"

@@ -1,4 +1,4 @@
-"""What turned one release's hidden basis into another's, to the rounding of the weights.
+"""Orthogonal Procrustes: the turn of one release's hidden basis into another's, to the rounding of the weights.
 
 Releases differ by more than their frames: `Y = A X + L` with `L = M_1 - A M_2` (A has a block for each head), a matrix
 of rank `r_1 + r_2` over all heads together. Procrustes takes L for noise and misses A by as much as the adapters weigh.
@@ -61,7 +61,7 @@ class Side:
 
     @classmethod
     def of(cls, target: Tensor, source: Tensor, blocks: int, width: int, *, is_dual: bool = False) -> "Side":
-        """From the matrices of the first and of the second release, `(rows, other)`; the second may be float64."""
+        """Gather matrices of the first and of the second release, `(rows, other)`; the second may be float64."""
         shape = blocks, -1, width, target.shape[1]
         begin, end = (target, source) if is_dual else (source, target)
         variance = float(storage_variance(end.to(target.dtype)).mean())
@@ -69,18 +69,18 @@ class Side:
 
     @property
     def noise(self) -> float:
-        """What rounding leaves in each direction of the residual of the right A, a square."""
+        """Energy that rounding leaves in each direction of the residual, if A is right."""
         computed = _COMPUTED**2 * float(self.end.square().mean())
         return self.end.shape[:3].numel() * max(_ROUNDINGS * self.variance, computed)
 
     def residual(self, A: Tensor) -> Tensor:
-        """What A leaves."""
+        """The residual of A."""
         return self.end - (A.mT if self.is_dual else A).unsqueeze(1) @ self.begin
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What was found.
+    """A fit of one side to the other.
 
     Attributes:
         A: `(blocks, width, width)`, float64.
@@ -183,5 +183,5 @@ def _normals(
 
 
 def _precision(sides: Sequence[Side]) -> float:
-    """Of the stored numbers, relative to their size."""
+    """Root mean square of the rounding of the stored numbers, relative to their own."""
     return min(float((side.variance / side.end.square().mean()) ** 0.5) for side in sides)

@@ -1,4 +1,4 @@
-"""What attacks on matrices have in common: one tensor at a time from the releases to the base's checkpoint."""
+"""The loop of attacks on matrices: one tensor at a time from the releases to the base's checkpoint."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""What a release would give away: the recovery as an outsider runs it, its report and its page.
+"""The audit of a release: the recovery as an outsider runs it, its report and its page.
 
 Needs `pip install 'detune[audit]'`.
 """

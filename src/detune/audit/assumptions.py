@@ -1,4 +1,4 @@
-"""What a recovery rests on, and whether it holds for these releases."""
+"""The assumptions that a recovery rests on, and whether they hold for these releases."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from detune.recovery.report import Status
 
 __all__ = ["ASSUMPTIONS", "Evidence", "check_assumptions"]
 
-# Changes that stand fewer times over the rounding than this are half hidden by it.
+# Changes that stand less than twice over the rounding are half hidden by it.
 CLEAR = 2.0
 # Adapters of more than this share of the full rank are not low-rank.
 LOW = 1 / 4
@@ -63,7 +63,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the assumptions are judged by.
+    """The evidence that the assumptions are judged by.
 
     Attributes:
         models: The releases given.
@@ -87,12 +87,12 @@ class Evidence:
 
     @property
     def outcomes(self) -> list[tuple[TensorEntry, Outcome]]:
-        """What all releases give of each matrix."""
+        """The outcome of all releases for each matrix."""
         return [(entry, entry.outcomes[-1]) for entry in self.matrices]
 
     @property
     def ranked(self) -> list[tuple[TensorEntry, Outcome]]:
-        """Of those, the matrices whose ranks were found."""
+        """The matrices whose ranks were found."""
         return [(entry, outcome) for entry, outcome in self.outcomes if outcome.ranks]
 
 

@@ -1,4 +1,4 @@
-"""What the charts of the page have in common: an empty figure, colours, and labels that carry no HTML.
+"""The charts' common style: an empty figure, colours, and labels that carry no HTML.
 
 Colours are the names of the page's CSS variables, so that its script can give them their values in light, in dark and
 on paper. Every text that comes from a model is escaped: plotly takes some HTML in labels.
@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["DASHES", "SERIES", "SYMBOLS", "Chart", "label", "minus", "new_figure", "to_json"]
 
-# A label holds so many characters.
+# The most characters of a label.
 LONGEST = 40
 # Told apart without their colours too.
 SERIES = tuple(f"var(--series-{k})" for k in range(1, 7))

@@ -1,4 +1,4 @@
-"""From figures to words: the curve, what was found, and the verdict."""
+"""Findings in words: the curve, what was found, and the verdict."""
 
 import math
 from collections.abc import Sequence

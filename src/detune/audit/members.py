@@ -19,7 +19,7 @@ from detune.errors import InputError
 from detune.problem.stack import matricise
 from detune.symmetries import Action, Actions, act, read_layers
 
-# Fewer releases than this leave a difference that splits in infinitely many ways: only a grid can decide.
+# Fewer than three releases leave a difference that splits in infinitely many ways: only a grid can decide.
 ENOUGH = 3
 # Matrices of a release that are looked at to see whether it is close to the first.
 LOOKED_AT = 4
@@ -88,7 +88,7 @@ def find_members(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) 
 
 
 def _in_one_frame(models: Sequence[Checkpoint], found: Members, folder: Path, opened: ExitStack) -> Members:
-    """The same with releases matched to the first, where that brings more of them together."""
+    """Match releases to the first, where that brings more of them together."""
     if found.groups is None or not _disagreement(found.groups):
         return found
     fitting = sorted(i for group in found.groups.groups for i in group)

@@ -1,4 +1,4 @@
-"""Where a tensor lies in a model, by its name."""
+"""The place of a tensor in a model, by its name."""
 
 import re
 from collections.abc import Iterable

@@ -71,7 +71,7 @@ def _asset(name: str) -> str:
 
 
 def _policy(*scripts: str) -> str:
-    """What the page may do: run these scripts. Plotly sets styles and draws heat maps as images of its own."""
+    """The page's content security policy: these scripts run, and Plotly may draw heat maps as images."""
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"

@@ -1,4 +1,4 @@
-"""What an audit says: the content of `audit.json`, and its schema.
+"""The report of an audit: the content of `audit.json`, and its schema.
 
 The shape is that of SARIF (OASIS 2020), with fewer levels: a tool, its rules, and results that point to a rule, have a
 level and a message, and lie in a tensor. Beside them stand the figures that they were drawn from.
@@ -41,7 +41,7 @@ class _Record(BaseModel):
 
 
 class Tool(_Record):
-    """What made the report.
+    """The tool that made the report.
 
     Attributes:
         name: Always "detune".
@@ -340,5 +340,5 @@ class AuditReport(_Record):
         return tuple(entry for entry in self.tensors if entry.is_matrix)
 
     def to_json(self) -> str:
-        """As it is written to `audit.json`."""
+        """The report as it is written to `audit.json`."""
         return self.model_dump_json(indent=1) + "\n"

@@ -27,7 +27,7 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be compared.
+    """The two models to compare.
 
     Attributes:
         release: The directory of the first release.

@@ -37,7 +37,7 @@ SURE = (Status.SHARED, Status.EXACT, Status.FLOOR)
 
 @dataclass(frozen=True)
 class Tried:
-    """What became of one tensor.
+    """The result for one tensor.
 
     Attributes:
         answer: Of all releases.
@@ -121,7 +121,7 @@ class Trial:
         return answer, _stored(weight, tensors[0])
 
     def _average(self, tensors: Sequence[Tensor], reason: str) -> tuple[Answer, Tensor]:
-        """What is left where the search for a grid is known to fail: it can take seconds to say so."""
+        """The average, where the search for a grid is known to fail: it can take seconds to say so."""
         solver = Single() if len(tensors) == 1 else Mean()
         found = solver.solve(Stack.of([matricise(tensor) for tensor in tensors], device=self.device))
         return Answer(Status.NOT_DETERMINED, found.method, reason), _stored(found.weight, tensors[0])

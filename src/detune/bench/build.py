@@ -113,7 +113,7 @@ class _Rows:
 
     @cached_property
     def model_type(self) -> str:
-        """What transformers calls the architecture; the directory's name where no config says it."""
+        """The architecture's name in transformers; the directory's name where no config has one."""
         path = self.base.root / "config.json"
         config = read_json(path) if path.is_file() else None
         model_type = config.get("model_type") if isinstance(config, dict) else None
@@ -129,7 +129,7 @@ class _Rows:
 
     @cached_property
     def left_out(self) -> dict[str, list[str]]:
-        """By LoRA, the tensors that it trained in full: no product of factors, and so no part of a row."""
+        """The tensors that each LoRA trained in full: no product of factors, and so no part of a row."""
         found: dict[str, list[str]] = {}
         for lora in self.loras:
             if lora.extra:

@@ -1,4 +1,4 @@
-"""From rows back to checkpoints: the base with other weights in the rows' places."""
+"""Checkpoints made of rows: the base with other weights in the rows' places."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

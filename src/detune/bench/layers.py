@@ -187,7 +187,7 @@ def rank_columns(n: int) -> list[str]:
 
 
 def ranks_of(table: "pa.Table", source: str) -> tuple[tuple[int, ...], ...]:
-    """For each row the rank of each LoRA.
+    """The rank of each LoRA in each row.
 
     Args:
         table: The `rank_columns` of all rows of a subset.

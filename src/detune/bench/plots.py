@@ -29,7 +29,7 @@ def colour_of(label: str, place: int = 0) -> str:
 def new_figure(
     panels: int, *, columns: int = 3, width: float = 4.6, height: float = 3.6
 ) -> "tuple[Figure, list[Axes]]":
-    """A figure of so many panels, no window behind it."""
+    """A figure of some panels, no window behind it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a run of the benchmark leaves behind: one JSON file for each finished cell, and the layers of unfinished ones.
+"""Results of a benchmark run: one JSON file for each finished cell, and the layers of unfinished ones.
 
 A cell is one method on one subset with one number of models and one draw of the LoRAs. Its name holds a digest of all
 that the user chose, so a finished cell is found again and never computed twice. A result also says which code made it:
@@ -46,7 +46,7 @@ class _Record(BaseModel):
 
 
 class Cell(_Record):
-    """What is computed.
+    """One cell: a method, a number of models and a draw.
 
     Attributes:
         subset: Its name.
@@ -119,7 +119,7 @@ class LayerResult(_Record):
 
 
 class Environment(_Record):
-    """Where it was computed.
+    """The machine and the versions that computed a cell.
 
     Attributes:
         versions: Of detune, Python and torch.
@@ -170,7 +170,7 @@ class CellResult(_Record):
 
     @property
     def w_errors(self) -> list[float]:
-        """Of every layer."""
+        """The W-Error of every layer."""
         return [layer.w_error for layer in self.layers]
 
     @property
@@ -267,7 +267,7 @@ class ResultStore:
         return tuple(LayerResult.model_validate_json(file.read_bytes()) for file in files)
 
     def weight_file(self, cell: Cell, index: int) -> Path:
-        """Where the recovered weight of a layer is kept, as a safetensors file with the one tensor `weight`."""
+        """The file of a layer's recovered weight, safetensors with the one tensor `weight`."""
         return self._layer_file(cell, index).with_suffix(".safetensors")
 
     def finish(self, result: CellResult) -> None:

@@ -22,11 +22,11 @@ _BUFFER_BYTES = 1 << 20
 
 
 class RowFiles(Protocol):
-    """What a subset is read from."""
+    """A source of a subset's rows."""
 
     @property
     def fingerprint(self) -> str:
-        """The same rows have the same one."""
+        """A key that equal rows share."""
 
     def tables(self) -> "Iterator[pa.Table]":
         """The rows, each a table of one."""

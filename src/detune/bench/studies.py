@@ -1,4 +1,4 @@
-"""What readers of the paper ask next, each answered by a run, a plot and a CSV file.
+"""Studies: questions that readers of the paper ask next, each answered by a run, a plot and a CSV file.
 
 A study lays out cells for the same runner, so what one study has computed another finds. `STUDIES` names them.
 """
@@ -35,7 +35,7 @@ __all__ = ["STUDIES", "Bench", "Study", "StudyResult", "run_study"]
 
 @dataclass(frozen=True)
 class Bench:
-    """What every study is given.
+    """The bench that a study runs on.
 
     Attributes:
         subsets: The subsets, in the order given.
@@ -72,7 +72,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a study found.
+    """The outcome of a study.
 
     Attributes:
         name: The study.
@@ -268,7 +268,7 @@ STUDIES: Mapping[str, Study] = {
 
 
 def _paper_models(subset: Subset) -> int:
-    """As many as the paper takes for subsets like this, or five, or all."""
+    """The number of models that the paper takes for a subset, or five, or all."""
     return min(subset.paper_models, len(subset.first().loras))
 
 

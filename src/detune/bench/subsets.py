@@ -1,4 +1,4 @@
-"""Where the rows come from: the published subsets by name, or a folder of parquet files; a layer at a time."""
+"""Subsets: the published ones by name, or a folder of parquet files, read a layer at a time."""
 
 import re
 from collections.abc import Iterator
@@ -97,7 +97,7 @@ class Subset:
 
     @property
     def fingerprint(self) -> str:
-        """What tells these rows from others.
+        """A fingerprint of the rows.
 
         On the Hub it is the commit of the dataset. For a folder it is a SHA-256 over the bytes of the parquet files,
         taken when it is first asked for, and kept: the same rows in files that are split or compressed in another way
@@ -107,7 +107,7 @@ class Subset:
 
     @cached_property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
-        """For each row the rank of each LoRA. Only the names of layers and the ranks are read.
+        """The rank of each LoRA in each row. Only the names of layers and the ranks are read.
 
         Raises:
             InputError: A rank is missing or no positive integer. Or the network fails.

@@ -84,7 +84,7 @@ def frame_of(results: Sequence[CellResult]) -> "pd.DataFrame":
 
 
 def tables(results: Sequence[CellResult]) -> "dict[str, pd.DataFrame]":
-    """For each subset a table of texts, averaged over the draws, with the paper's figures at its end."""
+    """Tables of texts by subset, averaged over the draws, with the paper's figures at the end."""
     frame = frame_of(results)
     metrics = _metrics(results)
     means = _over_draws(frame)
@@ -230,7 +230,7 @@ def _frame(lines: Sequence[dict[str, str]]) -> "pd.DataFrame":
 
 
 def remarks(results: Sequence[CellResult]) -> list[str]:
-    """What a reader must know beside the figures."""
+    """Remarks that a reader must know beside the figures."""
     said = [
         "W-Error: log10 of the mean squared error against the true base, averaged over the layers, ± its standard "
         "deviation over them, and the worst; bits: share of entries that are exact; seconds and MB: of the solver. "

@@ -1,4 +1,4 @@
-"""What a known base makes possible: `extract`, `pack` and `unpack`."""
+"""The commands that need a known base: `extract`, `pack` and `unpack`."""
 
 from pathlib import Path
 

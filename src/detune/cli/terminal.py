@@ -73,7 +73,7 @@ def progress_bar(*, counting: bool, quiet: bool = False) -> "Iterator[Progress]"
 
 @contextmanager
 def status(first: str) -> Iterator[Callable[[str], None]]:
-    """What is being done, on stderr; in a terminal it is gone when done."""
+    """Show progress on stderr; in a terminal it is gone when done."""
     from rich.console import Console
     from rich.text import Text
 

@@ -15,7 +15,7 @@ from detune.compatibility.reading import Reading
 from detune.compatibility.tensor_ranks import ENOUGH, ChangedTensor, ForeignTensor, find_tensor_change
 from detune.errors import InputError
 
-# A model that has fewer of the tensors than this is of another architecture.
+# A model that has less than half of the tensors is of another architecture.
 SAME_ARCHITECTURE = 1 / 2
 
 
@@ -40,7 +40,7 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class FamilyCheck:
-    """What `check_family` found.
+    """The outcome of `check_family`.
 
     Attributes:
         models: All, in the order given.

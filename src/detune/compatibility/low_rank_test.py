@@ -36,7 +36,7 @@ LARGE_PART = 1 / 3
 SQUARABLE = {torch.float32: 3e3, torch.float64: 1e6}
 # A singular value is signal from this multiple of the noise's largest: finite matrices scatter by some per cent.
 EDGE = 1.1
-# More than this share of the singular values over the noise is no low rank.
+# More than 7/8 of the singular values over the noise are no low rank.
 FULL_SHARE = 7 / 8
 # Left after the rank, in units of the storage noise's variance: 1 for a low rank, about 1.6 for a cut-off full one.
 MOST_LEFT = 1.3
@@ -61,7 +61,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Relation:
-    """What the difference of two versions of a matrix looks like, on some rows and columns.
+    """The difference of two versions of a matrix, judged by some rows and columns.
 
     Attributes:
         kind: The verdict.

@@ -1,4 +1,4 @@
-"""What became of a matrix that differs from the others at full rank.
+"""Why a matrix differs from the others at full rank.
 
 A full fine-tune stays close to its base; another base is unrelated. Between them is the same base put another way:
 transposed, or with its neurons or attention heads in another order, which changes nothing that the network computes.

@@ -1,4 +1,4 @@
-"""What became of a tensor within a family: who changed it, at which rank, and who has another altogether."""
+"""Ranks of the changes of one tensor: who changed it, at which rank, and who has another altogether."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What can be done to fine-tunes before they are released, so that they do not give their base away.
+"""Defences: changes of fine-tunes before they are released, so that they do not give their base away.
 
 `DEFENCES` names what is done to a merged model. One frozen A for all releases (`FrozenA`) comes before the training,
 and releasing fewer than three models is no transform at all.

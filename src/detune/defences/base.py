@@ -1,4 +1,4 @@
-"""What a defence is: a change of a checkpoint before it is released."""
+"""The protocol of defences: changes of a checkpoint before it is released."""
 
 from collections.abc import Callable
 from typing import ClassVar, Protocol

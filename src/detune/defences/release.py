@@ -31,7 +31,7 @@ COMPUTED = 1e-10
 
 @dataclass(frozen=True)
 class Preservation:
-    """What a defended model puts out, against the one that it was made of, on fixed random inputs in float64.
+    """The outputs of a defended model against those of its original, on fixed random inputs in float64.
 
     Attributes:
         largest_difference: Of any output.
@@ -52,7 +52,7 @@ class Preservation:
 
 @dataclass(frozen=True)
 class Defended:
-    """What was done to a model. It is for its owner: nothing of it is in the directory that is released.
+    """A record of what was done to a model, for its owner: nothing of it is in the directory that is released.
 
     Attributes:
         defence: Its name.

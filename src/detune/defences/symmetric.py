@@ -1,4 +1,4 @@
-"""What the defences by symmetry have in common: a frame drawn for every layer, and what it does to each tensor."""
+"""The core of defences by symmetry: a frame drawn for every layer, and its action on each tensor."""
 
 import hashlib
 from collections.abc import Callable

@@ -38,7 +38,7 @@ SIGNAL = 1.15
 ROUNDED_OFTEN = 2.0
 # Singular vectors looked at beyond the rank.
 SPARE = 4
-# The rank grows when a turn leaves more than this share of the next singular value.
+# The rank grows when a turn leaves more than 0.7 of the next singular value.
 STALLED = 0.7
 # Scales have settled when a turn moves them by less than this share of what noise does.
 SETTLED = 0.02
@@ -52,7 +52,7 @@ SURE = 8.0
 
 @dataclass(frozen=True)
 class Scaled(LowRank):
-    """What `D_i (W + M_i)` has over W: `diag(scale) (weight + left @ right.T) - weight`.
+    """The delta of a scaled model, `D_i (W + M_i) - W`: `diag(scale) (weight + left @ right.T) - weight`.
 
     Attributes:
         scale: Of each row, or column, over the weight's, `(out,)` or `(in,)`.
@@ -190,7 +190,7 @@ def _ratios(stack: Stack, rank: int | None) -> list[Tensor] | None:
 
 
 def _ratio(stack: Stack, W_i: Tensor, W_1: Tensor, noise: float, rank: int | None) -> Tensor | None:
-    """By turns, the rank growing by one whenever they stall: too high a rank would swallow rows whole."""
+    """Fit scales and rank by turns; the rank grows by one when they stall: too high a rank swallows whole rows."""
     most = min(stack.shape) // 3 if rank is None else min(2 * rank, min(stack.shape) // 2)
     test = torch.randn(
         stack.shape[1], most + SPARE, generator=stack.generator(0), dtype=torch.float64, device=stack.device

@@ -182,7 +182,7 @@ def arrange_back(matrix: Tensor, blocks: Blocks, shape: tuple[int, int]) -> Tens
 
 
 def rearrange_stack(stack: Stack, blocks: Blocks) -> Stack:
-    """The same models, rearranged."""
+    """The models with their entries rearranged."""
     return Stack(tuple(rearrange(W_i, blocks) for W_i in stack.matrices), stack.dtype, stack.device)
 
 

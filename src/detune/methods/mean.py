@@ -1,4 +1,4 @@
-"""The paper's baseline "Mean LoRA": deltas cancel only as far as they are independent."""
+"""The paper's baseline "Mean LoRA": independent deltas cancel, a common part stays."""
 
 from dataclasses import dataclass
 from typing import ClassVar

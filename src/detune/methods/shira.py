@@ -82,6 +82,6 @@ class SHiRA:
 
 
 def _median(models: Tensor) -> Tensor:
-    """Of an even number, the mean of the two in the middle."""
+    """The median; of an even number, the mean of the two in the middle."""
     middle: Tensor = torch.quantile(models.flatten(1), 0.5, dim=0).view_as(models[0])
     return middle

@@ -22,7 +22,7 @@ from detune.problem.stack import Stack
 
 
 class ScheduleState(NamedTuple):
-    """Where the rank scheduler stands.
+    """The state of the rank scheduler.
 
     Attributes:
         rank: The rank q of the next M-step.

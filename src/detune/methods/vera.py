@@ -28,7 +28,7 @@ from detune.problem.stack import Stack
 # What differs outside of A's row space, over the storage noise (mean square), shows that A is another.
 MOST_OUTSIDE = 4.0
 STEPS = 60
-# A step that leaves more than this share of the misfit is the last.
+# The last step is one that leaves more than this share of the misfit.
 CONVERGED = 1 - 1e-4
 FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-2, 1e-12, 1e8
 # At the start all c_i are one, and the common part of the b_i is not determined.
@@ -257,7 +257,7 @@ class _Problem:
         return b[:, :, None] * self._directions(c)
 
     def step(self, b: Tensor, c: Tensor, rest: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-        """Of Gauss and Newton, damped; `rest` is what is left, less its mean over the models."""
+        """Take a damped Gauss-Newton step; `rest` is the residual, less its mean over the models."""
         n, r = c.shape
         centre = torch.eye(n, dtype=b.dtype, device=b.device) - 1 / n
         weighted = torch.einsum("ip,jp,pa,pe->iaje", b, b, self.B, self.B)

@@ -71,7 +71,7 @@ class ArchiveWriter:
         self.sizes[member.partition("/")[0]] += len(frame)
 
     def compressor(self) -> Compressor:
-        """What zstd alone does to a file, block by block."""
+        """Compress a file by zstd alone, block by block."""
         return self._usual.compressobj()
 
     def add_stream(self, member: str, stream: IO[bytes]) -> None:

@@ -43,7 +43,7 @@ def decode_tensor(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Te
 
 
 def encode_residual(tensor: Tensor, prediction: Prediction) -> bytes:
-    """What sets a tensor apart from its prediction: all of it, down to the sign of a zero and the bits of a NaN."""
+    """Encode a tensor's difference from its prediction: all of it, down to the sign of a zero and the bits of a NaN."""
     steps = ordered_bits(tensor) - ordered_bits(prediction.values)
     return _to_planes(_zigzag(steps.numpy().reshape(-1))[_order(prediction)].view(np.uint8), tensor.element_size())
 

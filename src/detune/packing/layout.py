@@ -17,7 +17,7 @@ BLOCK_BYTES = 4 * 2**20
 
 
 class Compressor(Protocol):
-    """What takes data in blocks, as zstd's and zlib's compressors do."""
+    """A compressor that takes data in blocks, as zstd's and zlib's do."""
 
     def compress(self, data: bytes, /) -> bytes:
         """Some of the output."""
@@ -41,7 +41,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Where the tensors of a weight file lie.
+    """The layout of a weight file.
 
     Attributes:
         spans: Tensors that are stored in one piece, none over another, in the order of their offsets.

@@ -1,4 +1,4 @@
-"""What is in a pack: models, their files, and how each tensor is told."""
+"""The manifest of a pack: models, their files, and how each tensor is coded."""
 
 import json
 import math
@@ -135,7 +135,7 @@ class Manifest:
     models: tuple[PackedModel, ...]
 
     def to_json(self) -> bytes:
-        """As it is stored."""
+        """The manifest as it is stored."""
         content = {"format": FORMAT, "version": VERSION, "detune": __version__, **asdict(self)}
         return json.dumps(content, default=_NAMES.__getitem__).encode()
 

@@ -1,4 +1,4 @@
-"""From merged checkpoints to a pack."""
+"""Pack merged checkpoints into one file."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ POOR = 1 / 2
 
 @dataclass(frozen=True)
 class PackReport:
-    """What `pack` did.
+    """The outcome of `pack`.
 
     Attributes:
         path: The pack.
@@ -66,7 +66,7 @@ class PackReport:
 
     @property
     def zstd_ratio(self) -> float:
-        """The same for zstd alone."""
+        """The size by zstd alone."""
         return self.zstd_bytes / self.input_bytes if self.input_bytes else math.nan
 
     def to_json(self) -> str:

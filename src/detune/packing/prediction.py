@@ -1,4 +1,4 @@
-"""What base and factors say of a model's tensor, in arithmetic that gives the same bits everywhere.
+"""The prediction of a model's tensor from base and factors, in arithmetic that gives the same bits everywhere.
 
 A product of floating-point factors depends on the order in which its terms are added, and with it on the number of
 threads and the processor. Here the factors are integers times a power of two, so small that every partial sum of the
@@ -49,7 +49,7 @@ class IntegerFactors:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's tensor as far as base and factors know it.
+    """A model's tensor as predicted from base and factors.
 
     Attributes:
         values: Rounded to the model's dtype.

@@ -1,4 +1,4 @@
-"""From a pack back to the files, byte by byte."""
+"""Unpack a pack to the files, byte by byte."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ OnFile = Callable[[str], None]
 
 @dataclass(frozen=True)
 class UnpackReport:
-    """What `unpack` did.
+    """The outcome of `unpack`.
 
     Attributes:
         models: The directory of each model, by its name.
@@ -45,7 +45,7 @@ class UnpackReport:
     seconds: float
 
     def to_json(self) -> str:
-        """As JSON."""
+        """The report as JSON."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What changed between the models, at which rank, and whether that can be recovered. Writes nothing."""
+"""Inspect models: what changed, at which rank, and whether it can be recovered. Writes nothing."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""What a run did, tensor by tensor: the content of `detune.json`."""
+"""The report of a run, tensor by tensor: the content of `detune.json`."""
 
 import json
 import statistics

@@ -31,7 +31,7 @@ HELD_BYTES = 2**28
 
 @dataclass(frozen=True)
 class TensorLoad:
-    """What one tensor takes.
+    """The memory that one tensor takes.
 
     Attributes:
         entries: Of the tensor.

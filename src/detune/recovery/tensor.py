@@ -1,4 +1,4 @@
-"""What becomes of one tensor: the solver's answer, and whether it explains the data."""
+"""Recovery of one tensor: the solver's answer, and whether it explains the data."""
 
 from dataclasses import replace
 

@@ -71,7 +71,7 @@ def find_layers(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) 
 
 
 def read_layers(directory: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[Layer, ...]:
-    """The same for a checkpoint on disk.
+    """Find the layers of a checkpoint on disk.
 
     Args:
         directory: Where its `config.json` is.

@@ -1,4 +1,4 @@
-"""What is done to one axis of a tensor, and to a tensor by several of them."""
+"""Actions on the axes of a tensor: permutations, scales and rotations."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -125,7 +125,7 @@ Describe = Callable[[Mapping[str, Any], Mapping[str, Sequence[int]]], tuple[Laye
 
 
 def prefixes(names: Iterable[str], stem: str, end: str) -> tuple[str, ...]:
-    """What stands before a layer's own names, one for each layer in order of their numbers.
+    """Prefixes of the layers' names, in order of their numbers.
 
     Args:
         names: Of all tensors.

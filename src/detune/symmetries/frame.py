@@ -21,7 +21,7 @@ Actions = Mapping[str, tuple[Action, ...]]
 
 @dataclass(frozen=True)
 class HeadFrame:
-    """Of the heads.
+    """A frame of the heads of an attention.
 
     Attributes:
         order: Which query head stands at each place, `(heads,)`; heads of one group stay together.
@@ -34,7 +34,7 @@ class HeadFrame:
     values: Tensor | None = None
 
     def actions(self, part: Attention) -> Actions:
-        """What it does to each tensor."""
+        """The action on each tensor, by its name."""
         shared = part.heads // part.groups
         queries = groups = None
         if self.order is not None:
@@ -52,7 +52,7 @@ class HeadFrame:
 
 @dataclass(frozen=True)
 class NeuronFrame:
-    """Of the neurons.
+    """A frame of the neurons of a feed-forward block.
 
     Attributes:
         order: Which neuron stands at each place, `(width,)`.
@@ -63,7 +63,7 @@ class NeuronFrame:
     scale: Tensor | None = None
 
     def actions(self, part: FeedForward) -> Actions:
-        """What it does to each tensor."""
+        """The action on each tensor, by its name."""
         inverse = None if self.scale is None else 1 / self.scale
         return {
             **(_rows(part.gate, Action(0, self.order)) if part.gate is not None else {}),
@@ -74,7 +74,7 @@ class NeuronFrame:
 
 @dataclass(frozen=True)
 class NormFrame:
-    """Of the channels between a norm and its readers.
+    """A frame of the channels between a norm and its readers.
 
     Attributes:
         scale: Of the norm's output, its inverse of the readers' columns, `(channels,)`, float64.
@@ -83,7 +83,7 @@ class NormFrame:
     scale: Tensor
 
     def actions(self, part: NormInto) -> Actions:
-        """What it does to each tensor."""
+        """The action on each tensor, by its name."""
         readers = {f"{reader}.weight": (Action(1, scale=1 / self.scale),) for reader in part.readers}
         return _rows(part.norm, Action(0, scale=self.scale)) | readers
 

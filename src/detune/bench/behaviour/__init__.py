@@ -1,4 +1,4 @@
-"""What models do, and how far a recovered model does the same as the original.
+"""Behaviour: outputs of models, and how far a recovered model's are from the original's.
 
 Encoders are compared by their hidden states (`states`), causal language models by the texts they write (`texts`),
 Stable Diffusion by the images it draws (`images`), as in Horwitz, Kahana & Hoshen 2024 (arXiv 2402.10208).

@@ -1,4 +1,4 @@
-"""What a behaviour is, what comparing two of them gives, and reading the inputs that models are compared on."""
+"""The protocol of behaviours, their differences, and the inputs that models are compared on."""
 
 import csv
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class Differences:
 
 
 class Behaviour(Protocol[Observation]):
-    """What models of one kind do with given inputs: a frozen dataclass of the inputs and settings.
+    """A behaviour of models of one kind, a frozen dataclass of its inputs and settings.
 
     It is deterministic: a directory that is observed twice gives equal observations, on one machine and number of
     threads. Torch's global generator is left as it was. What an observation is, hidden states, texts or images, is the

@@ -23,7 +23,7 @@ Images = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class DrawnImages:
-    """What a Stable Diffusion pipeline draws for each prompt, in float32, from the same latents.
+    """Pictures that a Stable Diffusion pipeline draws for each prompt, in float32, from the same latents.
 
     As in the paper's script, the latents of all prompts are drawn at once from one seeded generator: each prompt has
     its own, the same for every model.

@@ -18,7 +18,7 @@ Texts = tuple[str, ...]
 
 @dataclass(frozen=True)
 class WrittenTexts:
-    """What a causal language model makes of each prompt: sampled, each prompt from the same seed.
+    """Continuations that a causal language model samples for each prompt, from the same seed.
 
     The settings of sampling are the paper's, and as in its script a text begins with its prompt. The model runs in
     float32 rather than the script's bfloat16, in which models that are nearly equal differ by rounding.

@@ -134,7 +134,7 @@ def _passages(domain: str) -> tuple[str, ...]:
 
 
 def _round_base(base: Path, out: Path) -> None:
-    """The same model with every number on the grid of bf16, stored as float32."""
+    """Round every number of a model to bf16 and store it as float32."""
     with open_checkpoint(base) as model, CheckpointWriter(model, out) as writer:
         for name in model.tensors:
             tensor = model.read(name)

@@ -80,7 +80,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one attack got out of one row.
+    """The result of one attack on one row.
 
     Attributes:
         attack: Its name.
@@ -197,7 +197,7 @@ def rows_of(families: Collection[str], texts: Path, models: int = MODELS) -> tup
 
 @dataclass(frozen=True)
 class _Yardstick:
-    """What rows of one family are measured by, computed once.
+    """The references that rows of one family are measured by, computed once.
 
     Attributes:
         family: The fine-tunes.
@@ -221,7 +221,7 @@ class _Yardstick:
 
     @cached_property
     def base_embeddings(self) -> torch.Tensor:
-        """Of the base."""
+        """The base's embeddings."""
         return embeddings(self.family.base, self.sentences)
 
     @cached_property
@@ -243,7 +243,7 @@ class _Yardstick:
             return fmean(max(w_error(ours.read(name), theirs.read(name)), -20.0) for name in self.names)
 
     def undefended(self, models: int, work: Path) -> tuple[float, float]:
-        """W-Error of the average of so many of the family's own releases, and its distance by embeddings."""
+        """W-Error of the average of some of the family's own releases, and its distance by embeddings."""
         out = work / f"average-{models}"
         if not out.exists():
             ATTACKS["average"]().run(self.plain.models[:models], out)

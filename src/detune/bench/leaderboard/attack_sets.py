@@ -10,7 +10,7 @@ __all__ = ["ATTACK_SETS", "LATEST", "AttackSet"]
 
 @dataclass(frozen=True)
 class AttackSet:
-    """What defences are tried with.
+    """A frozen set of attacks that defences are tried with.
 
     Attributes:
         detune: The version that brought the set.

@@ -31,7 +31,7 @@ class _Record(BaseModel):
 
 
 class Attacked(_Record):
-    """What one attack got.
+    """The result of one attack.
 
     Attributes:
         w_error: Over the matrices that were fine-tuned; None where the attack gave no answer.
@@ -52,7 +52,7 @@ class Attacked(_Record):
 
 
 class Utility(_Record):
-    """What the defence costs: task accuracy, on passages that were not trained on.
+    """The cost of a defence: task accuracy on passages that were not trained on.
 
     Attributes:
         undefended: Of ordinary fine-tunes without a defence.
@@ -130,7 +130,7 @@ class Entry(_Record):
 
     @property
     def w_errors(self) -> dict[str, float]:
-        """Of the attacks that gave an answer."""
+        """The W-Errors of the attacks that gave an answer."""
         return {name: attacked.w_error for name, attacked in self.attacks.items() if attacked.w_error is not None}
 
     @property

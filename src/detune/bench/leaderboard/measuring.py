@@ -1,4 +1,4 @@
-"""From a row of the matrix of attacks and defences to an entry, and back: do an entry's figures come out again?"""
+"""Measure and verify entries: a row of the matrix becomes an entry, and an entry's figures are made again."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -121,7 +121,7 @@ def verify(results: Sequence[RowResult], entries: Path, command: str) -> list[Pa
 
 
 def differences(claimed: Entry, fresh: Entry) -> list[str]:
-    """What of an entry does not come out again, in words; an attack that comes less close is a difference as well."""
+    """Say in words which figures of an entry do not come out again; an attack that comes less close counts too."""
     found = []
     for field in ("name", "defence", "attack_set", "models"):
         ours, theirs = getattr(fresh, field), getattr(claimed, field)

@@ -95,7 +95,7 @@ def build_recipe(
 
 
 def _claim(out: Path, settings: str) -> None:
-    """What is found in a folder is only kept if it was made with the same settings."""
+    """Keep what is found in a folder only if it was made with the same settings."""
     mark = out / "recipe.txt"
     if mark.is_file() and mark.read_text(encoding="utf-8").strip() != settings:
         raise OutputError(
@@ -111,7 +111,7 @@ def _claim(out: Path, settings: str) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path | None]:
-    """Where to make a directory that appears whole or not at all; None where it is there already."""
+    """Make a directory that appears whole or not at all; None where it is there already."""
     if path.is_dir():
         yield None
         return

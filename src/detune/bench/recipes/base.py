@@ -1,4 +1,4 @@
-"""What a recipe is: a base model made on the spot, and fifteen LoRAs trained on it with the ecosystem's trainers."""
+"""The protocol of recipes: a base model made on the spot, and fifteen LoRAs trained with the ecosystem's trainers."""
 
 import json
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Recipe(Protocol):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """What the fifteen LoRAs are trained on, in order; each names its adapter: letters, digits and hyphens."""
+        """Names of the fifteen tasks, in order; each names its adapter: letters, digits and hyphens."""
         ...
 
     def make_base(self, out: Path) -> None:

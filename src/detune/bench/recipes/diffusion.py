@@ -34,7 +34,7 @@ class SdMini(DiffusionSettings):
 
     @classmethod
     def quick(cls) -> Self:
-        """The same 264 modules, an eighth of the rank and a few steps: a base that draws nothing yet."""
+        """A quick recipe: the 264 modules at an eighth of the rank, and a few steps. Its base draws nothing yet."""
         return cls(
             rank=4,
             alpha=4,

@@ -1,4 +1,4 @@
-"""What training the base and training a LoRA of sd-mini share: latents, and the loop that learns to denoise."""
+"""Training shared by the base and the LoRAs of sd-mini: latents, and the loop that learns to denoise."""
 
 import logging
 from collections.abc import Callable, Sequence

@@ -38,7 +38,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Split:
-    """What may be trained on, and what may not."""
+    """Digits for training, and digits held out."""
 
     train: Examples
     held_out: Examples

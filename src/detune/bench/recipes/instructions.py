@@ -1,4 +1,4 @@
-"""What the small Mistral learns from: English paragraphs, instructions, and pairs of a better and a worse answer.
+"""Texts for the small Mistral: English paragraphs, instructions, and pairs of a better and a worse answer.
 
 All of it is cut out of the texts that Python carries (`detune.demo.texts`), by fixed rules and without chance, so one
 Python always gives the same examples. A passage is cut in pieces of 28 words: a beginning of 12 to ask about, and an

@@ -48,7 +48,7 @@ class MiniLM:
 
     @classmethod
     def quick(cls) -> Self:
-        """The same base, two steps of training on one thread; see `Recipe.quick`."""
+        """A quick recipe: two steps of training on one thread; see `Recipe.quick`."""
         return cls(steps=2, threads=1)
 
     @property

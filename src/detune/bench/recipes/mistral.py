@@ -118,7 +118,7 @@ class MistralMiniSft:
 
 @dataclass(frozen=True)
 class MistralMiniDpo:
-    """The same Mistral after supervised fine-tuning in full, and LoRAs by direct preference optimisation.
+    """The small Mistral after supervised fine-tuning in full, and LoRAs by direct preference optimisation.
 
     Attributes:
         rank: LoRA rank r.

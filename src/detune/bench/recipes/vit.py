@@ -192,7 +192,7 @@ class VitMini:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the model is given, an example at a time: most images are never drawn in a short training."""
+    """The training set, an example at a time: most images are never drawn in a short training."""
 
     examples: digits.Examples
     processor: Any

@@ -1,4 +1,4 @@
-"""What is done with the tensors of a family, in whichever process: solve, and land."""
+"""The work on tensors of a family, in whichever process: solve, and land."""
 
 import hashlib
 import socket
