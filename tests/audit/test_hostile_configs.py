@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForMaskedLM
 
 import detune
@@ -15,6 +16,8 @@ from detune.audit import audit, behaviour, running
 from detune.audit.behaviour import Judge
 from detune.audit.record import AuditReport, Behaviour
 from detune.checkpoints import open_checkpoint
+from detune.defences.running import load_model
+from detune.errors import InputError
 from tests.bench.tiny_models import save_bert
 from tests.families import Fine, fine_tune
 
@@ -131,6 +134,19 @@ def test_what_is_no_configuration_is_a_sentence(
 ) -> None:
     configure(text)
     assert judge(fine).note.startswith("not run: ")
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_what_a_defence_cannot_run_is_one_line(
+    fine: Fine, configure: Callable[[Any], None], changes: dict[str, Any]
+) -> None:
+    configure(changes)
+    try:
+        model = load_model(fine.base, torch.float32)
+    except InputError as error:
+        assert re.fullmatch(r"[^\n]+; [^\n]+; [^\n]+", str(error))  # noqa: PT017  # some are loaded
+    else:
+        assert model.config.hidden_size == 16
 
 
 class TestTheProcess:

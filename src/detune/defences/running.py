@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detune._runtime import needs_extra, quiet
 from detune.checkpoints import load_pretrained, model_class_of
-from detune.errors import InputError, reason_of
+from detune.errors import DetuneError, InputError, reason_of
 
 __all__ = ["input_moments", "load_model", "outputs", "probe"]
 
@@ -35,10 +35,12 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
         with quiet():
             model_class = model_class_of(load_pretrained(transformers.AutoConfig, directory))
             model, about = load_pretrained(model_class, directory, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, AttributeError, RuntimeError) as error:
+    except DetuneError:
+        raise
+    except Exception as error:  # whatever a configuration makes a library raise
         raise InputError(
             f"the model in {directory} cannot be run",
-            f"got: {reason_of(error)}",
+            f"got: {type(error).__name__}: {reason_of(error)}",
             "give a directory that transformers can load",
         ) from error
     if about["missing_keys"]:
@@ -106,8 +108,11 @@ def input_moments(directory: Path, texts: Path) -> dict[str, Tensor]:
     try:
         with quiet():
             tokenizer = load_pretrained(AutoTokenizer, directory)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no tokenizer in {directory}", reason_of(error), "copy it beside the weights") from error
+    except DetuneError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise InputError(f"no tokenizer in {directory}", reason, "copy it beside the weights") from error
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     mask = torch.empty(0)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from detune.checkpoints import load_pretrained
-from detune.errors import InputError, reason_of
+from detune.errors import DetuneError, InputError, reason_of
 
 __all__ = ["load", "loading"]
 
@@ -22,12 +21,16 @@ def loading(what: str) -> Iterator[None]:
         what: "the tokenizer in base/".
 
     Raises:
-        InputError: The block failed for want of files, for damaged ones, or for weights of other shapes.
+        InputError: The block failed for want of files, for damaged ones, for weights of other shapes, or for whatever a
+            configuration makes a library raise.
     """
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{what} cannot be loaded", f"got: {reason_of(error)}", "check its files") from error
+    except DetuneError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise InputError(f"{what} cannot be loaded", f"got: {reason}", "check its files") from error
 
 
 def load(model_class: Any, model_dir: Path, dtype: torch.dtype, *, unused: str | None = None) -> Any:
