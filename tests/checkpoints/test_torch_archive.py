@@ -116,13 +116,16 @@ def test_refuses_another_byte_order(saved: Path, tmp_path: Path, order: bytes) -
         open_checkpoint(write(tmp_path / "x.bin", members))
 
 
-def test_refuses_a_record_shorter_than_its_tensor(saved: Path, tmp_path: Path) -> None:
-    """The neighbour's bytes do not fill it."""
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"x" + data])
+def test_refuses_a_record_shorter_or_longer_than_its_storage(
+    saved: Path, tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
+    """The neighbour's bytes do not fill it, and what is too much may be anywhere."""
     for shortened, data in members_of(saved):
         if "/data/" not in shortened or not data:
             continue
-        members = [(name, data[:-1] if name == shortened else data) for name, data in members_of(saved)]
-        with pytest.raises(InputError, match=r"tensor '\w+' in .*x\.bin is longer than its record; it needs \d+ bytes"):
+        members = [(name, change(data) if name == shortened else data) for name, data in members_of(saved)]
+        with pytest.raises(InputError, match=r"tensor '\w+' in .*x\.bin does not fit its record; its storage has \d+"):
             open_checkpoint(write(tmp_path / "x.bin", members))
 
 

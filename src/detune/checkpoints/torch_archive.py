@@ -192,10 +192,13 @@ def _entry(path: Path, name: Any, value: Any, records: Mapping[str, _Record]) ->
         raise InputError(f"{where} cannot be located", "its record is missing or its view is malformed", DAMAGED)
     start = value.offset * dtype.itemsize
     entry = Entry(name, dtype, shape, record.offset + start, None if _is_contiguous(shape, stride) else stride)
-    needed_bytes = max(start + entry.span_bytes, value.storage.nbytes)
-    if needed_bytes > record.size_bytes:
+    # A longer record has bytes that were never saved, and nobody knows where.
+    if value.storage.nbytes != record.size_bytes or start + entry.span_bytes > record.size_bytes:
         raise InputError(
-            f"{where} is longer than its record", f"it needs {needed_bytes} bytes of {record.size_bytes}", DAMAGED
+            f"{where} does not fit its record",
+            f"its storage has {value.storage.nbytes} bytes, it ends at {start + entry.span_bytes}, and the record has "
+            f"{record.size_bytes}",
+            DAMAGED,
         )
     if entry.nbytes > max(record.size_bytes, MAX_REPEATED_BYTES):
         raise InputError(
