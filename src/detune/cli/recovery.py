@@ -162,13 +162,16 @@ def compare(recovered: str, truth: str, as_json: bool) -> None:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), help="Keep the models here; a temporary directory otherwise.")
-@click.option("--steps", type=click.IntRange(min=1), help="Training steps of each LoRA.")
-@click.option("--seed", default=0, show_default=True, help="Seed of all LoRAs: they share their initial A.")
-def demo(out: Path | None, steps: int | None, seed: int) -> None:
-    """The whole story on a real model, offline, in about two minutes: fine-tune, merge, recover, compare."""
+@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="What recovers the base.")
+@click.option("--train", is_flag=True, help="Train the LoRAs here instead of taking those that come along: minutes.")
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps of each LoRA, with --train.")
+def demo(out: Path | None, method: str, train: bool, steps: int | None) -> None:
+    """The whole story on a real language model, offline, in a minute: fine-tunes merged, the base recovered."""
+    if steps is not None and not train:
+        raise click.UsageError("--steps is for training: give --train as well")
     from detune.demo.story import tell
 
-    tell(out, steps=steps, seed=seed)
+    tell(out, method=method, train=train, steps=steps)
 
 
 @contextmanager

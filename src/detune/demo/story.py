@@ -1,65 +1,73 @@
-"""The whole story on a real model: fine-tune three times, merge, throw the base away, get it back."""
+"""The whole story on a real language model: fine-tune three times, merge, throw the base away, get it back."""
 
+import math
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import fmean
 
+import torch
+from rich import box
 from rich.console import Console
 from rich.status import Status as Spinner
 from rich.table import Table
 
 import detune
-from detune.demo.texts import DEMO_DOMAINS, passages
-from detune.demo.train import STEPS, base_model, embeddings, merge, train_lora
+from detune.demo.language_model import FINE_TUNES, STEPS, language_model, shipped_adapter, train_adapter, write
+from detune.demo.train import merge
 from detune.errors import OutputError
 from detune.recovery.compare import Comparison
-from detune.recovery.report import Status
 
-# The paper's baselines, its method, and ours.
-METHODS = {
-    "single": "one model as it is",
-    "mean": "their average",
-    "spectral": "the paper's method",
-    "intersect": "closed form",
-    "auto": "the same, polished",
-}
-RANK = 16
-SENTENCES = (
-    "The committee postponed its decision until spring.",
-    "How do I read a file line by line?",
-    "A lock protects the shared queue from two threads at once.",
-    "Whales breathe air and come up for it.",
-    "The decimal module rounds half to even.",
-    "Send the message over an encrypted connection.",
+QUESTIONS = (
+    "What is a list in Python?",
+    "Why is the sky blue?",
+    "Tell me about whales.",
 )
+_BASELINES = {"mean": "their average", "spectral": "the paper's method"}
 
 
-def tell(out: Path | None = None, *, steps: int | None = None, seed: int = 0) -> dict[str, Comparison]:
+@dataclass(frozen=True)
+class Story:
+    """What the demonstration found.
+
+    Attributes:
+        comparisons: Each method's model against the true base, over the matrices that were fine-tuned.
+        answers: To `QUESTIONS`, of each model that was asked.
+    """
+
+    comparisons: Mapping[str, Comparison]
+    answers: Mapping[str, tuple[str, ...]]
+
+
+def tell(out: Path | None = None, *, method: str = "auto", train: bool = False, steps: int | None = None) -> Story:
     """Run the demonstration and print it as it goes.
 
     Args:
         out: Keep all models below this directory; None uses a temporary one.
-        steps: Training steps of each LoRA; None is the trainer's default.
-        seed: Seed of all LoRAs.
+        method: What recovers the base, beside the paper's baselines.
+        train: Train the LoRAs here, instead of taking those that come with the package.
+        steps: Training steps of each; None is the trainer's default.
 
     Returns:
-        The comparison of each method with the true base.
+        What is printed.
 
     Raises:
-        DetuneError: The extra `demo` is not installed.
+        DetuneError: The extra `demo` or the base model's package is not installed.
         OutputError: `out` exists and is not empty.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not empty", "choose another directory, or leave --out away")
     console = Console(highlight=False)
-    base = base_model()
+    began = time.perf_counter()
     with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="detune-demo-") as directory:
         folder = Path(directory)
-        merged = _fine_tune(console, base, folder, steps or STEPS, seed)
-        comparisons = _attack(console, base, merged, folder)
-        _check_behaviour(console, base, merged[0], folder / "recovered-auto")
+        base, merged = _fine_tune(console, folder, train, steps)
+        comparisons = _attack(console, base, merged, folder, method)
+        answers = _ask(console, base, merged[0], folder / f"recovered-{method}")
     console.print(
         "\nThree merged fine-tunes gave their base away: nobody published it, and anybody\n"
         "can compute it. Two would not have. Look at your own with\n"
@@ -67,62 +75,92 @@ def tell(out: Path | None = None, *, steps: int | None = None, seed: int = 0) ->
     )
     if out is not None:
         console.print(f"All models are kept in {out}.", soft_wrap=True, markup=False)
-    return comparisons
+    console.print(f"This took {time.perf_counter() - began:.0f} seconds.")
+    return Story(comparisons, answers)
 
 
-def _fine_tune(console: Console, base: Path, folder: Path, steps: int, seed: int) -> list[Path]:
+def _fine_tune(console: Console, folder: Path, train: bool, steps: int | None) -> tuple[Path, list[Path]]:
     console.print(
         "[bold]1. A base model and three fine-tunes of it[/]\n"
-        "   The base is all-MiniLM-L6-v2: 22 million real weights. Each fine-tune is a\n"
-        f"   LoRA of rank {RANK} on query and value, trained from seed {seed} on English text that\n"
-        "   Python carries, merged by PEFT and saved in float32."
+        "   The base is SmolLM2-135M-Instruct, a chat model of 134 million weights, in\n"
+        "   bf16. Each fine-tune is a LoRA on its last ten layers, trained on English\n"
+        "   text that Python carries, merged by PEFT in bf16.\n"
     )
+    with Spinner("unpacking the base", console=console):
+        base = language_model(folder / "base")
+    table = Table("   fine-tune", "rank", "of", "bits that are still the base's", box=None, pad_edge=False)
     merged = []
-    for domain in DEMO_DOMAINS:
-        began = time.perf_counter()
-        texts = passages(domain)
-        with Spinner(f"training on {domain}", console=console):
-            adapter = train_lora(base, texts, folder / f"adapter-{domain}", rank=RANK, steps=steps, seed=seed)
-            merged.append(merge(base, adapter, folder / f"merged-{domain}"))
-        console.print(f"   {domain}: {len(texts)} passages, {steps} steps, {time.perf_counter() - began:.0f} s")
-    return merged
+    for domain, tune in FINE_TUNES.items():
+        adapter = shipped_adapter(domain)
+        if train:
+            with Spinner(f"training on {domain}", console=console):
+                adapter = train_adapter(base, tune, folder / f"adapter-{domain}", steps=steps or STEPS)
+        with Spinner(f"merging {domain}", console=console):
+            merged.append(merge(base, adapter, folder / f"merged-{domain}", torch.bfloat16))
+            comparison = _fine_tuned(detune.compare(merged[-1], base))
+        targets = "attention and MLPs" if "up_proj" in tune.targets else "attention"
+        table.add_row(f"   merged-{domain}", str(tune.rank), targets, _bits(comparison))
+    console.print(table)
+    console.print(
+        "\n   The LoRAs were trained just now."
+        if train
+        else "\n   The LoRAs come with detune; --train trains them again."
+    )
+    return base, merged
 
 
-def _attack(console: Console, base: Path, merged: list[Path], folder: Path) -> dict[str, Comparison]:
+def _attack(console: Console, base: Path, merged: list[Path], folder: Path, method: str) -> dict[str, Comparison]:
     console.print("\n[bold]2. The recovery, from the merged models alone[/]")
     console.print(f"   detune recover {' '.join(path.name for path in merged)}\n      --out recovered\n")
     comparisons = {}
-    table = Table("method", "", "W-Error", "worst", "identical bits", "seconds", box=None)
-    for method, meaning in METHODS.items():
+    table = Table("   method", "", "identical bits", "W-Error", "seconds", box=None, pad_edge=False)
+    for name in dict.fromkeys((*_BASELINES, method)):
         # Spectral DeTuning is told the rank, as in the paper; the others find it.
-        rank = RANK if method == "spectral" else None
-        with Spinner(f"recovering: {method}", console=console):
-            report = detune.recover(merged, folder / f"recovered-{method}", method, rank=rank)
-            comparisons[method] = detune.compare(folder / f"recovered-{method}", base)
-        tuned = {row.name for row in report.tensors if row.status is not Status.SHARED}
-        rows = [row for row in comparisons[method].rows if row.name in tuned]
+        rank = max(tune.rank for tune in FINE_TUNES.values()) if name == "spectral" else None
+        with Spinner(f"recovering: {name}", console=console):
+            report = detune.recover(merged, folder / f"recovered-{name}", name, rank=rank)
+            comparisons[name] = _fine_tuned(detune.compare(folder / f"recovered-{name}", base))
+        differing = comparisons[name].differing
         table.add_row(
-            method,
-            meaning,
-            f"{fmean(row.w_error for row in rows):.2f}",
-            f"{max(row.w_error for row in rows):.2f}",
-            f"{100 * fmean(row.bit_identical for row in rows):.1f} %",
+            f"   {name}",
+            _BASELINES.get(name, "detune's default" if name == "auto" else ""),
+            _bits(comparisons[name]),
+            f"{fmean(row.w_error for row in differing):.2f}" if differing else "exact",
             f"{report.seconds:.1f}",
         )
     console.print(table)
+    rows = comparisons[method].rows
+    millions = sum(math.prod(row.shape) for row in rows) / 1e6
     console.print(
-        f"\n   Over the {len(tuned)} matrices that were fine-tuned; all others are shared by the models.\n"
-        "   W-Error is log10 of the mean squared error against the true base, averaged\n"
-        "   over the matrices; identical bits is the share of weights that are exact."
+        f"\n   Over the {len(rows)} matrices that were fine-tuned, {millions:.0f} million weights; all others are\n"
+        "   shared by the models. W-Error is log10 of the mean squared error against the\n"
+        "   true base, averaged over the matrices that differ from it."
     )
     return comparisons
 
 
-def _check_behaviour(console: Console, base: Path, tuned: Path, recovered: Path) -> None:
-    console.print(
-        "\n[bold]3. The recovered model behaves as the base[/]\n   Largest difference of sentence embeddings:"
-    )
-    truth = embeddings(base, SENTENCES)
-    for name, path in (("a fine-tuned model", tuned), ("the recovered model", recovered)):
-        difference = float((embeddings(path, SENTENCES) - truth).abs().max())
-        console.print(f"   {name:20} {difference:.1e}")
+def _bits(comparison: Comparison) -> str:
+    return f"{100 * comparison.summary['bit_identical']:.1f} %"
+
+
+def _fine_tuned(comparison: Comparison) -> Comparison:
+    """Leave the matrices that some fine-tune changed."""
+    tuned = {f"layers.{i}.*.{name}" for tune in FINE_TUNES.values() for i in tune.layers for name in tune.targets}
+    rows = tuple(row for row in comparison.rows if any(fnmatch(row.name, f"*.{name}.weight") for name in tuned))
+    return Comparison(comparison.recovered, comparison.truth, rows, (), ())
+
+
+def _ask(console: Console, base: Path, tuned: Path, recovered: Path) -> dict[str, tuple[str, ...]]:
+    console.print("\n[bold]3. The same questions to all: the most likely answers[/]\n")
+    answers = {}
+    with Spinner("asking", console=console):
+        for name, path in (("base", base), (tuned.name, tuned), ("recovered", recovered)):
+            answers[name] = tuple(write(path, QUESTIONS))
+    table = Table("", *answers, box=box.SIMPLE_HEAD, show_lines=True)
+    for question, *row in zip(QUESTIONS, *answers.values(), strict=True):
+        table.add_row(question, *row)
+    console.print(table)
+    for name in (tuned.name, "recovered"):
+        same = sum(one == other for one, other in zip(answers["base"], answers[name], strict=True))
+        console.print(f"   {name}: {same} of {len(QUESTIONS)} answers are the base's, word for word")
+    return answers

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detune._runtime import needs_extra, quiet, seeded, use_threads
-from detune.checkpoints import load_pretrained
+from detune.checkpoints import load_pretrained, model_class_of
 from detune.defences.frozen_a import freeze_a
 from detune.errors import InputError
 
@@ -145,10 +145,11 @@ def merge(base_dir: Path, adapter_dir: Path, out_dir: Path, dtype: torch.dtype =
     """
     with needs_extra("demo"):
         from peft import PeftModel
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
     with quiet():
-        base = load_pretrained(AutoModel, base_dir, dtype=dtype)
+        config = load_pretrained(AutoConfig, base_dir)
+        base = load_pretrained(model_class_of(config), base_dir, dtype=dtype)
         PeftModel.from_pretrained(base, adapter_dir).merge_and_unload().save_pretrained(out_dir)
         load_pretrained(AutoTokenizer, base_dir).save_pretrained(out_dir)
     return out_dir
