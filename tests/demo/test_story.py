@@ -1,3 +1,7 @@
+import io
+import json
+from contextlib import redirect_stdout
+
 import pytest
 
 from detune.demo.language_model import FINE_TUNES
@@ -10,7 +14,9 @@ METHOD = "intersect"  # the fastest
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "models"
-    return tell(out, method=METHOD), out
+    with redirect_stdout(io.StringIO()) as printed:
+        story = tell(out, method=METHOD)
+    return story, out, printed.getvalue()
 
 
 class TestTheStory:
@@ -28,7 +34,7 @@ class TestTheStory:
         assert len(answers["base"]) == len(QUESTIONS)
 
     def test_keeps_the_models_where_it_is_told_to(self, told):
-        _, out = told
+        _, out, _ = told
         assert {path.name for path in out.iterdir()} == {
             "base",
             *(f"merged-{domain}" for domain in FINE_TUNES),
@@ -37,15 +43,21 @@ class TestTheStory:
         assert (out / f"recovered-{METHOD}" / "detune.json").is_file()
         assert (out / f"recovered-{METHOD}" / "tokenizer.json").is_file()
 
+    def test_prints_what_it_returns(self, told):
+        story, _, text = told
+        for comparison in story.comparisons.values():
+            assert f"{100 * comparison.summary['bit_identical']:.1f} %" in text
+        assert "recovered: 3 of 3 answers are the base's, word for word" in text
+        assert "The LoRAs come with detune; --train trains them again." in text
 
-def test_prints_the_figures_it_returns_and_trains_when_told_to(capsys, tmp_path):
-    story = tell(tmp_path / "again", method="mean", train=True, steps=1)
-    text = capsys.readouterr().out
-    assert list(story.comparisons) == ["mean", "spectral"]
-    for comparison in story.comparisons.values():
-        assert f"{100 * comparison.summary['bit_identical']:.1f} %" in text
-    assert "The LoRAs were trained just now." in text
-    assert {f"adapter-{domain}" for domain in FINE_TUNES} < {path.name for path in (tmp_path / "again").iterdir()}
+
+def test_trains_where_it_is_told_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("detune.demo.story._attack", lambda *_: {})
+    monkeypatch.setattr("detune.demo.story._ask", lambda *_: {})
+    tell(tmp_path / "models", train=True, steps=1)
+    assert "The LoRAs were trained just now." in capsys.readouterr().out
+    for domain in FINE_TUNES:
+        assert len(json.loads((tmp_path / "models" / f"adapter-{domain}" / "losses.json").read_text())) == 1
 
 
 def test_overwrites_nothing(tmp_path):
