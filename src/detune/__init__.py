@@ -7,16 +7,29 @@ with `compare`. Method: Horwitz, Kahana & Hoshen, ICML 2024 (arXiv 2402.10208), 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# For type checkers; `X as X` exports a name.
 if TYPE_CHECKING:
-    from detune.adapters.extract import Extraction, extract
-    from detune.compatibility.check import FamilyCheck, check_family
-    from detune.errors import DetuneError, InputError, OutputError
-    from detune.packing import PackReport, UnpackReport, pack, unpack
-    from detune.problem import LowRank, NotRecoverable, Recovery
-    from detune.recovery.api import recover, recover_matrix
-    from detune.recovery.compare import Comparison, compare
-    from detune.recovery.inspect import inspect
-    from detune.recovery.report import Report, TensorRow
+    from detune.adapters.extract import Extraction as Extraction
+    from detune.adapters.extract import extract as extract
+    from detune.compatibility.check import FamilyCheck as FamilyCheck
+    from detune.compatibility.check import check_family as check_family
+    from detune.errors import DetuneError as DetuneError
+    from detune.errors import InputError as InputError
+    from detune.errors import OutputError as OutputError
+    from detune.packing import PackReport as PackReport
+    from detune.packing import UnpackReport as UnpackReport
+    from detune.packing import pack as pack
+    from detune.packing import unpack as unpack
+    from detune.problem import LowRank as LowRank
+    from detune.problem import NotRecoverable as NotRecoverable
+    from detune.problem import Recovery as Recovery
+    from detune.recovery.api import recover as recover
+    from detune.recovery.api import recover_matrix as recover_matrix
+    from detune.recovery.compare import Comparison as Comparison
+    from detune.recovery.compare import compare as compare
+    from detune.recovery.inspect import inspect as inspect
+    from detune.recovery.report import Report as Report
+    from detune.recovery.report import TensorRow as TensorRow
 
 __version__ = "0.1.0"
 
@@ -25,8 +38,8 @@ _HOMES = {
     "Comparison": "recovery.compare",
     "DetuneError": "errors",
     "Extraction": "adapters.extract",
-    "InputError": "errors",
     "FamilyCheck": "compatibility.check",
+    "InputError": "errors",
     "LowRank": "problem",
     "NotRecoverable": "problem",
     "OutputError": "errors",
@@ -45,29 +58,7 @@ _HOMES = {
     "unpack": "packing",
 }
 
-__all__ = [
-    "Comparison",
-    "DetuneError",
-    "Extraction",
-    "FamilyCheck",
-    "InputError",
-    "LowRank",
-    "NotRecoverable",
-    "OutputError",
-    "PackReport",
-    "Recovery",
-    "Report",
-    "TensorRow",
-    "UnpackReport",
-    "check_family",
-    "compare",
-    "extract",
-    "inspect",
-    "pack",
-    "recover",
-    "recover_matrix",
-    "unpack",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -62,7 +62,7 @@ def find_spaces(differences: Differences, rank: int | None = None, seed: int = 0
     Raises:
         NotRecoverable: Fewer than three models.
         NotLowRank: A difference has full rank.
-        Unsplittable: The ranks are too high for the matrix.
+        RanksTooHigh: The ranks are too high for the matrix.
     """
     stack = differences.stack
     out, columns = stack.shape
@@ -112,7 +112,7 @@ def check_conditions(differences: Differences, rank: int | None = None) -> tuple
     Raises:
         NotRecoverable: Fewer than three models.
         NotLowRank: A difference has full rank.
-        Unsplittable: The ranks are too high for the matrix.
+        RanksTooHigh: The ranks are too high for the matrix.
     """
     stack = differences.stack
     out, columns = stack.shape

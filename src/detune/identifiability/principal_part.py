@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from detune.numerics.linalg import product
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import NotRecoverable, Recovery
+from detune.problem.storage_noise import FLOOR_RATIO
 
 __all__ = ["lacks_principal_part", "require_own_adapters"]
 
@@ -23,9 +24,6 @@ ALIKE = 0.9
 # In a base as it is, the columns that an adapter moves carry their share, 1.0 to 1.1; in one without its principal part
 # 0.13 to 0.14 of it (measured on the same models).
 EMPTY = 0.3
-# A residual of more than twice the storage noise is not storage noise: the closed form alone leaves 1.05 to 1.86 times
-# the noise for LoRA, rsLoRA, AdaLoRA and VB-LoRA, and 180 times and more for HRA (measured on the same models).
-FLOOR_RATIO = 2.0
 
 
 def lacks_principal_part(recovery: Recovery) -> bool:

@@ -3,17 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# For type checkers; `X as X` exports a name.
 if TYPE_CHECKING:
-    from detune.methods.auto import Auto
-    from detune.methods.dora import DoRA
-    from detune.methods.intersect import Intersect
-    from detune.methods.lattice import Lattice
-    from detune.methods.lokr import LoKr
-    from detune.methods.mean import Mean
-    from detune.methods.shira import SHiRA
-    from detune.methods.single import Single
-    from detune.methods.spectral import Spectral
-    from detune.methods.vera import VeRA
+    from detune.methods.auto import Auto as Auto
+    from detune.methods.dora import DoRA as DoRA
+    from detune.methods.intersect import Intersect as Intersect
+    from detune.methods.lattice import Lattice as Lattice
+    from detune.methods.lokr import LoKr as LoKr
+    from detune.methods.mean import Mean as Mean
+    from detune.methods.shira import SHiRA as SHiRA
+    from detune.methods.single import Single as Single
+    from detune.methods.spectral import Spectral as Spectral
+    from detune.methods.vera import VeRA as VeRA
     from detune.problem import Solver
 
     SOLVERS: dict[str, type[Solver]]
@@ -33,20 +34,7 @@ CLASSES = {
     "single": "Single",
 }
 
-__all__ = [
-    "CLASSES",
-    "SOLVERS",
-    "Auto",
-    "DoRA",
-    "Intersect",
-    "Lattice",
-    "LoKr",
-    "Mean",
-    "SHiRA",
-    "Single",
-    "Spectral",
-    "VeRA",
-]
+__all__ = ["CLASSES", "SOLVERS", *CLASSES.values()]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,19 +34,19 @@ from detune.problem.stack import Stack
 
 # A singular value counts from this multiple of the storage noise's estimated norm.
 SIGNAL = 1.15
-# The same where a merge has been rounded, scaled, rounded, scaled back and rounded.
+# Twice that where a merge has been rounded, scaled, rounded, scaled back and rounded.
 ROUNDED_OFTEN = 2.0
 # Singular vectors looked at beyond the rank.
 SPARE = 4
 # The rank grows when a turn leaves more than 0.7 of the next singular value.
 STALLED = 0.7
-# Scales have settled when a turn moves them by less than this share of what noise does.
+# Scales have settled when a turn moves them by less than a fiftieth of what noise does.
 SETTLED = 0.02
 # Turns in all; each rank takes some.
 MOST_TURNS = 2000
 # Scales are computed to this relative precision.
 COMPUTED = 32 * torch.finfo(torch.float64).eps
-# Scales that differ from 1 by less than so many times their own noise are none.
+# Scales that differ from 1 by less than eight times their own noise are none.
 SURE = 8.0
 
 

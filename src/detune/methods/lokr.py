@@ -21,19 +21,18 @@ from detune.numerics.random import seeded
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
+from detune.problem.storage_noise import FLOOR_RATIO
 
 # Rows and columns of a rearranged difference that are looked at.
 SAMPLE = 32
 # A rearrangement with fewer rows or columns is of low rank whatever is in it.
 FEWEST = 6
-# A singular value counts from so many times what storage noise adds to a sample.
+# A singular value counts from four times what storage noise adds to a sample.
 SIGNAL = 4.0
-# A rearrangement is worth trying if the rank of a difference is at most this share of what the sample could show.
+# A rearrangement is worth trying if a difference has at most half of the rank that the sample could show.
 LOW = 0.5
-# So many shapes are tried in full.
+# Shapes that are tried in full.
 MOST_TRIED = 4
-# A residual of more than this many times the storage noise is not storage noise.
-FLOOR_RATIO = 2.0
 
 Blocks = tuple[int, int]
 

@@ -1,8 +1,8 @@
-"""Models that are stored far more coarsely than others, which say next to nothing of W beside them.
+"""Stacks of mixed precision: models stored far more coarsely than others say next to nothing of W beside them.
 
 Least squares weighs all models alike: one bf16 merge beside three in float32 leaves its own rounding in W, and rounds
-away what it holds of a small delta. So W is found from the finely stored models where they are enough, and what the
-others differ from it by is their `M_i`.
+away what it holds of a small delta. So W is found from the finely stored models where they are enough; the
+differences of the others from it are their `M_i`.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,10 @@ from detune.numerics.linalg import thin_svd
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import NotLowRank, NotRecoverable, Recovery
 from detune.problem.stack import Stack
+from detune.problem.storage_noise import FLOOR_RATIO as FLOOR_RATIO
 
-# Steps of so many times the finest: between float32 and fp16 there are 2^13, between fp16 and bf16 2^3.
+# Models whose steps are more than 64 times the finest are coarse: float32 and fp16 are 2^13 apart, fp16 and bf16 2^3.
 COARSE = 64.0
-# A residual of more than this many times the storage noise is not storage noise.
-FLOOR_RATIO = 2.0
 # A base in float32 may have been rounded to bf16 before its merge was: the variance is twice that of one rounding.
 ROUNDED_TWICE = 2**0.5
 
@@ -90,7 +89,7 @@ def _is_enough(part: Stack, found: Recovery) -> bool:
 
 
 def _left_over(stack: Stack, model: int, found: Recovery, rank: int | None) -> LowRank:
-    """What a model differs from the answer by, as far as it stands over its noise."""
+    """The difference of a model from the answer that stands over the model's noise."""
     W_i = stack.matrices[model]
     noise = ROUNDED_TWICE * float(stack.noise[model])
     pair = Stack((found.weight.to(W_i.device), W_i), stack.dtype, stack.device, noise_override=(0.0, noise))

@@ -16,10 +16,11 @@ from torch import Tensor
 from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
-# With fewer entries than this share that two models agree in, the changes are not sparse.
+# The changes are not sparse where two models agree in fewer than half of the entries.
 LEAST_AGREED = 0.5
 
-# More entries without two that agree than independent choices would leave: all models changed the same ones.
+# Twice as many entries without two that agree as independent choices would leave, and ten more: all models changed the
+# same ones.
 MORE_THAN_CHANCE = 2.0
 A_FEW = 10
 

@@ -37,7 +37,7 @@ RIDGE = 1e-3
 CHUNK = 512
 # Differences are computed to this relative precision.
 COMPUTED = 32 * torch.finfo(torch.float64).eps
-# Draws of noise by which the error is foretold.
+# Draws of noise that the error is predicted from.
 PROBES = 4
 
 
