@@ -112,7 +112,7 @@ def read_safetensors(folder: Path, _: Path) -> None:
 def mutate_torch(draw: Random, folder: Path) -> None:
     """Change any byte, or write the zip anew in another order, with parts or the pickle changed."""
     (path,) = folder.iterdir()
-    if path.suffix != ".bin" or draw.random() < 0.3:
+    if not zipfile.is_zipfile(path) or draw.random() < 0.3:
         path.write_bytes(mutated_bytes(draw, path.read_bytes(), draw.choice((1, 1, 3))))
         return
     with zipfile.ZipFile(path) as archive:
@@ -139,8 +139,86 @@ def read_torch(folder: Path, _: Path) -> None:
             expected = torch.load(path, weights_only=True)
     except Exception:
         return
+    if isinstance(expected, dict) and isinstance(expected.get("state_dict"), dict):
+        expected = expected["state_dict"]
     if isinstance(expected, dict) and all(isinstance(value, Tensor) for value in expected.values()):
         same(found, expected)
+
+
+def training() -> dict[str, Any]:
+    """What a training run saves."""
+    moments = {number: {"step": 3, "exp_avg": tensor.float()} for number, tensor in enumerate(state().values())}
+    optimizer = {"state": moments, "param_groups": [{"lr": 1e-3, "params": list(moments)}]}
+    return {"epoch": 3, "state_dict": state(), "optimizer_states": [optimizer], "loops": {"fit": {"done": True}}}
+
+
+# --- GGUF, and fp8 with scales ---
+
+
+def make_gguf(folder: Path) -> None:
+    """A matrix in each of three formats."""
+    import gguf
+
+    writer = gguf.GGUFWriter(folder / "m.gguf", "other")
+    for kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0):
+        values = normal(seeded(9), 4, 32).float().numpy()
+        writer.add_tensor(f"blk.0.{kind.name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def mutate_gguf(draw: Random, folder: Path) -> None:
+    """Change some bytes, of the tables more often than of the weights."""
+    path = folder / "m.gguf"
+    data = path.read_bytes()
+    end = draw.choice((len(data), 400))
+    path.write_bytes(mutated_bytes(draw, data[:end], draw.choice((1, 1, 3))) + data[end:])
+
+
+def read_gguf(folder: Path, _: Path) -> None:
+    """The package that the format is from sees the same."""
+    import gguf
+    import numpy as np
+
+    found = read_all(folder / "m.gguf")
+    for tensor in gguf.GGUFReader(folder / "m.gguf").tensors:
+        with np.errstate(all="ignore"):
+            right = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        if not torch.equal(found[tensor.name].reshape(-1).float().nan_to_num(), right.reshape(-1).float().nan_to_num()):
+            raise Wrong(f"{tensor.name!r} has other values")
+
+
+def make_scaled(folder: Path) -> None:
+    """A weight in fp8 with its scale, one in int8 with a scale for each row, and a plain one."""
+    weight = normal(seeded(10), 8, 16).float()
+    rows = weight.abs().amax(dim=1, keepdim=True) / 127
+    tensors = {
+        "a.weight": (weight / 0.01).to(torch.float8_e4m3fn),
+        "a.weight_scale": torch.tensor(0.01),
+        "b.weight": (weight / rows).round().to(torch.int8),
+        "b.weight_scale": rows,
+        "c.weight": weight.half(),
+    }
+    save_file(tensors, folder / "m.safetensors")
+
+
+def read_scaled(folder: Path, _: Path) -> None:
+    """Each weight that has its scale is their product; everything else is as the library reads it."""
+    found = read_all(folder / "m.safetensors")
+    stored = load_file(folder / "m.safetensors")
+    for name, tensor in found.items():
+        scale = stored.get(f"{name}_scale")
+        if scale is not None and scale.ndim == 1:  # one of each row
+            scale = scale[:, None]
+        if scale is not None and name in stored and scale.numel() not in (1, len(stored[name])):
+            continue  # one of several rows each
+        if name in stored and stored[name].dtype in (torch.float8_e4m3fn, torch.int8) and scale is not None:
+            if not torch.allclose(tensor.float(), stored[name].float() * scale.float(), rtol=1e-6, equal_nan=True):
+                raise Wrong(f"{name!r} is not its codes times its scale")
+        elif name in stored:
+            same({name: tensor}, {name: stored[name]})
 
 
 # --- an index of shards ---
@@ -461,6 +539,9 @@ TARGETS = {
             read_torch,
         ),
         Target("index", lambda to: shard(save_plain(to / "model", state())), mutate_index, read_index),
+        Target("training", lambda to: torch.save(training(), to / "m.ckpt"), mutate_torch, read_torch),
+        Target("gguf", make_gguf, mutate_gguf, read_gguf),
+        Target("scaled", make_scaled, mutate_safetensors, read_scaled),
         Target("config", make_config, mutate_config, read_config),
         Target("adapter", make_adapter, mutate_adapter, read_adapter),
         Target("lora", make_lora, mutate_lora, read_lora),

@@ -22,7 +22,7 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     """View a contiguous CPU tensor of any dtype as bytes."""
     size = tensor.numel() * tensor.element_size()
     if size == 0:
-        return memoryview(b"")
+        return memoryview(bytearray())
     array = (ctypes.c_char * size).from_address(tensor.data_ptr())
     array.owner = tensor  # type: ignore[attr-defined]  # keeps the memory alive as long as the view
     return memoryview(array).cast("B")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,9 @@ class Blocks:
         from gguf import GGMLQuantizationType, dequantize
 
         packed = stored.read_rows(self.weight, [rows])
-        return torch.from_numpy(dequantize(packed.numpy(), GGMLQuantizationType[self.encoding]))
+        # A damaged scale may be infinite: what comes of it is told where weights are looked at.
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(dequantize(packed.numpy(), GGMLQuantizationType[self.encoding]))
 
     def steps(self, stored: Checkpoint, rows: slice) -> Tensor:
         """See `Coding.steps`: what lies closest among the entries of one scale, which are many beside its levels."""

@@ -7,7 +7,7 @@ from typing import IO, Any
 import torch
 
 from detune._runtime import needs_extra
-from detune.checkpoints.entries import DAMAGED, Entry, Header, check_name
+from detune.checkpoints.entries import DAMAGED, Entry, Header, check_name, check_shape
 from detune.errors import InputError
 
 __all__ = ["GGUF_SUFFIX", "read_gguf"]
@@ -64,12 +64,14 @@ def read_gguf(path: Path, file: IO[bytes]) -> Header:
         metadata = {} if architecture is None else {"architecture": str(architecture.contents())}
         entries = []
         for tensor in reader.tensors:
-            shape = tuple(int(length) for length in reversed(tensor.shape))
             name, encoding = tensor.name, tensor.tensor_type.name
             check_name(path, name)
+            shape = check_shape(f"tensor {name!r} in {path}", [int(length) for length in reversed(tensor.shape)])
             if encoding in _PLAIN:
                 entry = Entry(name, _PLAIN[encoding], shape, int(tensor.data_offset))
             else:
+                if 0 in shape:
+                    raise ValueError(f"tensor {name!r} has no elements, and is stored as {encoding}")
                 block, nbytes = GGML_QUANT_SIZES[tensor.tensor_type]
                 row = (*shape[:-1], shape[-1] // block * nbytes)
                 entry = Entry(name, torch.uint8, row, int(tensor.data_offset), encoding=encoding)
