@@ -2,15 +2,17 @@
 
 import platform
 import random
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
 from detune import __version__
 from detune.errors import DetuneError
 
-__all__ = ["needs_extra", "quiet", "seeded", "use_threads", "versions"]
+__all__ = ["command_line", "needs_extra", "quiet", "seeded", "use_threads", "versions"]
 
 
 @contextmanager
@@ -82,6 +84,12 @@ def use_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def command_line() -> tuple[str, ...]:
+    """The command line, the program by its name alone."""
+    program, *words = sys.argv
+    return (Path(program).name, *words)
 
 
 def versions() -> dict[str, str]:

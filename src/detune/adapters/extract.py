@@ -13,7 +13,7 @@ import torch
 
 from detune._runtime import versions
 from detune.adapters.changes import AdapterChange, AdapterRow, ChangeFitter, Kept, PlacesOf, adapter_names
-from detune.checkpoints import Checkpoint, Kind, PeftWriter, inside, new_directory, open_checkpoint
+from detune.checkpoints import Checkpoint, Kind, PeftWriter, Places, from_out, inside, new_directory, open_checkpoint
 from detune.compatibility.groups import STRANGER, group_by_base, why_foreign
 from detune.compatibility.model_set import ModelSet, incompatibility, is_shared
 from detune.errors import InputError, OutputError
@@ -55,10 +55,14 @@ class Extraction:
             "largest_deviation": max((row.largest_deviation for row in rows), default=0.0),
         }
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What JSON can hold of it."""
+        return {"versions": versions()} | asdict(self) | {"summary": self.summary}
+
     def to_json(self) -> str:
-        """All of it, as it is written to `detune.json`."""
-        content = {"versions": versions()} | asdict(self) | {"summary": self.summary}
-        return json.dumps(content, indent=1) + "\n"
+        """All of it as JSON."""
+        return json.dumps(self.content, indent=1) + "\n"
 
 
 def extract(
@@ -170,20 +174,22 @@ def extracting(
     Raises:
         OutputError: `out` exists, lies inside the base, or cannot be written.
     """
-    if Path(out).expanduser().resolve().is_relative_to(base):
+    target = Path(out).expanduser().resolve()
+    if target.is_relative_to(base):
         raise OutputError(f"{out} lies inside the base", f"got {base}", "write the adapters beside it")
     with new_directory(out) as partial:
-        yield Extractor(models, partial, base)
+        yield Extractor(models, partial, base, target)
 
 
 class Extractor:
     """Takes what a family's tensors become in adapters, and writes an adapter for each model. Made by `extracting`."""
 
-    def __init__(self, models: Sequence[Checkpoint], directory: Path, base: str) -> None:
+    def __init__(self, models: Sequence[Checkpoint], directory: Path, base: str, out: Path) -> None:
         self._models = tuple(models)
         self._names = adapter_names([model.spec for model in models])
         self._directory = directory
         self._base = base
+        self._out = out
         self._places = PlacesOf(models[0])
         self._writers: dict[tuple[int, str], PeftWriter] = {}
         self._rows: list[AdapterRow] = []
@@ -222,7 +228,9 @@ class Extractor:
         models = dict(zip(self._names, (model.spec for model in self._models), strict=True))
         entries = sum(math.prod(info.shape) for info in self._models[0].tensors.values())
         extraction = Extraction(self._base, models, rows, entries, time.perf_counter() - self._started)
-        (self._directory / "detune.json").write_text(extraction.to_json())
+        paths = [path for model in self._models for path in model.paths]
+        content = Places(self._out, [self._base, *models.values(), *paths]).within(extraction.content)
+        (self._directory / "detune.json").write_text(json.dumps(content, indent=1) + "\n")
         return extraction
 
     def _lose(self, row: AdapterRow) -> AdapterRow:
@@ -234,6 +242,9 @@ class Extractor:
         if (i, component) not in self._writers:
             directory = inside(self._directory, PurePosixPath(self._names[i], component))
             base = f"{self._base}/{component}".rstrip("/")
+            if Path(base).is_absolute():
+                # With the adapter it may be given away, and what only looks like a Hub id could be somebody's.
+                base = from_out(base, self._out / self._names[i] / component)
             self._writers[i, component] = PeftWriter(directory, self._places.of(name), base)
         return self._writers[i, component]
 

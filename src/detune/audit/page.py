@@ -4,7 +4,6 @@ import base64
 import hashlib
 import shlex
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detune._runtime import needs_extra
@@ -58,7 +57,7 @@ def render(report: AuditReport) -> str:
         assumptions=[result for result in report.results if result.rule_id in {rule.id for rule in ASSUMPTIONS}],
         kinds=short_names(dict.fromkeys(entry.kind for entry in report.tensors)),
         error_of=lambda outcome: error_of(report, outcome),
-        command=shlex.join([Path(report.invocation.argv[0]).name, *report.invocation.argv[1:]]),
+        command=shlex.join(report.invocation.argv),
         policy=_policy(plotly, script),
         style=Markup(_asset("page.css")),
         plotly=Markup(plotly),

@@ -4,10 +4,13 @@ The shape is that of SARIF (OASIS 2020), with fewer levels: a tool, its rules, a
 level and a message, and lie in a tensor. Beside them stand the figures that they were drawn from.
 """
 
+import json
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from detune.checkpoints import Places
 from detune.recovery.report import Status, w_error_range
 
 __all__ = [
@@ -338,6 +341,12 @@ class AuditReport(_Record):
     def matrices(self) -> tuple[TensorEntry, ...]:
         """The changed tensors that are matrices."""
         return tuple(entry for entry in self.tensors if entry.is_matrix)
+
+    def as_published(self, out: Path) -> "AuditReport":
+        """The same for a file in a directory: places on this machine are named from there."""
+        models = [*self.models, *((self.base,) if self.base else ())]
+        places = Places(out, [*(model.spec for model in models), *self.invocation.argv])
+        return AuditReport.model_validate_json(json.dumps(places.within(json.loads(self.to_json()))))
 
     def to_json(self) -> str:
         """The report as it is written to `audit.json`."""

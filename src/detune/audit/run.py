@@ -1,7 +1,6 @@
 """The audit: what an outsider gets from the releases, one more at a time."""
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from detune._runtime import versions
+from detune._runtime import command_line, versions
 from detune.audit.assumptions import ASSUMPTIONS, Evidence, check_assumptions
 from detune.audit.behaviour import Judge
 from detune.audit.findings import FINDINGS, curve_of, find, verdict_of
@@ -108,7 +107,7 @@ def audit(
     return AuditReport(
         tool=Tool(versions=versions()),
         invocation=Invocation(
-            argv=tuple(sys.argv),
+            argv=command_line(),
             method=method if isinstance(method, str) else repr(method),
             rank=rank,
             device=str(device or "cpu"),

@@ -27,7 +27,7 @@ from detune.bench.layers import Layer
 from detune.bench.methods import Method
 from detune.bench.results import Cell, CellResult, Environment, LayerResult, ResultStore
 from detune.bench.subsets import Subset
-from detune.checkpoints import open_checkpoint
+from detune.checkpoints import Places, open_checkpoint
 from detune.errors import InputError
 from detune.methods import Mean
 from detune.metrics import bit_identical, squared_error
@@ -339,6 +339,7 @@ def _finish(
     names: dict[int, str],
     environment: Environment,
 ) -> CellResult:
+    places = Places(store.folder.resolve(), [subset.source, store.folder, *([judge.base] if judge else ())])
     layers = store.layers(cell)
     assert [layer.index for layer in layers] == list(names), "every row is there once"
     behaviour, notes = {}, [f"behaviour was not compared: {unjudged}"]
@@ -356,11 +357,11 @@ def _finish(
         notes = [f"{metric}: {why}" for metric, why in differences.notes.items()]
     return CellResult(
         cell=cell,
-        source=subset.source,
+        source=places.within(subset.source),
         environment=environment,
         layers=layers,
         behaviour=behaviour,
-        notes=tuple(notes),
+        notes=tuple(map(places.within, notes)),
         judged_on=judge.digest if judge else None,
     )
 

@@ -17,6 +17,7 @@ from detune.checkpoints.modules import Kind, Place, find_places
 from detune.checkpoints.opening import absolute, open_checkpoint
 from detune.checkpoints.paths import inside
 from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, pack_layers, peft_layer, unpack_layers
+from detune.checkpoints.places import Places, from_out
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.target import Target, require_outside
@@ -39,6 +40,7 @@ __all__ = [
     "PeftPlaces",
     "PeftWriter",
     "Place",
+    "Places",
     "Target",
     "TensorInfo",
     "Unmerged",
@@ -48,6 +50,7 @@ __all__ = [
     "check_new",
     "claim",
     "find_places",
+    "from_out",
     "identity",
     "inside",
     "is_on_hub",

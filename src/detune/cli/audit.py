@@ -83,11 +83,12 @@ def audit(
             merge_dtype=merge_dtype_of(merge_dtype),
             on_tensor=on_tensor,
         )
-        if folder is not None:
-            (folder / "audit.json").write_text(report.to_json(), encoding="utf-8")
-            (folder / "audit.html").write_text(render(report), encoding="utf-8")
-        if page is not None:
-            page.write_text(render(report), encoding="utf-8")
+        if folder is not None and out is not None:
+            published = report.as_published(out.expanduser().resolve())
+            (folder / "audit.json").write_text(published.to_json(), encoding="utf-8")
+            (folder / "audit.html").write_text(render(published), encoding="utf-8")
+        if page is not None and html is not None:
+            page.write_text(render(report.as_published(html.expanduser().resolve().parent)), encoding="utf-8")
     say_json(report.to_json()) if as_json else _show(report, out / "audit.html" if out else html)
 
 

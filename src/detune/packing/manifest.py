@@ -91,7 +91,7 @@ class PackedModel:
 
     Attributes:
         name: Of the directory that it is restored to.
-        spec: As it was given.
+        spec: As it was given; a place on the packing machine from where the pack was made.
         files: All of its files.
         tensors: Those of its weight files, by qualified name.
     """

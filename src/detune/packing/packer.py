@@ -17,7 +17,7 @@ from torch import Tensor
 from detune.adapters.changes import adapter_names
 from detune.adapters.extract import require_base
 from detune.adapters.fit import fit_adapter
-from detune.checkpoints import Checkpoint, new_file, open_checkpoint, require_outside
+from detune.checkpoints import Checkpoint, Places, new_file, open_checkpoint, require_outside
 from detune.compatibility.model_set import ModelSet
 from detune.metrics import bit_identical
 from detune.packing.archive import MANIFEST, ArchiveReader, ArchiveWriter
@@ -117,7 +117,8 @@ def pack(
         if base is not None:
             with open_checkpoint(base) as given:
                 places += given.places
-        require_outside(Path(out).expanduser().resolve(), places)
+        target = Path(out).expanduser().resolve()
+        require_outside(target, places)
         partial = opened.enter_context(new_file(out))
         known = opened.enter_context(_base_of(models, base, partial, rank, device))
         require_base(known, family.models)
@@ -127,13 +128,13 @@ def pack(
                 if on_tensor:
                     on_tensor(name, None)
                 packer.add_tensor(index, name)
-            manifest = packer.finish()
+            manifest = packer.finish(Places(target.parent, [*models, *places]))
             archive.add(MANIFEST, manifest.to_json())
         _verify(partial, manifest)
         pack_bytes = partial.stat().st_size
     return PackReport(
         str(out),
-        {model.name: model.spec for model in manifest.models},
+        {packed.name: model.spec for packed, model in zip(manifest.models, family.models, strict=True)},
         sum(len(model.files) for model in manifest.models),
         sum(file.size_bytes for model in manifest.models for file in model.files),
         packer.zstd_bytes,
@@ -250,13 +251,13 @@ class _Packer:
             return None
         return to_integers(M_i, W_i) if 0 < M_i.rank * sum(W.shape) < W.numel() else None
 
-    def finish(self) -> Manifest:
-        """Add the files, and say what is in the archive."""
+    def finish(self, places: Places) -> Manifest:
+        """Add the files, and say what is in the archive, and where it was from `places`."""
         names = adapter_names([model.spec for model in self._family.models])
         models = []
         for model, name, files, tensors in zip(self._family.models, names, self._files, self._tensors, strict=True):
             packed = tuple(self._add_file(model, file) for file in files)
-            models.append(PackedModel(name, model.spec, packed, tensors))
+            models.append(PackedModel(name, places.within(model.spec), packed, tensors))
         return Manifest(tuple(self._base_tensors), tuple(models))
 
     def _add_file(self, model: Checkpoint, file: str) -> PackedFile:

@@ -1,6 +1,5 @@
 """The pipeline: tensors of a family, one at a time, through a solver into the writer and the report."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -11,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from detune._runtime import command_line
 from detune.adapters.extract import extracting
 from detune.checkpoints import (
     Checkpoint,
     CheckpointFiles,
     Landing,
+    Places,
     Target,
     absolute,
     check_new,
@@ -195,7 +196,7 @@ def recover(
         require_unchanged(job, family)
         command = {
             "name": "recover",
-            "argv": sys.argv,
+            "argv": command_line(),
             "method": repr(solver),
             "rank": rank or "auto",
             "device": str(device or "cpu"),
@@ -203,7 +204,8 @@ def recover(
             "merge_dtype": str(merge_dtype) if merge_dtype else None,
         }
         report = Report(command, inputs, rows, time.perf_counter() - started)
-        report = _write_results(landing, landed, files, report, family, target, adapters, mask)
+        places = Places(target.out, [*models, *given.paths, target.out, adapters or "", mask or "", *command_line()])
+        report = _write_results(landing, landed, files, report, family, target, adapters, mask, places)
         landing.remove()
     return report
 
@@ -217,6 +219,7 @@ def _write_results(
     target: Target,
     adapters: str | Path | None,
     mask: str | Path | None,
+    places: Places,
 ) -> Report:
     """Put what has landed together, and everything in its place; the report with what the adapters give back."""
     # What is entered first is finished last: there are no adapters and no mask without their base.
@@ -230,7 +233,7 @@ def _write_results(
             write_masks(results.enter_context(new_file(mask)), read_masks(landing, landed, family.names))
         files.finish({})
         with reported(target.out, files.needed_bytes):
-            write_mark(landing.checkpoint, report.content)
+            write_mark(landing.checkpoint, places.within(report.content))
             move_into_place(landing.checkpoint, target.out, target.check)
     return report
 

@@ -1,6 +1,5 @@
 """Inspect models: what changed, at which rank, and whether it can be recovered. Writes nothing."""
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from detune._runtime import command_line
 from detune.compatibility.groups import select
 from detune.compatibility.model_set import Models, ModelSet, rows_to_read, surely_shared
 from detune.errors import InputError
@@ -66,7 +66,7 @@ def inspect(
         if shown is not None:
             looked_at = [_hedged(row, family, shown) for row in looked_at]
         reading = given.reading
-    command = {"name": "inspect", "argv": sys.argv, "rank": rank or "auto", "device": str(device or "cpu")}
+    command = {"name": "inspect", "argv": command_line(), "rank": rank or "auto", "device": str(device or "cpu")}
     return Report(command, inputs, tuple(looked_at), time.perf_counter() - started, reading=reading)
 
 

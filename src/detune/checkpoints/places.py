@@ -1,0 +1,69 @@
+"""Places on this machine as files name them that may be given away: from where the file lies, or by name alone."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Places", "from_out"]
+
+
+def from_out(place: str | Path, out: Path) -> str:
+    """Write a path as it is found from a directory.
+
+    Args:
+        place: A path of this machine.
+        out: The directory, resolved.
+
+    Returns:
+        The relative path; the last name alone where the way would lead through directories that only this machine has,
+        such as the user's home.
+
+    Example:
+        >>> from_out("/models/llama", Path("/models/out")), from_out("/home/ada/llama", Path("/tmp/out"))
+        ('../llama', 'llama')
+    """
+    path = Path(os.path.abspath(Path(place).expanduser()))
+    common = Path(os.path.commonpath((path, out)))
+    if common == Path(common.anchor) or common in Path.home().parents:
+        return path.name
+    return Path(os.path.relpath(path, out)).as_posix()
+
+
+class Places:
+    """Rewrites what names places on this machine, in anything that JSON can hold.
+
+    Args:
+        out: The directory that the file will be in, resolved.
+        places: What may be named: models as the user gave them, directories, words of the command line. Only paths that
+            name a place by themselves, from the root or the home directory, are rewritten.
+    """
+
+    def __init__(self, out: Path, places: Iterable[str | Path]) -> None:
+        names: dict[str, str] = {}
+        for place in (part for each in map(str, places) for part in _parts(each)):
+            path = Path(place).expanduser()
+            if path.is_absolute() and path.name:
+                shown = from_out(path, out)
+                names |= dict.fromkeys((place, str(path), str(path.resolve())), shown)
+        home = str(Path.home())
+        if len(home) > 1:
+            names.setdefault(home, "~")
+        # The longest first: a model may lie in another's directory.
+        self._names = sorted(names.items(), key=lambda item: -len(item[0]))
+
+    def within(self, content: Any) -> Any:
+        """The same with every place rewritten, wherever it stands in a text."""
+        if isinstance(content, dict):
+            return {self.within(key): self.within(value) for key, value in content.items()}
+        if isinstance(content, list | tuple):
+            return [self.within(each) for each in content]
+        if isinstance(content, str):
+            for place, shown in self._names:
+                content = content.replace(place, shown)
+        return content
+
+
+def _parts(place: str) -> list[str]:
+    """BASE+ADAPTER names two places."""
+    return [place] if Path(place).expanduser().exists() else place.split("+")
