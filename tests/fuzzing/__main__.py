@@ -6,11 +6,12 @@ import sys
 import traceback
 from random import Random
 
+from detune.errors import printable
 from tests.fuzzing.runner import fuzz
 from tests.fuzzing.targets import TARGETS
 
 # Slower ones get fewer: of a second each, and not of a millisecond.
-SHARES = {"names": 0.05, "config": 0.3}
+SHARES = {"names": 0.05, "commands": 0.1, "config": 0.3}
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
         print(f"{name:12} {counts['read']:6} read {counts['refused']:6} refused {counts['found']:6} found", flush=True)
         for finding in findings:
             failed = True
-            print(f"  --seed {seed} {name} --only {finding.number}: {finding.what}")
+            print(f"  --seed {seed} {name} --only {finding.number}: {printable(finding.what)}")
             if chosen.only is not None and finding.error is not None:
                 traceback.print_exception(finding.error)
     sys.exit(failed)

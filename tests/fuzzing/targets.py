@@ -510,6 +510,69 @@ def read_names(folder: Path, sound: Path) -> None:
             raise Wrong(f"{renamed.get(name, name)!r} is not the base's")
 
 
+# --- commands ---
+
+COMMANDS = (
+    ("recover", "{models}", "--out", "{out}", "--adapters", "{out}-adapters"),
+    ("recover", "{models}", "--out", "{out}", "--mask", "{out}-mask.npz"),
+    ("inspect", "{models}"),
+    ("family", "{models}"),
+    ("extract", "{models}", "--base", "{base}", "--out", "{out}"),
+    ("audit", "{models}", "--base", "{base}", "--out", "{out}"),
+    ("audit", "{models}", "--out", "{out}"),
+    ("pack", "{models}", "--base", "{base}", "--out", "{out}"),
+    ("compare", "{base}", "{model}"),
+    ("defend", "fp16", "{model}", "{out}"),
+    ("defend", "noise", "{model}", "{out}"),
+)
+
+
+def make_commands(folder: Path) -> None:
+    """Four models: three are enough where one is left out."""
+    for model in plain_family(folder / "models", n=4).models[2:]:
+        shard(model)
+
+
+def mutate_commands(draw: Random, folder: Path) -> None:
+    """Change any of the last two models, or the base; and choose a command."""
+    model = folder / "models" / draw.choice(("model-2", "model-3", "base"))
+    path = draw.choice([path for path in model.iterdir() if path.is_file()])
+    if path.suffix == ".json":
+        edit_json(draw, path)
+    else:
+        (model / "changed").mkdir()
+        moved = path.rename(model / "changed" / path.name)
+        mutate_safetensors(draw, moved.parent)
+        moved.rename(path)
+        moved.parent.rmdir()
+    (folder / "command").write_text(str(draw.randrange(len(COMMANDS))))
+
+
+def read_commands(folder: Path, sound: Path) -> None:
+    """The command ends well or in one line; a base that is recovered is the base."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    models = sorted((folder / "models").glob("model-*"))
+    places = {"out": folder / "out", "base": folder / "models" / "base", "model": models[2]}
+    words: list[str] = []
+    for word in COMMANDS[int((folder / "command").read_text())]:
+        words += map(str, models) if word == "{models}" else [word.format(**places)]
+    code, out, err = run_command(*words)
+    if code == 2 and err.startswith("detune: error: ") and err.count("\n") == 1 and err.rstrip("\n").isprintable():
+        raise InputError("refused", "by the command", err)
+    if code != 0:
+        raise Wrong(f"exit code {code}: {err[-300:]}")
+    strange = [line for line in (out + err).splitlines() if not line.isprintable()]
+    if strange:
+        raise Wrong(f"it printed {strange[0]!a}")
+    if any(path.read_bytes() != content for path, content in before.items()):
+        raise Wrong("it changed a file that was there")
+    if words[0] == "recover":
+        truth, found = load_file(sound / "models" / "base" / "model.safetensors"), read_all(folder / "out")
+        for name, tensor in found.items():
+            if not torch.allclose(tensor.double(), truth[name].double(), atol=1e-4, rtol=1e-4):
+                raise Wrong(f"{name!r} is not the base's")
+
+
 def run_command(*words: str) -> tuple[int, str, str]:
     """Exit code and output of the command, in this process."""
     out, err = io.StringIO(), io.StringIO()
@@ -546,6 +609,7 @@ TARGETS = {
         Target("adapter", make_adapter, mutate_adapter, read_adapter),
         Target("lora", make_lora, mutate_lora, read_lora),
         Target("pack", make_pack, mutate_pack, read_pack),
+        Target("commands", make_commands, mutate_commands, read_commands),
         Target("names", lambda to: plain_family(to / "models"), mutate_names, read_names),
     )
 }

@@ -14,7 +14,7 @@ from tests.fuzzing.mutation import mutated_bytes, mutated_json, to_json
 from tests.fuzzing.runner import Target, Wrong, fuzz
 from tests.fuzzing.targets import TARGETS
 
-MUTATIONS = {"config": 15, "names": 4, "lora": 30}
+MUTATIONS = {"config": 15, "names": 4, "commands": 6, "lora": 30}
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
