@@ -6,6 +6,7 @@ import pytest
 import zstandard
 
 from detune.checkpoints.places import Places, from_out
+from tests.bench.tiny_models import save_bert
 from tests.command import run_command
 from tests.families import Fine, plain_family, tree
 
@@ -69,6 +70,7 @@ def texts(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_no_file_that_may_be_published_names_the_home(fine, where, tmp_path, monkeypatch, capsys) -> None:
     out = (fine.base.parents[1] if where == "inside" else tmp_path) / "made"
+    save_bert(fine.base.parent / "bert", ["a"])
     merged = f"{out / 'base'}+{out / 'loras' / 'model-0'}"
     audited = [merged, *fine.models[1:], "--base", fine.base, "--weights-only"]
     commands = [
@@ -79,13 +81,14 @@ def test_no_file_that_may_be_published_names_the_home(fine, where, tmp_path, mon
         ["audit", *fine.models, f"--html={out / 'page.html'}", "--weights-only"],
         ["pack", *fine.models, "--base", fine.base, "--out", out / "models.pack"],
         ["defend", "bf16", fine.models[0], out / "release"],
+        ["defend", "frozen-a", fine.base.parent / "bert", out / "start", "--rank", "4"],
     ]
     for words in commands:
         ran = run_command(monkeypatch, capsys, *words)
         assert ran.code == 0, ran.err
     written = texts(out)
     assert {name.partition("/")[0] for name in written} == {
-        *("base", "loras", "extracted", "of-the-base", "audit", "page.html", "models.pack", "release"),
+        *("base", "loras", "extracted", "of-the-base", "audit", "page.html", "models.pack", "release", "start"),
     }
     for name, data in written.items():
         assert b"home-of-ada" not in data, name

@@ -69,6 +69,12 @@ def test_no_such_layers(bert, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_rank_beyond_the_layer_is_refused(bert, tmp_path):
+    with pytest.raises(InputError, match=r"no 4000 orthonormal rows fit .*query.* expected at least the rank; give"):
+        FrozenA(rank=4000).start(bert, tmp_path / "adapter", seed=0)
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_it_overwrites_nothing(bert, start):
     with pytest.raises(OutputError, match="exists"):
         FrozenA().start(bert, start, 0)

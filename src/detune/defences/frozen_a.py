@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detune._runtime import needs_extra, quiet, seeded
-from detune.checkpoints import load_pretrained, new_directory
+from detune.checkpoints import from_out, load_pretrained, new_directory
 from detune.errors import InputError, reason_of
 
 if TYPE_CHECKING:
@@ -77,8 +77,17 @@ class FrozenA:
             generator = torch.Generator().manual_seed(seed)
             for name, parameter in model.named_parameters():
                 if ".lora_A." in name:
+                    if parameter.shape[0] > parameter.shape[1]:
+                        raise InputError(
+                            f"no {parameter.shape[0]} orthonormal rows fit {name.partition('.lora_A.')[0]!r} of {base}",
+                            f"it takes {parameter.shape[1]} inputs, expected at least the rank",
+                            f"give --rank {parameter.shape[1]} or less",
+                        )
                     parameter.data.copy_(_orthonormal_rows(parameter.shape[0], parameter.shape[1], generator))
-            model.save_pretrained(str(partial))
+            # Named as in every adapter that may be given away; PEFT would look the name up on the Hub otherwise.
+            place = from_out(base, out.expanduser().resolve())
+            model.peft_config["default"].base_model_name_or_path = place
+            model.save_pretrained(str(partial), save_embedding_layers=False)
             # A card without content, but with the base's place on this machine.
             (partial / "README.md").unlink(missing_ok=True)
         return out

@@ -1,5 +1,6 @@
 """The leaderboard's page: `docs/leaderboard.md`, where the part between two marks is made of the entries."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def _sections(entries: Mapping[Path, Entry], folder: Path) -> Iterator[str]:
             [
                 (
                     str(rank or "–"),
-                    link(entry.name, file.relative_to(folder).as_posix()),
+                    link(entry.name, Path(os.path.relpath(file, folder)).as_posix()),
                     str(entry.models),
                     entry.worst_attack,
                     f"{entry.w_errors[entry.worst_attack]:.2f}",
