@@ -131,9 +131,17 @@ def test_an_index_with_metadata_of_the_wrong_kind(tmp_path: Path, metadata: Any)
         open_checkpoint(tmp_path)
 
 
+def test_a_pipe_for_a_model(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors is neither a file nor a directory; expected a model"):
+        open_checkpoint(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"holds no weights"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_path_that_no_system_takes() -> None:
     with pytest.raises(InputError, match=r"cannot read x+; File name too long"):
-        open_checkpoint("x" * 5000)
+        open_checkpoint("x" * 300)
 
 
 def test_a_directory_without_permission(bert_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

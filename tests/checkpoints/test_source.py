@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from detune.checkpoints import open_checkpoint
-from detune.checkpoints.headers import DTYPES
+from detune.checkpoints.entries import DTYPES
 from detune.checkpoints.layout import pick_weights
 from detune.errors import DetuneError, InputError
 

@@ -130,7 +130,7 @@ def mutate_torch(draw: Random, folder: Path) -> None:
 
 
 def read_torch(folder: Path, _: Path) -> None:
-    """What torch reads too must be the same. It checks sums of all bytes, and so refuses some that are read here."""
+    """Tensors that torch reads too must be the same; it also checks records that nothing here depends on."""
     (path,) = folder.iterdir()
     found = read_all(path)
     try:
@@ -146,7 +146,7 @@ def read_torch(folder: Path, _: Path) -> None:
 
 
 def training() -> dict[str, Any]:
-    """What a training run saves."""
+    """A training run's checkpoint."""
     moments = {number: {"step": 3, "exp_avg": tensor.float()} for number, tensor in enumerate(state().values())}
     optimizer = {"state": moments, "param_groups": [{"lr": 1e-3, "params": list(moments)}]}
     return {"epoch": 3, "state_dict": state(), "optimizer_states": [optimizer], "loops": {"fit": {"done": True}}}

@@ -30,7 +30,7 @@ def test_nothing_is_found(target: Target) -> None:
 
 
 def outcomes(read: Any, tmp_path: Path) -> list[str]:
-    """What becomes of one file that is read so."""
+    """The findings of one file that is read so."""
     target = Target("x", lambda to: (to / "a").write_text("a"), lambda draw, to: None, lambda work, sound: read())
     _, findings = fuzz(target, range(1), seed=0)
     return [finding.what for finding in findings]

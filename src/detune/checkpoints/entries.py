@@ -78,7 +78,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a weight file says about itself.
+    """A weight file's table of contents.
 
     Attributes:
         entries: The tensors in the order of their offsets.

@@ -6,23 +6,13 @@ Every format ends in the same table of `Entry`, so that everything after this mo
 from pathlib import Path, PurePosixPath
 
 from detune.checkpoints.blocks import open_regular
-from detune.checkpoints.entries import DTYPES, Entry, Header
+from detune.checkpoints.entries import Header
 from detune.checkpoints.gguf_header import GGUF_SUFFIX, read_gguf
-from detune.checkpoints.safetensors_file import encode_safetensors_header, parse_safetensors, read_safetensors
+from detune.checkpoints.safetensors_file import read_safetensors
 from detune.checkpoints.torch_archive import read_torch_archive
 from detune.errors import parsing
 
-__all__ = [
-    "DTYPES",
-    "GGUF_SUFFIX",
-    "PICKLE_SUFFIXES",
-    "Entry",
-    "Header",
-    "encode_safetensors_header",
-    "parse_safetensors",
-    "read_header",
-    "safetensors_name",
-]
+__all__ = ["PICKLE_SUFFIXES", "read_header", "safetensors_name"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 

@@ -298,7 +298,7 @@ def _stored_alpha(adapter: Checkpoint, file: Path, module: str, stored: str | No
 
 @dataclass(frozen=True)
 class _Scaling:
-    """What a LoraConfig says of the size of the updates.
+    """The part of a LoraConfig that sets the size of the updates.
 
     Attributes:
         ranks: r by module.

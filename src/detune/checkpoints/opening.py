@@ -8,7 +8,8 @@ import torch
 from detune.checkpoints.adapters import MergedCheckpoint
 from detune.checkpoints.excerpt import Excerpt
 from detune.checkpoints.gguf_file import with_gguf_names
-from detune.checkpoints.headers import GGUF_SUFFIX, PICKLE_SUFFIXES
+from detune.checkpoints.gguf_header import GGUF_SUFFIX
+from detune.checkpoints.headers import PICKLE_SUFFIXES
 from detune.checkpoints.hub import cached_snapshot, find_repository, is_on_hub, locate
 from detune.checkpoints.layout import component_dirs, pick_weights, weight_map
 from detune.checkpoints.lora import open_lora
@@ -69,6 +70,8 @@ def _open(text: str, merge_dtype: torch.dtype | None) -> Checkpoint:
                 "give a weight file or the model's directory",
             )
         return _as_meant(Checkpoint(text, LocalFiles(path.parent), [path.name], single_file=True))
+    if not path.is_dir():
+        raise InputError(f"{path} is neither a file nor a directory", "expected a model", "give one that is on a disk")
     return _open_directory(text, LocalFiles(path))
 
 

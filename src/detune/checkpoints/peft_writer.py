@@ -21,8 +21,9 @@ from torch import Tensor
 
 from detune.checkpoints.adapters import merge
 from detune.checkpoints.blocks import memory_of
-from detune.checkpoints.headers import Entry, encode_safetensors_header
+from detune.checkpoints.entries import Entry
 from detune.checkpoints.modules import Kind, Place
+from detune.checkpoints.safetensors_file import encode_safetensors_header
 
 __all__ = ["PeftLayer", "PeftPlaces", "PeftWriter", "pack_layers", "peft_layer", "unpack_layers"]
 

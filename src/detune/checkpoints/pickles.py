@@ -241,7 +241,7 @@ def _storage(place: Any) -> Storage:
 
 
 def _called(function: str, arguments: Any) -> Any:
-    """What a call would give, as far as that is data."""
+    """Give the data that a call stands for, or a `Foreign`."""
     match function, arguments:
         case (
             "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2",

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from detune.checkpoints.headers import Header, parse_safetensors
+from detune.checkpoints.entries import Header
 from detune.checkpoints.hub import Repository
+from detune.checkpoints.safetensors_file import parse_safetensors
 from detune.checkpoints.storage import Part
 from detune.errors import InputError, reason_of
 

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 
 from detune.checkpoints.blocks import copy_block, memory_of, new_block
-from detune.checkpoints.headers import Entry
+from detune.checkpoints.entries import Entry
 from detune.checkpoints.side_files import side_files
 from detune.checkpoints.storage import Part, Storage
 from detune.errors import InputError

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from detune.checkpoints.blocks import file_hash, read_into
-from detune.checkpoints.headers import Header, read_header
+from detune.checkpoints.entries import Header
+from detune.checkpoints.headers import read_header
 
 __all__ = ["LocalFiles", "Part", "Storage"]
 

@@ -64,13 +64,13 @@ def read_torch_archive(path: Path, file: IO[bytes]) -> Header:
     state, records = _read_zip(path, file) if is_zip else _read_legacy(path, file)
     if not isinstance(state, dict):
         kind = state.what if isinstance(state, Foreign) else type(state).__name__
-        raise InputError(f"{path} is not a table of tensors", f"got {kind}", _RESAVE)
+        raise InputError(f"{path} is not a table of tensors", f"got {kind}", "save the state dict of the model")
     entries = [_entry(path, name, value, records) for name, value in state_dict(path, state).items()]
     return Header(tuple(sorted(entries, key=lambda entry: entry.offset)), {}, None)
 
 
 def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, _Record]]:
-    """What was saved, and where its storages lie."""
+    """Read the pickle of a zip, and place its storages by their keys."""
     records = _records(path, file)
     order = _content(file, records["byteorder"]) if "byteorder" in records else b"little"
     if order != b"little":
@@ -85,7 +85,7 @@ def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, _Record]]:
 
 
 def _read_legacy(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, _Record]]:
-    """The same of a file of the time before zips."""
+    """Read the pickles of a file of the time before zips, and place its storages by their keys."""
     file.seek(0)
     # The pickles come first, and ask for no more than there is.
     stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))

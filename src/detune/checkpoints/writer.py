@@ -26,9 +26,11 @@ import torch
 from detune.checkpoints.atomic import new_directory, reported, sync
 from detune.checkpoints.blocks import memory_of, round_to
 from detune.checkpoints.data_file import DataFile, Read
-from detune.checkpoints.headers import Entry, encode_safetensors_header, safetensors_name
+from detune.checkpoints.entries import Entry
+from detune.checkpoints.headers import safetensors_name
 from detune.checkpoints.layout import read_json
 from detune.checkpoints.paths import inside
+from detune.checkpoints.safetensors_file import encode_safetensors_header
 from detune.checkpoints.side_files import read_side_file
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.target import Target

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from detune.checkpoints import Checkpoint, MergedCheckpoint
-from detune.checkpoints.headers import Entry, read_header
+from detune.checkpoints.entries import Entry
+from detune.checkpoints.headers import read_header
 from detune.checkpoints.side_files import require_own
 from detune.errors import InputError
 from detune.packing.manifest import Span
