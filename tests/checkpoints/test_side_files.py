@@ -148,18 +148,18 @@ def test_links_in_the_model_and_into_the_cache_of_the_hub_are_followed(model: Pa
 @pytest.mark.parametrize("name", ["vocab.txt", "chat_template.jinja"])
 def test_pipes_devices_and_giants_are_refused(model: Path, tmp_path: Path, name: str) -> None:
     os.mkfifo(model / name)
-    with pytest.raises(InputError, match=rf"{name} is no file of a model; it is a pipe, a device or a socket"):
+    with pytest.raises(InputError, match=rf"{name} is no regular file; expected bytes on a disk"):
         copied(model, tmp_path / "out")
     (model / name).unlink()
     with (model / name).open("wb") as file:
         file.truncate(MAX_SIDE_FILE_BYTES + 1)
-    with pytest.raises(InputError, match=rf"{name} is no file .* it has 268435457 bytes, expected at most 268435456"):
+    with pytest.raises(InputError, match=rf"{name} is too large .* it has 268435457 bytes, expected at most 268435456"):
         copied(model, tmp_path / "out")
     link_to(model / name, Path("nothing"))
     with pytest.raises(InputError, match=rf"cannot read .*{name}; No such file"):
         copied(model, tmp_path / "out")
     link_to(model / name, model / name)
-    with pytest.raises(InputError, match=rf"cannot read .*{name}; "):
+    with pytest.raises(InputError, match=rf"{name} is damaged; RuntimeError: Symlink loop|cannot read .*{name}; "):
         copied(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

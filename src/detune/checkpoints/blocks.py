@@ -67,9 +67,12 @@ def open_regular(path: Path) -> BufferedReader:
         InputError: It is a pipe, a device or a socket, which can keep a reader waiting or never end.
         OSError: It cannot be opened.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise InputError(f"{path} is no regular file", "expected bytes on a disk", "remove it from the model")
-    return path.open("rb")
+    # Without waiting for the other end of a pipe; and what was opened is asked, not what is there now.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise InputError(f"{path} is no regular file", "expected bytes on a disk", "remove it from the model")
 
 
 def file_hash(path: Path) -> str:

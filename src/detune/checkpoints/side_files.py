@@ -6,12 +6,12 @@ of a trainer, and links to anywhere: neither may end in an output that is given 
 
 import os
 import re
-import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from detune.errors import InputError
+from detune.checkpoints.blocks import open_regular
+from detune.errors import InputError, parsing
 
 __all__ = ["MAX_SIDE_FILE_BYTES", "is_side_file", "read_side_file", "require_own", "side_files"]
 
@@ -115,7 +115,7 @@ def require_own(root: Path, relative: Path | str) -> None:
 
 def _opened(root: Path, relative: Path | str, most_bytes: int | None = MAX_SIDE_FILE_BYTES) -> IO[bytes]:
     path = root / relative
-    try:
+    with parsing(path):
         place, real = root.resolve(strict=True), path.resolve(strict=True)
         if not (real.is_relative_to(place) or real.is_relative_to(_blobs(place))):
             raise InputError(
@@ -123,20 +123,16 @@ def _opened(root: Path, relative: Path | str, most_bytes: int | None = MAX_SIDE_
                 f"it leads to {real}, and would be copied into what is made here",
                 "put the file there that it should be, or remove it",
             )
-        # Not through what has been put in its place meanwhile; and no waiting for the other end of a pipe.
-        file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    except (OSError, RuntimeError) as error:  # links that go round
-        reason = str(getattr(error, "strerror", None) or error)
-        raise InputError(f"cannot read {path}", reason, "copy or download it again") from error
-    status = os.fstat(file.fileno())
-    is_regular = stat.S_ISREG(status.st_mode)
-    if is_regular and (most_bytes is None or status.st_size <= most_bytes):
-        return file
-    file.close()
-    found, expected = "it is a pipe, a device or a socket", "a regular file"
-    if is_regular:
-        found, expected = f"it has {status.st_size} bytes", f"at most {most_bytes}"
-    raise InputError(f"{path} is no file of a model", f"{found}, expected {expected}", "do not trust this model")
+        file = open_regular(real)
+        size_bytes = os.fstat(file.fileno()).st_size
+    if most_bytes is not None and size_bytes > most_bytes:
+        file.close()
+        raise InputError(
+            f"{path} is too large to be what it is called",
+            f"it has {size_bytes} bytes, expected at most {most_bytes}",
+            "do not trust this model",
+        )
+    return file
 
 
 def _blobs(place: Path) -> Path:
