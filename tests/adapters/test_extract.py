@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -280,12 +281,27 @@ def test_another_base_is_refused(fine, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_of_other_shapes_or_names_is_refused(fine, tmp_path):
-    edit(fine.base, lambda state: state.update({"layer.1.weight": torch.zeros(3, 4)}))
-    with pytest.raises(InputError, match=r"other shapes; got 'layer.1.weight' \[3, 4\], expected \[80, 64\]"):
-        detune.extract(fine.models, tmp_path / "out", base=fine.base)
-    edit(fine.base, lambda state: state.pop("layer.1.weight"))
-    with pytest.raises(InputError, match=r"base does not fit .*model-0; it lacks 'layer.1.weight'"):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda state: state.update({"layer.1.weight": torch.zeros(3, 4)}),
+            "shape [80, 64] instead of [3, 4], as the base has it",
+        ),
+        (lambda state: state.pop("layer.1.weight"), "the base has no such tensor"),
+    ],
+)
+def test_what_the_base_does_not_have_is_left_out_and_said_to_be(fine, tmp_path, change, reason):
+    edit(fine.base, change)
+    rows = detune.extract(fine.models, tmp_path / "out", base=fine.base).rows
+    left_out = [row for row in rows if row.kept is Kept.LEFT_OUT]
+    assert [(row.name, row.reason) for row in left_out] == [("layer.1.weight", reason)] * 3
+    assert len(rows) == 12
+
+
+def test_a_base_of_another_architecture_is_refused(fine, tmp_path):
+    save_file({f"block.{i}": torch.ones(3) for i in range(4)}, fine.base / "model.safetensors")
+    with pytest.raises(InputError, match=r"model-0 does not fit .*base; 0 of 4 tensors are alike, it lacks 'block\.0'"):
         detune.extract(fine.models, tmp_path / "out", base=fine.base)
 
 

@@ -38,7 +38,7 @@ def reordered(weight: torch.Tensor) -> torch.Tensor:
 
 def selected(models: list[Path], need: int = 3):
     with Models(models) as given:
-        return select(given.models, need)
+        return select(given, need)
 
 
 def test_a_family_is_all_members(fine):
@@ -71,9 +71,10 @@ def test_a_stranger_is_left_out_with_the_reason(fine, change, why, place):
 
 
 def test_too_few_that_fit_is_refused_as_a_misfit(fine):
-    spoil(fine.models[1], lambda weight: weight[:-1].contiguous(), ["embed_tokens.weight"])
+    spoil(fine.models[1], lambda weight: weight[:-1].contiguous(), LAYERS)
     assert selected(list(fine.models)).members == (0, 2, 3)
-    with pytest.raises(InputError, match=r"model-1 has a resized vocabulary; .* 49 rows, .*model-0 has 50"):
+    says = r"model-1 does not fit .*model-0; 3 of 7 tensors are alike, it has 'layer\.0\.weight' with shape \[79, 64\]"
+    with pytest.raises(InputError, match=says):
         selected(list(fine.models[:3]))
 
 

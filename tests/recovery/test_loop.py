@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from detune._runtime import use_threads
-from detune.compatibility.model_set import ModelSet
+from detune.compatibility.model_set import Held, ModelSet
 from detune.recovery import scheduler
 from detune.recovery.loop import Answer, map_tensors
 from detune.recovery.report import Status
@@ -42,24 +42,24 @@ class Stacks:
     """Which stacks are read, and which of them are still in memory."""
 
     def __init__(self, family: ModelSet, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._read = family.stack
+        self._read = family.held
         self._held: list[weakref.ref[Tensor]] = []
         self.begun = [threading.Event() for _ in range(4)]
-        monkeypatch.setattr(family, "stack", self.read)
+        monkeypatch.setattr(family, "held", self.read)
 
-    def read(self, name: str) -> tuple[Tensor, ...]:
-        stack = self._read(name)
-        self._held.append(weakref.ref(stack[0]))
+    def read(self, name: str) -> Held:
+        held = self._read(name)
+        self._held.append(weakref.ref(held.tensors[0]))
         self.begun[int(name.split(".")[1])].set()
-        return stack
+        return held
 
     @property
     def in_memory(self) -> int:
         return sum(held() is not None for held in self._held)
 
 
-def solve_with(act: Callable[[int], None]) -> Callable[[str, tuple[Tensor, ...]], Answer]:
-    def solve(name: str, tensors: tuple[Tensor, ...]) -> Answer:
+def solve_with(act: Callable[[int], None]) -> Callable[[str, Held], Answer]:
+    def solve(name: str, held: Held) -> Answer:
         act(int(name.split(".")[1]))
         return ANSWER
 

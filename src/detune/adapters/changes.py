@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detune.adapters.fit import fit_adapter
 from detune.checkpoints import Checkpoint, PeftLayer, PeftPlaces, find_places, peft_layer
-from detune.compatibility.model_set import damaged
+from detune.compatibility.model_set import Held, ModelSet, damaged
 from detune.metrics import bit_identical, ulps
 from detune.problem import LowRank, NonFinite, NotLowRank
 from detune.problem.stack import matricise
@@ -99,7 +99,7 @@ class ChangeFitter:
     """Finds what tensors become in adapters.
 
     Args:
-        models: The fine-tuned models.
+        family: The fine-tuned models.
         base: What the adapters will be loaded onto.
         rank: The most that an adapter's rank can be; None finds it.
         device: Where to compute; None is the CPU.
@@ -107,26 +107,25 @@ class ChangeFitter:
 
     def __init__(
         self,
-        models: Sequence[Checkpoint],
+        family: ModelSet,
         base: str,
         rank: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self._specs = tuple(model.spec for model in models)
+        self._specs = tuple(model.spec for model in family.models)
         self._names = adapter_names(self._specs)
-        # All models have the layout of the first.
-        self._places = PlacesOf(models[0])
+        self._places = PlacesOf(family.reference)
         self._base = base
         self._rank = rank
         self._device = device
 
-    def fit(self, name: str, base: Tensor, tensors: Sequence[Tensor]) -> tuple[AdapterChange, ...]:
+    def fit(self, name: str, base: Tensor, held: Held) -> tuple[AdapterChange, ...]:
         """Find what one tensor becomes.
 
         Args:
             name: Its qualified name.
             base: The base's, as stored.
-            tensors: Each model's, as stored, in the same shape.
+            held: What the models hold of it.
 
         Returns:
             A change for each model whose tensor is not the base's.
@@ -136,7 +135,7 @@ class ChangeFitter:
         """
         return tuple(
             self._change(i, name, base, tensor)
-            for i, tensor in enumerate(tensors)
+            for i, tensor in zip(held.models, held.tensors, strict=True)
             if tensor.dtype != base.dtype or bit_identical(base, tensor) < 1
         )
 

@@ -6,16 +6,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from detune._runtime import versions
 from detune.adapters.changes import AdapterChange, AdapterRow, ChangeFitter, Kept, PlacesOf, adapter_names
-from detune.checkpoints import Checkpoint, Kind, PeftWriter, Places, from_out, inside, new_directory, open_checkpoint
+from detune.checkpoints import (
+    Checkpoint,
+    Kind,
+    PeftWriter,
+    Places,
+    from_out,
+    inside,
+    new_directory,
+    open_checkpoint,
+    raw,
+)
 from detune.compatibility.groups import STRANGER, group_by_base, why_foreign
-from detune.compatibility.model_set import ModelSet, incompatibility, is_shared
+from detune.compatibility.model_set import ModelSet
+from detune.compatibility.shared import is_shared
+from detune.compatibility.views import Fit
 from detune.errors import InputError, OutputError
 
 
@@ -99,15 +113,18 @@ def extract(
         >>> extraction = extract(["ft-a", "ft-b"], "adapters", base="recovered")  # doctest: +SKIP
         >>> PeftModel.from_pretrained(model, "adapters/ft-a")  # doctest: +SKIP
     """
-    with open_checkpoint(base) as opened, ModelSet(models) as family:
-        require_base(opened, family.models)
-        fitter = ChangeFitter(family.models, _reference(base), rank, device)
-        with extracting(family.models, out, base=_reference(base)) as extractor:
+    with open_checkpoint(base) as opened, ModelSet(models, like=opened) as family:
+        require_base(family.reference, family.models)
+        fitter = ChangeFitter(family, _reference(base), rank, device)
+        with extracting(family, out, base=_reference(base)) as extractor:
             for name in family.names:
                 if on_tensor:
                     on_tensor(name, None)
-                if not is_shared((opened, *family.models), name):
-                    extractor.add(name, fitter.fit(name, opened.read(name), family.stack(name)))
+                holders = [family.models[i] for i in family.holders(name)]
+                if holders and not is_shared((family.reference, *holders), name):
+                    extractor.add(name, fitter.fit(name, family.reference.read(name), family.held(name)))
+            for i, fit in enumerate(family.alignment.fits[: family.n]):
+                extractor.leave_out(i, fit)
             extraction = extractor.finish()
             if not any(row.kept is Kept.LORA for row in extraction.rows):
                 raise InputError(
@@ -119,19 +136,18 @@ def extract(
 
 
 def require_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    """Refuse a base that lacks a tensor of the models, or from which one of them differs at full rank.
+    """Refuse a base from which a model differs at full rank.
 
-    It may have more: buffers that later versions of a library no longer save, a head that was dropped.
+    Args:
+        base: By the names of the models; it may have more tensors than they, or fewer.
+        models: The models.
 
     Raises:
         InputError: It is not the base of a model.
     """
     for model in models:
         pair = (base, model)
-        why = incompatibility(model, base)
-        if why is not None and not all(fits(base, model, name) for name in model.tensors):
-            raise why
-        found = group_by_base(pair, tuple(model.tensors))
+        found = group_by_base(pair, [name for name in model.tensors if name in base.tensors])
         if len(found.groups) == 1:
             continue
         foreign = found.foreign(1, (0,))
@@ -144,19 +160,9 @@ def require_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
         )
 
 
-def fits(base: Checkpoint, model: Checkpoint, name: str) -> bool:
-    """Whether the base has a model's tensor in its shape, floats for floats."""
-    info, expected = base.tensors.get(name), model.tensors[name]
-    return (
-        info is not None
-        and info.shape == expected.shape
-        and info.dtype.is_floating_point == expected.dtype.is_floating_point
-    )
-
-
 @contextmanager
 def extracting(
-    models: Sequence[Checkpoint],
+    family: ModelSet,
     out: str | Path,
     *,
     base: str,
@@ -164,7 +170,7 @@ def extracting(
     """Make `out` with an adapter for each model, when the block ends normally.
 
     Args:
-        models: The fine-tuned models; the first tells what the tensors are.
+        family: The fine-tuned models.
         out: The directory to make.
         base: What the adapters will be loaded onto.
 
@@ -178,19 +184,20 @@ def extracting(
     if target.is_relative_to(base):
         raise OutputError(f"{out} lies inside the base", f"got {base}", "write the adapters beside it")
     with new_directory(out) as partial:
-        yield Extractor(models, partial, base, target)
+        yield Extractor(family, partial, base, target)
 
 
 class Extractor:
     """Takes what a family's tensors become in adapters, and writes an adapter for each model. Made by `extracting`."""
 
-    def __init__(self, models: Sequence[Checkpoint], directory: Path, base: str, out: Path) -> None:
-        self._models = tuple(models)
-        self._names = adapter_names([model.spec for model in models])
+    def __init__(self, family: ModelSet, directory: Path, base: str, out: Path) -> None:
+        self._models = family.models
+        self._reference = family.reference
+        self._names = adapter_names([model.spec for model in family.models])
         self._directory = directory
         self._base = base
         self._out = out
-        self._places = PlacesOf(models[0])
+        self._places = PlacesOf(family.reference)
         self._writers: dict[tuple[int, str], PeftWriter] = {}
         self._rows: list[AdapterRow] = []
         # What is kept whole, as it would stand if PEFT cannot take it after all.
@@ -218,27 +225,47 @@ class Extractor:
                 self._as_base[row.model, name] = change.as_base
             self._rows.append(row)
 
+    def leave_out(self, model: int, fit: Fit | None) -> None:
+        """Report what a model has that the base has not, or has otherwise.
+
+        Args:
+            model: The model's place.
+            fit: How it fits the base.
+        """
+        if fit is None:
+            return
+        reasons = dict.fromkeys(fit.extra, "the base has no such tensor")
+        reasons |= {fit.names[name]: f"{why}, as the base has it" for name, why in fit.unlike.items()}
+        whole = raw(self._models[model])
+        for name, reason in reasons.items():
+            shape = whole.tensors[name].shape
+            self._rows.append(AdapterRow(self._names[model], name, shape, Kept.LEFT_OUT, 0, 0.0, 0, 0.0, reason))
+
     def finish(self) -> Extraction:
         """Complete the adapters, and report."""
         lost: set[tuple[str, str]] = set()
         for (i, _), writer in self._writers.items():
-            lost |= {(self._names[i], name) for name in writer.finish(self._models[i].read)}
+            lost |= {(self._names[i], name) for name in writer.finish(partial(self._read, i))}
         # Of a lost module the tensors that did not change have no row.
         rows = tuple(self._lose(row) if (row.model, row.name) in lost else row for row in self._rows)
         models = dict(zip(self._names, (model.spec for model in self._models), strict=True))
-        entries = sum(math.prod(info.shape) for info in self._models[0].tensors.values())
+        entries = sum(math.prod(info.shape) for info in self._reference.tensors.values())
         extraction = Extraction(self._base, models, rows, entries, time.perf_counter() - self._started)
         paths = [path for model in self._models for path in model.paths]
         content = Places(self._out, [self._base, *models.values(), *paths]).within(extraction.content)
         (self._directory / "detune.json").write_text(json.dumps(content, indent=1) + "\n")
         return extraction
 
+    def _read(self, model: int, name: str) -> Tensor:
+        """A tensor of a model, or of the layout where the model does not have it."""
+        return (self._models[model] if name in self._models[model].tensors else self._reference).read(name)
+
     def _lose(self, row: AdapterRow) -> AdapterRow:
         reason = "PEFT would mistake its module for one with a LoRA, or has no LoRA to load it with"
         return replace(self._as_base[row.model, row.name], reason=reason)
 
     def _writer(self, i: int, name: str) -> PeftWriter:
-        component = self._models[0].tensors[name].component
+        component = self._reference.tensors[name].component
         if (i, component) not in self._writers:
             directory = inside(self._directory, PurePosixPath(self._names[i], component))
             base = f"{self._base}/{component}".rstrip("/")

@@ -8,13 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from detune._runtime import needs_extra
-from detune.adapters.extract import fits
 from detune.attacks.denoise import is_white, noise_size
 from detune.attacks.frames import find_actions
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
-from detune.compatibility.groups import BaseGroups, best_reference, group_by_base, why_foreign, why_left_out
+from detune.compatibility.groups import BaseGroups, group_by_base, group_fitting, why_foreign, why_left_out
 from detune.compatibility.mismatch import Cause, find_mismatch
-from detune.compatibility.model_set import incompatibility
+from detune.compatibility.views import align
 from detune.errors import InputError
 from detune.problem.stack import matricise
 from detune.symmetries import Action, Actions, act, read_layers
@@ -180,13 +179,13 @@ def base_in_frame(base: Checkpoint, first: Checkpoint, folder: Path, opened: Exi
 def _grouped(models: tuple[Checkpoint, ...]) -> Members:
     if len(models) == 1:
         return Members(models, (0,))
-    reference, fitting = best_reference(models)
-    incompatible = {i: incompatibility(models[reference], models[i]) for i in range(len(models)) if i not in fitting}
-    if len(fitting) == 1:
-        raise next(why for why in incompatible.values() if why is not None)
-    found = group_by_base([models[i] for i in fitting]).placed(fitting)
-    reasons = [(i, str(why)) for i, why in incompatible.items()]
-    reasons += [(i, why_left_out(models, found, i)) for group in found.groups[1:] for i in group]
+    alignment = align(models)
+    if len(alignment.fitting) == 1:
+        raise next(iter(alignment.misfits.values()))
+    models = alignment.shown(models)
+    found = group_fitting(models, alignment)
+    reasons = [(i, str(why)) for i, why in alignment.misfits.items()]
+    reasons += [(i, why_left_out(models, found, i)) for members in found.groups[1:] for i in members]
     return Members(models, found.groups[0], found, tuple(reasons))
 
 
@@ -228,12 +227,10 @@ def _disagreement(found: BaseGroups) -> float:
 
 
 def _require_fit(base: Checkpoint, model: Checkpoint) -> None:
-    unfit = next((name for name in model.tensors if not fits(base, model, name)), None)
+    unfit = next((name for name in model.tensors if name not in base.tensors), None)
     if unfit is not None:
-        info = base.tensors.get(unfit)
         raise InputError(
             f"{base.spec} is not the base of {model.spec}",
-            f"tensor {unfit!r} is {'missing' if info is None else list(info.shape)}, "
-            f"expected {list(model.tensors[unfit].shape)}",
+            f"tensor {unfit!r} is missing, expected {list(model.tensors[unfit].shape)}",
             "give the base that it was fine-tuned from",
         )

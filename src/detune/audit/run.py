@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
 
 from detune._runtime import command_line, versions
 from detune.audit.assumptions import ASSUMPTIONS, Evidence, check_assumptions
@@ -20,7 +19,8 @@ from detune.audit.record import AuditReport, Behaviour, Invocation, ModelEntry, 
 from detune.audit.spectra import spectrum
 from detune.audit.trial import Trial
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
-from detune.compatibility.model_set import Models, ModelSet, damaged, is_shared
+from detune.compatibility.model_set import Held, Models, ModelSet, damaged
+from detune.compatibility.shared import is_shared
 from detune.errors import InputError
 from detune.problem import Solver
 from detune.recovery.api import make_solver
@@ -83,7 +83,8 @@ def audit(
         members = find_members(given.models, folder, opened)
         family = opened.enter_context(ModelSet(members.used))
         trial = Trial(solver, rank, device, members.turned, members.noisy)
-        truth = None if given_base is None else base_in_frame(given_base, family.models[0], folder, opened)
+        viewed = None if given_base is None else family.view(given_base)
+        truth = None if viewed is None else base_in_frame(viewed, family.models[0], folder, opened)
         judge = None if weights_only else Judge(family.models[0], truth, Path(inputs) if inputs is not None else None)
         recovered = folder / "recovered" if judge is not None and judge.is_ready else None
         tensors, unchanged = _try_all(family, truth, trial, recovered, on_tensor)
@@ -97,7 +98,7 @@ def audit(
         )
         base_entry = None
         if given_base is not None:
-            moved = truth is not given_base
+            moved = truth is not viewed
             base_entry = ModelEntry(spec=given_base.spec, sha256=given_base.hashes(), realigned=moved)
         behaviour = Behaviour(note="not run: the weights alone were asked for" if judge is None else judge.note)
         if judge is not None and recovered is not None:
@@ -141,16 +142,29 @@ def _try_all(
     with ExitStack() as opened:
         writer = None
         if recovered is not None:
-            writer = opened.enter_context(CheckpointWriter(family.models[0], recovered))
+            writer = opened.enter_context(CheckpointWriter(family.layout, recovered, parts=family.parts))
 
         def keep(name: str) -> None:
             same.append(name)
-            if base is not None and not is_shared((base, family.models[0]), name):
+            models = [family.models[i] for i in family.holders(name)[:1]]
+            if base is not None and models and not is_shared((base, *models), name):
                 differing.add(name)
-            if writer is not None:
-                writer.copy(name)
+            copy(name)
 
-        def attempt(name: str, tensors: tuple[Tensor, ...]) -> Answer:
+        def copy(name: str) -> None:
+            if writer is not None:
+                original = family.original(name)
+                if original is None:
+                    writer.copy(name)
+                else:
+                    writer.write(name, original.read(name))
+
+        def attempt(name: str, held: Held) -> Answer:
+            tensors = held.tensors
+            if len(tensors) < family.n:
+                # Which release was the one too many cannot be said of what some do not have.
+                copy(name)
+                return Answer(Status.NOT_DETERMINED, "single", "not in all releases")
             truth = base.read(name) if base is not None else None
             if truth is not None and truth.is_floating_point() and not bool(torch.isfinite(truth).all()):
                 raise damaged(name, base.spec if base is not None else "")
@@ -162,7 +176,7 @@ def _try_all(
             ):
                 keep(name)
                 return Answer(Status.SHARED, "copy", "as the base has it")
-            tried = trial.run(name, place_of[name], tensors, truth)
+            tried = trial.run(name, place_of[name], held, truth)
             found[name] = tried.entry
             if writer is not None:
                 writer.write(name, tried.weight)

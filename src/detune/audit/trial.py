@@ -14,6 +14,7 @@ from detune.attacks.denoise import best_split, with_measured_noise
 from detune.audit.members import ENOUGH
 from detune.audit.naming import Place
 from detune.audit.record import Outcome, TensorEntry
+from detune.compatibility.model_set import Held
 from detune.lattice import HALVES
 from detune.methods import Auto, Lattice, Mean, Single
 from detune.metrics import bit_identical
@@ -68,7 +69,7 @@ class Trial:
     turned: bool = False
     noisy: bool = False
 
-    def run(self, name: str, place: Place, tensors: Sequence[Tensor], truth: Tensor | None) -> Tried:
+    def run(self, name: str, place: Place, held: Held, truth: Tensor | None) -> Tried:
         """Recover a tensor from the first release, from the first two, and so on.
 
         All of them come first: what they show of the deltas tells whether fewer have to be tried at all.
@@ -76,14 +77,15 @@ class Trial:
         Args:
             name: Its qualified name.
             place: Where it lies in the model.
-            tensors: Of every release, as stored.
+            held: What every release holds of it.
             truth: The base's; None where that is not given.
         """
+        tensors = held.tensors
         figures = _Figures.of(tensors, truth)
         outcomes = []
         for k in range(len(tensors), 0, -1):
             began = time.perf_counter()
-            found, guess = self._solve(tensors[:k], figures)
+            found, guess = self._solve(Held(tensors[:k], held.models[:k], held.noise[:k]), figures)
             if k == len(tensors):
                 answer, weight = found, guess
                 if truth is None and answer.status in SURE:
@@ -103,8 +105,9 @@ class Trial:
         )
         return Tried(answer, weight, entry)
 
-    def _solve(self, tensors: Sequence[Tensor], figures: "_Figures") -> tuple[Answer, Tensor]:
+    def _solve(self, held: Held, figures: "_Figures") -> tuple[Answer, Tensor]:
         """The answer, and the values as they would be stored."""
+        tensors = held.tensors
         n = len(tensors)
         if n > 1 and all(_same(tensors[0], tensor) for tensor in tensors[1:]):
             return Answer(Status.SHARED, "copy", f"identical in {n} releases"), tensors[0]
@@ -117,7 +120,7 @@ class Trial:
         solver = self.solver if n >= max(ENOUGH, self.solver.min_models) else Lattice()
         if self.turned or self.noisy:
             solver = AboveMeasuredNoise(solver, added=self.noisy)
-        answer, weight = solve_tensor(tuple(tensors), solver, self.rank, self.device)
+        answer, weight = solve_tensor(held, solver, self.rank, self.device)
         return answer, _stored(weight, tensors[0])
 
     def _average(self, tensors: Sequence[Tensor], reason: str) -> tuple[Answer, Tensor]:

@@ -19,6 +19,7 @@ from detune.checkpoints.paths import inside
 from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, pack_layers, peft_layer, unpack_layers
 from detune.checkpoints.places import Places, from_out
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
+from detune.checkpoints.quantised import Decoded
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.target import Target, require_outside
 from detune.checkpoints.unmerged import Unmerged
@@ -29,6 +30,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointFiles",
     "CheckpointWriter",
+    "Decoded",
     "Excerpt",
     "Kind",
     "Landing",

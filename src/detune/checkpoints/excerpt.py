@@ -61,6 +61,11 @@ class Excerpt(Checkpoint):
         """What on disk belongs to this model and must not be overwritten."""
         return self.whole.paths
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """See `Checkpoint.places`."""
+        return self.whole.places
+
     def read(self, name: str) -> torch.Tensor:
         """Read some rows of a matrix, and all of anything else.
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 
 from detune.checkpoints.blocks import copy_block, memory_of
+from detune.checkpoints.excerpt import Excerpt
 from detune.checkpoints.source import Checkpoint, TensorInfo
 
 __all__ = ["Part", "View", "raw"]
@@ -82,6 +83,11 @@ class View(Checkpoint):
     def paths(self) -> tuple[Path, ...]:
         """What on disk belongs to this model and must not be overwritten."""
         return self.model.paths
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """See `Checkpoint.places`."""
+        return self.model.places
 
     def read(self, name: str) -> torch.Tensor:
         """Read a part; see `Checkpoint.read`."""
@@ -158,5 +164,7 @@ class View(Checkpoint):
 
 
 def raw(model: Checkpoint) -> Checkpoint:
-    """The model that a view shows; itself where it is none."""
+    """The model that a view or an excerpt shows; itself where it is neither."""
+    if isinstance(model, Excerpt):
+        return raw(model.whole)
     return raw(model.model) if isinstance(model, View) else model

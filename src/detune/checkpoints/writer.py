@@ -332,6 +332,7 @@ class CheckpointWriter:
         like: The checkpoint whose layout the output takes.
         out: The directory to make.
         dtype: Store every float tensor in this dtype instead of `like`'s.
+        parts: See `CheckpointFiles`.
 
     Raises:
         OutputError: `out` may not be written, or two weight files would have one name.
@@ -348,8 +349,10 @@ class CheckpointWriter:
         out: Path | str,
         *,
         dtype: torch.dtype | None = None,
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
         self._like = like
+        self._parts = parts
         self._target = Target(Path(out).expanduser().resolve())
         self._dtype = dtype
         self._extra: dict[str, bytes] = {}
@@ -388,7 +391,7 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         with ExitStack() as opened:
             partial = opened.enter_context(new_directory(self._target.out, self._target.check))
-            self._files = CheckpointFiles(self._like, partial, self._dtype)
+            self._files = CheckpointFiles(self._like, partial, self._dtype, parts=self._parts)
             self._target.require_space(self._files.needed_bytes)
             self._files.prepare()
             self._opened = opened.pop_all()
@@ -401,10 +404,11 @@ class CheckpointWriter:
             self._opened.__exit__(kind, error, trace)
             return
         with self._opened:
-            missing = [name for name in self._like.tensors if name not in self._written]
+            names = list(self._like.tensors if self._parts is None else self._parts)
+            missing = [name for name in names if name not in self._written]
             if missing:
                 raise OutputError(
-                    f"{len(missing)} of {len(self._like.tensors)} tensors were never written",
+                    f"{len(missing)} of {len(names)} tensors were never written",
                     f"the first is {missing[0]!r}",
                     "report this",
                 )

@@ -8,15 +8,13 @@ from typing import Literal
 
 import torch
 
-from detune.checkpoints import Checkpoint
-from detune.compatibility.groups import BaseGroups, best_reference, group_by_base, why_left_out
-from detune.compatibility.model_set import Models, is_resized_vocabulary, rows_to_read, some
+from detune.compatibility.groups import BaseGroups, group_fitting, why_left_out
+from detune.compatibility.model_set import Models, rows_to_read
 from detune.compatibility.reading import Reading
+from detune.compatibility.shared import some
 from detune.compatibility.tensor_ranks import ENOUGH, ChangedTensor, ForeignTensor, find_tensor_change
+from detune.compatibility.views import Fit
 from detune.errors import InputError
-
-# A model that has less than half of the tensors is of another architecture.
-SAME_ARCHITECTURE = 1 / 2
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,11 @@ class _Sorted:
     """Models by common source.
 
     Attributes:
-        models: As given.
-        reference: The one whose tensors the others are held against.
-        found: The groups of those that could be compared, with their places among the models given.
+        given: The models.
+        found: The clusters of those that could be compared, with their places among the models given.
     """
 
-    models: Sequence[Checkpoint]
-    reference: Checkpoint
+    given: Models
     found: BaseGroups
 
     @property
@@ -128,93 +124,66 @@ def check_family(
     if len(models) < 2:
         raise InputError(f"{len(models)} model given", "a family has at least two", "add models")
     with Models(models, merge_dtype, rows_to_read(models, rows)) as given:
-        known = _sort(given.models)
-        names = tuple(known.reference.tensors) if len(known.members) > 1 else ()
-        foreign = [row for i in known.members for row in _differences(i, known.models[i], known.reference)]
-        tensors = []
+        known = _Sorted(given, group_fitting(given.models, given.alignment))
+        names = tuple(given.alignment.pieces) if len(known.members) > 1 else ()
+        foreign = [row for i in known.members for row in _unlike(i, given.alignment.fits[i])]
+        tensors, shared = [], 0
         for name in names:
             if on_tensor:
                 on_tensor(name)
-            holders = [i for i in known.members if _has(known.models[i], known.reference, name)]
-            change = find_tensor_change(known.models, known.members, holders, name, device)
+            holders = [i for i in known.members if name in given.models[i].tensors]
+            change = find_tensor_change(given.models, known.members, holders, name, device) if holders else None
             if change is not None:
                 tensors.append(change.tensor)
                 foreign.extend(change.foreign)
+            else:
+                shared += 1
         statuses = tuple(_model_status(i, known, tensors, foreign) for i in range(len(models)))
         reading = given.reading
     suffices, verdict = _verdict(known, tensors)
     looked_at = len(known.found.splits)
-    return FamilyCheck(statuses, tuple(tensors), len(names) - len(tensors), looked_at, suffices, verdict, reading)
+    return FamilyCheck(statuses, tuple(tensors), shared, looked_at, suffices, verdict, reading)
 
 
-def _sort(models: Sequence[Checkpoint]) -> _Sorted:
-    reference = models[best_reference(models)[0]]
-    shares = [sum(_has(model, reference, name) for name in reference.tensors) for model in models]
-    compared = [i for i, share in enumerate(shares) if share >= SAME_ARCHITECTURE * len(reference.tensors)]
-    common = [name for name in reference.tensors if all(_has(models[i], reference, name) for i in compared)]
-    return _Sorted(models, reference, group_by_base([models[i] for i in compared], common).placed(compared))
-
-
-def _has(model: Checkpoint, reference: Checkpoint, name: str) -> bool:
-    """Whether a model's tensor is of the reference's shape and kind."""
-    info, expected = model.tensors.get(name), reference.tensors[name]
-    return (
-        info is not None
-        and info.shape == expected.shape
-        and info.dtype.is_floating_point == expected.dtype.is_floating_point
-    )
-
-
-def _differences(i: int, model: Checkpoint, reference: Checkpoint) -> list[ForeignTensor]:
-    """Tensors by which a model does not fit the others."""
-    rows = [ForeignTensor(i, name, "additional") for name in model.tensors if name not in reference.tensors]
-    for name in reference.tensors:
-        if name not in model.tensors:
-            rows.append(ForeignTensor(i, name, "missing"))
-        elif not _has(model, reference, name):
-            rows.append(ForeignTensor(i, name, _difference(model, reference, name)))
-    return rows
-
-
-def _difference(model: Checkpoint, reference: Checkpoint, name: str) -> str:
-    info, expected = model.tensors[name], reference.tensors[name]
-    if info.shape == expected.shape:
-        return f"{info.dtype} instead of {expected.dtype}: dequantise it"
-    if is_resized_vocabulary(reference, model, name):
-        rows = expected.shape[0]
-        return f"resized vocabulary, {info.shape[0]} rows instead of {rows}: call resize_token_embeddings({rows})"
-    if len(expected.shape) == 2 and info.shape == expected.shape[::-1]:
-        return f"transposed, {list(info.shape)} instead of {list(expected.shape)}: transpose it back"
-    return f"shape {list(info.shape)} instead of {list(expected.shape)}"
+def _unlike(i: int, fit: Fit | None) -> list[ForeignTensor]:
+    """Tensors by which a model differs from the layout."""
+    if fit is None:
+        return []
+    rows = [ForeignTensor(i, name, "additional") for name in fit.extra]
+    rows += [ForeignTensor(i, name, "missing") for name in fit.missing]
+    rows += [
+        ForeignTensor(i, name, f"{count} rows: those that models share count") for name, count in fit.resized.items()
+    ]
+    return rows + [ForeignTensor(i, name, why) for name, why in fit.unlike.items()]
 
 
 def _model_status(
     i: int, known: _Sorted, tensors: Sequence[ChangedTensor], foreign: Sequence[ForeignTensor]
 ) -> ModelStatus:
     """The row of one model."""
-    spec = known.models[i].spec
-    group = next((k for k, places in enumerate(known.found.groups) if i in places), None)
-    if group is None:
-        names = [row.name for row in _differences(i, known.models[i], known.reference)]
-        return ModelStatus(spec, None, False, f"another architecture: other names or shapes in {some(names)}")
+    spec, models = known.given.models[i].spec, known.given.models
+    place = next((k for k, places in enumerate(known.found.groups) if i in places), None)
+    if place is None:
+        return ModelStatus(spec, None, False, f"another architecture: {known.given.alignment.misfits[i]}")
     if not known.members:
-        return ModelStatus(spec, group, False, f"one of {len(known.found.groups[group])} models of one source")
+        return ModelStatus(spec, place, False, f"one of {len(known.found.groups[place])} models of one source")
     if i not in known.members:
-        return ModelStatus(spec, group, False, why_left_out(known.models, known.found, i))
+        return ModelStatus(spec, place, False, why_left_out(models, known.found, i))
     own = tuple(row for row in foreign if row.model == i)
     ranks = [row.ranks[known.members.index(i)] for row in tensors if row.ranks]
     changed = sum(bool(rank) for rank in ranks)
     reason = f"changed {changed} {_matrices(changed)} at low rank"
     if own:
         reason += f"; {len(own)} tensor{'s' * (len(own) > 1)} of its own: {some([row.name for row in own])}"
-    return ModelStatus(spec, group, True, reason, own)
+    return ModelStatus(spec, place, True, reason, own)
 
 
 def _verdict(known: _Sorted, tensors: Sequence[ChangedTensor]) -> tuple[bool, str]:
     """Whether the family suffices, and why, in a sentence."""
-    n, size = len(known.models), len(known.largest[0])
+    models = known.given.models
+    n, size = len(models), len(known.largest[0])
     if not known.members:
-        sources = " and ".join("{" + ", ".join(known.models[i].spec for i in c) + "}" for c in known.largest)
+        sources = " and ".join("{" + ", ".join(models[i].spec for i in c) + "}" for c in known.largest)
         return False, f"{len(known.largest)} sources with {size} model{'s' * (size > 1)} each: {sources}"
     if size < ENOUGH:
         return False, f"{size} of {n} models share a source: recovery needs {ENOUGH}"

@@ -15,7 +15,8 @@ from detune._runtime import use_threads
 from detune.checkpoints import Checkpoint, Excerpt
 from detune.compatibility.low_rank_test import LAST_SAMPLE, SMALLEST, split
 from detune.compatibility.mismatch import Cause, Mismatch, find_mismatch
-from detune.compatibility.model_set import damaged, incompatibility
+from detune.compatibility.model_set import Models, damaged
+from detune.compatibility.views import Alignment
 from detune.errors import InputError
 from detune.problem import NonFinite
 from detune.problem.stack import matricise
@@ -92,11 +93,11 @@ class Selection:
         return next((row.reason for row in self.left_out if row.model == model), None)
 
 
-def select(models: Sequence[Checkpoint], need: int) -> Selection:
+def select(given: Models, need: int) -> Selection:
     """The largest set of models that fit together and share a source.
 
     Args:
-        models: As given.
+        given: The models.
         need: The fewest that are of use.
 
     Returns:
@@ -105,25 +106,30 @@ def select(models: Sequence[Checkpoint], need: int) -> Selection:
     Raises:
         InputError: Fewer than `need` remain, or two sets of equal size do.
     """
-    reference, fitting = best_reference(models)
-    incompatible = {i: incompatibility(models[reference], models[i]) for i in range(len(models)) if i not in fitting}
-    for why in incompatible.values():
-        if why is not None and len(fitting) < need:
+    found = group_fitting(given.models, given.alignment)
+    for why in given.alignment.misfits.values():
+        if sum(map(len, found.groups)) < need:
             raise why
-    found = group_by_base([models[i] for i in fitting]).placed(fitting)
-    _require(models, found, need)
-    left_out = [LeftOut(i, str(why)) for i, why in incompatible.items()]
-    left_out += [LeftOut(i, why_left_out(models, found, i)) for group in found.groups[1:] for i in group]
+    _require(given.models, found, need)
+    left_out = [LeftOut(i, str(why)) for i, why in given.alignment.misfits.items() if i < len(given.models)]
+    left_out += [LeftOut(i, why_left_out(given.models, found, i)) for members in found.groups[1:] for i in members]
     return Selection(found.groups[0], tuple(sorted(left_out, key=lambda row: row.model)))
 
 
-def best_reference(models: Sequence[Checkpoint]) -> tuple[int, tuple[int, ...]]:
-    """The model that most others fit, the first of several, and those that fit it, itself among them."""
-    layouts = [tuple(sorted((name, info.shape) for name, info in model.tensors.items())) for model in models]
-    most = Counter(layouts).most_common(1)[0][0]
-    reference = layouts.index(most)
-    fitting = tuple(i for i, model in enumerate(models) if incompatibility(models[reference], model) is None)
-    return reference, fitting
+def group_fitting(models: Sequence[Checkpoint], alignment: Alignment) -> BaseGroups:
+    """Cluster the models that fit the layout, by the matrices that they all have.
+
+    Args:
+        models: By the names that all have.
+        alignment: How each fits.
+
+    Raises:
+        InputError: A model holds NaN or Inf.
+    """
+    fitting = [i for i in alignment.fitting if i < len(models)]
+    chosen = [models[i] for i in fitting]
+    common = [name for name in alignment.pieces if all(name in model.tensors for model in chosen)]
+    return group_by_base(chosen, common).placed(fitting)
 
 
 def group_by_base(models: Sequence[Checkpoint], names: Sequence[str] | None = None) -> BaseGroups:

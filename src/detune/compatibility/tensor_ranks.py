@@ -8,7 +8,8 @@ import torch
 from detune.checkpoints import Checkpoint
 from detune.compatibility.groups import split_tensor, tells, why_foreign
 from detune.compatibility.mismatch import Cause
-from detune.compatibility.model_set import damaged, is_shared
+from detune.compatibility.model_set import damaged
+from detune.compatibility.shared import is_shared
 from detune.fitting.differences import find_differences
 from detune.fitting.subspaces import check_conditions
 from detune.methods.auto import unchanged
@@ -133,7 +134,8 @@ def _find_ranks(models: Sequence[Checkpoint], name: str, device: torch.device | 
         return _Outcome((), False, "not floating point")
     if len(models) == 1:
         return _Outcome((), False, "a single model has it")
-    stack = Stack.of([matricise(tensor) for tensor in tensors], device=device)
+    noise = [model.noise(name) for model in models]
+    stack = Stack.of([matricise(tensor) for tensor in tensors], device=device, noise=noise)
     try:
         if min(stack.shape) == 1:
             return _vector(stack)

@@ -17,8 +17,10 @@ from torch import Tensor
 from detune.adapters.changes import adapter_names
 from detune.adapters.extract import require_base
 from detune.adapters.fit import fit_adapter
-from detune.checkpoints import Checkpoint, Places, new_file, open_checkpoint, require_outside
+from detune.checkpoints import Checkpoint, Decoded, Places, new_file, open_checkpoint, raw, require_outside
 from detune.compatibility.model_set import ModelSet
+from detune.compatibility.shared import is_shared
+from detune.errors import InputError
 from detune.metrics import bit_identical
 from detune.packing.archive import MANIFEST, ArchiveReader, ArchiveWriter
 from detune.packing.codec import PREDICTABLE, encode_factors, encode_residual, encode_tensor
@@ -121,10 +123,11 @@ def pack(
         require_outside(target, places)
         partial = opened.enter_context(new_file(out))
         known = opened.enter_context(_base_of(models, base, partial, rank, device))
+        _require_alike(known, family)
         require_base(known, family.models)
         with ArchiveWriter(partial) as archive:
             packer = _Packer(archive, family, known, rank, device)
-            for index, name in enumerate(family.names):
+            for index, name in enumerate(family.layout.tensors):
                 if on_tensor:
                     on_tensor(name, None)
                 packer.add_tensor(index, name)
@@ -164,6 +167,31 @@ def _base_of(
             yield opened
 
 
+def _require_alike(base: Checkpoint, family: ModelSet) -> None:
+    """Refuse models that do not have the same tensors: a pack tells each model's by the base's.
+
+    Raises:
+        InputError: One has others, or the base lacks one.
+    """
+    for i, model in enumerate(family.models):
+        for note in family.alignment.notes(i):
+            raise InputError(f"{model.spec} does not fit the other models", note, "pack it by itself")
+        coded = next((info for info in raw(model).tensors.values() if info.quantised), None)
+        if coded is not None or isinstance(raw(model), Decoded):
+            how = f"{coded.name!r} is stored as {coded.quantised}" if coded else "it is not stored as it is meant"
+            raise InputError(f"{model.spec} cannot be packed", how, "keep the file as it is")
+    for name, info in family.layout.tensors.items():
+        found = base.tensors.get(name)
+        if found is None or found.shape != info.shape:
+            raise InputError(
+                f"{base.spec} does not fit {family.layout.spec}",
+                f"it lacks {name!r}"
+                if found is None
+                else f"{name!r} has shape {list(found.shape)}, expected {list(info.shape)}",
+                "give the base that the models were fine-tuned from",
+            )
+
+
 def _verify(path: Path, manifest: Manifest) -> None:
     """Unpack in memory, and check every hash.
 
@@ -190,22 +218,22 @@ class _Packer:
         device: torch.device | str | None,
     ) -> None:
         self._archive = archive
-        self._family = family
+        self._models = [raw(model) for model in family.models]
         self._base = base
         self._rank = rank
         self._device = device
         # Before anything is compressed: it refuses what cannot be packed.
-        self._files = [all_files(model) for model in family.models]
+        self._files = [all_files(model) for model in self._models]
         self._base_tensors: list[BaseTensor] = []
-        self._tensors: list[dict[str, PackedTensor]] = [{} for _ in family.models]
+        self._tensors: list[dict[str, PackedTensor]] = [{} for _ in self._models]
         self._members: dict[str, str] = {}
         self.zstd_bytes = 0
 
     def add_tensor(self, index: int, name: str) -> None:
         """Add the base's tensor, and what sets each model's apart."""
-        shared = self._family.is_shared(name)
+        shared = is_shared(self._models, name)
         # What all models share is their base here, whatever BASE has there.
-        base = self._family.models[0].read(name) if shared else self._base.read(name)
+        base = self._models[0].read(name) if shared else self._base.read(name)
         self._archive.add(f"base/{index}", encode_tensor(base))
         self._base_tensors.append(BaseTensor(name, tuple(base.shape), base.dtype))
         if shared:
@@ -213,8 +241,8 @@ class _Packer:
             for tensors in self._tensors:
                 tensors[name] = packed
             return
-        for i, tensor in enumerate(self._family.stack(name)):
-            self._tensors[i][name] = self._told(f"{i}/{index}", index, base, tensor)
+        for i, model in enumerate(self._models):
+            self._tensors[i][name] = self._told(f"{i}/{index}", index, base, model.read(name))
 
     def _told(self, place: str, index: int, base: Tensor, tensor: Tensor) -> PackedTensor:
         """How one model's tensor is told, with the members for it."""
@@ -253,9 +281,9 @@ class _Packer:
 
     def finish(self, places: Places) -> Manifest:
         """Add the files, and say what is in the archive, and where it was from `places`."""
-        names = adapter_names([model.spec for model in self._family.models])
+        names = adapter_names([model.spec for model in self._models])
         models = []
-        for model, name, files, tensors in zip(self._family.models, names, self._files, self._tensors, strict=True):
+        for model, name, files, tensors in zip(self._models, names, self._files, self._tensors, strict=True):
             packed = tuple(self._add_file(model, file) for file in files)
             models.append(PackedModel(name, places.within(model.spec), packed, tensors))
         return Manifest(tuple(self._base_tensors), tuple(models))

@@ -101,6 +101,7 @@ class Stack:
         matrices: Tensor | Sequence[Tensor],
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        noise: Sequence[float | None] = (),
     ) -> "Stack":
         """Check the matrices and settle the compute dtype.
 
@@ -109,6 +110,8 @@ class Stack:
             dtype: float32 or float64; by default float32 for large matrices that hold bf16 or fp16, where the storage
                 noise covers its rounding, and float64 elsewhere.
             device: Where to compute; by default where the first matrix lies. See `find_device`.
+            noise: Each model's, where it is known to be more than storage's, see `noise_override`; None where it is
+                storage's.
 
         Raises:
             InputError: Not matrices of one shape, or not floating point; no such device.
@@ -132,7 +135,11 @@ class Stack:
         if dtype not in (None, torch.float32, torch.float64):
             raise InputError(f"compute dtype {dtype}: expected torch.float32 or torch.float64")
         target = find_device(device if device is not None else tensors[0].device)
-        return cls(tensors, dtype or _compute_dtype(tensors), target)
+        stack = cls(tensors, dtype or _compute_dtype(tensors), target)
+        if not any(told is not None for told in noise):
+            return stack
+        override = (float(own) if told is None else told for told, own in zip(noise, stack.noise, strict=True))
+        return replace(stack, noise_override=tuple(override))
 
     def require_finite(self, witness: Tensor) -> None:
         """Name the model that holds NaN or Inf.

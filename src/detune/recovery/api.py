@@ -13,7 +13,6 @@ from torch import Tensor
 from detune._runtime import command_line
 from detune.adapters.extract import extracting
 from detune.checkpoints import (
-    Checkpoint,
     CheckpointFiles,
     Landing,
     Places,
@@ -106,6 +105,7 @@ def recover(
     device: torch.device | str | None = None,
     overwrite: bool = False,
     merge_dtype: torch.dtype | None = None,
+    like: str | Path | None = None,
     adapters: str | Path | None = None,
     dtype: torch.dtype | None = None,
     mask: str | Path | None = None,
@@ -116,13 +116,13 @@ def recover(
     """Recover the base checkpoint of several merged LoRA fine-tunes.
 
     Tensors are solved side by side, as many as memory and threads allow, while the next is read and the last is
-    written. Tensors that are identical in all models are copied byte for byte. The output has the layout of the first
-    model: its files, names, dtypes, metadata, config and tokenizer, and `detune.json` beside them. It appears in one
-    step when it is whole. Until then what is done lands in a hidden directory beside it; a run that is cut off is
-    finished by calling it again.
+    written. Tensors that are identical in all models are copied byte for byte. The output has the layout that most of
+    the models have, of several the first one's: its files, names, dtypes, metadata, config and tokenizer, and
+    `detune.json` beside them. It appears in one step when it is whole. Until then what is done lands in a hidden
+    directory beside it; a run that is cut off is finished by calling it again.
 
-    Models that do not share a source with most are left out, and the report says so; the first of the others gives the
-    layout. `mean`, `single`, `lokr`, `dora`, `shira` and `vera` take the models as they are.
+    Models that do not share a source with most are left out, and the report says so. A tensor is recovered from the
+    models that have it. `mean`, `single`, `lokr`, `dora`, `shira` and `vera` take the models as they are.
 
     Args:
         models: Directories, files, Hub ids or `BASE+ADAPTER`; see `detune.checkpoints.open_checkpoint`.
@@ -132,6 +132,8 @@ def recover(
         device: Where to compute; None is the CPU.
         overwrite: Whether what an earlier `recover` wrote to `out` may be replaced, if nothing was added or changed.
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
+        like: A model, one of these or another, whose files, names and tokens the output takes; None takes those that
+            most models have.
         adapters: A directory to make with each model's LoRA as a PEFT adapter of the base, as `extract` does.
         dtype: Store every float tensor in this dtype instead of the first model's: bfloat16 for a bf16 base that
             float32 merges gave away.
@@ -158,17 +160,22 @@ def recover(
     """
     started = time.perf_counter()
     solver = make_solver(method)
-    _check_count(solver, len(models))
     _check_rank(rank)
+    if not models:
+        _check_count(solver, 0)
     with ExitStack() as opened:
-        given = opened.enter_context(Models(models, merge_dtype))
+        given = opened.enter_context(Models(models, merge_dtype, like=like))
+        if not given.has_base:
+            _check_count(solver, len(models))
         target = Target(Path(out).expanduser().resolve(), overwrite, tuple(given.paths))
         _check_targets(target, adapters, mask)
         hashes = opened.enter_context(hashing(given.models, merge_dtype, executor))
-        selection = _select(given.models, solver)
-        family = opened.enter_context(ModelSet([given.models[i] for i in selection.members]))
+        selection = _select(given, solver)
+        layout = None if like is None else given.reference
+        family = opened.enter_context(ModelSet([given.models[i] for i in selection.members], like=layout))
         job = Job(
             tuple(absolute(model.spec) for model in family.models),
+            None if like is None else absolute(like),
             tuple(map(identity, family.models)),
             merge_dtype,
             Path(),
@@ -184,13 +191,13 @@ def recover(
         landing = opened.enter_context(claim(target.out, job.key))
         opened.enter_context(kept_for_later(landing))
         job = replace(job, landing=landing.directory)
-        files = CheckpointFiles(family.models[0], landing.checkpoint, dtype)
+        files = CheckpointFiles(family.layout, landing.checkpoint, dtype, parts=family.parts)
         landed = land(job, family, landing, landed_before(landing, files, target, family), executor, on_tensor)
         rows = tuple(landed[name].row for name in family.names)
-        if not isinstance(solver, Mean | Single):
+        if not isinstance(solver, Mean | Single) and not family.has_base:
             _refuse_if_hopeless(rows, family.n)
         inputs = tuple(
-            InputRow(model.spec, hashed(), selection.reason(i))
+            InputRow(model.spec, hashed(), selection.reason(i), given.alignment.notes(i))
             for i, (model, hashed) in enumerate(zip(given.models, hashes, strict=True))
         )
         require_unchanged(job, family)
@@ -202,6 +209,7 @@ def recover(
             "device": str(device or "cpu"),
             "check": check,
             "merge_dtype": str(merge_dtype) if merge_dtype else None,
+            "like": family.layout.spec,
         }
         report = Report(command, inputs, rows, time.perf_counter() - started)
         places = Places(target.out, [*models, *given.paths, target.out, adapters or "", mask or "", *command_line()])
@@ -225,7 +233,7 @@ def _write_results(
     # What is entered first is finished last: there are no adapters and no mask without their base.
     with ExitStack() as results:
         if adapters:
-            extractor = results.enter_context(extracting(family.models, adapters, base=str(target.out)))
+            extractor = results.enter_context(extracting(family, adapters, base=str(target.out)))
             for name in family.names:
                 extractor.add(name, read_changes(landing, landed[name], extractor.kind(name)))
             report = replace(report, adapters=extractor.finish().summary)
@@ -260,11 +268,11 @@ def make_solver(method: str | Solver) -> Solver:
     return SOLVERS[method]()
 
 
-def _select(models: Sequence[Checkpoint], solver: Solver) -> Selection:
+def _select(given: Models, solver: Solver) -> Selection:
     """The models that share a base; all, where the method asks for no low ranks to tell."""
-    if len(models) < 2 or not solver.low_rank:
-        return Selection(tuple(range(len(models))))
-    return select(models, solver.min_models)
+    if len(given.models) < 2 or not solver.low_rank:
+        return Selection(tuple(range(len(given.models))))
+    return select(given, 1 if given.has_base else solver.min_models)
 
 
 def _refuse_if_hopeless(rows: Sequence[TensorRow], n: int) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from detune._runtime import command_line
 from detune.compatibility.groups import select
-from detune.compatibility.model_set import Models, ModelSet, rows_to_read, surely_shared
+from detune.compatibility.model_set import Held, Models, ModelSet, rows_to_read
+from detune.compatibility.shared import surely_shared
 from detune.errors import InputError
 from detune.fitting.differences import find_differences
 from detune.methods import Auto
@@ -53,15 +53,16 @@ def inspect(
         raise InputError(f"{len(models)} model given", "inspect compares at least two", "add models")
     shown = rows_to_read(models, rows)
     with Models(models, merge_dtype, shown) as given:
-        selection = select(given.models, min(3, len(models)))
+        selection = select(given, min(3, len(models)))
         family = ModelSet([given.models[i] for i in selection.members])
 
-        def look(name: str, tensors: tuple[Tensor, ...]) -> Answer:
-            return _look(tensors, rank, device)
+        def look(name: str, held: Held) -> Answer:
+            return _look(held, rank, device)
 
         looked_at = map_tensors(family, lambda name: None, look, on_tensor, device=device)
         inputs = tuple(
-            InputRow(model.spec, model.hashes(), selection.reason(i)) for i, model in enumerate(given.models)
+            InputRow(model.spec, model.hashes(), selection.reason(i), given.alignment.notes(i))
+            for i, model in enumerate(given.models)
         )
         if shown is not None:
             looked_at = [_hedged(row, family, shown) for row in looked_at]
@@ -74,18 +75,18 @@ def _hedged(row: TensorRow, family: ModelSet, rows: int) -> TensorRow:
     """Rows that were not looked at may differ."""
     if row.status is not Status.SHARED or len(row.shape) < 2 or row.shape[0] <= rows:
         return row
-    sure = surely_shared(family.models, row.name)
+    sure = surely_shared([family.models[i] for i in family.holders(row.name)], row.name)
     return row if sure else replace(row, reason=f"identical in the {rows} rows that were looked at")
 
 
-def _look(tensors: tuple[Tensor, ...], rank: int | None, device: torch.device | str | None) -> Answer:
-    if len(tensors) > 2:
+def _look(held: Held, rank: int | None, device: torch.device | str | None) -> Answer:
+    if len(held.tensors) > 2:
         # What `recover` would do, to the end: a rank alone does not show whether the answer fits.
-        answer, _ = solve_tensor(tensors, Auto(), rank, device)
+        answer, _ = solve_tensor(held, Auto(), rank, device)
         return answer
-    if not all(tensor.is_floating_point() for tensor in tensors):
+    if not all(tensor.is_floating_point() for tensor in held.tensors):
         return Answer(Status.NOT_DETERMINED, "none", "not floating point")
-    stack = Stack.of([matricise(tensor) for tensor in tensors], device=device)
+    stack = Stack.of([matricise(tensor) for tensor in held.tensors], device=device, noise=held.noise)
     if min(stack.shape) == 1:
         stack.require_finite(torch.stack([W_i.double().sum() for W_i in stack.matrices]))
         return Answer(Status.AVERAGED, "mean", "a vector cannot be low-rank: it can only be averaged")

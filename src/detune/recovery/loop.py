@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from detune.certificate.certify import Certificate
-from detune.compatibility.model_set import ModelSet, damaged
+from detune.compatibility.model_set import Held, ModelSet, Why, damaged
 from detune.methods import Auto
 from detune.numerics.device import full_precision
 from detune.numerics.float_grid import name_of
@@ -24,6 +23,14 @@ logger = logging.getLogger(__name__)
 OnTensor = Callable[[str, TensorRow | None], None]
 # What solvers hold for each model beyond three, in copies of a matrix: mostly its folded rows.
 MORE_COPIES = 1 / 3
+# The method that a row names where nothing was computed, and what that is called.
+COPY = "copy"
+COPIED = {
+    Why.SHARED: Status.SHARED,
+    Why.BASE: Status.EXACT,
+    Why.ALONE: Status.NOT_DETERMINED,
+    Why.NOBODY: Status.NOT_DETERMINED,
+}
 
 
 @dataclass(frozen=True)
@@ -45,17 +52,20 @@ class Answer:
     certificate: Certificate | None = None
     bits: DecodedBits | None = None
 
-    def row(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], seconds: float) -> TensorRow:
+    def row(self, family: ModelSet, name: str, seconds: float) -> TensorRow:
         """The report's row."""
         certificate, bits = self.certificate, self.bits
+        holders = family.holders(name)
+        ranks = dict(zip(holders, self.ranks, strict=True)) if self.ranks else {}
+        some = len(holders) < family.n and self.method != "copy"
         return TensorRow(
             name,
-            shape,
-            ", ".join(dict.fromkeys(name_of(dtype) for dtype in dtypes)),
+            family.shape(name),
+            ", ".join(dict.fromkeys(name_of(dtype) for dtype in family.dtypes(name))),
             self.status,
             self.method,
-            self.reason,
-            self.ranks,
+            self.reason + f"; {len(holders)} of {family.n} models have it" * some,
+            tuple(ranks.get(i) for i in range(family.n)) if ranks else (),
             self.relative_residual,
             self.noise_ratio,
             certificate.undetermined if certificate else None,
@@ -72,8 +82,8 @@ class Answer:
 
 def map_tensors(
     family: ModelSet,
-    on_shared: Callable[[str], None],
-    on_changed: Callable[[str, tuple[Tensor, ...]], Answer],
+    on_copied: Callable[[str], None],
+    on_changed: Callable[[str, Held], Answer],
     on_tensor: OnTensor | None = None,
     names: Iterable[str] | None = None,
     device: torch.device | str | None = None,
@@ -83,9 +93,10 @@ def map_tensors(
 
     Args:
         family: The models.
-        on_shared: Called with the name of a tensor that is identical in all models; it is not read whole.
-        on_changed: Called with the name and the stored tensors of one that differs; says what became of it. Calls come
-            from several threads.
+        on_copied: Called with the name of a tensor that is copied, as one that is identical in all models; it is not
+            read whole.
+        on_changed: Called with the name of one that differs, and what the models hold; says what became of it. Calls
+            come from several threads.
         on_tensor: For progress: called with the name and None before, with the row after.
         names: The tensors to visit; None is all of them, in file order.
         device: Where `on_changed` computes; None is the CPU. A GPU takes one tensor at a time.
@@ -104,8 +115,8 @@ def map_tensors(
 
     def take(visited: Iterable[TensorRow]) -> None:
         for row in visited:
-            if row.status is Status.SHARED:
-                on_shared(row.name)
+            if row.method == COPY:
+                on_copied(row.name)
             logger.debug("%s: %s, %s", row.name, row.status, row.reason)
             rows[row.name] = row
             if on_tensor:
@@ -119,17 +130,18 @@ def map_tensors(
             while not scheduler.may_read(load):
                 take(scheduler.finished())
             began = time.perf_counter()
-            stack = None if family.is_shared(name) else family.stack(name)
-            while stack is not None and not scheduler.may_start(load):
+            why = family.copied(name)
+            held = None if why is not None else family.held(name)
+            while held is not None and not scheduler.may_start(load):
                 take(scheduler.finished())
             if on_tensor:
                 on_tensor(name, None)
-            if stack is None:
-                take([_row(family, name, Answer(Status.SHARED, "copy", "identical in all models"), began)])
-            else:
-                scheduler.start(load, partial(_visit, family, name, [stack], on_changed))
+            if why is not None:
+                take([Answer(COPIED[why], COPY, why).row(family, name, time.perf_counter() - began)])
+            elif held is not None:
+                scheduler.start(load, partial(_visit, family, name, [held], on_changed))
             # Not while the next is read.
-            del stack
+            del held
         take(scheduler.rest())
     return [rows[name] for name in names]
 
@@ -138,7 +150,7 @@ def _load(family: ModelSet, name: str, working_copies: int) -> TensorLoad:
     entries = math.prod(family.shape(name))
     itemsizes = [dtype.itemsize for dtype in family.dtypes(name)]
     stack_bytes = entries * sum(itemsizes)
-    copies = working_copies + MORE_COPIES * max(0, family.n - 3)
+    copies = working_copies + MORE_COPIES * max(0, len(itemsizes) - 3)
     # Of models in float32 most is computed in float64.
     held = copies * (4 if max(itemsizes) <= 2 else 8)
     return TensorLoad(entries, stack_bytes, stack_bytes + round(held * entries))
@@ -147,17 +159,14 @@ def _load(family: ModelSet, name: str, working_copies: int) -> TensorLoad:
 def _visit(
     family: ModelSet,
     name: str,
-    held: list[tuple[Tensor, ...]],
-    on_changed: Callable[[str, tuple[Tensor, ...]], Answer],
+    held: list[Held],
+    on_changed: Callable[[str, Held], Answer],
 ) -> TensorRow:
     began = time.perf_counter()
     try:
         with full_precision():
             # Taken out, so that it is gone when this has returned: a pool keeps arguments a little longer.
-            return _row(family, name, on_changed(name, held.pop()), began)
+            answer = on_changed(name, held.pop())
+        return answer.row(family, name, time.perf_counter() - began)
     except NonFinite as error:
-        raise damaged(name, family.models[error.model].spec) from None
-
-
-def _row(family: ModelSet, name: str, answer: Answer, began: float) -> TensorRow:
-    return answer.row(name, family.shape(name), family.dtypes(name), time.perf_counter() - began)
+        raise damaged(name, family.models[family.holders(name)[error.model]].spec) from None

@@ -44,8 +44,8 @@ class TensorRow:
         status: What became of it.
         method: The solver that gave it, or "copy".
         reason: One sentence.
-        ranks: The rank found for each model that was used; the full rank for one that was left out of this tensor;
-            empty where none was looked for.
+        ranks: The rank found for each model that was used; the full rank for one that was left out of this tensor, and
+            None for one that does not have it; empty where none was looked for.
         relative_residual: Share of the spread between the models that the answer does not explain.
         noise_ratio: The residual in units of the storage noise: 1 is the floor.
         undetermined: Dimension of the changes of the tensor that the data cannot see; 0 is unique.
@@ -66,7 +66,7 @@ class TensorRow:
     status: Status
     method: str
     reason: str
-    ranks: tuple[int, ...] = ()
+    ranks: tuple[int | None, ...] = ()
     relative_residual: float | None = None
     noise_ratio: float | None = None
     undetermined: int | None = None
@@ -88,11 +88,13 @@ class InputRow:
         spec: As the user gave it.
         sha256: Of each weight file, by relative path.
         left_out: Why it was not used; None where it was.
+        notes: What sets it apart from the others: other names, tokens or tensors.
     """
 
     spec: str
     sha256: dict[str, str]
     left_out: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,4 +170,4 @@ def w_error_range(best: float | None, worst: float) -> str:
 
 def _ranks_by_model(rows: Sequence[TensorRow]) -> list[list[int]]:
     """For each model the ranks that occur, in order."""
-    return [sorted(set(ranks)) for ranks in zip(*(row.ranks for row in rows), strict=True)]
+    return [sorted(set(ranks) - {None}) for ranks in zip(*(row.ranks for row in rows), strict=True)]

@@ -8,6 +8,7 @@ from torch import Tensor
 from detune.certificate.certify import certify
 from detune.certificate.jackknife import Solve
 from detune.compatibility.low_rank_test import SMALLEST, split
+from detune.compatibility.model_set import Held
 from detune.methods import Lattice, Mean, Single
 from detune.methods.auto import unchanged
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
@@ -20,7 +21,7 @@ EXPLAINED = 1.5
 
 
 def solve_tensor(
-    tensors: tuple[Tensor, ...],
+    held: Held,
     solver: Solver,
     rank: int | None,
     device: torch.device | str | None,
@@ -30,18 +31,19 @@ def solve_tensor(
     """The answer for one tensor that differs between the models, and its values in any shape.
 
     Args:
-        tensors: Of every model.
+        held: What the models hold of it.
         solver: The method.
         rank: The most that any adapter's can be; None finds it.
         device: Where to compute.
-        stored: The dtype that the answer will be rounded to; None is the first model's.
+        stored: The dtype that the answer will be rounded to; None is that of the first model that has it.
         check: Whether to recover from parts of the models too, and see whether they agree.
     """
+    tensors = held.tensors
     stored = stored or tensors[0].dtype
     if not all(tensor.is_floating_point() for tensor in tensors):
         reason = "not floating point, so there is no average; the first model's stand in"
         return Answer(Status.NOT_DETERMINED, "single", reason), tensors[0]
-    stack = Stack.of([matricise(tensor) for tensor in tensors], device=device)
+    stack = Stack.of([matricise(tensor) for tensor in tensors], device=device, noise=held.noise)
     if isinstance(solver, Mean | Single):
         return _answer(solver.solve(stack), Status.AVERAGED)
     if min(stack.shape) == 1:

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from detune._runtime import versions
 from detune.adapters.changes import ChangeFitter
@@ -20,7 +19,7 @@ from detune.checkpoints import (
     pack_layers,
     pack_mask,
 )
-from detune.compatibility.model_set import ModelSet
+from detune.compatibility.model_set import Held, ModelSet
 from detune.errors import DetuneError
 from detune.problem import Solver
 from detune.recovery.execution.landed import FACTORS, MASK, Landed, Lander, Solved, Written
@@ -34,7 +33,8 @@ class Job:
     """All that a process must know to recover tensors. Small, and can be pickled.
 
     Attributes:
-        models: The family, by specs that mean the same in every process; the first gives the layout.
+        models: The family, by specs that mean the same in every process.
+        like: What gives the layout; None where most of them do.
         identities: What they must be, as `detune.checkpoints.identity` tells.
         merge_dtype: For `BASE+ADAPTER`.
         landing: The directory of the run.
@@ -49,6 +49,7 @@ class Job:
     """
 
     models: tuple[str, ...]
+    like: str | None
     identities: tuple[str, ...]
     merge_dtype: torch.dtype | None
     landing: Path
@@ -86,7 +87,9 @@ class Performer:
         self._family = family
         self._fitter = fitter
         self._landing = landing
-        self._files = CheckpointFiles(family.models[0], self._landing.checkpoint, job.dtype, shared=job.shared)
+        self._files = CheckpointFiles(
+            family.layout, self._landing.checkpoint, job.dtype, parts=family.parts, shared=job.shared
+        )
 
     def perform(self, names: Iterable[str], on_tensor: OnTensor | None = None) -> list[Landed]:
         """Recover some tensors.
@@ -108,10 +111,17 @@ class Performer:
             solved: dict[str, Solved] = {}
 
             def keep(name: str) -> None:
-                solved[name] = Solved(lambda: Written(self._files.copy(name)))
+                original = self._family.original(name)
 
-            def solve(name: str, tensors: tuple[Tensor, ...]) -> Answer:
-                answer, solved[name] = self._solve(name, tensors)
+                def write() -> Written:
+                    if original is None:
+                        return Written(self._files.copy(name))
+                    return Written(self._files.write(name, original.read(name)))
+
+                solved[name] = Solved(write)
+
+            def solve(name: str, held: Held) -> Answer:
+                answer, solved[name] = self._solve(name, held)
                 return answer
 
             def land(name: str, row: TensorRow | None) -> None:
@@ -123,12 +133,13 @@ class Performer:
             map_tensors(self._family, keep, solve, land, names, self._job.device, self._job.solver.working_copies)
         return lander.landed
 
-    def _solve(self, name: str, tensors: tuple[Tensor, ...]) -> tuple[Answer, Solved]:
+    def _solve(self, name: str, held: Held) -> tuple[Answer, Solved]:
         job = self._job
-        answer, weight = solve_tensor(tensors, job.solver, job.rank, job.device, job.dtype, job.check)
+        dtype = self._files.dtype(name)
+        answer, weight = solve_tensor(held, job.solver, job.rank, job.device, dtype, job.check)
         # As it will be stored: smaller, and what counts for the adapters.
-        stored = self._files.as_stored(name, weight.reshape(tensors[0].shape))
-        changes = self._fitter.fit(name, stored, tensors) if self._fitter else ()
+        stored = self._files.as_stored(name, weight.reshape(held.tensors[0].shape))
+        changes = self._fitter.fit(name, stored, held) if self._fitter else ()
         mask = answer.bits.certain if job.mask and answer.bits is not None else None
 
         def write() -> Written:
@@ -157,8 +168,8 @@ def perform(job: Job, names: tuple[str, ...]) -> list[Landed]:
     Raises:
         DetuneError: This process does not see the models as the run does, or the tensors cannot be recovered.
     """
-    family = _open(job.models, job.identities, job.merge_dtype)
-    fitter = _fitter(job.models, job.identities, job.merge_dtype, job.adapters, job.rank, job.device)
+    family = _open(job.models, job.like, job.identities, job.merge_dtype)
+    fitter = _fitter(family, job.adapters, job.rank, job.device)
     return Performer(job, family, _landing(job.landing), fitter).perform(names)
 
 
@@ -176,9 +187,11 @@ def _landing(directory: Path) -> Landing:
 
 # Opened once in each process, and left open for the next unit.
 @lru_cache(maxsize=1)
-def _open(models: tuple[str, ...], identities: tuple[str, ...], merge_dtype: torch.dtype | None) -> ModelSet:
+def _open(
+    models: tuple[str, ...], like: str | None, identities: tuple[str, ...], merge_dtype: torch.dtype | None
+) -> ModelSet:
     try:
-        family = ModelSet(models, merge_dtype)
+        family = ModelSet(models, merge_dtype, like=like)
         same = tuple(map(identity, family.models)) == identities
     except DetuneError as error:
         raise DetuneError(f"a worker on {socket.gethostname()} cannot open the models", str(error)) from None
@@ -193,13 +206,6 @@ def _open(models: tuple[str, ...], identities: tuple[str, ...], merge_dtype: tor
 
 @lru_cache(maxsize=1)
 def _fitter(
-    models: tuple[str, ...],
-    identities: tuple[str, ...],
-    merge_dtype: torch.dtype | None,
-    base: str | None,
-    rank: int | None,
-    device: torch.device | str | None,
+    family: ModelSet, base: str | None, rank: int | None, device: torch.device | str | None
 ) -> ChangeFitter | None:
-    if base is None:
-        return None
-    return ChangeFitter(_open(models, identities, merge_dtype).models, base, rank, device)
+    return None if base is None else ChangeFitter(family, base, rank, device)

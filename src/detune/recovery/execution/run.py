@@ -96,7 +96,7 @@ def land(
         tell(found)
     missing = [name for name in family.names if name not in landed]
     if executor is None:
-        fitter = ChangeFitter(family.models, job.adapters, job.rank, job.device) if job.adapters else None
+        fitter = ChangeFitter(family, job.adapters, job.rank, job.device) if job.adapters else None
         done = Performer(job, family, landing, fitter).perform(missing, on_tensor)
         return landed | {found.row.name: found for found in done}
     done = []

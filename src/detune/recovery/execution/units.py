@@ -23,10 +23,10 @@ def make_units(family: ModelSet, names: Iterable[str]) -> list[tuple[str, ...]]:
     Returns:
         The names of each piece, in file order: whoever takes one reads each of its files once, from front to back.
     """
-    read_bytes = {name: sum(model.tensors[name].nbytes for model in family.models) for name in names}
+    read_bytes = {name: sum(family.models[i].tensors[name].nbytes for i in family.holders(name)) for name in names}
     wanted_bytes = min(max(sum(read_bytes.values()) // PIECES, SMALLEST_BYTES), LARGEST_BYTES)
     units = []
-    for _, group in groupby(read_bytes, key=lambda name: family.models[0].tensors[name].file):
+    for _, group in groupby(read_bytes, key=lambda name: family.reference.tensors[name].file):
         within = list(group)
         total_bytes = sum(read_bytes[name] for name in within)
         pieces = -(-total_bytes // wanted_bytes) or 1

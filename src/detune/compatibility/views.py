@@ -1,0 +1,361 @@
+"""The one place that decides which models take part in which tensor, under which name, and as which matrices.
+
+Models of one base are published with other prefixes, more or fewer tokens, tied heads saved or not, and expert weights
+stacked into one tensor. Here each model is held against the layout of one of them: its tensors are found by name and
+shape (`names.align_names`), an embedding is cut where the models have different numbers of rows, a stack of experts
+into its matrices. What comes out is a view of every model. Everything behind it sees matrices of one name and shape.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from detune.checkpoints import Checkpoint, Excerpt, Part, TensorInfo, View, raw
+from detune.compatibility.names import TwoWays, align_names, bare
+from detune.compatibility.shared import LISTED, is_shared, some
+from detune.errors import InputError
+from detune.numerics.float_grid import name_of
+
+__all__ = ["Alignment", "Fit", "align", "view_of"]
+
+# A model that has less than half of the layout's tensors is of another architecture.
+SAME_ARCHITECTURE = 1 / 2
+# What embeddings and heads, with a row for each token, are called.
+VOCABULARY = ("embed", "wte", "lm_head", "decoder")
+# What stacks `(experts, out, in)` or `(experts, in, out)` are called in transformers: kernels can have that shape too.
+STACK = re.compile(r"expert|(^|[._])moe[._]")
+# Models without which a vocabulary is not the base's: matrices cannot be split with fewer.
+ENOUGH = 3
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A model, held against the layout.
+
+    Attributes:
+        parts: What takes part, by the names that all models have it under.
+        names: The model's own name for each tensor of the layout that it has, in whatever shape.
+        missing: Tensors of the layout that the model lacks.
+        extra: Tensors of the model that the layout lacks.
+        unlike: Tensors that the model has otherwise, and in what.
+        resized: For each tensor with a row for each token, how many rows the model has, where they are not the
+            layout's.
+        renamed: How many tensors have another name in the model, and one of them.
+    """
+
+    parts: Mapping[str, Part]
+    names: Mapping[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    unlike: Mapping[str, str] = field(default_factory=dict)
+    resized: Mapping[str, int] = field(default_factory=dict)
+    renamed: tuple[int, str, str] | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What sets the model apart from the layout, a sentence each."""
+        notes = []
+        if self.renamed:
+            count, own, name = self.renamed
+            notes.append(f"{count} of its tensors have other names, {own!r} for {name!r}")
+        for name, rows in self.resized.items():
+            notes.append(f"{name!r} has {rows} rows in it: those that models share are solved by themselves")
+        if self.missing:
+            notes.append(f"it lacks {some(self.missing)}")
+        if self.extra:
+            notes.append(f"it has in addition {some(self.extra)}, which the output has not")
+        notes += [f"{name!r} takes no part: {why}" for name, why in self.unlike.items()]
+        return tuple(notes)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """All models, held against the layout of one of them.
+
+    Attributes:
+        layout: The place of that model.
+        fits: For each model how it fits; None where it is of another architecture.
+        misfits: Why it is, for those.
+        pieces: The parts of the layout's tensors, by the names that all models have them under.
+    """
+
+    layout: int
+    fits: tuple[Fit | None, ...]
+    misfits: Mapping[int, InputError]
+    pieces: Mapping[str, Part]
+
+    @property
+    def fitting(self) -> tuple[int, ...]:
+        """Places of the models of the layout's architecture."""
+        return tuple(i for i, fit in enumerate(self.fits) if fit is not None)
+
+    def notes(self, model: int) -> tuple[str, ...]:
+        """What sets a model apart from the layout."""
+        fit = self.fits[model]
+        return fit.notes if fit else ()
+
+    def shown(self, models: Sequence[Checkpoint]) -> tuple[Checkpoint, ...]:
+        """Views of the models, in place of what they were views of; one that needs none stays as it is."""
+        return tuple(_shown(model, fit) for model, fit in zip(models, self.fits, strict=True))
+
+
+def align(models: Sequence[Checkpoint], like: int | None = None) -> Alignment:
+    """Hold models against the layout that most of them have.
+
+    Args:
+        models: Opened checkpoints, or views or excerpts of them.
+        like: The model whose layout the others are held against; None takes what most models have: their names, and the
+            vocabulary that most have, or else the smallest.
+
+    Returns:
+        How each fits.
+
+    Raises:
+        InputError: Names align in two ways, or a model holds a tensor twice with different bytes.
+    """
+    whole = [raw(model) for model in models]
+    layout = _layout(whole) if like is None else like
+    reference = whole[layout].tensors
+    found = [_find(whole[layout], model) for model in whole]
+    fitting = [i for i, each in enumerate(found) if len(each.parts) >= SAME_ARCHITECTURE * len(reference)]
+    for i in fitting:
+        found[i].parts.update(_tied(whole, found, fitting, i))
+    pieces = {}
+    for name, info in reference.items():
+        holders = [whole[i].tensors[found[i].parts[name].tensor] for i in fitting if name in found[i].parts]
+        pieces[name] = _cut(info, [holder.shape for holder in holders])
+    fits = [_fit(whole[layout], model, each, pieces) for model, each in zip(whole, found, strict=True)]
+    return Alignment(
+        layout,
+        tuple(fit if i in fitting else None for i, fit in enumerate(fits)),
+        {i: _misfit(whole[layout], model, found[i]) for i, model in enumerate(whole) if i not in fitting},
+        {key: part for each in pieces.values() for key, part in each.items()},
+    )
+
+
+def view_of(model: Checkpoint, layout: Checkpoint, pieces: Mapping[str, Part]) -> Checkpoint:
+    """Another model by the names and in the pieces that some have already.
+
+    Args:
+        model: The model.
+        layout: The model of the layout, as it is stored.
+        pieces: As in `Alignment`.
+
+    Raises:
+        InputError: It is of another architecture, or its names align in two ways.
+    """
+    found = _find(layout, raw(model))
+    if len(found.parts) < SAME_ARCHITECTURE * len(layout.tensors):
+        raise _misfit(layout, model, found)
+    grouped: dict[str, dict[str, Part]] = {}
+    for key, part in pieces.items():
+        grouped.setdefault(part.tensor, {})[key] = part
+    return _shown(model, _fit(layout, raw(model), found, grouped))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A model's tensors, by the layout's names.
+
+    Attributes:
+        names: Its own name for each, of those that it has one for.
+        parts: The tensors themselves, of those that can be compared with the layout's.
+        unlike: Why the others cannot.
+    """
+
+    names: Mapping[str, str]
+    parts: dict[str, Part]
+    unlike: Mapping[str, str]
+
+
+def _find(layout: Checkpoint, model: Checkpoint) -> _Found:
+    shapes = [{name: info.shape for name, info in each.tensors.items()} for each in (layout, model)]
+    try:
+        names = align_names(*shapes)
+    except TwoWays as error:
+        raise InputError(
+            f"the tensors of {model.spec} and {layout.spec} can be matched in two ways",
+            f"{error.name!r} may be {' or '.join(map(repr, error.candidates))}",
+            "save them from one class, or give only the part that they have in common",
+        ) from None
+    _check_single(model, names.values())
+    vocabularies = _vocabularies(layout, model, names)
+    parts, unlike = {}, {}
+    for name, own in names.items():
+        expected, info = layout.tensors[name], model.tensors[own]
+        if expected.dtype.is_floating_point != info.dtype.is_floating_point:
+            unlike[name] = f"stored as {name_of(info.dtype)} instead of {name_of(expected.dtype)}"
+        elif info.shape == expected.shape or _rows(expected, info) in vocabularies:
+            parts[name] = Part(own)
+        elif _is_turned(name, expected.shape, info.shape):
+            parts[name] = Part(own, turned=True)
+        else:
+            unlike[name] = f"shape {list(info.shape)} instead of {list(expected.shape)}"
+    return _Found(names, parts, unlike)
+
+
+def _check_single(model: Checkpoint, used: Collection[str]) -> None:
+    """Refuse a model that holds a tensor twice, under a wrapper's name too, with different bytes."""
+    by_bare = {bare(name).removeprefix("module."): name for name in used}
+    for name in model.tensors:
+        other = by_bare.get(bare(name).removeprefix("module."), name)
+        if other != name and model.tensors[name].shape == model.tensors[other].shape and not _tie(model, name, other):
+            raise InputError(
+                f"{model.spec} holds a tensor twice",
+                f"{name!r} and {other!r} have different bytes",
+                "save the model again, without the wrapper",
+            )
+
+
+def _tie(model: Checkpoint, name: str, other: str) -> bool:
+    """Whether two tensors of a model are one."""
+    return is_shared([View(model, {"tie": Part(each)}) for each in (name, other)], "tie")
+
+
+def _vocabularies(layout: Checkpoint, model: Checkpoint, names: Mapping[str, str]) -> set[tuple[int, int] | None]:
+    """Numbers of tokens, in the layout and in the model, where they differ."""
+    return {
+        _rows(layout.tensors[name], model.tensors[own])
+        for name, own in names.items()
+        if _is_vocabulary(name) and len(layout.tensors[name].shape) > 1
+    } - {None}
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Whether a tensor is called as those are that have a row for each token."""
+    return any(part in name for part in VOCABULARY)
+
+
+def _rows(expected: TensorInfo, info: TensorInfo) -> tuple[int, int] | None:
+    """The numbers of rows of two tensors that have only those different."""
+    ours, theirs = expected.shape, info.shape
+    alike = bool(ours) and len(ours) == len(theirs) and ours[1:] == theirs[1:]
+    return (ours[0], theirs[0]) if alike and ours[0] != theirs[0] else None
+
+
+def _is_turned(name: str, shape: Sequence[int], other: Sequence[int]) -> bool:
+    is_matrix = len(shape) == 2 or _is_stack(name, shape)
+    return is_matrix and tuple(other) == (*shape[:-2], shape[-1], shape[-2])
+
+
+def _is_stack(name: str, shape: Sequence[int]) -> bool:
+    return len(shape) == 3 and STACK.search(name) is not None
+
+
+def _tied(whole: Sequence[Checkpoint], found: Sequence[_Found], fitting: Sequence[int], model: int) -> dict[str, Part]:
+    """What a model does not store because it is another tensor of it: where it is stored, it has the same bytes."""
+    ties = {}
+    stored = [(whole[i], found[i].parts) for i in fitting if i != model]
+    for name in {name for _, parts in stored for name in parts} - set(found[model].names):
+        holders = [(holder, parts) for holder, parts in stored if name in parts]
+        for other, part in found[model].parts.items():
+            if all(other in parts and _may_tie(holder, parts[name], parts[other]) for holder, parts in holders) and all(
+                _tie(holder, parts[name].tensor, parts[other].tensor) for holder, parts in holders
+            ):
+                ties[name] = part
+                break
+    return ties
+
+
+def _may_tie(model: Checkpoint, one: Part, other: Part) -> bool:
+    first, second = (model.tensors[part.tensor] for part in (one, other))
+    return len(first.shape) > 1 and (first.shape, first.dtype, one.turned) == (second.shape, second.dtype, other.turned)
+
+
+def _misfit(layout: Checkpoint, model: Checkpoint, found: _Found) -> InputError:
+    """The error for a model of another architecture."""
+    expected = layout.tensors
+    missing = [name for name in expected if name not in found.names]
+    unlike = [f"{name!r} with {why}" for name, why in found.unlike.items()]
+    parts = [f"it lacks {some(missing)}"] * bool(missing) + [f"it has {', '.join(unlike[:LISTED])}"] * bool(unlike)
+    return InputError(
+        f"{model.spec} does not fit {layout.spec}",
+        f"{len(found.parts)} of {len(expected)} tensors are alike, {'; '.join(parts)}",
+        "give checkpoints of one architecture",
+    )
+
+
+def _cut(info: TensorInfo, shapes: Sequence[Sequence[int]]) -> dict[str, Part]:
+    """The parts of a tensor of the layout, by name.
+
+    Args:
+        info: The tensor.
+        shapes: Its shape in each model.
+    """
+    name = info.name
+    if _is_stack(name, info.shape):
+        return {f"{name}[{k}]": Part(name, k, k + 1, alone=True) for k in range(info.shape[0])}
+    fewer = sorted({shape[0] for shape in shapes if shape and shape[0] < info.shape[0] and shape[1:] == info.shape[1:]})
+    if not fewer:
+        return {name: Part(name)}
+    cuts = (0, *fewer, info.shape[0])
+    return {f"{name}[{start}:{stop}]": Part(name, start, stop) for start, stop in pairwise(cuts)}
+
+
+def _fit(layout: Checkpoint, model: Checkpoint, found: _Found, pieces: Mapping[str, Mapping[str, Part]]) -> Fit:
+    parts: dict[str, Part] = {}
+    resized = {}
+    for name, each in pieces.items():
+        source, expected = found.parts.get(name), layout.tensors[name].shape
+        if source is None:
+            continue
+        rows = model.tensors[source.tensor].shape[:1]
+        if not source.turned and rows != expected[:1]:
+            resized[name] = rows[0]
+        for key, piece in each.items():
+            if piece.alone:
+                parts[key] = replace(piece, tensor=source.tensor, turned=source.turned)
+            elif source.turned or (piece.is_whole and rows == expected[:1]):
+                parts[key] = source
+            elif rows[0] >= piece.rows(expected).stop:
+                parts[key] = replace(piece, tensor=source.tensor, stop=piece.rows(expected).stop)
+    renamed = [(own, name) for name, own in found.names.items() if own != name]
+    used = {part.tensor for part in found.parts.values()} | set(found.names.values())
+    return Fit(
+        parts,
+        found.names,
+        tuple(name for name in pieces if name not in found.parts and name not in found.unlike),
+        tuple(name for name in model.tensors if name not in used),
+        found.unlike,
+        resized,
+        (len(renamed), *renamed[0]) if renamed else None,
+    )
+
+
+def _layout(models: Sequence[Checkpoint]) -> int:
+    """The model with the names, then the vocabulary, that most have; of several the smallest, and then the first."""
+    names = Counter(name for model in models for name in model.tensors)
+    shapes = Counter((name, info.shape) for model in models for name, info in model.tensors.items())
+    most = len(models) // 2 + 1
+    enough = max(most, min(ENOUGH, len(models)))
+
+    def rank(i: int) -> tuple[int, int, int, int]:
+        tensors = models[i].tensors
+        named = sum(1 if names[name] >= most else -1 for name in tensors)
+        needed = {
+            name: enough if _is_vocabulary(name) else most for name, info in tensors.items() if len(info.shape) > 1
+        }
+        shaped = sum(1 if shapes[name, tensors[name].shape] >= count else -1 for name, count in needed.items())
+        entries = sum(math.prod(info.shape) for info in tensors.values())
+        return named, shaped, -entries, -i
+
+    return max(range(len(models)), key=rank)
+
+
+def _shown(model: Checkpoint, fit: Fit | None) -> Checkpoint:
+    """A view of a model, in place of what it was a view of; itself, where that is what it shows."""
+    shown = model.whole if isinstance(model, Excerpt) else model
+    whole = raw(shown)
+    as_it_is = fit is None or list(fit.parts.items()) == [(name, Part(name)) for name in whole.tensors]
+    if as_it_is:
+        view = whole
+    elif fit is not None and isinstance(shown, View) and dict(shown.parts) == dict(fit.parts):
+        view = shown
+    else:
+        view = View(whole, fit.parts if fit else {})
+    if not isinstance(model, Excerpt):
+        return view
+    return model if view is shown else model.over(view)
