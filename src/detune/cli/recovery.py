@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @rank_option
 @device_option
 @merge_option
+@click.option("--like", metavar="MODEL", help="Whose files, names and tokens OUT takes; those most models have.")
 @click.option("--adapters", type=click.Path(path_type=Path), help="A directory to make with each model's LoRA.")
 @dtype_option
 @click.option("--mask", type=click.Path(path_type=Path), help="A .npz file to make: where each tensor is certain.")
@@ -56,6 +57,7 @@ def recover(
     rank: int | None,
     device: str,
     merge_dtype: str,
+    like: str | None,
     adapters: Path | None,
     dtype: str,
     mask: Path | None,
@@ -82,6 +84,7 @@ def recover(
             device=device_at(device, elsewhere=bool(scheduler or slurm)),
             overwrite=overwrite,
             merge_dtype=merge_dtype_of(merge_dtype),
+            like=like,
             adapters=adapters,
             dtype=dtype_of(dtype),
             mask=mask,

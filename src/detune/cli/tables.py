@@ -70,6 +70,8 @@ def show_report(report: Report, out: Path | None = None) -> None:
     for model in report.inputs:
         if model.left_out is not None:
             say(f"left out {model.spec}: {model.left_out}")
+        for note in model.notes if model.left_out is None else ():
+            say(f"{model.spec}: {note}")
     for status, count in report.counts.items():
         say(f"{count} tensor{'s' * (count != 1)} {MEANING[status]}")
     names: dict[str, list[str]] = {}
@@ -255,19 +257,22 @@ def _by_kind(rows: Iterable[Row], key: Callable[[Row], object]) -> "dict[tuple[s
 
 
 def _ranks(rows: list[TensorRow]) -> str:
-    by_model = zip(*(row.ranks for row in rows if row.ranks), strict=False)
-    spans = [f"{min(r)}" if min(r) == max(r) else f"{min(r)}-{max(r)}" for r in by_model]
+    spans = _spans(rows)
     return spans[0] if spans and len(set(spans)) == 1 else ", ".join(spans)
 
 
 def _member_ranks(rows: "Sequence[ChangedTensor]") -> str:
-    """The ranks of each member over tensors of a kind; a dash where its tensor is not the family's."""
+    return ", ".join(_spans(rows))
+
+
+def _spans(rows: "Sequence[TensorRow] | Sequence[ChangedTensor]") -> list[str]:
+    """The ranks of each model over tensors of a kind; a dash where it does not have them, or not the family's."""
     spans = []
     for ranks in zip(*(row.ranks for row in rows if row.ranks), strict=False):
         known = [rank for rank in ranks if rank is not None]
         low, high = min(known, default=None), max(known, default=None)
         spans.append("-" if low is None else f"{low}" if low == high else f"{low}-{high}")
-    return ", ".join(spans)
+    return spans
 
 
 def _span(numbers: Iterable[int]) -> str:

@@ -24,7 +24,7 @@ __all__ = ["Alignment", "Fit", "align", "view_of"]
 # A model that has less than half of the layout's tensors is of another architecture.
 SAME_ARCHITECTURE = 1 / 2
 # What embeddings and heads, with a row for each token, are called.
-VOCABULARY = ("embed", "wte", "lm_head", "decoder")
+VOCABULARY = ("embed", "wte", "lm_head", "decoder", "predictions")
 # What stacks `(experts, out, in)` or `(experts, in, out)` are called in transformers: kernels can have that shape too.
 STACK = re.compile(r"expert|(^|[._])moe[._]")
 # Models without which a vocabulary is not the base's: matrices cannot be split with fewer.
@@ -63,6 +63,9 @@ class Fit:
             notes.append(f"{count} of its tensors have other names, {own!r} for {name!r}")
         for name, rows in self.resized.items():
             notes.append(f"{name!r} has {rows} rows in it: those that models share are solved by themselves")
+        turned = [name for name, part in self.parts.items() if part.turned]
+        if turned:
+            notes.append(f"it has {some(turned)} transposed")
         if self.missing:
             notes.append(f"it lacks {some(self.missing)}")
         if self.extra:
@@ -335,9 +338,7 @@ def _layout(models: Sequence[Checkpoint]) -> int:
     def rank(i: int) -> tuple[int, int, int, int]:
         tensors = models[i].tensors
         named = sum(1 if names[name] >= most else -1 for name in tensors)
-        needed = {
-            name: enough if _is_vocabulary(name) else most for name, info in tensors.items() if len(info.shape) > 1
-        }
+        needed = {name: enough if _is_vocabulary(name) else most for name in tensors}
         shaped = sum(1 if shapes[name, tensors[name].shape] >= count else -1 for name, count in needed.items())
         entries = sum(math.prod(info.shape) for info in tensors.values())
         return named, shaped, -entries, -i
