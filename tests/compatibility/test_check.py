@@ -124,7 +124,7 @@ def test_a_stranger_is_not_counted(fine):
 def test_another_architecture_cannot_be_compared(fine, tmp_path):
     other = save_plain(tmp_path / "other", {f"block.{i}": torch.ones(3) for i in range(6)})
     kinship = detune.check_family([*fine.models, other])
-    assert kinship.models[4].cluster is None
+    assert kinship.models[4].group is None
     assert re.search(r"^another architecture: .*; 0 of 7 tensors are alike, it lacks '", kinship.models[4].reason)
 
 
