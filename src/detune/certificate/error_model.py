@@ -94,6 +94,7 @@ class ErrorModel:
     rounded: bool
     coarse: bool
     entries: int
+    told: bool
 
     @classmethod
     def of(
@@ -124,6 +125,7 @@ class ErrorModel:
             torch.finfo(recovery.weight.dtype).eps >= torch.finfo(stored).eps,
             any(W_i.dtype.itemsize <= 2 for W_i in stack.matrices),
             entries,
+            bool(stack.noise_override),
         )
 
     @property
@@ -133,8 +135,8 @@ class ErrorModel:
 
     @property
     def rounding(self) -> float:
-        """The part of it that is rounding: an excess of noise is something else."""
-        return self.averaged / max(1.0, self.excess)
+        """The part of it that is rounding to the models' dtypes: an excess of noise, or one told, is something else."""
+        return 0.0 if self.told else self.averaged / max(1.0, self.excess)
 
     @property
     def noise(self) -> float:

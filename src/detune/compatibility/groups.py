@@ -172,7 +172,8 @@ def split_tensor(models: Sequence[Checkpoint], name: str) -> Groups:
     try:
         # What is looked at is small: two threads take twice as long over it.
         with use_threads(1):
-            return split([matricise(some_of(model).read(name)) for model in models])
+            shown = [matricise(some_of(model).read(name)) for model in models]
+            return split(shown, noise=[model.noise(name) for model in models])
     except NonFinite as error:
         raise damaged(name, models[error.model].spec) from None
 

@@ -12,6 +12,7 @@ every direction. What decides is the whole spectrum of the difference, on some o
   of 1.3 to 1.6 (from the quarter-circle law), and many singular values crowd just above the cut.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -78,13 +79,14 @@ class Relation:
     coarse: bool = False
 
 
-def relate(first: Tensor, second: Tensor, seed: int = 0) -> Relation:
+def relate(first: Tensor, second: Tensor, seed: int = 0, noise: float = 0.0) -> Relation:
     """Whether two versions of a matrix differ by a low rank.
 
     Args:
         first: `(out, in)`, as stored, any float dtype.
         second: The same shape; its dtype may differ.
         seed: Of the choice of rows and columns.
+        noise: Root mean square of what their difference has more than the rounding to their dtypes.
 
     Returns:
         The relation. Matrices of fewer than `SMALLEST` rows or columns give an answer too, but not one to trust.
@@ -93,13 +95,13 @@ def relate(first: Tensor, second: Tensor, seed: int = 0) -> Relation:
         NonFinite: One holds NaN or Inf where it was looked at.
     """
     for size in (FIRST_SAMPLE, MIDDLE_SAMPLE, LAST_SAMPLE):
-        relation = _relate([sample(matrix, size, seed) for matrix in (first, second)])
+        relation = _relate([sample(matrix, size, seed) for matrix in (first, second)], noise)
         if relation.rank <= LARGE_PART * min(size, *first.shape) or max(first.shape) <= size:
             break
     return relation
 
 
-def split(matrices: Sequence[Tensor], seed: int = 0) -> tuple[tuple[int, ...], ...]:
+def split(matrices: Sequence[Tensor], seed: int = 0, noise: Sequence[float | None] = ()) -> tuple[tuple[int, ...], ...]:
     """Group the versions of a matrix that differ by a low rank from each other.
 
     Each is compared with one of every group found so far, so the cost is linear in their number for a few groups.
@@ -107,6 +109,8 @@ def split(matrices: Sequence[Tensor], seed: int = 0) -> tuple[tuple[int, ...], .
     Args:
         matrices: `(out, in)`, as stored.
         seed: Of the choice of rows and columns.
+        noise: Root mean square of each one's noise, where that is more than the rounding to its dtype; None, or no
+            number at all, where it is not.
 
     Returns:
         Groups of places in `matrices`, the largest first; those of one size by their first.
@@ -120,8 +124,12 @@ def split(matrices: Sequence[Tensor], seed: int = 0) -> tuple[tuple[int, ...], .
     groups: list[list[int]] = []
     # Versions with little storage noise first: a coarse one could hide what sets two fine ones apart.
     eps = [torch.finfo(rounded_to(sample(matrix, FIRST_SAMPLE, seed))).eps for matrix in matrices]
-    for i in sorted(range(len(matrices)), key=lambda i: eps[i]):
-        related = [(relate(matrices[group[0]], matrices[i], seed), group) for group in groups]
+    told = [each or 0.0 for each in noise] or [0.0] * len(matrices)
+    for i in sorted(range(len(matrices)), key=lambda i: (told[i], eps[i])):
+        related = [
+            (relate(matrices[group[0]], matrices[i], seed, math.hypot(told[group[0]], told[i])), group)
+            for group in groups
+        ]
         low = [pair for pair in related if pair[0].kind is not Kind.FULL_RANK]
         if low:
             min(low, key=lambda pair: (pair[0].coarse, pair[0].left))[1].append(i)
@@ -140,7 +148,7 @@ def sample(matrix: Tensor, size: int, seed: int = 0) -> Tensor:
     return matrix
 
 
-def _relate(samples: Sequence[Tensor]) -> Relation:
+def _relate(samples: Sequence[Tensor], noise: float) -> Relation:
     first, second = (matrix.double() for matrix in samples)
     for i, matrix in enumerate((first, second)):
         if not bool(torch.isfinite(matrix).all()):
@@ -149,6 +157,8 @@ def _relate(samples: Sequence[Tensor]) -> Relation:
     if not bool(difference.any()):
         return Relation(Kind.SAME)
     stored = [matrix.dtype for matrix in samples]
+    if noise:
+        return _spectrum(difference, samples, stored, noise)
     rounded = [rounded_to(matrix) for matrix in samples]
     # Both on a coarse grid: that was the rounding. One alone may be a base of that dtype that was left as it was.
     relation = _spectrum(difference, samples, rounded if all(dtype.itemsize <= 2 for dtype in rounded) else stored)
@@ -158,9 +168,11 @@ def _relate(samples: Sequence[Tensor]) -> Relation:
     return relation
 
 
-def _spectrum(difference: Tensor, samples: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Relation:
+def _spectrum(
+    difference: Tensor, samples: Sequence[Tensor], dtypes: Sequence[torch.dtype], noise: float = 0.0
+) -> Relation:
     """The verdict from the singular values of the difference, scaled to noise of variance 1."""
-    variance = torch.zeros_like(difference)
+    variance = torch.full_like(difference, noise**2)
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
     for matrix, dtype in zip(samples, dtypes, strict=True):
         # Of two dtypes the coarser may have been rounded twice: the base was converted to it, and then the merge.
@@ -170,8 +182,8 @@ def _spectrum(difference: Tensor, samples: Sequence[Tensor], dtypes: Sequence[to
     variance += of_delta**2 * difference.square().mean()
     rows, columns = variance.mean(dim=1, keepdim=True), variance.mean(dim=0, keepdim=True) / variance.mean()
     scale = (rows * columns).sqrt()
-    noise = (variance / scale.square()).mean().sqrt()
-    values = _singular_values(difference / (scale * noise))
+    size = (variance / scale.square()).mean().sqrt()
+    values = _singular_values(difference / (scale * size))
     return _judge(values, difference.shape[0], difference.shape[1])
 
 

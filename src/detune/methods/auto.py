@@ -72,7 +72,8 @@ class Auto:
         found = self._without_grid(first, rank)
         require_own_adapters(found)
         found = shrink_where_run_off(stack, found)
-        if self.lattice is None or not found.deltas:
+        # What was rounded to levels of its own lies on no dtype's grid.
+        if self.lattice is None or not found.deltas or stack.noise_override:
             return found
         try:
             return self.lattice.refine(stack, found, rank)
@@ -93,7 +94,8 @@ class Auto:
         None where it leaves doubts: least squares may be the better start.
         """
         stack, found = differences.stack, differences.by_pair.values()
-        if self.lattice is None or not set(stack.rounded_dtypes) <= set(HALVES) or not any(map(_in_doubt, found)):
+        on_grid = set(stack.rounded_dtypes) <= set(HALVES) and not stack.noise_override
+        if self.lattice is None or not on_grid or not any(map(_in_doubt, found)):
             return None
         if not nearly_share_a_direction(stack, [difference.basis for difference in found]):
             return None
@@ -145,7 +147,9 @@ class Auto:
 
     def _closed_form(self, differences: Differences, rank: int | None) -> Recovery:
         spaces = find_spaces(differences, rank, self.seed)
-        if any(map(_in_doubt, differences.by_pair.values())) and not _in_a_crowd(differences):
+        # Noise that was told may be of any size, and its size is not known well enough for a search.
+        in_doubt = not differences.stack.noise_override and any(map(_in_doubt, differences.by_pair.values()))
+        if in_doubt and not _in_a_crowd(differences):
             spaces = select_ranks(spaces, rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
         step, method, steps = _best_step(spaces, polished), "intersect+polish", polished.steps

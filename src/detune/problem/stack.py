@@ -270,6 +270,8 @@ class Stack:
 
     def variance(self, model: int) -> Tensor:
         """Storage variance of every entry of a model, `(out, in)`, float64: a pass over all matrices."""
+        if self.noise_override:
+            return torch.full_like(self.matrices[model], self.noise_override[model] ** 2, dtype=torch.float64)
         return storage_variance(as_rounded(self.matrices)[model])
 
     def noise_norm(self, model: int, rows: int) -> Tensor:

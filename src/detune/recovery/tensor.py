@@ -50,7 +50,7 @@ def solve_tensor(
         return _solve_vector(stack, solver, stored)
     answer, weight = _solve_matrix(stack, solver, rank, stored, check)
     if _unexplained(answer) and stack.n > solver.min_models and min(stack.shape) >= SMALLEST:
-        groups = split(stack.matrices)
+        groups = split(stack.matrices, noise=stack.noise_override)
         if len(groups) > 1 and len(groups[0]) >= solver.min_models and len(groups[0]) > len(groups[1]):
             return _solve_group(stack, groups[0], solver, rank, stored, check)
     return answer, weight
