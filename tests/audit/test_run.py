@@ -267,7 +267,7 @@ class TestBadInput:
 
     def test_a_base_of_another_architecture(self, fine, tmp_path):
         other = save_plain(tmp_path / "other", {"layer.0.weight": torch.ones(8, 8)})
-        with pytest.raises(InputError, match=r"other is not the base of .*; tensor 'steps' is missing"):
+        with pytest.raises(InputError, match=r"other does not fit .*; 0 of 7 tensors are alike, it lacks 'steps'"):
             audit(fine.models, other)
 
     def test_a_base_with_other_weights(self, fine, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -135,6 +135,17 @@ def test_a_model_that_was_not_merged_gives_its_base_and_its_adapter(tmp_path):
     found = stored(tmp_path / "out")
     assert set(found) == set(truth)
     assert all(torch.equal(found[name], tensor) for name, tensor in truth.items())
+    assert "saved without merging" in detune.inspect([tmp_path / "unmerged.safetensors"]).inputs[0].notes[-1]
+
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
+    detune.extract([tmp_path / "unmerged.safetensors"], tmp_path / "loras", base=tmp_path / "out")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    with quiet():
+        loaded = PeftModel.from_pretrained(base, tmp_path / "loras" / "unmerged").merge_and_unload().state_dict()
+        merged = model.merge_and_unload().state_dict()
+    assert any(not torch.equal(merged[name], tensor) for name, tensor in truth.items())
+    for name, tensor in merged.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=1e-6)
 
 
 def moe(tmp_path: Path, dtype: torch.dtype = torch.float32, n: int = 3) -> Fine:

@@ -82,9 +82,20 @@ def test_refuses_nan(fine, name):
         detune.inspect(fine.models)
 
 
-def test_needs_two_models(fine):
-    with pytest.raises(InputError, match="1 model given; inspect compares at least two; add models"):
-        detune.inspect(fine.models[:1])
+def test_needs_a_model():
+    with pytest.raises(InputError, match="no model given; inspect looks at one at least; add models"):
+        detune.inspect([])
+
+
+def test_one_model_is_said_to_be_what_it_is(command, fine):
+    report = detune.inspect(fine.models[:1])
+    (row,) = report.inputs
+    assert not report.tensors
+    assert row.notes[0] == "safetensors, 1 file, 7 tensors of 21,345 numbers: 6 float32, 1 int64"
+    assert "needs two more fine-tunes" in row.notes[-1]
+    ran = command("inspect", fine.models[0])
+    assert (ran.code, ran.err) == (0, "")
+    assert f"{fine.models[0]}: {row.notes[0]}" in ran.out
 
 
 def test_tells_what_it_is_at(fine):

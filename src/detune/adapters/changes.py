@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from detune.adapters.fit import fit_adapter
-from detune.checkpoints import Checkpoint, PeftLayer, PeftPlaces, find_places, peft_layer
+from detune.checkpoints import (
+    Checkpoint,
+    Kind,
+    PeftLayer,
+    PeftPlaces,
+    Unmerged,
+    find_places,
+    own_name,
+    peft_layer,
+    raw,
+)
 from detune.compatibility.model_set import Held, ModelSet, damaged
 from detune.metrics import bit_identical, ulps
 from detune.problem import LowRank, NonFinite, NotLowRank
@@ -112,6 +122,7 @@ class ChangeFitter:
         rank: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        self._models = family.models
         self._specs = tuple(model.spec for model in family.models)
         self._names = adapter_names(self._specs)
         self._places = PlacesOf(family.reference)
@@ -136,7 +147,35 @@ class ChangeFitter:
         return tuple(
             self._change(i, name, base, tensor)
             for i, tensor in zip(held.models, held.tensors, strict=True)
+            # What holds the base beside its adapter is no merge of it.
+            if not isinstance(raw(self._models[i]), Unmerged)
             if tensor.dtype != base.dtype or bit_identical(base, tensor) < 1
+        )
+
+    def saved(self, name: str) -> tuple[AdapterChange, ...]:
+        """What one tensor becomes in the adapters of models that were saved without merging: what they hold of it.
+
+        Args:
+            name: Its qualified name.
+
+        Raises:
+            InputError: A file can no longer be read.
+        """
+        kind = self._places.of(name).takes_low_rank(name)
+        models = [(i, raw(model), model) for i, model in enumerate(self._models) if name in model.tensors]
+        return tuple(
+            self._saved(i, whole, model, name, kind)
+            for i, whole, model in models
+            if kind is not None and isinstance(whole, Unmerged) and whole.factors(own_name(model, name))
+        )
+
+    def _saved(self, i: int, whole: Unmerged, model: Checkpoint, name: str, kind: Kind) -> AdapterChange:
+        A, B, scaling = whole.read_factors(own_name(model, name))
+        layer = PeftLayer(A.float(), B.float() * (1.0 if scaling is None else scaling), kind)
+        reason = "" if scaling is not None else "the file does not say how its product is scaled: by 1, as it stands"
+        shape = model.tensors[name].shape
+        return AdapterChange(
+            i, AdapterRow(self._names[i], name, shape, Kept.LORA, layer.rank, 1.0, 0, 0.0, reason), layer=layer
         )
 
     def _change(self, i: int, name: str, base: Tensor, tensor: Tensor) -> AdapterChange:

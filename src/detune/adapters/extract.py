@@ -123,6 +123,7 @@ def extract(
                 holders = [family.models[i] for i in family.holders(name)]
                 if holders and not is_shared((family.reference, *holders), name):
                     extractor.add(name, fitter.fit(name, family.reference.read(name), family.held(name)))
+                extractor.add(name, fitter.saved(name))
             for i, fit in enumerate(family.alignment.fits[: family.n]):
                 extractor.leave_out(i, fit)
             extraction = extractor.finish()

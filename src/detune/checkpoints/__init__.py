@@ -23,7 +23,7 @@ from detune.checkpoints.quantised import Decoded
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.target import Target, require_outside
 from detune.checkpoints.unmerged import Unmerged
-from detune.checkpoints.view import Part, View, raw
+from detune.checkpoints.view import Part, View, own_name, raw
 from detune.checkpoints.writer import CheckpointFiles, CheckpointWriter
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "new_file",
     "open_checkpoint",
     "open_lora",
+    "own_name",
     "pack_layers",
     "pack_mask",
     "peft_layer",

@@ -5,12 +5,17 @@ as `x.lora_A.default.weight`. A module that was trained whole is there twice, `x
 `x.modules_to_save.default.weight`.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 
+from torch import Tensor
+
+from detune.checkpoints.layout import read_json
 from detune.checkpoints.quantised import Decoded
 from detune.checkpoints.source import Checkpoint
+from detune.errors import InputError
 
 __all__ = ["Unmerged", "without_adapters"]
 
@@ -46,6 +51,46 @@ class Unmerged(Decoded):
             else:
                 self.adapters[match["adapter"]][match["module"].removeprefix(PREFIX), match["kind"]] = name
         self.others = tuple(others)
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that counts: PEFT's default, or else the first; None where there are no factors."""
+        return "default" if "default" in self.adapters else next(iter(self.adapters), None)
+
+    def factors(self, name: str) -> tuple[str, str] | None:
+        """The stored names of a tensor's A and B in that adapter; None where it has none.
+
+        Args:
+            name: A key of `tensors`.
+        """
+        module, _, parameter = name.rpartition(".")
+        found = self.adapters.get(self.adapter or "", {})
+        for kinds in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+            if parameter == "weight" and all((module, kind) in found for kind in kinds):
+                return found[module, kinds[0]], found[module, kinds[1]]
+        return None
+
+    def read_factors(self, name: str) -> tuple[Tensor, Tensor, float | None]:
+        """Read a tensor's A and B, and by what their product is scaled; None where nothing says it.
+
+        Args:
+            name: A key of `tensors` that has factors.
+
+        Raises:
+            InputError: A file can no longer be read, or the configuration is malformed.
+        """
+        factors = self.factors(name)
+        if factors is None:
+            raise KeyError(name)
+        A, B = (self.stored.read(own) for own in factors)
+        path = self.root / "adapter_config.json"
+        if not path.is_file():
+            return A, B, None
+        config = read_json(path)
+        alpha = config.get("lora_alpha") if isinstance(config, dict) else None
+        if not isinstance(alpha, int | float):
+            raise InputError(f"{path} has no lora_alpha", f"got {alpha!r}", "copy the model again")
+        return A, B, alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0])
 
 
 def without_adapters(model: Checkpoint) -> Checkpoint:

@@ -16,7 +16,7 @@ from detune.checkpoints.blocks import copy_block, memory_of
 from detune.checkpoints.excerpt import Excerpt
 from detune.checkpoints.source import Checkpoint, TensorInfo
 
-__all__ = ["Part", "View", "raw"]
+__all__ = ["Part", "View", "own_name", "raw"]
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,11 @@ class View(Checkpoint):
     def close(self) -> None:
         """Release what the model holds."""
         self.model.close()
+
+
+def own_name(model: Checkpoint, name: str) -> str:
+    """A model's own name for what a view shows as a whole; `name` itself where it is no view."""
+    return own_name(model.model, model.parts[name].tensor) if isinstance(model, View) else name
 
 
 def raw(model: Checkpoint) -> Checkpoint:

@@ -19,7 +19,7 @@ from detune.compatibility.shared import LISTED, is_shared, some
 from detune.errors import InputError
 from detune.numerics.float_grid import name_of
 
-__all__ = ["Alignment", "Fit", "align", "view_of"]
+__all__ = ["Alignment", "Fit", "align", "is_stack", "view_of"]
 
 # A model that has less than half of the layout's tensors is of another architecture.
 SAME_ARCHITECTURE = 1 / 2
@@ -240,11 +240,12 @@ def _rows(expected: TensorInfo, info: TensorInfo) -> tuple[int, int] | None:
 
 
 def _is_turned(name: str, shape: Sequence[int], other: Sequence[int]) -> bool:
-    is_matrix = len(shape) == 2 or _is_stack(name, shape)
+    is_matrix = len(shape) == 2 or is_stack(name, shape)
     return is_matrix and tuple(other) == (*shape[:-2], shape[-1], shape[-2])
 
 
-def _is_stack(name: str, shape: Sequence[int]) -> bool:
+def is_stack(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is the matrices of several experts."""
     return len(shape) == 3 and STACK.search(name) is not None
 
 
@@ -289,7 +290,7 @@ def _cut(info: TensorInfo, shapes: Sequence[Sequence[int]]) -> dict[str, Part]:
         shapes: Its shape in each model.
     """
     name = info.name
-    if _is_stack(name, info.shape):
+    if is_stack(name, info.shape):
         return {f"{name}[{k}]": Part(name, k, k + 1, alone=True) for k in range(info.shape[0])}
     fewer = sorted({shape[0] for shape in shapes if shape and shape[0] < info.shape[0] and shape[1:] == info.shape[1:]})
     if not fewer:

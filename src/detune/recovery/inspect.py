@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from detune._runtime import command_line
+from detune.compatibility.describe import describe
 from detune.compatibility.groups import select
 from detune.compatibility.model_set import Held, Models, ModelSet, rows_to_read
 from detune.compatibility.shared import surely_shared
@@ -34,7 +35,8 @@ def inspect(
     """Look at what differs between models, without writing anything.
 
     Args:
-        models: At least two, as `detune.checkpoints.open_checkpoint` takes them.
+        models: Two or more, as `detune.checkpoints.open_checkpoint` takes them, to compare; of one alone, the report
+            says what it is and what recovering its base needs.
         rank: The most that any adapter's rank can be; None finds it.
         device: Where to compute; None is the CPU.
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
@@ -49,10 +51,15 @@ def inspect(
         InputError: The models cannot be read, or too few of them fit together and share a base.
     """
     started = time.perf_counter()
-    if len(models) < 2:
-        raise InputError(f"{len(models)} model given", "inspect compares at least two", "add models")
+    command = {"name": "inspect", "argv": command_line(), "rank": rank or "auto", "device": str(device or "cpu")}
+    if not models:
+        raise InputError("no model given", "inspect looks at one at least", "add models")
     shown = rows_to_read(models, rows)
     with Models(models, merge_dtype, shown) as given:
+        if len(models) == 1:
+            (model,) = given.models
+            alone = InputRow(model.spec, model.hashes(), notes=describe(model))
+            return Report(command, (alone,), (), time.perf_counter() - started)
         selection = select(given, min(3, len(models)))
         family = ModelSet([given.models[i] for i in selection.members])
 
@@ -67,7 +74,6 @@ def inspect(
         if shown is not None:
             looked_at = [_hedged(row, family, shown) for row in looked_at]
         reading = given.reading
-    command = {"name": "inspect", "argv": command_line(), "rank": rank or "auto", "device": str(device or "cpu")}
     return Report(command, inputs, tuple(looked_at), time.perf_counter() - started, reading=reading)
 
 
