@@ -99,7 +99,7 @@ def test_the_layout_can_be_told(fine, tmp_path):
     edit(fine.models[2], renamed("module."))
     detune.recover(fine.models, tmp_path / "out", like=fine.models[2])
     assert set(stored(tmp_path / "out")) == {f"module.{name}" for name in stored(fine.base)}
-    assert json.loads((tmp_path / "out" / "detune.json").read_text())["command"]["like"] == str(fine.models[2])
+    assert json.loads((tmp_path / "out" / "detune.json").read_text())["command"]["like"] == "../models/model-2"
 
 
 def test_processes_see_the_same_pieces(fine, tmp_path):

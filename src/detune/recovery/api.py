@@ -212,7 +212,8 @@ def recover(
             "like": family.layout.spec,
         }
         report = Report(command, inputs, rows, time.perf_counter() - started)
-        places = Places(target.out, [*models, *given.paths, target.out, adapters or "", mask or "", *command_line()])
+        named = (target.out, like or "", adapters or "", mask or "")
+        places = Places(target.out, [*models, *given.paths, *named, *command_line()])
         report = _write_results(landing, landed, files, report, family, target, adapters, mask, places)
         landing.remove()
     return report
