@@ -1,5 +1,6 @@
 """Archives of `torch.save` that another program wrote anew, that lie, or that were made elsewhere."""
 
+import io
 import random
 import zipfile
 from collections import OrderedDict
@@ -95,6 +96,36 @@ def test_reads_what_zipfile_wrote_anew(
 
 def test_reads_a_plain_copy_of_the_archive(saved: Path, tmp_path: Path) -> None:
     assert_read_as_torch_reads(write(tmp_path / "copy.bin", members_of(saved)))
+
+
+def test_reads_what_was_written_for_large_files(saved: Path, tmp_path: Path) -> None:
+    """With zip64 fields in the local headers, as archives of more than 4 GiB have them."""
+    with zipfile.ZipFile(tmp_path / "large.bin", "w") as archive:
+        for name, content in members_of(saved):
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as record:
+                record.write(content)
+    assert_read_as_torch_reads(tmp_path / "large.bin")
+
+
+def test_reads_what_was_written_to_a_pipe(saved: Path, tmp_path: Path) -> None:
+    """With sizes behind the records, and none in the local headers."""
+
+    class Pipe(io.RawIOBase):
+        def __init__(self) -> None:
+            self.content = bytearray()
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            self.content += data
+            return len(data)
+
+    with zipfile.ZipFile(pipe := Pipe(), "w") as archive:
+        for name, content in members_of(saved):
+            archive.writestr(name, content)
+    (tmp_path / "piped.bin").write_bytes(pipe.content)
+    assert_read_as_torch_reads(tmp_path / "piped.bin")
 
 
 def test_reads_archives_of_older_kinds(saved: Path, tmp_path: Path) -> None:
