@@ -14,7 +14,7 @@ DOCS_STAMP := $(VENV)/.docs-installed
 LPIPS_VENV := .venv-lpips
 LPIPS_STAMP := $(LPIPS_VENV)/.detune-installed
 
-.PHONY: test test-lpips demo docs lint bench fuzz lowra clean
+.PHONY: test test-lpips demo docs lint bench fuzz crash lowra clean
 
 # A process for each core, and a thread in each; a file's tests stay together, for what they share.
 test: $(STAMP)
@@ -23,6 +23,10 @@ test: $(STAMP)
 # LPIPS in an environment of its own: torchvision must fit torch to the release, and nothing else here needs it.
 test-lpips: $(LPIPS_STAMP)
 	$(LPIPS_VENV)/bin/python -m pytest tests_lpips
+
+# Commands killed, interrupted and out of disk at each of their operations on files: about an hour.
+crash: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.crashes
 
 demo: $(STAMP)
 	$(BIN)/detune demo

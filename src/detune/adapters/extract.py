@@ -189,13 +189,17 @@ def extracting(
 
 
 class Extractor:
-    """Takes what a family's tensors become in adapters, and writes an adapter for each model. Made by `extracting`."""
+    """Takes what a family's tensors become in adapters, and writes an adapter for each model. Made by `extracting`.
+
+    Attributes:
+        directory: What it fills.
+    """
 
     def __init__(self, family: ModelSet, directory: Path, base: str, out: Path) -> None:
         self._models = family.models
         self._reference = family.reference
         self._names = adapter_names([model.spec for model in family.models])
-        self._directory = directory
+        self.directory = directory
         self._base = base
         self._out = out
         self._places = PlacesOf(family.reference)
@@ -254,7 +258,7 @@ class Extractor:
         extraction = Extraction(self._base, models, rows, entries, time.perf_counter() - self._started)
         paths = [path for model in self._models for path in model.paths]
         content = Places(self._out, [self._base, *models.values(), *paths]).within(extraction.content)
-        (self._directory / "detune.json").write_text(json.dumps(content, indent=1) + "\n")
+        (self.directory / "detune.json").write_text(json.dumps(content, indent=1) + "\n")
         return extraction
 
     def _read(self, model: int, name: str) -> Tensor:
@@ -268,7 +272,7 @@ class Extractor:
     def _writer(self, i: int, name: str) -> PeftWriter:
         component = self._reference.tensors[name].component
         if (i, component) not in self._writers:
-            directory = inside(self._directory, PurePosixPath(self._names[i], component))
+            directory = inside(self.directory, PurePosixPath(self._names[i], component))
             base = f"{self._base}/{component}".rstrip("/")
             if Path(base).is_absolute():
                 # With the adapter it may be given away, and what only looks like a Hub id could be somebody's.

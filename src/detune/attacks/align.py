@@ -5,7 +5,6 @@ turned.
 """
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from detune.attacks.frames import find_actions
 from detune.attacks.rebuild import rebuild
 from detune.certificate.certify import certify
-from detune.checkpoints import Checkpoint, CheckpointWriter
+from detune.checkpoints import Checkpoint, CheckpointWriter, temporary_directory
 from detune.compatibility.model_set import ModelSet
 from detune.errors import InputError
 from detune.methods import Auto, Mean
@@ -61,8 +60,8 @@ class Align:
             raise InputError(f"{len(models)} releases", f"expected at least {self.min_models}", "add models")
         parent = out.expanduser().resolve().parent
         parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.aligned-", dir=parent) as folder:
-            aligned = align(models, Path(folder))
+        with temporary_directory("align", parent) as folder:
+            aligned = align(models, folder)
             if all(release.is_exact for release in aligned):
                 recover([release.path for release in aligned], out)
             else:

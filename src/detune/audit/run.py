@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -18,7 +17,7 @@ from detune.audit.naming import places
 from detune.audit.record import AuditReport, Behaviour, Invocation, ModelEntry, TensorEntry, Tool, Unchanged
 from detune.audit.spectra import spectrum
 from detune.audit.trial import Trial
-from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
+from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint, temporary_directory
 from detune.compatibility.model_set import Held, Models, ModelSet, damaged
 from detune.compatibility.shared import is_shared
 from detune.errors import InputError
@@ -77,7 +76,7 @@ def audit(
         raise InputError("no model given", "an audit is of one release at least", "add models")
     solver = make_solver(method)
     with ExitStack() as opened:
-        folder = Path(opened.enter_context(TemporaryDirectory(prefix="detune-audit-")))
+        folder = opened.enter_context(temporary_directory("audit"))
         given = opened.enter_context(Models(models, merge_dtype))
         given_base = opened.enter_context(open_checkpoint(base)) if base is not None else None
         members = find_members(given.models, folder, opened)

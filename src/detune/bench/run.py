@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from detune.bench.layers import Layer
 from detune.bench.methods import Method
 from detune.bench.results import Cell, CellResult, Environment, LayerResult, ResultStore
 from detune.bench.subsets import Subset
-from detune.checkpoints import Places, open_checkpoint
+from detune.checkpoints import Places, open_checkpoint, temporary_directory
 from detune.errors import InputError
 from detune.methods import Mean
 from detune.metrics import bit_identical, squared_error
@@ -347,10 +346,10 @@ def _finish(
         weights = {names[layer.index]: partial(_read_weight, store.weight_file(cell, layer.index)) for layer in layers}
         # Below the results, where there is room for the weights, not in a small /tmp.
         with (
-            tempfile.TemporaryDirectory(prefix=".recovered-", dir=store.folder) as folder,
+            temporary_directory("recovered", store.folder) as folder,
             open_checkpoint(judge.base) as base,
         ):
-            recovered = Path(folder) / "recovered"
+            recovered = folder / "recovered"
             write_with(base, weights, recovered)
             differences = judge.compare(recovered)
         behaviour = dict(differences.values)

@@ -4,12 +4,13 @@ This layer knows files only. Nothing here computes with weights, except for the 
 """
 
 from detune.checkpoints.adapters import MergedCheckpoint
-from detune.checkpoints.atomic import check_new, move_into_place, new_directory, new_file, reported
+from detune.checkpoints.atomic import check_new, new_directory, new_file
 from detune.checkpoints.blocks import round_to
+from detune.checkpoints.disk import reported
 from detune.checkpoints.excerpt import Excerpt
 from detune.checkpoints.hub import is_on_hub
 from detune.checkpoints.identity import identity
-from detune.checkpoints.landing import Landing, claim
+from detune.checkpoints.landing import Landing, claim, known_results, remove_spent
 from detune.checkpoints.lora import Lora, LoraLayer, open_lora
 from detune.checkpoints.mark import write_mark
 from detune.checkpoints.masks import pack_mask, write_masks
@@ -21,6 +22,7 @@ from detune.checkpoints.places import Places, from_out
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
 from detune.checkpoints.quantised import Decoded
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
+from detune.checkpoints.staging import remove_abandoned, temporary_directory
 from detune.checkpoints.target import Target, require_outside
 from detune.checkpoints.unmerged import Unmerged
 from detune.checkpoints.view import Part, View, own_name, raw
@@ -56,9 +58,9 @@ __all__ = [
     "identity",
     "inside",
     "is_on_hub",
+    "known_results",
     "load_pretrained",
     "model_class_of",
-    "move_into_place",
     "new_directory",
     "new_file",
     "open_checkpoint",
@@ -68,9 +70,12 @@ __all__ = [
     "pack_mask",
     "peft_layer",
     "raw",
+    "remove_abandoned",
+    "remove_spent",
     "reported",
     "require_outside",
     "round_to",
+    "temporary_directory",
     "unpack_layers",
     "write_mark",
     "write_masks",

@@ -7,6 +7,8 @@ A hidden directory beside the target, named after the run's inputs and options:
         checkpoint/   the weight files, data at their final offsets, no headers yet
         parts/        what else tensors leave behind, one file each
         journal/      a file for each process that writes, a line for each tensor, behind its checksum
+        results       what the run is about to put in its places, by its hash
+        replaced/     what stood in the target's place, until the checkpoint does
 
 A line is written when the tensor's bytes are on the disk, so that what a line speaks of is there; and it carries the
 checksums of all that it speaks of, so that the next run finds out what has changed since. They are CRC-32: against
@@ -14,9 +16,6 @@ accidents, as whoever may write here could as well write the checksums. Runs of 
 directories: a process that outlives its run has nowhere to write what another would take for its own.
 """
 
-import errno
-import fcntl
-import glob
 import hashlib
 import json
 import logging
@@ -24,25 +23,27 @@ import os
 import secrets
 import shutil
 import socket
-import stat
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from detune.checkpoints.atomic import reported, sync
+from detune.checkpoints.blocks import file_hash
+from detune.checkpoints.disk import reported, sync, sync_tree
+from detune.checkpoints.mark import MARK
+from detune.checkpoints.staging import is_ours, locked, remove, siblings, taken
 from detune.errors import OutputError
 
-__all__ = ["Landing", "claim"]
+__all__ = ["Landing", "claim", "known_results", "remove_spent"]
 
 logger = logging.getLogger(__name__)
 
 _PARTS = ("journal", "parts", "checkpoint")
+_RESULTS, _NEW_RESULTS, _REPLACED = "results", "results.new", "replaced"
+_KIND = "recovering"
 _AGAIN = "run the same command again: it computes again what has changed"
-# What file systems say that have no locks.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Landing:
@@ -183,12 +184,93 @@ class Landing:
             path.mkdir()
         sync(self.directory)
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing in it is of use: nothing has landed, or its removal was cut off."""
+        kept = (self.directory / name for name in (_RESULTS, _REPLACED))
+        return not any(path.exists() for path in kept) and not any(path.stat().st_size for path in self._journals())
+
+    def results(self) -> dict[str, str]:
+        """What `note_results` wrote down; nothing where that has been damaged."""
+        with suppress(OSError):
+            checksum, _, text = (self.directory / _RESULTS).read_bytes().strip().partition(b" ")
+            if checksum == _checksum(text):
+                return dict(json.loads(text))
+        return {}
+
+    def note_results(self, results: Mapping[str, str]) -> None:
+        """Write down what will be put in its place, so that the next run knows it where this one is cut off.
+
+        Args:
+            results: A hash of each, by its path.
+
+        Raises:
+            OutputError: The disk refuses.
+        """
+        new = self.directory / _NEW_RESULTS
+        with reported(new):
+            new.write_bytes(_line(results))
+            sync(new)
+            os.replace(new, self.directory / _RESULTS)
+            sync(self.directory)
+
+    def place(self, out: Path, check: Callable[[Path], None]) -> None:
+        """Rename the checkpoint to its place once all of it is on the disk.
+
+        What is there is moved aside in between, and put back by whoever claims `out` next, where this is cut off.
+
+        Args:
+            out: Its place.
+            check: Refuses a target by raising: somebody may have put something there in the meantime.
+
+        Raises:
+            OutputError: `check` refused, or the disk does.
+        """
+        with reported(out):
+            sync_tree(self.checkpoint)
+            check(out)
+            try:
+                if _is_filled(out):
+                    os.rename(out, self.directory / _REPLACED)
+                os.rename(self.checkpoint, out)
+            except BaseException:
+                self.put_back(out)
+                raise
+            sync(out.parent)
+
+    def put_back(self, out: Path) -> None:
+        """Put back what was moved aside for a checkpoint that did not take its place.
+
+        Args:
+            out: Its place.
+
+        Raises:
+            OutputError: There is something else, or the disk refuses.
+        """
+        replaced = self.directory / _REPLACED
+        if not replaced.exists() or self.has_placed(out):
+            return
+        if _is_filled(out):
+            raise OutputError(
+                f"{replaced} is what stood in {out} until a run was cut off that was to replace it",
+                "something else stands there now",
+                "move one of the two elsewhere",
+            )
+        with reported(out):
+            os.rename(replaced, out)
+            sync(out.parent)
+
+    def has_placed(self, out: Path) -> bool:
+        """Whether what is in `out` is this run's checkpoint."""
+        mark = out / MARK
+        return mark.is_file() and self.results().get(str(mark)) == file_hash(mark)
+
     def remove(self) -> None:
         """Remove the directory, once its checkpoint has been moved to its place, or is of no use."""
-        # The lock last: what has none is not known for ours.
-        for part in _PARTS:
+        # The results last: while anything else is there, they say what it was for.
+        for part in (*_PARTS, _REPLACED):
             shutil.rmtree(self.directory / part, ignore_errors=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove(self.directory)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -216,96 +298,58 @@ def claim(out: Path, key: str) -> Iterator[Landing]:
     Raises:
         OutputError: Another run is writing to `out`, its place is taken, or the disk refuses.
     """
-    own = out.with_name(f".{out.name}.recovering-{key}")
+    own = out.with_name(f".{out.name}.{_KIND}-{key}")
     with reported(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        for other in out.parent.glob(f".{glob.escape(out.name)}.recovering-*"):
-            if other != own and _is_ours(other):
-                with _locked(other, out):
+        for other in siblings(out, _KIND):
+            if other != own and is_ours(other, _is_landed):
+                with locked(other, out):
+                    Landing(other).put_back(out)
                     logger.info("removing %s: its run had other inputs or options", other)
                     Landing(other).remove()
         try:
             own.mkdir()
         except FileExistsError:
-            if not _is_ours(own):
-                raise _taken(own) from None
-    with _locked(own, out):
+            if not is_ours(own, _is_landed):
+                raise taken(own) from None
+    with locked(own, out):
         landing = Landing(own)
+        landing.put_back(out)
         with reported(out):
             if not landing.is_complete:
                 landing.clear()
         yield landing
 
 
-def _is_ours(directory: Path) -> bool:
-    """Whether a run of this user made a directory, and nothing else was put into it."""
-    try:
-        names = {path.name for path in directory.iterdir()}
-        status = directory.lstat()
-        if not stat.S_ISDIR(status.st_mode) or not _is_own(status, directory.parent):
-            return False
-        if not names:
-            # Left between two steps, and no loss to anybody.
-            return True
-        lock = (directory / "lock").lstat()
-        return names <= {"lock", *_PARTS} and stat.S_ISREG(lock.st_mode) and _is_own(lock, directory.parent)
-    except OSError:
-        return False
+def known_results(out: Path) -> dict[str, str]:
+    """What runs that were cut off have written down of what they were about to put in its place.
 
-
-def _is_own(status: os.stat_result, parent: Path) -> bool:
-    """Whether something belongs to this user, or to whom the directory around it belongs.
-
-    Some network file systems give what root makes to nobody; and who owns the directory could replace all in it.
+    Args:
+        out: The directory that they were to make.
     """
-    return status.st_uid in (os.geteuid(), parent.stat().st_uid)
+    found: dict[str, str] = {}
+    for directory in siblings(out, _KIND):
+        if is_ours(directory, _is_landed):
+            found |= Landing(directory).results()
+    return found
 
 
-def _taken(path: Path) -> OutputError:
-    return OutputError(f"{path} is in the way", "no run of yours made it, and one needs its place", "move it elsewhere")
+def remove_spent(out: Path) -> None:
+    """Remove what runs into `out` left of which nothing is of use, unless they still live.
+
+    Args:
+        out: The directory that they were to make.
+    """
+    for directory in siblings(out, _KIND):
+        if is_ours(directory, _is_landed) and Landing(directory).is_spent:
+            with suppress(OutputError), locked(directory, out, needs_lock=True):
+                if Landing(directory).is_spent:
+                    remove(directory)
 
 
-@contextmanager
-def _locked(directory: Path, out: Path) -> Iterator[None]:
-    path = directory / "lock"
-    # Not through links, of this directory or in it, and not into what others share under another name.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            descriptor = os.open("lock", flags, 0o666, dir_fd=folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO):
-            raise _taken(path) from None
-        with reported(out):
-            raise
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or not _is_own(status, directory.parent):
-            raise _taken(path)
-        _lock(descriptor, path, out)
-        yield
-    finally:
-        os.close(descriptor)
+def _is_landed(name: str) -> bool:
+    return name in (*_PARTS, _RESULTS, _NEW_RESULTS, _REPLACED)
 
 
-def _lock(descriptor: int, path: Path, out: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            logger.warning("%s has no file locks: see to it that no other run writes to %s", path.parent, out)
-            return
-        if not isinstance(error, BlockingIOError | PermissionError):
-            raise OutputError(f"cannot lock {path}", str(error), "check the file system") from error
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-        raise OutputError(
-            f"another run is writing to {out}", f"{holder} holds {path}", "wait for it, or choose another directory"
-        ) from None
-    # A run that came first may have removed the directory after we opened the file in it.
-    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
-        raise OutputError(f"another run has just ended in {out}", f"{path} is gone", "try again")
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+def _is_filled(out: Path) -> bool:
+    return out.exists() and any(out.iterdir())

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from detune.checkpoints.atomic import require_space
+from detune.checkpoints.disk import require_space
 from detune.checkpoints.mark import find_foreign
 from detune.errors import OutputError
 

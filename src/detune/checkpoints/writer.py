@@ -23,9 +23,10 @@ from typing import Self
 
 import torch
 
-from detune.checkpoints.atomic import new_directory, reported, sync
+from detune.checkpoints.atomic import new_directory
 from detune.checkpoints.blocks import memory_of, round_to
 from detune.checkpoints.data_file import DataFile, Read
+from detune.checkpoints.disk import reported, sync
 from detune.checkpoints.entries import Entry
 from detune.checkpoints.headers import safetensors_name
 from detune.checkpoints.layout import read_json

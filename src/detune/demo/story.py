@@ -1,7 +1,6 @@
 """The whole story on a real language model: fine-tune three times, merge, throw the base away, get it back."""
 
 import math
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from rich.status import Status as Spinner
 from rich.table import Table
 
 import detune
+from detune.checkpoints import temporary_directory
 from detune.demo.language_model import FINE_TUNES, STEPS, language_model, shipped_adapter, train_adapter, write
 from detune.demo.train import merge
 from detune.errors import OutputError
@@ -63,8 +63,7 @@ def tell(out: Path | None = None, *, method: str = "auto", train: bool = False, 
         raise OutputError(f"{out} exists and is not empty", "choose another directory, or leave --out away")
     console = Console(highlight=False)
     began = time.perf_counter()
-    with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="detune-demo-") as directory:
-        folder = Path(directory)
+    with nullcontext(out) if out is not None else temporary_directory("demo") as folder:
         base, merged = _fine_tune(console, folder, train, steps)
         comparisons = _attack(console, base, merged, folder, method)
         answers = _ask(console, base, merged[0], folder / f"recovered-{method}")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -160,11 +159,11 @@ def _base_of(
         with open_checkpoint(base) as opened:
             yield opened
         return
-    with tempfile.TemporaryDirectory(prefix=f"{partial.name}.base-", dir=partial.parent) as directory:
-        recovered = Path(directory) / "base"
-        recover(models, recovered, rank=rank, device=device)
-        with open_checkpoint(recovered) as opened:
-            yield opened
+    # Beside what becomes the pack, in a directory that goes with it.
+    recovered = partial.with_name(f".{partial.name}.base")
+    recover(models, recovered, rank=rank, device=device)
+    with open_checkpoint(recovered) as opened:
+        yield opened
 
 
 def _require_alike(base: Checkpoint, family: ModelSet) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from detune.checkpoints import inside, new_directory
-from detune.checkpoints.atomic import require_space
 from detune.checkpoints.blocks import memory_of
+from detune.checkpoints.disk import require_space
 from detune.errors import InputError
 from detune.packing.archive import ArchiveReader
 from detune.packing.codec import decode_factors, decode_residual, decode_tensor

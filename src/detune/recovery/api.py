@@ -1,7 +1,7 @@
 """The pipeline: tensors of a family, one at a time, through a solver into the writer and the report."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,22 +11,7 @@ import torch
 from torch import Tensor
 
 from detune._runtime import command_line
-from detune.adapters.extract import extracting
-from detune.checkpoints import (
-    CheckpointFiles,
-    Landing,
-    Places,
-    Target,
-    absolute,
-    check_new,
-    claim,
-    identity,
-    move_into_place,
-    new_file,
-    reported,
-    write_mark,
-    write_masks,
-)
+from detune.checkpoints import CheckpointFiles, Places, Target, absolute, claim, identity
 from detune.compatibility.groups import Selection, select
 from detune.compatibility.model_set import Models, ModelSet
 from detune.errors import InputError
@@ -35,18 +20,16 @@ from detune.numerics.device import full_precision
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.recovery.execution import (
     Job,
-    Landed,
     Processes,
     hashing,
     kept_for_later,
     land,
     landed_before,
-    read_changes,
-    read_masks,
     require_unchanged,
 )
 from detune.recovery.loop import OnTensor
 from detune.recovery.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
+from detune.recovery.results import Results
 
 
 @full_precision()
@@ -168,7 +151,8 @@ def recover(
         if not given.has_base:
             _check_count(solver, len(models))
         target = Target(Path(out).expanduser().resolve(), overwrite, tuple(given.paths))
-        _check_targets(target, adapters, mask)
+        results = Results(target, _resolved(adapters), _resolved(mask))
+        results.check()
         hashes = opened.enter_context(hashing(given.models, merge_dtype, executor))
         selection = _select(given, solver)
         layout = None if like is None else given.reference
@@ -190,6 +174,10 @@ def recover(
         )
         landing = opened.enter_context(claim(target.out, job.key))
         opened.enter_context(kept_for_later(landing))
+        report = results.finished(landing)
+        if report is not None:
+            landing.remove()
+            return report
         job = replace(job, landing=landing.directory)
         files = CheckpointFiles(family.layout, landing.checkpoint, dtype, parts=family.parts)
         landed = land(job, family, landing, landed_before(landing, files, target, family), executor, on_tensor)
@@ -214,46 +202,13 @@ def recover(
         report = Report(command, inputs, rows, time.perf_counter() - started)
         named = (target.out, like or "", adapters or "", mask or "")
         places = Places(target.out, [*models, *given.paths, *named, *command_line()])
-        report = _write_results(landing, landed, files, report, family, target, adapters, mask, places)
+        report = results.write(landing, landed, files, report, family, places)
         landing.remove()
     return report
 
 
-def _write_results(
-    landing: Landing,
-    landed: Mapping[str, Landed],
-    files: CheckpointFiles,
-    report: Report,
-    family: ModelSet,
-    target: Target,
-    adapters: str | Path | None,
-    mask: str | Path | None,
-    places: Places,
-) -> Report:
-    """Put what has landed together, and everything in its place; the report with what the adapters give back."""
-    # What is entered first is finished last: there are no adapters and no mask without their base.
-    with ExitStack() as results:
-        if adapters:
-            extractor = results.enter_context(extracting(family, adapters, base=str(target.out)))
-            for name in family.names:
-                extractor.add(name, read_changes(landing, landed[name], extractor.kind(name)))
-            report = replace(report, adapters=extractor.finish().summary)
-        if mask:
-            write_masks(results.enter_context(new_file(mask)), read_masks(landing, landed, family.names))
-        files.finish({})
-        with reported(target.out, files.needed_bytes):
-            write_mark(landing.checkpoint, places.within(report.content))
-            move_into_place(landing.checkpoint, target.out, target.check)
-    return report
-
-
-def _check_targets(target: Target, adapters: str | Path | None, mask: str | Path | None) -> None:
-    """Refuse what could not be written in the end, before anything is computed."""
-    target.check(target.out)
-    if adapters:
-        check_new(Path(adapters).expanduser().resolve())
-    if mask:
-        check_new(Path(mask).expanduser().resolve(), directory=False)
+def _resolved(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path).expanduser().resolve()
 
 
 def make_solver(method: str | Solver) -> Solver:

@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -78,6 +78,16 @@ class TensorRow:
     log10_false_positive: float | None = None
     certain: float | None = None
     seconds: float = 0.0
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> "TensorRow":
+        """A row again of what `asdict` made of one, by way of JSON."""
+        kinds = {
+            "shape": tuple(content["shape"]),
+            "ranks": tuple(content["ranks"]),
+            "status": Status(content["status"]),
+        }
+        return cls(**{**content, **kinds})
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,19 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON."""
         return json.dumps(self.content, indent=1) + "\n"
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> "Report":
+        """A report again of its `content`, by way of JSON."""
+        return cls(
+            command=content["command"],
+            inputs=tuple(InputRow(**row) for row in content["inputs"]),
+            tensors=tuple(map(TensorRow.of_json, content["tensors"])),
+            seconds=content["summary"]["seconds"],
+            versions=content["versions"],
+            adapters=content.get("adapters"),
+            reading=Reading(**content["reading"]) if "reading" in content else None,
+        )
 
 
 def w_error_range(best: float | None, worst: float) -> str:

@@ -7,7 +7,6 @@ changes the weights, the truth is the base with the change of the first release.
 
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ import torch
 
 from detune.attacks import ATTACKS
 from detune.bench.defences.families import Family, quality
-from detune.checkpoints import open_checkpoint
+from detune.checkpoints import open_checkpoint, temporary_directory
 from detune.defences import (
     Bf16,
     Defence,
@@ -276,12 +275,12 @@ def run_rows(
     sticks = {name: _Yardstick(family, plain) for name, family in families.items()}
     results = []
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="detune-defences-") as folder:
+    with temporary_directory("defences") as folder:
         for row in rows:
             file = out / "rows" / f"{row.name.replace(', ', '-').replace(' ', '-').replace('%', '')}.json"
             found = _read(file, row)
             if found is None:
-                found = _run_row(row, sticks[row.family], Path(folder), say)
+                found = _run_row(row, sticks[row.family], folder, say)
                 file.write_text(found.to_json(), encoding="utf-8")
             results.append(found)
     return tuple(results)

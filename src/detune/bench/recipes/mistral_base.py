@@ -1,6 +1,5 @@
 """A small Mistral that learns English on the spot, and what any training of it has in common."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,6 +120,7 @@ def settings_of(scratch: Path, steps: int, batch: int, lr: float, seed: int) -> 
 def workplace(seed: int) -> Iterator[Path]:
     """A place for a trainer to work in: silent, seeded, on the recipe's threads, with a directory to write to."""
     from detune._runtime import needs_extra, quiet, seeded, use_threads
+    from detune.checkpoints import temporary_directory
 
     with needs_extra("bench"):
         from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -128,8 +128,8 @@ def workplace(seed: int) -> Iterator[Path]:
     bars = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        with quiet(), seeded(seed), use_threads(THREADS), tempfile.TemporaryDirectory(prefix="detune-") as scratch:
-            yield Path(scratch)
+        with quiet(), seeded(seed), use_threads(THREADS), temporary_directory("training") as scratch:
+            yield scratch
     finally:
         if bars:
             enable_progress_bars()

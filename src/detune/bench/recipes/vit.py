@@ -7,7 +7,6 @@ The head goes to a file of its own, `head.safetensors`, rather than into the ada
 its own classes, so no head is a change of the base's, and what is merged is the LoRA alone.
 """
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -219,9 +218,11 @@ def _train(
     """Train what requires a gradient with transformers' Trainer; return the loss of each step."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    with tempfile.TemporaryDirectory(prefix="detune-") as scratch:
+    from detune.checkpoints import temporary_directory
+
+    with temporary_directory("training") as scratch:
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=str(scratch),
             max_steps=steps,
             per_device_train_batch_size=batch,
             learning_rate=lr,

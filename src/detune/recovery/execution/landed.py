@@ -12,7 +12,7 @@ from typing import Any, Self
 from detune.adapters.changes import AdapterChange, AdapterRow, Kept
 from detune.checkpoints import CheckpointFiles, Kind, Landing, unpack_layers
 from detune.errors import DetuneError, OutputError
-from detune.recovery.report import Status, TensorRow
+from detune.recovery.report import TensorRow
 
 __all__ = [
     "FACTORS",
@@ -64,15 +64,11 @@ class Landed:
             LookupError: Something is missing.
             ValueError: Something has another kind of value.
         """
-        row = content["row"]
-        row = TensorRow(
-            **row | {"shape": tuple(row["shape"]), "ranks": tuple(row["ranks"]), "status": Status(row["status"])}
-        )
         changes = (
             AdapterChange(change["model"], _row(change["row"]), _row(change["as_base"]) if change["as_base"] else None)
             for change in content["changes"]
         )
-        return cls(row, Written(**content["written"]), tuple(changes))
+        return cls(TensorRow.of_json(content["row"]), Written(**content["written"]), tuple(changes))
 
 
 def _row(content: Mapping[str, Any]) -> AdapterRow:

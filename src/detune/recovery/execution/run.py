@@ -32,7 +32,7 @@ def kept_for_later(landing: Landing) -> Iterator[None]:
     except BaseException as error:
         # An error with a cause is that of a disk, a network or a worker, and may be gone the next time.
         useless = isinstance(error, InputError) and error.__cause__ is None
-        if landing.rows() and not useless:
+        if not landing.is_spent and not useless:
             error.add_note(f"what has landed stays in {landing.directory}: the same command does the rest")
         else:
             landing.remove()

@@ -1,0 +1,167 @@
+"""What a run makes of what has landed, a checkpoint, adapters and a mask, and how all of it gets to its places.
+
+All three are finished before the first is renamed to its place, and the checkpoint comes last: where it is, the rest
+is there too. What is about to be put in its place is written down before. So a run that is cut off in between is
+finished by the same command, which knows its own results again by their hashes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from detune.adapters.extract import extracting
+from detune.checkpoints import (
+    CheckpointFiles,
+    Landing,
+    Places,
+    Target,
+    check_new,
+    known_results,
+    new_file,
+    remove_abandoned,
+    remove_spent,
+    reported,
+    write_mark,
+    write_masks,
+)
+from detune.checkpoints.blocks import file_hash
+from detune.checkpoints.mark import MARK
+from detune.compatibility.model_set import ModelSet
+from detune.recovery.execution import Landed, read_changes, read_masks
+from detune.recovery.report import Report
+
+__all__ = ["Results"]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where the results of a run go.
+
+    Attributes:
+        target: The checkpoint's place.
+        adapters: A directory to make with each model's LoRA, resolved; None makes none.
+        mask: A file to make with the entries that are certain, resolved; None makes none.
+    """
+
+    target: Target
+    adapters: Path | None
+    mask: Path | None
+
+    def check(self) -> None:
+        """Refuse what could not be written in the end, before anything is computed; clean up after runs that died.
+
+        What such a run has put in its place is let pass: whether it was the same command is not known yet.
+
+        Raises:
+            OutputError: There is something in the place of a result.
+        """
+        remove_spent(self.target.out)
+        for path in (self.adapters, self.mask):
+            if path is not None:
+                remove_abandoned(path)
+        known = known_results(self.target.out)
+        if not _is_known(self._mark, known):
+            self.target.check(self.target.out)
+        self._check_others(known)
+
+    def finished(self, landing: Landing) -> Report | None:
+        """Find out whether the run had all but ended when it was cut off.
+
+        Args:
+            landing: The run's.
+
+        Returns:
+            Its report; None where there is something left to do.
+
+        Raises:
+            OutputError: There is something in the place of a result that is not this run's.
+        """
+        known = landing.results()
+        if all(path is None or _is_known(path, known) for path in (self._mark, self.adapters, self.mask)):
+            return Report.of_json(json.loads(self._mark.read_bytes()))
+        self.target.check(self.target.out)
+        self._check_others(known)
+        return None
+
+    def write(
+        self,
+        landing: Landing,
+        landed: Mapping[str, Landed],
+        files: CheckpointFiles,
+        report: Report,
+        family: ModelSet,
+        places: Places,
+    ) -> Report:
+        """Put what has landed together, and everything in its place.
+
+        Args:
+            landing: The run's.
+            landed: What has landed, by tensor: all.
+            files: The checkpoint in the landing.
+            report: The report, but for adapters.
+            family: The models.
+            places: What paths become in the report.
+
+        Returns:
+            The report, with what the adapters give back.
+
+        Raises:
+            OutputError: The disk refuses, or something has changed since it landed.
+        """
+        known, results = landing.results(), dict[str, str]()
+        with ExitStack() as made:
+            if self.adapters:
+                if _is_known(self.adapters, known):
+                    results[str(self.adapters)] = known[str(self.adapters)]
+                    summary = json.loads((self.adapters / MARK).read_bytes())["summary"]
+                else:
+                    base = str(self.target.out)
+                    extractor = made.enter_context(extracting(family, self.adapters, base=base))
+                    for name in family.names:
+                        extractor.add(name, read_changes(landing, landed[name], extractor.kind(name)))
+                    summary = extractor.finish().summary
+                    results[str(self.adapters)] = _hash(extractor.directory)
+                report = replace(report, adapters=summary)
+            if self.mask:
+                if _is_known(self.mask, known):
+                    results[str(self.mask)] = known[str(self.mask)]
+                else:
+                    partial = made.enter_context(new_file(self.mask))
+                    write_masks(partial, read_masks(landing, landed, family.names))
+                    results[str(self.mask)] = _hash(partial)
+            files.finish({})
+            with reported(self.target.out, files.needed_bytes):
+                write_mark(landing.checkpoint, places.within(report.content))
+            results[str(self._mark)] = _hash(landing.checkpoint / MARK)
+            landing.note_results(results)
+        landing.place(self.target.out, self.target.check)
+        return report
+
+    @property
+    def _mark(self) -> Path:
+        """The checkpoint stands for itself by the report in it, which no other run has."""
+        return self.target.out / MARK
+
+    def _check_others(self, known: Mapping[str, str]) -> None:
+        if self.adapters and not _is_known(self.adapters, known):
+            check_new(self.adapters)
+        if self.mask and not _is_known(self.mask, known):
+            check_new(self.mask, directory=False)
+
+
+def _is_known(path: Path, known: Mapping[str, str]) -> bool:
+    """Whether something stands in its place as it was written down."""
+    return str(path) in known and path.exists() and known[str(path)] == _hash(path)
+
+
+def _hash(path: Path) -> str:
+    """The SHA-256 of a file, or of all files of a directory and their names."""
+    if not path.is_dir():
+        return file_hash(path)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{file_hash(file)}\n".encode())
+    return digest.hexdigest()

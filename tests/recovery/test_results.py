@@ -1,0 +1,157 @@
+"""The last steps of a run, cut off between any two of them: the same call does the rest."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import detune
+from detune.checkpoints import Landing
+from detune.errors import OutputError
+from detune.recovery.execution import job
+from detune.recovery.report import Report, Status
+from tests.families import Fine, edit, plain_family, tree
+
+
+@pytest.fixture
+def fine(tmp_path: Path) -> Fine:
+    return plain_family(tmp_path / "models")
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A mark for every tensor that is solved."""
+    marks: list[str] = []
+    solve = job.solve_tensor
+
+    def mark(*arguments: Any) -> Any:
+        marks.append("solved")
+        return solve(*arguments)
+
+    monkeypatch.setattr(job, "solve_tensor", mark)
+    return marks
+
+
+def recover(fine: Fine, folder: Path, **options: Any) -> Report:
+    return detune.recover(
+        fine.models, folder / "out", **{"adapters": folder / "ad", "mask": folder / "m.npz"} | options
+    )
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Have a method of `Landing` cut a call of `recover` off."""
+
+    def cut(method: str, fine: Fine, folder: Path, **options: Any) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Landing, method, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                recover(fine, folder, **options)
+
+    return cut
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_checkpoint_comes_last(fine, cut_off, tmp_path):
+    cut_off("place", fine, tmp_path)
+    assert {name[:16] for name in names(tmp_path)} == {"models", "ad", "m.npz", ".out.recovering-"}
+
+
+def test_what_is_in_its_place_stays_and_the_rest_is_done(fine, cut_off, tmp_path, solved):
+    cut_off("place", fine, tmp_path)
+    before = tree(tmp_path / "ad"), (tmp_path / "m.npz").read_bytes()
+    solved.clear()
+    report = recover(fine, tmp_path)
+    assert solved == []
+    assert (tree(tmp_path / "ad"), (tmp_path / "m.npz").read_bytes()) == before
+    assert report.adapters == json.loads((tmp_path / "out" / "detune.json").read_text())["adapters"]
+    assert names(tmp_path) == {"models", "out", "ad", "m.npz"}
+
+
+def test_a_run_that_had_all_but_ended_is_not_done_again(fine, cut_off, tmp_path, solved):
+    cut_off("remove", fine, tmp_path)
+    before = tree(tmp_path / "out")
+    solved.clear()
+    report = recover(fine, tmp_path)
+    assert solved == []
+    assert tree(tmp_path / "out") == before
+    assert report == Report.of_json(json.loads((tmp_path / "out" / "detune.json").read_text()))
+    assert names(tmp_path) == {"models", "out", "ad", "m.npz"}
+    with pytest.raises(OutputError, match="out exists and is not empty"):
+        recover(fine, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ad", "m.npz"])
+def test_what_somebody_has_changed_since_is_not_taken_for_a_result(fine, cut_off, tmp_path, name):
+    cut_off("place", fine, tmp_path)
+    place = tmp_path / name
+    changed = place / "notes" if place.is_dir() else place
+    changed.write_text("mine")
+    with pytest.raises(OutputError, match=rf"{name} exists; expected a new"):
+        recover(fine, tmp_path)
+    assert changed.read_text() == "mine"
+    # Moved away, it is made again.
+    shutil.move(place, tmp_path / "elsewhere")
+    recover(fine, tmp_path)
+    assert names(tmp_path) == {"models", "out", "ad", "m.npz", "elsewhere"}
+
+
+def test_another_place_for_the_adapters(fine, cut_off, tmp_path):
+    cut_off("place", fine, tmp_path)
+    recover(fine, tmp_path, adapters=tmp_path / "others")
+    first, second = ({name: data for name, data in tree(tmp_path / folder).items() if name != "detune.json"}
+                     for folder in ("ad", "others"))  # fmt: skip
+    assert first == second
+
+
+def test_what_was_to_be_replaced_is_put_back_by_the_next_run(fine, cut_off, tmp_path):
+    """Between two renames the old checkpoint is aside, and the new one not there yet."""
+    recover(fine, tmp_path, adapters=None, mask=None, method="mean")
+    old = tree(tmp_path / "out")
+    cut_off("place", fine, tmp_path, adapters=None, mask=None, overwrite=True)
+    (landing,) = tmp_path.glob(".out.recovering-*")
+    (tmp_path / "out").rename(landing / "replaced")
+    # Of another command, which is refused for what it finds there.
+    with pytest.raises(OutputError, match="out exists and is not empty"):
+        recover(fine, tmp_path, adapters=None, mask=None, method="intersect", executor=None)
+    assert tree(tmp_path / "out") == old
+    cut_off("place", fine, tmp_path, adapters=None, mask=None, overwrite=True)
+    (landing,) = tmp_path.glob(".out.recovering-*")
+    (tmp_path / "out").rename(landing / "replaced")
+    recover(fine, tmp_path, adapters=None, mask=None, overwrite=True)
+    assert tree(tmp_path / "out") != old
+    assert names(tmp_path) == {"models", "out"}
+
+
+def test_what_was_to_be_replaced_is_kept_where_something_else_stands_now(fine, cut_off, tmp_path):
+    recover(fine, tmp_path, adapters=None, mask=None, method="mean")
+    cut_off("place", fine, tmp_path, adapters=None, mask=None, overwrite=True)
+    (landing,) = tmp_path.glob(".out.recovering-*")
+    (tmp_path / "out").rename(landing / "replaced")
+    recover(fine, tmp_path / "elsewhere", adapters=None, mask=None, method="mean")
+    (tmp_path / "elsewhere" / "out").rename(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"replaced is what stood in .*out until .*; something else .*; move one"):
+        recover(fine, tmp_path, adapters=None, mask=None, overwrite=True)
+    assert (landing / "replaced" / "detune.json").is_file()
+
+
+def test_a_report_comes_back_from_its_json(fine, tmp_path):
+    text = recover(fine, tmp_path).to_json()
+    report = Report.of_json(json.loads(text))
+    assert report.to_json() == text
+    assert all(isinstance(row.status, Status) for row in report.tensors)
+
+
+def test_results_of_an_other_input_are_not_known(fine, cut_off, tmp_path):
+    cut_off("place", fine, tmp_path)
+    edit(fine.models[0], lambda state: state["norm.weight"].add_(1))
+    with pytest.raises(OutputError, match="ad exists"):
+        recover(fine, tmp_path)
