@@ -23,11 +23,12 @@ import torch
 from minilm import merged_models
 from torch import Tensor
 
+from detune.certificate.verdict import Verdict
 from detune.checkpoints import open_checkpoint
+from detune.compatibility.model_set import Held
 from detune.demo.train import base_model
 from detune.methods import SOLVERS
 from detune.metrics import w_error
-from detune.recovery.report import Status
 from detune.recovery.tensor import solve_tensor
 
 matplotlib.use("Agg")
@@ -37,12 +38,12 @@ LAYERS = (0, 2, 5)
 N = 3
 OFF = 0.3
 # From the best to the worst.
-VERDICTS = (Status.EXACT, Status.FLOOR, Status.APPROXIMATE, Status.NOT_DETERMINED)
+VERDICTS = (Verdict.EXACT, Verdict.FLOOR, Verdict.APPROXIMATE, Verdict.NOT_DETERMINED)
 COLOURS = {"exact": "#1b7837", "to the storage floor": "#5aae61", "approximate": "#e08214", "not determined": "#b2182b"}
 
 
 @dataclass(frozen=True)
-class ModelSet:
+class MatrixFamily:
     """One matrix of the base and what the fine-tunes made of it.
 
     Attributes:
@@ -98,13 +99,13 @@ class Assumption:
 
     name: str
     settings: str
-    points: dict[str, Callable[[ModelSet], list[Tensor]]]
+    points: dict[str, Callable[[MatrixFamily], list[Tensor]]]
 
 
-def another_source(share: float) -> Callable[[ModelSet], list[Tensor]]:
+def another_source(share: float) -> Callable[[MatrixFamily], list[Tensor]]:
     """A fourth model, whose base differs at full rank by a share of W."""
 
-    def models(family: ModelSet) -> list[Tensor]:
+    def models(family: MatrixFamily) -> list[Tensor]:
         *rest, last = family.models(N + 1)
         other = family.random(*last.shape, seed=1) * share * float(family.W.square().mean()) ** 0.5
         return [*rest, (last.double() + other).float()]
@@ -112,7 +113,7 @@ def another_source(share: float) -> Callable[[ModelSet], list[Tensor]]:
     return models
 
 
-def full_rank(share: float) -> Callable[[ModelSet], list[Tensor]]:
+def full_rank(share: float) -> Callable[[MatrixFamily], list[Tensor]]:
     """Every model changes at full rank too, by a share of its delta."""
     return lambda family: [
         (W_i.double() + family.random(*W_i.shape, seed=i) * share * family.delta_rms).float()
@@ -120,10 +121,10 @@ def full_rank(share: float) -> Callable[[ModelSet], list[Tensor]]:
     ]
 
 
-def permuted(share: float) -> Callable[[ModelSet], list[Tensor]]:
+def permuted(share: float) -> Callable[[MatrixFamily], list[Tensor]]:
     """A fourth model, in which so many of the neurons (rows) have changed places."""
 
-    def models(family: ModelSet) -> list[Tensor]:
+    def models(family: MatrixFamily) -> list[Tensor]:
         *rest, last = family.models(N + 1)
         moved = last.clone()
         rows = family.random(len(last), seed=2).argsort()[: round(share * len(last))]
@@ -133,12 +134,12 @@ def permuted(share: float) -> Callable[[ModelSet], list[Tensor]]:
     return models
 
 
-def stored(dtype: torch.dtype) -> Callable[[ModelSet], list[Tensor]]:
+def stored(dtype: torch.dtype) -> Callable[[MatrixFamily], list[Tensor]]:
     """Merged in another precision; the base is the float32 one."""
     return lambda family: [W_i.to(dtype) for W_i in family.models()]
 
 
-def steps_of(bits: int) -> Callable[[ModelSet], list[Tensor]]:
+def steps_of(bits: int) -> Callable[[MatrixFamily], list[Tensor]]:
     """Rounded to nearest, with one step for each row: what a quantised model is once it is dequantised."""
 
     def quantised(W_i: Tensor) -> Tensor:
@@ -148,15 +149,15 @@ def steps_of(bits: int) -> Callable[[ModelSet], list[Tensor]]:
     return lambda family: [quantised(W_i) for W_i in family.models()]
 
 
-def so_many(n: int) -> Callable[[ModelSet], list[Tensor]]:
+def so_many(n: int) -> Callable[[MatrixFamily], list[Tensor]]:
     """The first n fine-tunes."""
     return lambda family: family.models(n)
 
 
-def of_rank(r: int) -> Callable[[ModelSet], list[Tensor]]:
+def of_rank(r: int) -> Callable[[MatrixFamily], list[Tensor]]:
     """Random LoRAs of another rank, as large as the trained ones."""
 
-    def models(family: ModelSet) -> list[Tensor]:
+    def models(family: MatrixFamily) -> list[Tensor]:
         out, columns = family.W.shape
         size = family.delta_rms / math.sqrt(r)
         deltas = [family.random(out, r, seed=3 * i) @ family.random(r, columns, seed=3 * i + 1) for i in range(N)]
@@ -197,17 +198,17 @@ ASSUMPTIONS = (
 )
 
 
-def families() -> tuple[ModelSet, ...]:
+def families() -> tuple[MatrixFamily, ...]:
     """The matrices with their trained deltas."""
     names = [f"encoder.layer.{layer}.attention.self.query.weight" for layer in LAYERS]
     base, models = open_checkpoint(base_model()), [open_checkpoint(path) for path in merged_models()]
     return tuple(
-        ModelSet(W := base.read(name).double(), tuple(model.read(name).double() - W for model in models))
+        MatrixFamily(W := base.read(name).double(), tuple(model.read(name).double() - W for model in models))
         for name in names
     )
 
 
-def outcome(at: str, problems: Sequence[ModelSet], make: Callable[[ModelSet], list[Tensor]]) -> Point:
+def outcome(at: str, problems: Sequence[MatrixFamily], make: Callable[[MatrixFamily], list[Tensor]]) -> Point:
     """Recover every matrix, and compare with what the certificate says."""
     errors, means, verdicts = [], [], []
     overconfident = 0
@@ -216,11 +217,12 @@ def outcome(at: str, problems: Sequence[ModelSet], make: Callable[[ModelSet], li
         average = w_error(torch.stack(models).double().mean(0), family.W)
         means.append(average)
         solver = SOLVERS["auto" if len(models) > 2 else "lattice"]()
-        answer, weight = solve_tensor(tuple(models), solver, None, None)
+        found = solve_tensor("weight", Held.of(models), solver, None, None)
+        answer, weight = found.result, found.weight
         errors.append(w_error(weight.to(models[0].dtype), family.W))
-        verdicts.append(answer.status)
-        predicted = answer.certificate.predicted_w_error if answer.certificate is not None else None
-        promised = answer.status in (Status.EXACT, Status.FLOOR)
+        verdicts.append(answer.verdict)
+        predicted = answer.predicted_w_error
+        promised = answer.verdict in (Verdict.EXACT, Verdict.FLOOR)
         overconfident += promised and errors[-1] > (-math.inf if predicted is None else predicted) + OFF
     worst = max(verdicts, key=VERDICTS.index)
     return Point(at, fmean(errors), fmean(means), worst, overconfident)

@@ -21,8 +21,8 @@ from minilm import merged_models
 from problems import verdict
 from safetensors.torch import load_file, save_file
 
+from detune.certificate.verdict import Verdict
 from detune.demo.train import base_model
-from detune.recovery.report import Status
 
 ROWS = (128, 1024)
 
@@ -103,7 +103,7 @@ def compare() -> None:
         report = detune.inspect(merged_models(3), rows=rows)
         ranks = sorted({rank for row in report.tensors for rank in row.ranks})
         predicted = report.summary["mean_predicted_w_error"]
-        print(f"{rows:>5} {ranks!s:>12} {report.counts.get(Status.FLOOR, 0):21} {predicted:18.2f}")
+        print(f"{rows:>5} {ranks!s:>12} {report.counts.get(Verdict.FLOOR, 0):21} {predicted:18.2f}")
 
 
 def fine_tune(path: Path, seed: int) -> None:

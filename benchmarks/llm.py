@@ -62,7 +62,7 @@ class Measured:
     """
 
     seconds: float
-    rows: tuple[detune.TensorRow, ...]
+    rows: tuple[detune.TensorResult, ...]
     weights: Mapping[str, Tensor]
 
 
@@ -110,7 +110,7 @@ def recover(parts: Sequence[Path], out: Path, method: str) -> Measured:
     report = detune.recover(parts, out, method)
     seconds = time.process_time() - began
     (file,) = out.glob("*.safetensors")
-    return Measured(seconds, tuple(row for row in report.tensors if row.status != "shared"), load_file(file))
+    return Measured(seconds, tuple(row for row in report.tensors if row.verdict != "shared"), load_file(file))
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,10 @@ def summary(found: Measured, known: Mapping[str, Change], given: Bounds) -> str:
         if math.isfinite(error):
             errors.append(error)
         same += float(bit_identical(weight.to(W.dtype), W)) * W.numel()
-        if row.status == "exact":
+        if row.verdict == "exact":
             exact += 1
             wrong += math.isfinite(error)
-        if row.status == "exact" or row.worst_w_error is not None:
+        if row.verdict == "exact" or row.worst_w_error is not None:
             ranged += 1
             inside += within(row, error)
     in_range = f"{100 * inside / ranged:.1f} %" if ranged else "none told"
@@ -180,9 +180,9 @@ def summary(found: Measured, known: Mapping[str, Change], given: Bounds) -> str:
     )
 
 
-def within(row: detune.TensorRow, error: float) -> bool:
+def within(row: detune.TensorResult, error: float) -> bool:
     """Whether a true W-Error is where the certificate says."""
-    if row.status == "exact":
+    if row.verdict == "exact":
         return math.isinf(error)
     return (row.best_w_error is None or error >= row.best_w_error) and error <= row.worst_w_error
 

@@ -16,6 +16,7 @@ import torch
 from peft_sets import METHODS, Method, minilm_set, tiny_set
 from torch import Tensor
 
+from detune.compatibility.model_set import Held
 from detune.methods import SOLVERS
 from detune.metrics import w_error
 from detune.recovery.tensor import solve_tensor
@@ -56,11 +57,13 @@ def measure(name: str, method: Method, tiny: bool) -> None:
         means, errors, scaled, verdicts, ranks = [], [], [], Counter[str](), set[int]()
         for key in keys:
             stack = tuple(model[key] for model in models[:n])
-            answer, weight = solve_tensor(stack, SOLVERS[method.solver](), method.rank, None, torch.float64)
+            solver = SOLVERS[method.solver]()
+            found = solve_tensor(key, Held.of(stack), solver, method.rank, None, torch.float64)
+            answer, weight = found.result, found.weight
             means.append(w_error(torch.stack(stack).double().mean(dim=0), truth[key]))
             errors.append(max(w_error(weight, truth[key]), -99.0))
             scaled.append(min(up_to_scale(weight, truth[key], dim) for dim in (0, 1)))
-            verdicts[str(answer.status)] += 1
+            verdicts[str(answer.verdict)] += 1
             ranks.update(answer.ranks)
         command = method.solver if method.rank is None else f"{method.solver} --rank {method.rank}"
         scale = f"{fmean(scaled):9.2f}" if method.solver == "dora" else " " * 9

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from detune.recovery.compare import compare as compare
     from detune.recovery.inspect import inspect as inspect
     from detune.recovery.report import Report as Report
-    from detune.recovery.report import TensorRow as TensorRow
+    from detune.recovery.report import TensorResult as TensorResult
 
 __version__ = "0.1.0"
 
@@ -46,7 +46,7 @@ _HOMES = {
     "PackReport": "packing",
     "Recovery": "problem",
     "Report": "recovery.report",
-    "TensorRow": "recovery.report",
+    "TensorResult": "recovery.report",
     "UnpackReport": "packing",
     "check_family": "compatibility.check",
     "compare": "recovery.compare",

@@ -2,17 +2,18 @@
 
 import pytest
 
+from detune.certificate.verdict import Verdict
 from detune.cli.tables import show_report
-from detune.recovery.report import Report, Status, TensorRow
+from detune.recovery.report import Report, TensorResult
 
 
-def row(status: Status, *errors: float | None) -> TensorRow:
+def row(verdict: Verdict, *errors: float | None) -> TensorResult:
     predicted, best, worst = errors
-    return TensorRow(
+    return TensorResult(
         "w",
         (4, 4),
         "float32",
-        status,
+        verdict,
         "intersect",
         "why",
         predicted_w_error=predicted,
@@ -24,11 +25,11 @@ def row(status: Status, *errors: float | None) -> TensorRow:
 @pytest.mark.parametrize(
     ("given", "shown"),
     [
-        (row(Status.FLOOR, -16.12, -16.42, -15.82), "-16.12"),
-        (row(Status.APPROXIMATE, -6.6, -6.9, -4.14), "-6.9 to -4.1"),
-        (row(Status.APPROXIMATE, -34.0, None, -33.06), "up to -33.1"),
-        (row(Status.APPROXIMATE, None, None, -33.06), "up to -33.1"),
-        (row(Status.EXACT, None, None, None), "none"),
+        (row(Verdict.FLOOR, -16.12, -16.42, -15.82), "-16.12"),
+        (row(Verdict.APPROXIMATE, -6.6, -6.9, -4.14), "-6.9 to -4.1"),
+        (row(Verdict.APPROXIMATE, -34.0, None, -33.06), "up to -33.1"),
+        (row(Verdict.APPROXIMATE, None, None, -33.06), "up to -33.1"),
+        (row(Verdict.EXACT, None, None, None), "none"),
     ],
 )
 def test_a_range_is_shown_where_no_more_is_known(given, shown, capsys):
@@ -39,7 +40,7 @@ def test_a_range_is_shown_where_no_more_is_known(given, shown, capsys):
 
 def test_the_worst_of_a_kind_is_shown(capsys):
     rows = tuple(
-        TensorRow(f"w.{i}", (4, 4), "float32", Status.APPROXIMATE, "polish", "why", (), *[None] * 3, *errors)
+        TensorResult(f"w.{i}", (4, 4), "float32", Verdict.APPROXIMATE, "polish", "why", (), *[None] * 3, *errors)
         for i, errors in enumerate([(-7.0, -7.3, -6.0), (-6.6, -6.9, -4.1), (None, None, -5.0)])
     )
     show_report(Report({}, (), rows, 1.0))
@@ -48,7 +49,7 @@ def test_the_worst_of_a_kind_is_shown(capsys):
 
 def test_a_reason_that_several_have_is_told_once(capsys):
     rows = tuple(
-        TensorRow(f"w.{i}", (4, 4), "float32", Status.APPROXIMATE, "polish", reason)
+        TensorResult(f"w.{i}", (4, 4), "float32", Verdict.APPROXIMATE, "polish", reason)
         for i, reason in enumerate(["why", "because", "why", "why"])
     )
     show_report(Report({}, (), rows, 1.0))
@@ -56,5 +57,5 @@ def test_a_reason_that_several_have_is_told_once(capsys):
 
 
 def test_the_summary_has_the_end_of_of_the_worst():
-    report = Report({}, (), (row(Status.APPROXIMATE, -6.6, -6.9, -4.1), row(Status.FLOOR, -9, -9.3, -8.7)), 1.0)
+    report = Report({}, (), (row(Verdict.APPROXIMATE, -6.6, -6.9, -4.1), row(Verdict.FLOOR, -9, -9.3, -8.7)), 1.0)
     assert report.summary["worst_w_error"] == -4.1

@@ -10,12 +10,13 @@ from torch import Tensor
 
 import detune
 from benchmarks.peft_sets import METHODS, tiny_set
+from detune.certificate.verdict import Verdict
 from detune.checkpoints import open_checkpoint
+from detune.compatibility.model_set import Held
 from detune.methods import SOLVERS
 from detune.metrics import w_error
 from detune.problem import NotRecoverable, Recovery, Stack
-from detune.recovery.loop import Answer
-from detune.recovery.report import Status
+from detune.recovery.report import TensorResult
 from detune.recovery.tensor import solve_tensor
 from tests.cases import rms
 
@@ -25,7 +26,7 @@ FLOOR = -15.5
 # Directions near the noise are searched for in these, which takes many seconds; told the rank, it is quick.
 RANKS = {"DeLoRA": 8, "PiSSA": 8, "HRA": 8, "VeRA": 32}
 
-CONFIDENT = (Status.EXACT, Status.FLOOR)
+CONFIDENT = (Verdict.EXACT, Verdict.FLOOR)
 
 
 @cache
@@ -40,8 +41,9 @@ def stack_of(name: str, n: int, key: str = "query.weight") -> tuple[Tensor, tupl
     return truth[key], tuple(model[key] for model in models[:n])
 
 
-def solved(stack: tuple[Tensor, ...], method: str, rank: int | None = None) -> tuple[Answer, Tensor]:
-    return solve_tensor(stack, SOLVERS[method](), rank, None, torch.float64)
+def solved(stack: tuple[Tensor, ...], method: str, rank: int | None = None) -> tuple[TensorResult, Tensor]:
+    found = solve_tensor("weight", Held.of(stack), SOLVERS[method](), rank, None, torch.float64)
+    return found.result, found.weight
 
 
 def error_of_mean(W_star: Tensor, stack: tuple[Tensor, ...]) -> float:
@@ -53,12 +55,12 @@ def error_of_mean(W_star: Tensor, stack: tuple[Tensor, ...]) -> float:
 def test_auto_is_never_sure_of_a_wrong_answer(name, n):
     W_star, stack = stack_of(name, n)
     answer, weight = solved(stack, "auto", RANKS.get(name))
-    if answer.status in CONFIDENT:
+    if answer.verdict in CONFIDENT:
         assert w_error(weight, W_star) < error_of_mean(W_star, stack) - 6
-        predicted = answer.certificate.predicted_w_error
+        predicted = answer.predicted_w_error
         assert predicted is None or w_error(weight, W_star) <= predicted + 0.5
     else:
-        assert answer.status in (Status.APPROXIMATE, Status.NOT_DETERMINED)
+        assert answer.verdict in (Verdict.APPROXIMATE, Verdict.NOT_DETERMINED)
 
 
 LOW_RANK = ["LoRA", "rsLoRA", "AdaLoRA", "GraLoRA", "VB-LoRA", "LoHa"]
@@ -85,7 +87,7 @@ class TestPrincipalPart:
     def test_is_found_out_and_the_average_stands_in(self, name, n):
         W_star, stack = stack_of(name, n)
         answer, weight = solved(stack, "auto", 8)
-        assert answer.status is Status.NOT_DETERMINED
+        assert answer.verdict is Verdict.NOT_DETERMINED
         assert answer.method == "mean"
         assert "the adapters start from a part of the base, as PiSSA's do" in answer.reason
         assert w_error(weight, W_star) == pytest.approx(error_of_mean(W_star, stack), abs=1e-6)
@@ -93,7 +95,7 @@ class TestPrincipalPart:
     def test_the_closed_form_alone_is_not_believed(self):
         _, stack = stack_of("OLoRA", 3)
         answer, _ = solved(stack, "intersect")
-        assert answer.status is Status.NOT_DETERMINED
+        assert answer.verdict is Verdict.NOT_DETERMINED
         assert "a part of the base is in them" in answer.reason
 
     def test_checkpoints_of_one_run_are_another_matter(self):
@@ -117,19 +119,19 @@ class TestKronecker:
         assert answer.ranks == (1,) * n
         assert answer.reason.startswith("factors of 8x8 and 12x12: rearranged, closed form")
         assert w_error(weight, W_star) <= -17.5
-        assert answer.certificate.undetermined == 0
+        assert answer.undetermined == 0
 
     def test_parts_of_the_models_agree(self):
         _, stack = stack_of("LoKr", 5)
-        answer, _ = solve_tensor(stack, SOLVERS["lokr"](), None, None, torch.float64, check=True)
-        assert answer.certificate.agreement == pytest.approx(answer.certificate.predicted_w_error, abs=0.7)
+        answer = solve_tensor("weight", Held.of(stack), SOLVERS["lokr"](), None, None, torch.float64, check=True).result
+        assert answer.agreement == pytest.approx(answer.predicted_w_error, abs=0.7)
 
     def test_factors_of_full_rank_too(self):
         W_star, stack = stack_of("LoKr, full factors", 3)
         answer, weight = solved(stack, "lokr")
         assert answer.ranks == (1,) * 3
         assert w_error(weight, W_star) <= -17.5
-        assert solved(stack, "auto")[0].status is Status.NOT_DETERMINED
+        assert solved(stack, "auto")[0].verdict is Verdict.NOT_DETERMINED
 
 
 class TestScaled:
@@ -143,8 +145,8 @@ class TestScaled:
     def test_dora_is_recovered_up_to_the_lengths_of_rows(self, n):
         W_star, stack = stack_of("DoRA", n)
         answer, weight = solved(stack, "dora")
-        assert answer.status is Status.NOT_DETERMINED
-        assert answer.certificate.undetermined == 96
+        assert answer.verdict is Verdict.NOT_DETERMINED
+        assert answer.undetermined == 96
         assert "but for them:" in answer.reason
         assert self.up_to_scale(weight, W_star, 1) <= FLOOR
         assert w_error(weight, W_star) < error_of_mean(W_star, stack) - 0.3
@@ -153,8 +155,8 @@ class TestScaled:
     def test_ia3_is_recovered_up_to_the_lengths_of_rows_or_columns(self, key, dim):
         W_star, stack = stack_of("IA3", 3, key)
         answer, weight = solved(stack, "dora")
-        assert answer.status is Status.NOT_DETERMINED
-        assert answer.certificate.undetermined == 96
+        assert answer.verdict is Verdict.NOT_DETERMINED
+        assert answer.undetermined == 96
         assert self.up_to_scale(weight, W_star, dim) <= FLOOR
 
     def test_the_deltas_are_those_of_the_models(self):
@@ -174,8 +176,8 @@ class TestFrozenFactors:
     def test_vera_is_recovered_by_who_knows_the_seed(self, n):
         W_star, stack = stack_of("VeRA", n)
         answer, weight = solved(stack, "vera")
-        assert answer.status is Status.FLOOR
-        assert answer.certificate.predicted_w_error == pytest.approx(w_error(weight, W_star), abs=0.3)
+        assert answer.verdict is Verdict.FLOOR
+        assert answer.predicted_w_error == pytest.approx(w_error(weight, W_star), abs=0.3)
         assert w_error(weight, W_star) <= -17.5
 
     def test_another_seed_is_refused(self):
@@ -199,9 +201,9 @@ class TestSparse:
     def test_one_mask_for_all_is_lost_where_it_is(self):
         W_star, stack = stack_of("SHiRA, one mask", 5)
         answer, weight = solved(stack, "shira")
-        assert answer.status is Status.NOT_DETERMINED
+        assert answer.verdict is Verdict.NOT_DETERMINED
         # r (out + in) entries are trained.
-        assert answer.certificate.undetermined == 4 * (96 + 96)
+        assert answer.undetermined == 4 * (96 + 96)
         assert w_error(weight, W_star) == pytest.approx(error_of_mean(W_star, stack), abs=0.01)
 
     def test_changes_everywhere_are_refused(self):
@@ -213,7 +215,7 @@ class TestSparse:
 def test_what_cannot_be_had_is_said_not_to_be(name):
     W_star, stack = stack_of(name, 5)
     answer, weight = solved(stack, "auto")
-    assert answer.status not in CONFIDENT
+    assert answer.verdict not in CONFIDENT
     assert w_error(weight, W_star) > -12
 
 

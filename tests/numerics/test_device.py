@@ -9,6 +9,7 @@ import torch
 import detune
 from detune.adapters.fit import fit_adapter
 from detune.certificate.certify import certify
+from detune.compatibility.model_set import Held
 from detune.errors import InputError
 from detune.lattice import LatticeSearch
 from detune.methods import SOLVERS, Lattice, Mean, Spectral
@@ -116,9 +117,8 @@ def test_the_grid_method_stays_there(elsewhere, n, delta, sweeps):
 
 def test_parts_of_the_models_are_compared_there(elsewhere):
     problem = make_problem(REGIMES["many models"], seeded())
-    answer, _ = solve_tensor(tuple(problem.stack), SOLVERS["intersect"](), None, elsewhere, check=True)
-    assert answer.certificate is not None
-    assert answer.certificate.agreement is not None
+    found = solve_tensor("weight", Held.of(problem.stack), SOLVERS["intersect"](), None, elsewhere, check=True)
+    assert found.result.agreement is not None
 
 
 def test_an_adapter_is_fitted_there(elsewhere):

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 import detune
-from detune.certificate.certify import Verdict
+from detune.certificate.verdict import Verdict
 from detune.errors import InputError
 from detune.methods import SOLVERS, Spectral
 from detune.problem import NotRecoverable
-from detune.recovery.report import Status, TensorRow
+from detune.recovery.report import TensorResult
 from tests.cases import normal, seeded
 from tests.families import (
     Fine,
@@ -73,7 +73,7 @@ def fine(tmp_path: Path) -> Fine:
 def test_bert(tmp_path):
     fine = fine_tune(bert(), ["query", "value"], tmp_path)
     report = detune.recover(fine.models, tmp_path / "out")
-    assert report.counts == {Status.SHARED: len(report.tensors) - 4, Status.FLOOR: 4}
+    assert report.counts == {Verdict.SHARED: len(report.tensors) - 4, Verdict.FLOOR: 4}
     recovered, base = AutoModel.from_pretrained(tmp_path / "out"), AutoModel.from_pretrained(fine.base)
     torch.testing.assert_close(recovered(TOKENS).last_hidden_state, base(TOKENS).last_hidden_state, rtol=0, atol=1e-5)
     tuned = AutoModel.from_pretrained(fine.models[0])
@@ -86,16 +86,16 @@ def test_what_all_models_share_is_copied_byte_for_byte(tmp_path):
     base, recovered = stored(fine.base), stored(tmp_path / "out")
     assert recovered.keys() == base.keys()
     for row in report.tensors:
-        if row.status is Status.SHARED:
+        if row.verdict is Verdict.SHARED:
             assert same_bits(recovered[row.name], base[row.name])
     files = tree(tmp_path / "out")
     assert files.keys() == tree(fine.base).keys() | {"detune.json"}
     assert files["config.json"] == tree(fine.models[0])["config.json"]
 
 
-def down_to_rounding(row: TensorRow) -> bool:
+def down_to_rounding(row: TensorResult) -> bool:
     """In half precision so few entries of a small matrix are wrong that the size of the error is chance."""
-    return row.status is Status.FLOOR or (row.grid is not None and "is chance" in row.reason)
+    return row.verdict is Verdict.FLOOR or (row.grid is not None and "is chance" in row.reason)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -115,7 +115,7 @@ def test_llama_in_shards(tmp_path, dtype, tied):
     # The noise of five models is averaged, and the answer is rounded once more.
     comparison = detune.compare(tmp_path / "out", fine.base)
     mean = detune.recover(fine.models, tmp_path / "mean", "mean")
-    assert mean.counts[Status.AVERAGED] == len(comparison.differing)
+    assert mean.counts[Verdict.AVERAGED] == len(comparison.differing)
     averaged = detune.compare(tmp_path / "mean", fine.base).summary["mean_w_error"]
     gain = {torch.float32: 11, torch.bfloat16: 2, torch.float16: 4}[dtype]
     assert comparison.summary["mean_w_error"] < averaged - gain
@@ -153,9 +153,9 @@ def test_models_that_peft_merged(adapters, tmp_path):
         model.merge_and_unload().save_pretrained(tmp_path / f"merged-{i}")
         merged.append(tmp_path / f"merged-{i}")
     report = detune.recover(merged, tmp_path / "out")
-    changed = [row for row in report.tensors if row.status is not Status.SHARED]
+    changed = [row for row in report.tensors if row.verdict is not Verdict.SHARED]
     assert len(changed) == 4
-    assert {row.status for row in changed} == {Status.FLOOR}
+    assert {row.verdict for row in changed} == {Verdict.FLOOR}
     assert {row.ranks for row in changed} == {(4, 4, 4)}
     assert detune.compare(tmp_path / "out", adapters.base).summary["worst_w_error"] < -14
 
@@ -170,7 +170,7 @@ def test_adapters_merged_in_float32_onto_a_half_precision_base(adapters, tmp_pat
     BertModel.from_pretrained(adapters.base, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     specs = [f"{tmp_path / 'base'}+{adapter}" for adapter in adapters.models]
     report = detune.recover(specs, tmp_path / "out", merge_dtype=torch.float32)
-    changed = [row for row in report.tensors if row.status is not Status.SHARED]
+    changed = [row for row in report.tensors if row.verdict is not Verdict.SHARED]
     assert {row.dtype for row in changed} == {"float32"}
     assert report.command["merge_dtype"] == "torch.float32"
     assert detune.compare(tmp_path / "out", tmp_path / "base").summary["bit_identical"] > 0.9999
@@ -231,8 +231,8 @@ def test_stable_diffusion(stable_diffusion, tmp_path):
         StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / f"model-{i}")
 
     report = detune.recover([tmp_path / f"model-{i}" for i in range(3)], tmp_path / "out")
-    changed = {row.name: row for row in report.tensors if row.status is not Status.SHARED}
-    assert {row.status for row in changed.values()} == {Status.FLOOR}
+    changed = {row.name: row for row in report.tensors if row.verdict is not Verdict.SHARED}
+    assert {row.verdict for row in changed.values()} == {Verdict.FLOOR}
     assert any("conv1" in name and len(row.shape) == 4 for name, row in changed.items())
     assert {name.partition("/")[0] for name in changed} == {"unet", "text_encoder"}
 
@@ -253,7 +253,7 @@ def changed_alone(fine: Fine, name: str, states: list[torch.Tensor]) -> None:
         edit(model, lambda state, tensor=tensor: state.update({name: tensor}))
 
 
-def rows_of(report: detune.Report) -> dict[str, detune.TensorRow]:
+def rows_of(report: detune.Report) -> dict[str, detune.TensorResult]:
     return {row.name: row for row in report.tensors}
 
 
@@ -263,7 +263,7 @@ def test_kernels(fine, tmp_path, shape):
     kernel = normal(generator, *shape).float()
     changed_alone(fine, "conv.weight", [add(kernel, delta(generator, kernel, 3)) for _ in fine.models])
     row = rows_of(detune.recover(fine.models, tmp_path / "out"))["conv.weight"]
-    assert (row.status, row.ranks, row.shape) == (Status.FLOOR, (3, 3, 3), shape)
+    assert (row.verdict, row.ranks, row.shape) == (Verdict.FLOOR, (3, 3, 3), shape)
     torch.testing.assert_close(stored(tmp_path / "out")["conv.weight"], kernel, rtol=0, atol=1e-6)
 
 
@@ -272,7 +272,7 @@ def test_vectors_are_averaged_and_said_to_be(fine, tmp_path, shape):
     vectors = [normal(seeded(i), *shape).float() for i in range(3)]
     changed_alone(fine, "bias", vectors)
     row = rows_of(detune.recover(fine.models, tmp_path / "out"))["bias"]
-    assert row.status is Status.AVERAGED
+    assert row.verdict is Verdict.AVERAGED
     assert row.reason == "a vector cannot be low-rank: the average of 3 models"
     torch.testing.assert_close(stored(tmp_path / "out")["bias"], sum(vectors) / 3)
 
@@ -283,7 +283,7 @@ def test_what_most_models_left_alone_is_theirs_bit_for_bit(fine, tmp_path, name)
     other = base + 1 if base.ndim == 1 else add(base, delta(seeded(8), base, 2))
     changed_alone(fine, name, [base, other, base.clone()])
     row = rows_of(detune.recover(fine.models, tmp_path / "out"))[name]
-    assert row.status is Status.EXACT
+    assert row.verdict is Verdict.EXACT
     assert row.method == "unchanged"
     assert "models 0 and 2 agree" in row.reason
     assert same_bits(stored(tmp_path / "out")[name], base)
@@ -299,7 +299,7 @@ def test_half_precision_stays_bit_for_bit_where_most_models_left_it_alone(fine, 
 def test_integers_that_differ_stand_in(fine, tmp_path):
     changed_alone(fine, "steps", [torch.tensor(i) for i in (5, 6, 7)])
     row = rows_of(detune.recover(fine.models, tmp_path / "out"))["steps"]
-    assert row.status is Status.NOT_DETERMINED
+    assert row.verdict is Verdict.NOT_DETERMINED
     assert "not floating point" in row.reason
     assert stored(tmp_path / "out")["steps"] == 5
 
@@ -311,7 +311,7 @@ def test_mixed_dtypes_are_legal_and_reported(fine, tmp_path):
     rows = rows_of(detune.recover(fine.models, tmp_path / "out"))
     row = rows["layer.0.weight"]
     assert row.dtype == "float32, bfloat16"
-    assert row.status is Status.FLOOR
+    assert row.verdict is Verdict.FLOOR
     got = stored(tmp_path / "out")["layer.0.weight"]
     assert got.dtype is torch.float32
     torch.testing.assert_close(got, plain_state()["layer.0.weight"], rtol=0, atol=0.02)
@@ -341,11 +341,11 @@ def test_a_layer_without_low_rank_is_averaged_among_others_that_have_one(fine, t
     new = normal(seeded(9), 80, 64).float()
     edit(fine.models[0], lambda state: state.update({"layer.2.weight": new}))
     rows = rows_of(detune.recover(fine.models, tmp_path / "out"))
-    assert rows["layer.2.weight"].status is Status.NOT_DETERMINED
+    assert rows["layer.2.weight"].verdict is Verdict.NOT_DETERMINED
     assert "full rank" in rows["layer.2.weight"].reason
     mean = sum(stored(model)["layer.2.weight"] for model in fine.models) / 3
     torch.testing.assert_close(stored(tmp_path / "out")["layer.2.weight"], mean)
-    assert rows["layer.1.weight"].status is Status.FLOOR
+    assert rows["layer.1.weight"].verdict is Verdict.FLOOR
 
 
 # --- the report ---
@@ -366,8 +366,8 @@ def test_report_has_a_row_for_each_tensor_and_the_inputs_hashes(fine, tmp_path):
         expected = {"spec": f"../models/{model.name}", "sha256": {"model.safetensors": digest}}
         assert row == expected | {"left_out": None, "notes": []}
     for row in written["tensors"]:
-        assert row.keys() >= {"shape", "dtype", "status", "method", "ranks", "relative_residual", "seconds", "reason"}
-        if row["status"] == "to the storage floor":
+        assert row.keys() >= {"shape", "dtype", "verdict", "method", "ranks", "relative_residual", "seconds", "reason"}
+        if row["verdict"] == "to the storage floor":
             assert row["method"] == "intersect+polish"
             assert row["ranks"] == [2, 2, 2]
             assert 0 < row["relative_residual"] < 1e-5
@@ -400,8 +400,8 @@ def test_same_input_gives_the_same_bytes(fine, tmp_path):
 @pytest.mark.parametrize("method", ["single", "mean", "spectral", "intersect", "auto"])
 def test_every_method_writes_a_checkpoint(fine, tmp_path, method):
     report = detune.recover(fine.models, tmp_path / "out", method)
-    expected = {Status.AVERAGED} if method in ("single", "mean") else {Status.FLOOR, Status.APPROXIMATE}
-    assert {row.status for row in report.tensors if "layer" in row.name} <= expected
+    expected = {Verdict.AVERAGED} if method in ("single", "mean") else {Verdict.FLOOR, Verdict.APPROXIMATE}
+    assert {row.verdict for row in report.tensors if "layer" in row.name} <= expected
     assert stored(tmp_path / "out").keys() == plain_state().keys()
 
 
@@ -504,9 +504,5 @@ def test_parts_of_the_models_are_recovered_from_only_where_it_is_asked_for(tmp_p
     assert {row.agreement for row in rows} == {None}
     rows = [row for row in detune.recover(fine.models, tmp_path / "checked", check=True).tensors if "layer" in row.name]
     for row in rows:
-        assert row.status is Status.FLOOR
+        assert row.verdict is Verdict.FLOOR
         assert row.agreement == pytest.approx(row.predicted_w_error, abs=0.5)
-
-
-def test_every_verdict_is_a_status():
-    assert {str(verdict) for verdict in Verdict} <= {str(status) for status in Status}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import detune
-from detune.recovery.report import Status
+from detune.certificate.verdict import Verdict
 from tests.cases import normal, seeded
 from tests.families import save_plain, stored
 
@@ -56,7 +56,7 @@ def test_the_file_hashes_to_the_bases(tmp_path, n, steps, method):
     report = detune.recover(models, tmp_path / "out", method, dtype=torch.bfloat16)
     assert digest(tmp_path / "out") == digest(base)
     rows = {row.name: row for row in report.tensors}
-    assert all(rows[name].status is Status.EXACT for name in LAYERS)
+    assert all(rows[name].verdict is Verdict.EXACT for name in LAYERS)
     assert all(rows[name].grid == "bfloat16" and rows[name].certain == 1.0 for name in LAYERS)
     assert all(rows[name].log10_false_positive < -9 for name in LAYERS)
 
@@ -138,4 +138,4 @@ def test_a_base_off_the_grid_has_no_bits(tmp_path):
         models.append(save_plain(tmp_path / f"model-{i}", state))
     report = detune.recover(models, tmp_path / "out")
     assert all(row.grid is None and row.certain is None for row in report.tensors)
-    assert all(row.status is not Status.EXACT for row in report.tensors)
+    assert all(row.verdict is not Verdict.EXACT for row in report.tensors)

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 import detune
 from detune._runtime import quiet
+from detune.certificate.verdict import Verdict
 from detune.metrics import w_error
-from detune.recovery.report import Status
 from tests.cases import normal, seeded
 from tests.families import Fine, State, add, delta, edit, fine_tune, plain_family, save_plain, stored
 
@@ -75,7 +75,7 @@ def test_it_comes_out_as_the_plain_form_does(fine, tmp_path, changes):
         errors = [w_error(state[name], stored(fine.base)[name]) for state in (found, expected)]
         assert abs(errors[0] - errors[1]) < 0.3
     assert torch.equal(found[EMBED][:50], expected[EMBED])
-    statuses = [{row.status for row in each.tensors if row.name in LAYERS} for each in (report, plain)]
+    statuses = [{row.verdict for row in each.tensors if row.name in LAYERS} for each in (report, plain)]
     assert statuses[0] == statuses[1]
     assert any(row.notes for row in report.inputs)
 
@@ -131,7 +131,7 @@ def test_a_model_that_was_not_merged_gives_its_base_and_its_adapter(tmp_path):
     save_file(state, tmp_path / "unmerged.safetensors")
 
     report = detune.recover([tmp_path / "unmerged.safetensors"], tmp_path / "out")
-    assert {(row.status, row.method) for row in report.tensors} == {(Status.EXACT, "copy")}
+    assert {(row.verdict, row.method) for row in report.tensors} == {(Verdict.EXACT, "copy")}
     found = stored(tmp_path / "out")
     assert set(found) == set(truth)
     assert all(torch.equal(found[name], tensor) for name, tensor in truth.items())
@@ -214,7 +214,7 @@ def test_tensors_of_few_models_are_not_made_up(fine, tmp_path):
     edit(fine.models[0], lambda state: state.update({"probe.weight": torch.ones(4, 4)}))
     report = detune.recover(fine.models, tmp_path / "out", like=fine.models[0])
     row = next(row for row in report.tensors if row.name == "probe.weight")
-    assert (row.status, row.method, row.reason) == (Status.NOT_DETERMINED, "copy", "no other model has it")
+    assert (row.verdict, row.method, row.reason) == (Verdict.NOT_DETERMINED, "copy", "no other model has it")
     assert torch.equal(stored(tmp_path / "out")["probe.weight"], torch.ones(4, 4))
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import detune
+from detune.certificate.verdict import Verdict
 from detune.compatibility.model_set import Models, rows_to_read
 from detune.errors import InputError
-from detune.recovery.report import Status
 from tests.cases import normal, seeded
 from tests.families import Fine, add, delta, edit, plain_family, plain_state, save_plain, tree
 
@@ -18,7 +18,7 @@ def fine(tmp_path) -> Fine:
 
 def test_finds_what_changed_and_at_which_rank(fine):
     report = detune.inspect(fine.models)
-    assert report.counts == {Status.SHARED: 3, Status.FLOOR: 4}
+    assert report.counts == {Verdict.SHARED: 3, Verdict.FLOOR: 4}
     for row in report.tensors:
         assert row.ranks == ((2, 2, 2) if "layer" in row.name else ())
         assert row.seconds >= 0
@@ -44,7 +44,7 @@ def test_finds_mixed_ranks(tmp_path):
 
 def test_two_models_show_the_rank_of_their_difference(fine):
     report = detune.inspect(fine.models[:2])
-    assert report.counts == {Status.SHARED: 3, Status.NOT_DETERMINED: 4}
+    assert report.counts == {Verdict.SHARED: 3, Verdict.NOT_DETERMINED: 4}
     row = next(row for row in report.tensors if "layer" in row.name)
     assert row.reason.startswith("the difference has rank 4; a third model is needed")
     assert row.ranks == ()
@@ -55,10 +55,10 @@ def test_says_what_cannot_be_recovered_and_goes_on(fine):
     weight = normal(seeded(9), 80, 64).float()
     edit(fine.models[0], lambda state: state.update({"layer.2.weight": weight}))
     report = detune.inspect(fine.models)
-    row = next(row for row in report.tensors if row.status is Status.NOT_DETERMINED)
+    row = next(row for row in report.tensors if row.verdict is Verdict.NOT_DETERMINED)
     assert row.name == "layer.2.weight"
     assert "full rank" in row.reason
-    assert report.counts[Status.FLOOR] == 3
+    assert report.counts[Verdict.FLOOR] == 3
 
 
 def test_vectors_can_only_be_averaged_and_integers_not_at_all(fine):
@@ -67,8 +67,8 @@ def test_vectors_can_only_be_averaged_and_integers_not_at_all(fine):
             model, lambda state, i=i: state.update({"norm.weight": torch.full((64,), i / 7), "steps": torch.tensor(i)})
         )
     rows = {row.name: row for row in detune.inspect(fine.models).tensors}
-    assert rows["norm.weight"].status is Status.AVERAGED
-    assert rows["steps"].status is Status.NOT_DETERMINED
+    assert rows["norm.weight"].verdict is Verdict.AVERAGED
+    assert rows["steps"].verdict is Verdict.NOT_DETERMINED
 
 
 @pytest.mark.parametrize("name", ["layer.1.weight", "norm.weight"])
@@ -132,7 +132,7 @@ def test_some_rows_say_what_all_of_them_do(tmp_path):
     for ours, theirs in zip(part.tensors, whole.tensors, strict=True):
         assert (ours.name, ours.shape, ours.ranks) == (theirs.name, theirs.shape, theirs.ranks)
         # Bits on a grid have fewer entries to be judged by, and so a more cautious verdict.
-        assert ours.status == theirs.status or (ours.grid, ours.status) == ("bfloat16", Status.APPROXIMATE)
+        assert ours.verdict == theirs.verdict or (ours.grid, ours.verdict) == ("bfloat16", Verdict.APPROXIMATE)
     assert whole.reading is None
     read = [96 * 96 * 2, 96 * 32 * 9 * 4, 96 * 64 * 2, 300 * 4]
     total = [400 * 96 * 2, 300 * 32 * 9 * 4, 500 * 64 * 2, 300 * 4]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import detune
+from detune.certificate.verdict import Verdict
 from detune.errors import InputError
-from detune.recovery.report import Status
 from tests.cases import normal, seeded
 from tests.families import Fine, add, delta, edit, plain_family, plain_state, save_plain, stored
 
@@ -90,7 +90,7 @@ def test_a_new_head_is_left_out_of_its_tensor_only(fine, tmp_path):
     report = detune.recover(fine.models, tmp_path / "out")
     assert all(row.left_out is None for row in report.inputs)
     row = next(row for row in report.tensors if row.name == LAYERS[2])
-    assert row.status is Status.FLOOR
+    assert row.verdict is Verdict.FLOOR
     assert row.ranks == (2, 64, 2, 2)
     assert row.reason.endswith("without model 1 of the 4 used: full rank here")
     assert report.summary["ranks"] == [[2], [2, 64], [2], [2]]
@@ -104,7 +104,7 @@ def test_two_pairs_of_heads_are_not_chosen_between(fine, tmp_path):
         change = delta(generator, head, 2)
         edit(model, lambda state, change=change: state.update({LAYERS[0]: add(head, change)}))
     row = next(row for row in detune.inspect(fine.models).tensors if row.name == LAYERS[0])
-    assert row.status is Status.NOT_DETERMINED
+    assert row.verdict is Verdict.NOT_DETERMINED
 
 
 def test_the_commands_say_so(command, fine, tmp_path):

@@ -4,20 +4,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from detune._runtime import use_threads
+from detune.certificate.verdict import Verdict
 from detune.compatibility.model_set import Held, ModelSet
 from detune.recovery import scheduler
-from detune.recovery.loop import Answer, map_tensors
-from detune.recovery.report import Status
+from detune.recovery.loop import map_tensors
+from detune.recovery.report import TensorResult
 from detune.recovery.scheduler import TensorLoad, TensorScheduler, computing_threads
+from detune.recovery.tensor import result_of
 from tests.families import plain_family
 
-ANSWER = Answer(Status.AVERAGED, "mean", "for the test")
 PATIENCE_SECONDS = 10
 
 
@@ -58,12 +60,21 @@ class Stacks:
         return sum(held() is not None for held in self._held)
 
 
-def solve_with(act: Callable[[int], None]) -> Callable[[str, Held], Answer]:
-    def solve(name: str, held: Held) -> Answer:
+def solve_with(act: Callable[[int], None]) -> Callable[[str, Held], tuple[TensorResult, str]]:
+    def solve(name: str, held: Held) -> tuple[TensorResult, str]:
         act(int(name.split(".")[1]))
-        return ANSWER
+        return result_of(name, held, Verdict.AVERAGED, "mean", "for the test"), f"found of {name}"
 
     return solve
+
+
+def visit(*options: Any, **more: Any) -> list[TensorResult]:
+    """Visit all tensors; what is found of one comes with its result, and nothing with one that is copied."""
+    results = []
+    for result, found in map_tensors(*options, **more):
+        assert found == (None if result.verdict is Verdict.SHARED else f"found of {result.name}")
+        results.append(result)
+    return results
 
 
 def test_the_next_stack_is_read_while_others_are_solved(family, monkeypatch, threads):
@@ -76,8 +87,8 @@ def test_the_next_stack_is_read_while_others_are_solved(family, monkeypatch, thr
             assert stacks.begun[layer + threads].wait(PATIENCE_SECONDS)
         assert stacks.in_memory <= threads + 1
 
-    rows = map_tensors(family, lambda name: None, solve_with(act), working_copies=3)
-    assert [row.name for row in rows] == list(family.names)
+    rows = visit(family, solve_with(act), working_copies=3)
+    assert sorted(row.name for row in rows) == sorted(family.names)
     assert stacks.in_memory == 0
 
 
@@ -85,8 +96,8 @@ def test_tensors_are_solved_side_by_side(family, monkeypatch):
     monkeypatch.setattr(scheduler, "HELD", 100)
     both = threading.Barrier(2, timeout=PATIENCE_SECONDS)
     with use_threads(2):
-        rows = map_tensors(family, lambda name: None, solve_with(lambda layer: both.wait() and None))
-    assert [row.name for row in rows] == list(family.names)
+        rows = visit(family, solve_with(lambda layer: both.wait() and None))
+    assert sorted(row.name for row in rows) == sorted(family.names)
 
 
 def test_the_next_stack_waits_where_memory_does_not_allow_both(family, monkeypatch, threads):
@@ -96,14 +107,23 @@ def test_the_next_stack_waits_where_memory_does_not_allow_both(family, monkeypat
         assert stacks.in_memory == 1
         assert not any(begun.is_set() for begun in stacks.begun[layer + 1 :])
 
-    map_tensors(family, lambda name: None, solve_with(act))
+    visit(family, solve_with(act))
     assert all(begun.is_set() for begun in stacks.begun)
 
 
 def test_an_error_ends_the_reading(family, threads):
     before = threading.active_count()
     with pytest.raises(ArithmeticError):
-        map_tensors(family, lambda name: None, solve_with(lambda layer: layer // 0))
+        visit(family, solve_with(lambda layer: layer // 0))
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == threads
+
+
+def test_leaving_the_loop_ends_the_computation(family, threads):
+    """Nothing of it runs on when the next statement does."""
+    before = threading.active_count()
+    for _ in map_tensors(family, solve_with(lambda layer: None)):
+        break
     assert threading.active_count() == before
     assert torch.get_num_threads() == threads
 
@@ -133,7 +153,7 @@ def test_a_gpu_takes_one_at_a_time(family, monkeypatch, threads):
         time.sleep(0.05)
         inside.release()
 
-    map_tensors(family, lambda name: None, solve_with(act), device="cuda")
+    visit(family, solve_with(act), device="cuda")
 
 
 def test_small_matrices_are_computed_on_one_thread():

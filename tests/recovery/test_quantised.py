@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import detune
+from detune.certificate.verdict import Verdict
 from detune.metrics import w_error
-from detune.recovery.report import Status
 from tests.cases import normal, seeded
 from tests.families import State, add, delta
 
@@ -87,13 +87,13 @@ def test_it_is_better_than_the_average_and_no_better_than_said(
     values = [dequantised(path) for path in paths]
     for row in report.tensors:
         if row.name not in NAMES:
-            assert row.status is Status.SHARED
+            assert row.verdict is Verdict.SHARED
             continue
         assert written[row.name].dtype is torch.bfloat16
         error = w_error(written[row.name], base[row.name])
         average = torch.stack([value[row.name] for value in values]).mean(dim=0)
         assert error < w_error(average, base[row.name]) - gain
-        assert row.status is not Status.EXACT
+        assert row.verdict is not Verdict.EXACT
         assert row.predicted_w_error == pytest.approx(error, abs=0.3)
     assert detune.check_family(paths).suffices
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 import detune
+from detune.certificate.verdict import Verdict
 from detune.checkpoints import Landing
 from detune.errors import OutputError
 from detune.recovery.execution import job
-from detune.recovery.report import Report, Status
+from detune.recovery.report import Report
 from tests.families import Fine, edit, plain_family, tree
 
 
@@ -147,7 +148,7 @@ def test_a_report_comes_back_from_its_json(fine, tmp_path):
     text = recover(fine, tmp_path).to_json()
     report = Report.of_json(json.loads(text))
     assert report.to_json() == text
-    assert all(isinstance(row.status, Status) for row in report.tensors)
+    assert all(isinstance(row.verdict, Verdict) for row in report.tensors)
 
 
 def test_results_of_an_other_input_are_not_known(fine, cut_off, tmp_path):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from detune.audit.members import ENOUGH
 from detune.audit.record import ModelEntry, Outcome, Result, Rule, TensorEntry
+from detune.certificate.verdict import Verdict
 from detune.compatibility.groups import STRANGER, BaseGroups
 from detune.compatibility.mismatch import Cause
-from detune.recovery.report import Status
 
 __all__ = ["ASSUMPTIONS", "Evidence", "check_assumptions"]
 
@@ -193,7 +193,9 @@ def _uniqueness(evidence: Evidence) -> Checked:
         return False, (
             f"{len(lost)} of {_matrices(len(known))} hold directions that the releases cannot tell, {max(lost)} at most"
         )
-    doubtful = sum(outcome.verdict == Status.APPROXIMATE and not outcome.given_away for _, outcome in evidence.outcomes)
+    doubtful = sum(
+        outcome.verdict == Verdict.APPROXIMATE and not outcome.given_away for _, outcome in evidence.outcomes
+    )
     if doubtful:
         return None, f"{doubtful} of {_matrices(len(known))} came out approximate, so directions may hide"
     return True, f"no direction is undetermined in {_matrices(len(known))}"

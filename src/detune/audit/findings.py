@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from detune.audit.members import ENOUGH
 from detune.audit.record import (
     Behaviour,
+    Conclusion,
     CurvePoint,
     Level,
     ModelEntry,
@@ -17,7 +18,6 @@ from detune.audit.record import (
     Rule,
     TensorEntry,
     Unchanged,
-    Verdict,
 )
 from detune.audit.trial import AT_FLOOR, CLOSER
 
@@ -186,7 +186,7 @@ def verdict_of(
     unchanged: Unchanged,
     behaviour: Behaviour,
     has_base: bool,
-) -> Verdict:
+) -> Conclusion:
     """The audit in some sentences."""
     matrices, final, release = _matrices(tensors), curve[-1].given_away, one_too_many(curve)
     n = len(curve)
@@ -209,7 +209,7 @@ def verdict_of(
     sentences += _closeness(tensors, curve, has_base)
     sentences += _shares(tensors, unchanged)
     sentences += _same_outputs(behaviour)
-    return Verdict(
+    return Conclusion(
         level=level,
         headline=headline,
         sentences=tuple(sentences),

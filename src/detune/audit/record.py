@@ -10,13 +10,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from detune.certificate.verdict import Verdict
 from detune.checkpoints import Places
-from detune.recovery.report import Status, w_error_range
+from detune.recovery.report import w_error_range
 
 __all__ = [
     "FORMAT",
     "AuditReport",
     "Behaviour",
+    "Conclusion",
     "CurvePoint",
     "Invocation",
     "Level",
@@ -28,7 +30,6 @@ __all__ = [
     "TensorEntry",
     "Tool",
     "Unchanged",
-    "Verdict",
 ]
 
 FORMAT: Literal["detune-audit/1"] = "detune-audit/1"
@@ -127,7 +128,7 @@ class Outcome(_Record):
     @property
     def expected(self) -> str:
         """The W-Error to expect without the truth, in words; empty where there is none."""
-        if self.worst_w_error is not None and self.verdict == Status.APPROXIMATE:
+        if self.worst_w_error is not None and self.verdict == Verdict.APPROXIMATE:
             return w_error_range(self.best_w_error, self.worst_w_error)
         return "" if self.predicted_w_error is None else f"{self.predicted_w_error:.2f}"
 
@@ -279,7 +280,7 @@ class Result(_Record):
     properties: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class Verdict(_Record):
+class Conclusion(_Record):
     """The audit in some sentences.
 
     Attributes:
@@ -324,7 +325,7 @@ class AuditReport(_Record):
     invocation: Invocation
     base: ModelEntry | None
     models: tuple[ModelEntry, ...]
-    verdict: Verdict
+    verdict: Conclusion
     rules: tuple[Rule, ...]
     results: tuple[Result, ...]
     curve: tuple[CurvePoint, ...]

@@ -16,15 +16,17 @@ from detune.audit.members import base_in_frame, find_members
 from detune.audit.naming import places
 from detune.audit.record import AuditReport, Behaviour, Invocation, ModelEntry, TensorEntry, Tool, Unchanged
 from detune.audit.spectra import spectrum
-from detune.audit.trial import Trial
+from detune.audit.trial import Trial, Tried
+from detune.certificate.verdict import Verdict
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint, temporary_directory
 from detune.compatibility.model_set import Held, Models, ModelSet, damaged
 from detune.compatibility.shared import is_shared
 from detune.errors import InputError
 from detune.problem import Solver
 from detune.recovery.api import make_solver
-from detune.recovery.loop import Answer, OnTensor, map_tensors
-from detune.recovery.report import Status
+from detune.recovery.loop import OnTensor, map_tensors
+from detune.recovery.report import COPY, TensorResult
+from detune.recovery.tensor import result_of
 
 __all__ = ["audit"]
 
@@ -134,7 +136,6 @@ def _try_all(
 ) -> tuple[tuple[TensorEntry, ...], Unchanged]:
     """Every tensor; the recovered model is written to a directory where one is named."""
     place_of = places(family.names)
-    # Filled from several threads, in any order.
     found: dict[str, TensorEntry] = {}
     same: list[str] = []
     differing: set[str] = set()
@@ -142,13 +143,6 @@ def _try_all(
         writer = None
         if recovered is not None:
             writer = opened.enter_context(CheckpointWriter(family.layout, recovered, parts=family.parts))
-
-        def keep(name: str) -> None:
-            same.append(name)
-            models = [family.models[i] for i in family.holders(name)[:1]]
-            if base is not None and models and not is_shared((base, *models), name):
-                differing.add(name)
-            copy(name)
 
         def copy(name: str) -> None:
             if writer is not None:
@@ -158,30 +152,32 @@ def _try_all(
                 else:
                     writer.write(name, original.read(name))
 
-        def attempt(name: str, held: Held) -> Answer:
-            tensors = held.tensors
-            if len(tensors) < family.n:
+        def attempt(name: str, held: Held) -> tuple[TensorResult, Tried | None]:
+            if len(held.tensors) < family.n:
                 # Which release was the one too many cannot be said of what some do not have.
-                copy(name)
-                return Answer(Status.NOT_DETERMINED, "single", "not in all releases")
+                return result_of(name, held, Verdict.NOT_DETERMINED, "single", "not in all releases"), None
             truth = base.read(name) if base is not None else None
             if truth is not None and truth.is_floating_point() and not bool(torch.isfinite(truth).all()):
                 raise damaged(name, base.spec if base is not None else "")
-            if (
-                truth is not None
-                and family.n == 1
-                and tensors[0].dtype == truth.dtype
-                and torch.equal(tensors[0], truth)
-            ):
-                keep(name)
-                return Answer(Status.SHARED, "copy", "as the base has it")
+            first = held.tensors[0]
+            if truth is not None and family.n == 1 and first.dtype == truth.dtype and torch.equal(first, truth):
+                return result_of(name, held, Verdict.SHARED, COPY, "as the base has it"), None
             tried = trial.run(name, place_of[name], held, truth)
-            found[name] = tried.entry
-            if writer is not None:
-                writer.write(name, tried.weight)
-            return tried.answer
+            return tried.result, tried
 
-        map_tensors(family, keep, attempt, on_tensor, device=trial.device)
+        for result, tried in map_tensors(family, attempt, on_tensor, device=trial.device):
+            name = result.name
+            if tried is not None:
+                found[name] = tried.entry
+                if writer is not None:
+                    writer.write(name, tried.weight)
+                continue
+            if result.method == COPY:
+                same.append(name)
+                models = [family.models[i] for i in family.holders(name)[:1]]
+                if base is not None and models and not is_shared((base, *models), name):
+                    differing.add(name)
+            copy(name)
     entries = [found[name] for name in family.names if name in found]
     tensors = _with_spectra(entries, family) if family.n > 1 else tuple(entries)
     unchanged = Unchanged(

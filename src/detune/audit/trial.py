@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from detune.attacks.denoise import best_split, with_measured_noise
 from detune.audit.members import ENOUGH
 from detune.audit.naming import Place
 from detune.audit.record import Outcome, TensorEntry
+from detune.certificate.verdict import Verdict
 from detune.compatibility.model_set import Held
 from detune.lattice import HALVES
 from detune.methods import Auto, Lattice, Mean, Single
@@ -23,9 +24,8 @@ from detune.numerics.float_grid import lies_on, name_of, spacing
 from detune.problem import Recovery, Solver, Stack
 from detune.problem.stack import matricise
 from detune.problem.storage_noise import storage_variance
-from detune.recovery.loop import Answer
-from detune.recovery.report import Status
-from detune.recovery.tensor import solve_tensor
+from detune.recovery.report import COPY, TensorResult
+from detune.recovery.tensor import RecoveredTensor, result_of, solve_tensor
 
 # Deltas of more steps of the base's grid than this do not show modulo the step; the method itself gives up at 8.
 MOST_STEPS = 100.0
@@ -33,7 +33,7 @@ MOST_STEPS = 100.0
 AT_FLOOR = 2.0
 # An error so many times smaller than the change made by fine-tuning gives the base away.
 CLOSER = 100.0
-SURE = (Status.SHARED, Status.EXACT, Status.FLOOR)
+SURE = (Verdict.SHARED, Verdict.EXACT, Verdict.FLOOR)
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Tried:
     """The result for one tensor.
 
     Attributes:
-        answer: Of all releases.
+        result: From all releases.
         weight: The recovered values, in the tensor's shape.
         entry: For the report.
     """
 
-    answer: Answer
+    result: TensorResult
     weight: Tensor
     entry: TensorEntry
 
@@ -85,12 +85,12 @@ class Trial:
         outcomes = []
         for k in range(len(tensors), 0, -1):
             began = time.perf_counter()
-            found, guess = self._solve(Held(tensors[:k], held.models[:k], held.noise[:k]), figures)
+            found = self._solve(name, Held(tensors[:k], held.models[:k], held.noise[:k]), figures)
             if k == len(tensors):
-                answer, weight = found, guess
-                if truth is None and answer.status in SURE:
-                    figures = _Figures.of(tensors, weight)
-            outcomes.append(_outcome(k, found, guess, truth, figures, time.perf_counter() - began))
+                whole = found
+                if truth is None and whole.result.verdict in SURE:
+                    figures = _Figures.of(tensors, whole.weight)
+            outcomes.append(_outcome(k, found, truth, figures, time.perf_counter() - began))
         entry = TensorEntry(
             name=name,
             block=place.block,
@@ -103,31 +103,32 @@ class Trial:
             noise=figures.noise,
             outcomes=_gathered(reversed(outcomes)),
         )
-        return Tried(answer, weight, entry)
+        return Tried(whole.result, whole.weight, entry)
 
-    def _solve(self, held: Held, figures: "_Figures") -> tuple[Answer, Tensor]:
-        """The answer, and the values as they would be stored."""
+    def _solve(self, name: str, held: Held, figures: "_Figures") -> RecoveredTensor:
+        """The tensor with its values as they would be stored."""
         tensors = held.tensors
         n = len(tensors)
         if n > 1 and all(_same(tensors[0], tensor) for tensor in tensors[1:]):
-            return Answer(Status.SHARED, "copy", f"identical in {n} releases"), tensors[0]
+            same = result_of(name, held, Verdict.SHARED, COPY, f"identical in {n} releases")
+            return RecoveredTensor(same, tensors[0])
         if n < ENOUGH and (self.turned or self.noisy):
-            return self._average(
-                tensors, f"matrices that {'were turned' if self.turned else 'hold noise'} lie on no grid"
-            )
+            why = f"matrices that {'were turned' if self.turned else 'hold noise'} lie on no grid"
+            return self._average(name, held, why)
         if n < ENOUGH and figures.show_no_grid(n):
-            return self._average(tensors, figures.why_no_grid)
+            return self._average(name, held, figures.why_no_grid)
         solver = self.solver if n >= max(ENOUGH, self.solver.min_models) else Lattice()
         if self.turned or self.noisy:
             solver = AboveMeasuredNoise(solver, added=self.noisy)
-        answer, weight = solve_tensor(held, solver, self.rank, self.device)
-        return answer, _stored(weight, tensors[0])
+        found = solve_tensor(name, held, solver, self.rank, self.device)
+        return replace(found, weight=_stored(found.weight, tensors[0]))
 
-    def _average(self, tensors: Sequence[Tensor], reason: str) -> tuple[Answer, Tensor]:
+    def _average(self, name: str, held: Held, reason: str) -> RecoveredTensor:
         """The average, where the search for a grid is known to fail: it can take seconds to say so."""
-        solver = Single() if len(tensors) == 1 else Mean()
-        found = solver.solve(Stack.of([matricise(tensor) for tensor in tensors], device=self.device))
-        return Answer(Status.NOT_DETERMINED, found.method, reason), _stored(found.weight, tensors[0])
+        solver = Single() if len(held.tensors) == 1 else Mean()
+        found = solver.solve(Stack.of([matricise(tensor) for tensor in held.tensors], device=self.device))
+        result = result_of(name, held, Verdict.NOT_DETERMINED, found.method, reason)
+        return RecoveredTensor(result, _stored(found.weight, held.tensors[0]))
 
 
 @dataclass(frozen=True)
@@ -209,42 +210,40 @@ class AboveMeasuredNoise:
         return Recovery(best_split(measured).weight, "denoise", reason)
 
 
-def is_given_away(status: Status, error: float | None, change: float | None, noise: float) -> bool:
+def is_given_away(verdict: Verdict, error: float | None, change: float | None, noise: float) -> bool:
     """Whether a tensor counts as given away.
 
     Against the base: its error is at the storage floor, or a hundredth of what fine-tuning changed. Without the base
     the certificate is believed.
 
     Args:
-        status: What the recovery says.
+        verdict: What the recovery says.
         error: Root mean square, against the base; None without it.
         change: Of the releases.
         noise: What storing the releases rounded off.
     """
     if error is None:
-        return status in SURE
+        return verdict in SURE
     return error <= max(AT_FLOOR * noise, (change or 0.0) / CLOSER)
 
 
-def _outcome(
-    models: int, answer: Answer, weight: Tensor, truth: Tensor | None, figures: _Figures, seconds: float
-) -> Outcome:
+def _outcome(models: int, found: RecoveredTensor, truth: Tensor | None, figures: _Figures, seconds: float) -> Outcome:
+    result, weight = found.result, found.weight
     mse = None if truth is None else squared_error(weight, truth)
-    certificate = answer.certificate
     return Outcome(
         models=models,
-        verdict=str(answer.status),
-        method=answer.method,
-        reason=answer.reason,
-        ranks=answer.ranks,
-        undetermined=certificate.undetermined if certificate else None,
-        grid=name_of(answer.bits.grid) if answer.bits else None,
-        predicted_w_error=certificate.predicted_w_error if certificate else None,
-        best_w_error=certificate.best_w_error if certificate else None,
-        worst_w_error=certificate.worst_w_error if certificate else None,
+        verdict=str(result.verdict),
+        method=result.method,
+        reason=result.reason,
+        ranks=tuple(rank for rank in result.ranks if rank is not None),
+        undetermined=result.undetermined,
+        grid=result.grid,
+        predicted_w_error=result.predicted_w_error,
+        best_w_error=result.best_w_error,
+        worst_w_error=result.worst_w_error,
         w_error=math.log10(mse) if mse else None,
         identical=None if truth is None else bit_identical(weight, truth),
-        given_away=is_given_away(answer.status, None if mse is None else mse**0.5, figures.change, figures.noise),
+        given_away=is_given_away(result.verdict, None if mse is None else mse**0.5, figures.change, figures.noise),
         seconds=seconds,
     )
 

@@ -1,34 +1,41 @@
-"""What is said of an answer."""
+"""Verdict and certificate of an answer."""
 
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from detune.problem.recovery import PredictedError
+if TYPE_CHECKING:
+    # It brings torch along, which reports do without.
+    from detune.problem.recovery import PredictedError
 
 # A prediction that nothing speaks against is within this of the truth, and none is known more closely.
 BAND = 0.3
 
 
 class Verdict(StrEnum):
-    """What an answer is worth."""
+    """How far a tensor can be trusted; what there was nothing to solve for is shared or averaged."""
 
+    SHARED = "shared"
+    """Identical in all models: copied byte for byte."""
     EXACT = "exact"
     """The base's own bits."""
     FLOOR = "to the storage floor"
     """As close as the rounding of the models lets any method come; the predicted W-Error says how close."""
     APPROXIMATE = "approximate"
     """The prediction is known to a range only, mostly because it may be too good: the reason says why."""
+    AVERAGED = "averaged"
+    """The mean of the models: the method asked for, or a vector, which has no low rank to use."""
     NOT_DETERMINED = "not determined"
-    """The data do not hold the answer, or part of it."""
+    """The data do not hold the answer, or part of it; where no method applies the mean of the models stands in."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known of an answer's error.
+    """The error of an answer, as far as the data tell it.
 
     Attributes:
-        verdict: In two words.
+        verdict: How far it can be trusted.
         reason: In one sentence.
         undetermined: Dimension of the space of changes of W that the data cannot see; 0 is unique. None where the
             method has no model of the deltas.
@@ -52,9 +59,9 @@ class Certificate:
 
     @classmethod
     def of_error(
-        cls, verdict: Verdict, reason: str, expected: PredictedError | float, agreement: float = 0.0
+        cls, verdict: Verdict, reason: str, expected: "PredictedError | float", agreement: float = 0.0
     ) -> "Certificate":
-        """Of an answer that there is only one of, whose error can be foretold.
+        """Certify an answer that is the only one and whose error can be predicted.
 
         Args:
             verdict: What it is worth.
@@ -62,10 +69,10 @@ class Certificate:
             expected: Mean squared error of the stored weight; a number where it is known as closely as any.
             agreement: Mean squared error by the disagreement of parts; 0 where that was not looked at.
         """
-        mse = expected.mse if isinstance(expected, PredictedError) else expected
-        predicted = best = worst = _log10(mse)
-        if isinstance(expected, PredictedError):
-            best, worst = _log10(expected.least), _log10(expected.most)
+        least, mse, most = (
+            (expected,) * 3 if isinstance(expected, float | int) else (expected.least, expected.mse, expected.most)
+        )
+        best, predicted, worst = map(_log10, (least, mse, most))
         if predicted is not None:
             best = None if best is None else min(best, predicted - BAND)
             worst = max(predicted if worst is None else worst, predicted + BAND)

@@ -26,7 +26,7 @@ from detune.cli.options import (
 from detune.cli.terminal import progress_bar, say_json
 
 if TYPE_CHECKING:
-    from detune.recovery.report import TensorRow
+    from detune.recovery.report import TensorResult
 
 
 @click.command(
@@ -178,13 +178,13 @@ def demo(out: Path | None, method: str, train: bool, steps: int | None) -> None:
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator["Callable[[str, TensorRow | None], None]"]:
+def progress(quiet: bool) -> Iterator["Callable[[str, TensorResult | None], None]"]:
     """A bar with the current tensor, on stderr; gone when done."""
     load_torch()
     with progress_bar(counting=False, quiet=quiet) as bar:
         task = bar.add_task("opening the models", total=None)
 
-        def on_tensor(name: str, row: "TensorRow | None") -> None:
+        def on_tensor(name: str, row: "TensorResult | None") -> None:
             if row is None:
                 bar.update(task, description=name)
             else:

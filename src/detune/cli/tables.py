@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rich.table import Column
 
+from detune.certificate.verdict import Verdict
 from detune.cli.terminal import say, show_table
 from detune.compatibility.reading import Reading
-from detune.recovery.report import Report, Status, TensorRow, w_error_range
+from detune.recovery.report import Report, TensorResult, w_error_range
 
 if TYPE_CHECKING:
     from detune.adapters.extract import Extraction
@@ -30,14 +31,14 @@ class _Named(Protocol):
 
 Row = TypeVar("Row", bound=_Named)
 
-# What is left of a status when it is put in words.
+# What is left of a verdict when it is put in words.
 MEANING = {
-    Status.SHARED: "identical in all models, copied",
-    Status.EXACT: "exact: the base's bits",
-    Status.FLOOR: "to the storage floor",
-    Status.APPROXIMATE: "approximate: the error is known to a range only",
-    Status.AVERAGED: "averaged",
-    Status.NOT_DETERMINED: "not determined by these models",
+    Verdict.SHARED: "identical in all models, copied",
+    Verdict.EXACT: "exact: the base's bits",
+    Verdict.FLOOR: "to the storage floor",
+    Verdict.APPROXIMATE: "approximate: the error is known to a range only",
+    Verdict.AVERAGED: "averaged",
+    Verdict.NOT_DETERMINED: "not determined by these models",
 }
 
 
@@ -48,14 +49,14 @@ def show_report(report: Report, out: Path | None = None) -> None:
         report: Of `recover` or `inspect`.
         out: Where the checkpoint was written, if it was.
     """
-    changed = [row for row in report.tensors if row.status is not Status.SHARED]
+    changed = [row for row in report.tensors if row.verdict is not Verdict.SHARED]
     columns = ["tensor", "shape", "verdict", "W-Error", "method", "ranks", "residual", "× noise"]
     on_grid = any(row.grid for row in changed)
     lines = [
         (
             f"{pattern} ×{len(rows)}" if len(rows) > 1 else pattern,
             "×".join(map(str, rows[0].shape)),
-            rows[0].status,
+            rows[0].verdict,
             _expected(rows),
             rows[0].method,
             _ranks(rows),
@@ -63,7 +64,7 @@ def show_report(report: Report, out: Path | None = None) -> None:
             _largest(row.noise_ratio for row in rows),
             *[_certain(rows)] * on_grid,
         )
-        for (pattern, _), rows in _by_kind(changed, lambda row: row.status).items()
+        for (pattern, _), rows in _by_kind(changed, lambda row: row.verdict).items()
     ]
     if changed:
         show_table([*columns, *["certain bits"] * on_grid], lines)
@@ -72,11 +73,11 @@ def show_report(report: Report, out: Path | None = None) -> None:
             say(f"left out {model.spec}: {model.left_out}")
         for note in model.notes if model.left_out is None else ():
             say(f"{model.spec}: {note}")
-    for status, count in report.counts.items():
-        say(f"{count} tensor{'s' * (count != 1)} {MEANING[status]}")
+    for verdict, count in report.counts.items():
+        say(f"{count} tensor{'s' * (count != 1)} {MEANING[verdict]}")
     names: dict[str, list[str]] = {}
     for row in changed:
-        if row.status in (Status.NOT_DETERMINED, Status.APPROXIMATE):
+        if row.verdict in (Verdict.NOT_DETERMINED, Verdict.APPROXIMATE):
             names.setdefault(row.reason, []).append(row.name)
     for reason, (name, *others) in names.items():
         more = f" and {len(others)} more" if others else ""
@@ -256,7 +257,7 @@ def _by_kind(rows: Iterable[Row], key: Callable[[Row], object]) -> "dict[tuple[s
     return {(group[0].name if len(group) == 1 else pattern, k): group for (pattern, k), group in kinds.items()}
 
 
-def _ranks(rows: list[TensorRow]) -> str:
+def _ranks(rows: list[TensorResult]) -> str:
     spans = _spans(rows)
     return spans[0] if spans and len(set(spans)) == 1 else ", ".join(spans)
 
@@ -265,7 +266,7 @@ def _member_ranks(rows: "Sequence[ChangedTensor]") -> str:
     return ", ".join(_spans(rows))
 
 
-def _spans(rows: "Sequence[TensorRow] | Sequence[ChangedTensor]") -> list[str]:
+def _spans(rows: "Sequence[TensorResult] | Sequence[ChangedTensor]") -> list[str]:
     """The ranks of each model over tensors of a kind; a dash where it does not have them, or not the family's."""
     spans = []
     for ranks in zip(*(row.ranks for row in rows if row.ranks), strict=False):
@@ -280,18 +281,18 @@ def _span(numbers: Iterable[int]) -> str:
     return "" if not known else f"{known[0]}" if len(known) == 1 else f"{known[0]}-{known[-1]}"
 
 
-def _expected(rows: Sequence[TensorRow]) -> str:
+def _expected(rows: Sequence[TensorResult]) -> str:
     """The W-Error to expect, the worst of a kind; a range where no more is known. An exact tensor has none."""
     known = [(row.worst_w_error, row) for row in rows if row.worst_w_error is not None]
     if not known:
-        return "none" if rows[0].status is Status.EXACT else ""
+        return "none" if rows[0].verdict is Verdict.EXACT else ""
     end, worst = max(known, key=itemgetter(0))
-    if worst.status is Status.APPROXIMATE:
+    if worst.verdict is Verdict.APPROXIMATE:
         return w_error_range(worst.best_w_error, end)
     return f"{worst.predicted_w_error:.2f}"
 
 
-def _certain(rows: Sequence[TensorRow]) -> str:
+def _certain(rows: Sequence[TensorResult]) -> str:
     """The least share of entries that are certain on the base's grid, cut so that only all is 100 %."""
     shares = [row.certain if row.grid else None for row in rows]
     if None in shares:

@@ -130,6 +130,11 @@ class Held:
     models: tuple[int, ...]
     noise: tuple[float | None, ...]
 
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Held":
+        """Take tensors for what all models of a family hold, with the noise of their dtypes."""
+        return cls(tuple(tensors), tuple(range(len(tensors))), (None,) * len(tensors))
+
 
 class ModelSet(Models):
     """Several checkpoints of one architecture; one of them gives the output its layout.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from detune._runtime import command_line
+from detune.certificate.verdict import Verdict
 from detune.checkpoints import CheckpointFiles, Places, Target, absolute, claim, identity
 from detune.compatibility.groups import Selection, select
 from detune.compatibility.model_set import Models, ModelSet
@@ -28,7 +29,7 @@ from detune.recovery.execution import (
     require_unchanged,
 )
 from detune.recovery.loop import OnTensor
-from detune.recovery.report import NOT_SOLVED, InputRow, Report, Status, TensorRow
+from detune.recovery.report import NOT_SOLVED, InputRow, Report, TensorResult
 from detune.recovery.results import Results
 
 
@@ -139,7 +140,7 @@ def recover(
     Example:
         >>> report = recover(["ft-a", "ft-b", "ft-c"], out="base")  # doctest: +SKIP
         >>> report.counts  # doctest: +SKIP
-        {<Status.SHARED: 'shared'>: 91, <Status.FLOOR: 'to the storage floor'>: 12}
+        {<Verdict.SHARED: 'shared'>: 91, <Verdict.FLOOR: 'to the storage floor'>: 12}
     """
     started = time.perf_counter()
     solver = make_solver(method)
@@ -231,14 +232,14 @@ def _select(given: Models, solver: Solver) -> Selection:
     return select(given, 1 if given.has_base else solver.min_models)
 
 
-def _refuse_if_hopeless(rows: Sequence[TensorRow], n: int) -> None:
+def _refuse_if_hopeless(rows: Sequence[TensorResult], n: int) -> None:
     """Nothing is written where nothing could be had."""
     if n < 3 and not any(row.grid for row in rows):
         # One checkpoint whose every entry lies on a grid may be the base, or was rounded when it was merged.
-        reason = next((row.reason for row in rows if row.status is Status.NOT_DETERMINED), "every entry lies on it")
+        reason = next((row.reason for row in rows if row.verdict is Verdict.NOT_DETERMINED), "every entry lies on it")
         raise InputError(f"{n} model{'s' * (n != 1)} show{'s' * (n == 1)} no delta against a grid of the base", reason)
     # Integers that differ are no matrices, and stand as the first model has them.
-    hopeless = [row for row in rows if row.status is Status.NOT_DETERMINED and row.method == "mean"]
+    hopeless = [row for row in rows if row.verdict is Verdict.NOT_DETERMINED and row.method == "mean"]
     if hopeless and all(row.method in NOT_SOLVED for row in rows):
         raise InputError(
             f"none of {len(hopeless)} changed matrices can be recovered",

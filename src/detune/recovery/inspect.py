@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from detune._runtime import command_line
+from detune.certificate.verdict import Verdict
 from detune.compatibility.describe import describe
 from detune.compatibility.groups import select
 from detune.compatibility.model_set import Held, Models, ModelSet, rows_to_read
@@ -18,9 +19,9 @@ from detune.fitting.differences import find_differences
 from detune.methods import Auto
 from detune.problem import NotLowRank, Stack
 from detune.problem.stack import matricise
-from detune.recovery.loop import Answer, OnTensor, map_tensors
-from detune.recovery.report import InputRow, Report, Status, TensorRow
-from detune.recovery.tensor import solve_tensor
+from detune.recovery.loop import OnTensor, map_tensors
+from detune.recovery.report import InputRow, Report, TensorResult
+from detune.recovery.tensor import result_of, solve_tensor
 
 
 def inspect(
@@ -63,10 +64,11 @@ def inspect(
         selection = select(given, min(3, len(models)))
         family = ModelSet([given.models[i] for i in selection.members])
 
-        def look(name: str, held: Held) -> Answer:
-            return _look(held, rank, device)
+        def look(name: str, held: Held) -> tuple[TensorResult, None]:
+            return _look(name, held, rank, device), None
 
-        looked_at = map_tensors(family, lambda name: None, look, on_tensor, device=device)
+        found = {result.name: result for result, _ in map_tensors(family, look, on_tensor, device=device)}
+        looked_at = [found[name] for name in family.names]
         inputs = tuple(
             InputRow(model.spec, model.hashes(), selection.reason(i), given.alignment.notes(i))
             for i, model in enumerate(given.models)
@@ -77,28 +79,27 @@ def inspect(
     return Report(command, inputs, tuple(looked_at), time.perf_counter() - started, reading=reading)
 
 
-def _hedged(row: TensorRow, family: ModelSet, rows: int) -> TensorRow:
+def _hedged(row: TensorResult, family: ModelSet, rows: int) -> TensorResult:
     """Rows that were not looked at may differ."""
-    if row.status is not Status.SHARED or len(row.shape) < 2 or row.shape[0] <= rows:
+    if row.verdict is not Verdict.SHARED or len(row.shape) < 2 or row.shape[0] <= rows:
         return row
     sure = surely_shared([family.models[i] for i in family.holders(row.name)], row.name)
     return row if sure else replace(row, reason=f"identical in the {rows} rows that were looked at")
 
 
-def _look(held: Held, rank: int | None, device: torch.device | str | None) -> Answer:
+def _look(name: str, held: Held, rank: int | None, device: torch.device | str | None) -> TensorResult:
     if len(held.tensors) > 2:
         # What `recover` would do, to the end: a rank alone does not show whether the answer fits.
-        answer, _ = solve_tensor(held, Auto(), rank, device)
-        return answer
+        return solve_tensor(name, held, Auto(), rank, device).result
     if not all(tensor.is_floating_point() for tensor in held.tensors):
-        return Answer(Status.NOT_DETERMINED, "none", "not floating point")
+        return result_of(name, held, Verdict.NOT_DETERMINED, "none", "not floating point")
     stack = Stack.of([matricise(tensor) for tensor in held.tensors], device=device, noise=held.noise)
     if min(stack.shape) == 1:
         stack.require_finite(torch.stack([W_i.double().sum() for W_i in stack.matrices]))
-        return Answer(Status.AVERAGED, "mean", "a vector cannot be low-rank: it can only be averaged")
+        reason = "a vector cannot be low-rank: it can only be averaged"
+        return result_of(name, held, Verdict.AVERAGED, "mean", reason)
     difference = find_differences(stack, rank).of(0, 1)
-    if difference.full_rank:
-        why = NotLowRank((difference.pair,), stack.shape)
-        return Answer(Status.NOT_DETERMINED, "none", str(why))
     reason = f"the difference has rank {difference.rank}; a third model is needed to split it"
-    return Answer(Status.NOT_DETERMINED, "none", reason)
+    if difference.full_rank:
+        reason = str(NotLowRank((difference.pair,), stack.shape))
+    return result_of(name, held, Verdict.NOT_DETERMINED, "none", reason)

@@ -5,43 +5,28 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from detune._runtime import versions
+from detune.certificate.verdict import Verdict
 from detune.compatibility.reading import Reading
 
+COPY = "copy"
+"""The method where nothing was computed."""
 
-class Status(StrEnum):
-    """What became of a tensor: the certificate's verdict, where there was something to solve."""
-
-    SHARED = "shared"
-    """Identical in all models: copied byte for byte."""
-    EXACT = "exact"
-    """The base's own bits."""
-    FLOOR = "to the storage floor"
-    """As close as the rounding of the models lets any method come; `predicted_w_error` says how close."""
-    APPROXIMATE = "approximate"
-    """Best effort: the error is known to a range only, from `best_w_error` to `worst_w_error`."""
-    AVERAGED = "averaged"
-    """The mean of the models: the method asked for, or a vector, which has no low rank to use."""
-    NOT_DETERMINED = "not determined"
-    """The data do not hold the answer, or part of it; where no method applies the mean of the models stands in."""
-
-
-NOT_SOLVED = ("copy", "mean", "single", "none")
+NOT_SOLVED = (COPY, "mean", "single", "none")
 """Methods that leave the deltas in."""
 
 
 @dataclass(frozen=True)
-class TensorRow:
-    """One tensor of the report.
+class TensorResult:
+    """What became of one tensor: a row of the report.
 
     Attributes:
         name: Its qualified name.
         shape: Its shape.
         dtype: Its stored dtype; several, where the models differ.
-        status: What became of it.
+        verdict: How far it can be trusted.
         method: The solver that gave it, or "copy".
         reason: One sentence.
         ranks: The rank found for each model that was used; the full rank for one that was left out of this tensor, and
@@ -63,7 +48,7 @@ class TensorRow:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    status: Status
+    verdict: Verdict
     method: str
     reason: str
     ranks: tuple[int | None, ...] = ()
@@ -80,12 +65,12 @@ class TensorRow:
     seconds: float = 0.0
 
     @classmethod
-    def of_json(cls, content: Mapping[str, Any]) -> "TensorRow":
+    def of_json(cls, content: Mapping[str, Any]) -> "TensorResult":
         """A row again of what `asdict` made of one, by way of JSON."""
         kinds = {
             "shape": tuple(content["shape"]),
             "ranks": tuple(content["ranks"]),
-            "status": Status(content["status"]),
+            "status": Verdict(content["status"]),
         }
         return cls(**{**content, **kinds})
 
@@ -123,17 +108,17 @@ class Report:
 
     command: dict[str, Any]
     inputs: tuple[InputRow, ...]
-    tensors: tuple[TensorRow, ...]
+    tensors: tuple[TensorResult, ...]
     seconds: float
     versions: dict[str, str] = field(default_factory=versions)
     adapters: dict[str, dict[str, Any]] | None = None
     reading: Reading | None = None
 
     @property
-    def counts(self) -> dict[Status, int]:
-        """Number of tensors of each status, in the order of `Status`."""
-        counted = Counter(row.status for row in self.tensors)
-        return {status: counted[status] for status in Status if counted[status]}
+    def counts(self) -> dict[Verdict, int]:
+        """Number of tensors with each verdict, in the order of `Verdict`."""
+        counted = Counter(row.verdict for row in self.tensors)
+        return {verdict: counted[verdict] for verdict in Verdict if counted[verdict]}
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -142,7 +127,7 @@ class Report:
         predicted = [row.predicted_w_error for row in solved if row.predicted_w_error is not None]
         return {
             "tensors": len(self.tensors),
-            **{str(status): count for status, count in self.counts.items()},
+            **{str(verdict): count for verdict, count in self.counts.items()},
             "largest_noise_ratio": max((row.noise_ratio or 0.0 for row in solved), default=None),
             "largest_relative_residual": max((row.relative_residual or 0.0 for row in solved), default=None),
             "mean_predicted_w_error": statistics.fmean(predicted) if predicted else None,
@@ -178,7 +163,7 @@ class Report:
         return cls(
             command=content["command"],
             inputs=tuple(InputRow(**row) for row in content["inputs"]),
-            tensors=tuple(map(TensorRow.of_json, content["tensors"])),
+            tensors=tuple(map(TensorResult.of_json, content["tensors"])),
             seconds=content["summary"]["seconds"],
             versions=content["versions"],
             adapters=content.get("adapters"),
@@ -191,6 +176,6 @@ def w_error_range(best: float | None, worst: float) -> str:
     return f"up to {worst:.1f}" if best is None else f"{best:.1f} to {worst:.1f}"
 
 
-def _ranks_by_model(rows: Sequence[TensorRow]) -> list[list[int]]:
+def _ranks_by_model(rows: Sequence[TensorResult]) -> list[list[int]]:
     """For each model the ranks that occur, in order."""
     return [sorted(set(ranks) - {None}) for ranks in zip(*(row.ranks for row in rows), strict=True)]

@@ -115,7 +115,7 @@ class TensorScheduler(Generic[Result]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ended = error is not None and not isinstance(error, Exception)
+        ended = error is not None and not isinstance(error, Exception | GeneratorExit)
         self._pool.shutdown(wait=not ended, cancel_futures=True)
         torch.set_num_threads(self._all_threads)
 

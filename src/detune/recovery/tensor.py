@@ -1,36 +1,59 @@
 """Recovery of one tensor: the solver's answer, and whether it explains the data."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detune.certificate.certify import certify
 from detune.certificate.jackknife import Solve
+from detune.certificate.verdict import Verdict
 from detune.compatibility.low_rank_test import SMALLEST, split
 from detune.compatibility.model_set import Held
 from detune.methods import Lattice, Mean, Single
 from detune.methods.auto import unchanged
+from detune.numerics.float_grid import name_of
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.problem.stack import matricise
-from detune.recovery.loop import Answer
-from detune.recovery.report import Status
+from detune.recovery.report import TensorResult
 
 # What adapters leave of models that they explain, in units of the storage noise.
 EXPLAINED = 1.5
 
 
+@dataclass(frozen=True)
+class RecoveredTensor:
+    """A tensor as recovered.
+
+    Attributes:
+        result: What the report says of it.
+        weight: Its values, in any shape.
+        certain: Where its bits are the base's, bool; None where it was found to lie on no grid.
+    """
+
+    result: TensorResult
+    weight: Tensor
+    certain: Tensor | None = None
+
+    def but(self, **changes: Any) -> "RecoveredTensor":
+        """The tensor with other words in its result."""
+        return replace(self, result=replace(self.result, **changes))
+
+
 def solve_tensor(
+    name: str,
     held: Held,
     solver: Solver,
     rank: int | None,
     device: torch.device | str | None,
     stored: torch.dtype | None = None,
     check: bool = False,
-) -> tuple[Answer, Tensor]:
-    """The answer for one tensor that differs between the models, and its values in any shape.
+) -> RecoveredTensor:
+    """Recover one tensor that differs between the models.
 
     Args:
+        name: Its qualified name.
         held: What the models hold of it.
         solver: The method.
         rank: The most that any adapter's can be; None finds it.
@@ -42,62 +65,56 @@ def solve_tensor(
     stored = stored or tensors[0].dtype
     if not all(tensor.is_floating_point() for tensor in tensors):
         reason = "not floating point, so there is no average; the first model's stand in"
-        return Answer(Status.NOT_DETERMINED, "single", reason), tensors[0]
+        return RecoveredTensor(result_of(name, held, Verdict.NOT_DETERMINED, "single", reason), tensors[0])
     stack = Stack.of([matricise(tensor) for tensor in tensors], device=device, noise=held.noise)
+    found = _solve(stack, solver, rank, stored, check)
+    return found.but(name=name, shape=tuple(tensors[0].shape), dtype=_dtypes(held))
+
+
+def _solve(stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype, check: bool) -> RecoveredTensor:
+    """Recover a matrix or a vector, from the models that agree on it."""
     if isinstance(solver, Mean | Single):
-        return _answer(solver.solve(stack), Status.AVERAGED)
+        return _recovered(solver.solve(stack), Verdict.AVERAGED)
     if min(stack.shape) == 1:
         return _solve_vector(stack, solver, stored)
-    answer, weight = _solve_matrix(stack, solver, rank, stored, check)
-    if _unexplained(answer) and stack.n > solver.min_models and min(stack.shape) >= SMALLEST:
+    found = _solve_matrix(stack, solver, rank, stored, check)
+    if _unexplained(found.result) and stack.n > solver.min_models and min(stack.shape) >= SMALLEST:
         groups = split(stack.matrices, noise=stack.noise_override)
         if len(groups) > 1 and len(groups[0]) >= solver.min_models and len(groups[0]) > len(groups[1]):
             return _solve_group(stack, groups[0], solver, rank, stored, check)
-    return answer, weight
+    return found
 
 
-def _unexplained(answer: Answer) -> bool:
+def _unexplained(result: TensorResult) -> bool:
     """Whether some models may not belong here: where adapters explain all of them to the noise, all do."""
-    if answer.status is Status.APPROXIMATE and answer.noise_ratio is not None:
-        return answer.noise_ratio > EXPLAINED
-    return answer.status not in (Status.EXACT, Status.FLOOR)
+    if result.verdict is Verdict.APPROXIMATE and result.noise_ratio is not None:
+        return result.noise_ratio > EXPLAINED
+    return result.verdict not in (Verdict.EXACT, Verdict.FLOOR)
 
 
 def _solve_group(
     stack: Stack, group: tuple[int, ...], solver: Solver, rank: int | None, stored: torch.dtype, check: bool
-) -> tuple[Answer, Tensor]:
-    """A matrix that some models have anew, a head for instance: the others tell what it was."""
-    answer, weight = _solve_matrix(stack.part(group), solver, rank, stored, check)
+) -> RecoveredTensor:
+    """Recover a matrix that some models have anew, a head for instance, from the others."""
+    found = _solve_matrix(stack.part(group), solver, rank, stored, check)
     others = [i for i in range(stack.n) if i not in group]
     listed = f"model{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
-    reason = f"{answer.reason}; without {listed} of the {stack.n} used: full rank here"
-    found = dict(zip(group, answer.ranks, strict=True)) if answer.ranks else {}
-    ranks = tuple(found.get(i, min(stack.shape)) for i in range(stack.n)) if found else ()
-    return replace(answer, reason=reason, ranks=ranks), weight
+    reason = f"{found.result.reason}; without {listed} of the {stack.n} used: full rank here"
+    known = dict(zip(group, found.result.ranks, strict=True)) if found.result.ranks else {}
+    ranks = tuple(known.get(i, min(stack.shape)) for i in range(stack.n)) if known else ()
+    return found.but(reason=reason, ranks=ranks)
 
 
-def _solve_matrix(
-    stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype, check: bool
-) -> tuple[Answer, Tensor]:
+def _solve_matrix(stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype, check: bool) -> RecoveredTensor:
     """The solver's answer, and whether it explains the data."""
     try:
         recovery = solver.solve(stack, rank)
     except NotRecoverable as why:
-        answer, weight = _answer(Mean().solve(stack), Status.NOT_DETERMINED)
-        return replace(answer, reason=str(why)), weight
+        return _recovered(Mean().solve(stack), Verdict.NOT_DETERMINED).but(reason=str(why))
     return _certified(stack, recovery, stored, (lambda part: solver.solve(part, rank)) if check else None)
 
 
-def _certified(
-    stack: Stack, recovery: Recovery, stored: torch.dtype, check: Solve | None = None
-) -> tuple[Answer, Tensor]:
-    """The answer with its verdict, for the dtype that it will be stored in."""
-    certificate = certify(stack, recovery, stored, check)
-    answer, weight = _answer(recovery, Status(certificate.verdict))
-    return replace(answer, reason=f"{recovery.reason}; {certificate.reason}", certificate=certificate), weight
-
-
-def _solve_vector(stack: Stack, solver: Solver, stored: torch.dtype) -> tuple[Answer, Tensor]:
+def _solve_vector(stack: Stack, solver: Solver, stored: torch.dtype) -> RecoveredTensor:
     """A vector has no low rank: only models that did not change it give it away."""
     if stack.n >= 3:
         untouched = unchanged(stack)
@@ -105,18 +122,54 @@ def _solve_vector(stack: Stack, solver: Solver, stored: torch.dtype) -> tuple[An
         untouched = solver.lattice.untouched(stack) if isinstance(solver, Lattice) else None
     if untouched is not None:
         return _certified(stack, untouched, stored)
-    answer, weight = _answer(Mean().solve(stack), Status.AVERAGED)
-    return replace(answer, reason=f"a vector cannot be low-rank: the average of {stack.n} models"), weight
+    averaged = _recovered(Mean().solve(stack), Verdict.AVERAGED)
+    return averaged.but(reason=f"a vector cannot be low-rank: the average of {stack.n} models")
 
 
-def _answer(recovery: Recovery, status: Status) -> tuple[Answer, Tensor]:
-    answer = Answer(
-        status,
-        recovery.method,
-        recovery.reason,
-        recovery.ranks,
-        recovery.relative_residual,
-        recovery.noise_ratio,
-        bits=recovery.bits,
+def _certified(stack: Stack, recovery: Recovery, stored: torch.dtype, check: Solve | None = None) -> RecoveredTensor:
+    """The answer with its verdict, for the dtype that it will be stored in."""
+    certificate = certify(stack, recovery, stored, check)
+    return _recovered(recovery, certificate.verdict).but(
+        reason=f"{recovery.reason}; {certificate.reason}",
+        undetermined=certificate.undetermined,
+        predicted_w_error=certificate.predicted_w_error,
+        best_w_error=certificate.best_w_error,
+        worst_w_error=certificate.worst_w_error,
+        agreement=certificate.agreement,
     )
-    return answer, recovery.weight
+
+
+def _recovered(recovery: Recovery, verdict: Verdict) -> RecoveredTensor:
+    bits = recovery.bits
+    result = TensorResult(
+        name="",
+        shape=(),
+        dtype="",
+        verdict=verdict,
+        method=recovery.method,
+        reason=recovery.reason,
+        ranks=recovery.ranks,
+        relative_residual=recovery.relative_residual,
+        noise_ratio=recovery.noise_ratio,
+        grid=name_of(bits.grid) if bits else None,
+        log10_false_positive=bits.log10_false_positive if bits else None,
+        certain=bits.share if bits else None,
+    )
+    return RecoveredTensor(result, recovery.weight, bits.certain if bits else None)
+
+
+def result_of(name: str, held: Held, verdict: Verdict, method: str, reason: str) -> TensorResult:
+    """The result for a tensor that was not solved.
+
+    Args:
+        name: Its qualified name.
+        held: What the models hold of it.
+        verdict: How far it can be trusted.
+        method: What stands in.
+        reason: Why.
+    """
+    return TensorResult(name, tuple(held.tensors[0].shape), _dtypes(held), verdict, method, reason)
+
+
+def _dtypes(held: Held) -> str:
+    return ", ".join(dict.fromkeys(name_of(tensor.dtype) for tensor in held.tensors))

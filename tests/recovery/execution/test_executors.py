@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 import detune
+from detune.certificate.verdict import Verdict
 from detune.errors import DetuneError, InputError, OutputError
 from detune.recovery.execution import Processes, dask_workers, job, units
 from detune.recovery.execution.processes import cores
-from detune.recovery.report import Status
 from tests.cases import seeded
 from tests.families import Fine, add, delta, plain_family, plain_state, save_plain, shard, tree
 
@@ -104,8 +104,8 @@ def test_every_executor_gives_the_same_bytes(fine, alone, tmp_path, kind, reques
     assert written["inputs"] == expected["inputs"]
     assert written["adapters"] == expected["adapters"]
     assert {path.name for path in tmp_path.iterdir()} == {"out", "loras", "mask"}
-    assert report.counts[Status.SHARED] == 3
-    assert report.counts[Status.EXACT] >= 1
+    assert report.counts[Verdict.SHARED] == 3
+    assert report.counts[Verdict.EXACT] >= 1
 
 
 def test_progress_is_told_of_every_tensor(fine, processes, tmp_path):

@@ -23,8 +23,8 @@ from detune.compatibility.model_set import Held, ModelSet
 from detune.errors import DetuneError
 from detune.problem import Solver
 from detune.recovery.execution.landed import FACTORS, MASK, Landed, Lander, Solved, Written
-from detune.recovery.loop import Answer, OnTensor, map_tensors
-from detune.recovery.report import TensorRow
+from detune.recovery.loop import OnTensor, map_tensors
+from detune.recovery.report import TensorResult
 from detune.recovery.tensor import solve_tensor
 
 
@@ -107,40 +107,31 @@ class Performer:
         """
         # A few smaller matrices may wait, so that no thread stands still for the disk; the largest only by itself.
         largest = max((self._files.stored_bytes([name]) for name in self._family.names), default=0)
+        device, copies = self._job.device, self._job.solver.working_copies
         with Lander(self._landing, self._files, largest // 2) as lander:
-            solved: dict[str, Solved] = {}
-
-            def keep(name: str) -> None:
-                original = self._family.original(name)
-
-                def write() -> Written:
-                    if original is None:
-                        return Written(self._files.copy(name))
-                    return Written(self._files.write(name, original.read(name)))
-
-                solved[name] = Solved(write)
-
-            def solve(name: str, held: Held) -> Answer:
-                answer, solved[name] = self._solve(name, held)
-                return answer
-
-            def land(name: str, row: TensorRow | None) -> None:
-                if row is not None:
-                    lander.land(solved.pop(name), row)
-                if on_tensor:
-                    on_tensor(name, row)
-
-            map_tensors(self._family, keep, solve, land, names, self._job.device, self._job.solver.working_copies)
+            for result, solved in map_tensors(self._family, self._solve, on_tensor, names, device, copies):
+                lander.land(solved or self._copied(result.name), result)
         return lander.landed
 
-    def _solve(self, name: str, held: Held) -> tuple[Answer, Solved]:
+    def _copied(self, name: str) -> Solved:
+        """A tensor that is yet to be copied."""
+        original = self._family.original(name)
+
+        def write() -> Written:
+            if original is None:
+                return Written(self._files.copy(name))
+            return Written(self._files.write(name, original.read(name)))
+
+        return Solved(write)
+
+    def _solve(self, name: str, held: Held) -> tuple[TensorResult, Solved]:
+        """The result of a tensor, which is yet to be written."""
         job = self._job
-        dtype = self._files.dtype(name)
-        answer, weight = solve_tensor(held, job.solver, job.rank, job.device, dtype, job.check)
+        found = solve_tensor(name, held, job.solver, job.rank, job.device, self._files.dtype(name), job.check)
         # As it will be stored: smaller, and what counts for the adapters.
-        stored = self._files.as_stored(name, weight.reshape(held.tensors[0].shape))
+        stored = self._files.as_stored(name, found.weight.reshape(held.tensors[0].shape))
         changes = self._fitter.fit(name, stored, held) if self._fitter else ()
-        mask = answer.bits.certain if job.mask and answer.bits is not None else None
+        mask = found.certain if job.mask else None
 
         def write() -> Written:
             written = Written(self._files.write(name, stored))
@@ -152,7 +143,7 @@ class Performer:
             return written
 
         held_bytes = stored.nbytes + (0 if mask is None else mask.nbytes)
-        return answer, Solved(write, held_bytes, tuple(replace(change, layer=None) for change in changes))
+        return found.result, Solved(write, held_bytes, tuple(replace(change, layer=None) for change in changes))
 
 
 def perform(job: Job, names: tuple[str, ...]) -> list[Landed]:

@@ -12,7 +12,7 @@ from typing import Any, Self
 from detune.adapters.changes import AdapterChange, AdapterRow, Kept
 from detune.checkpoints import CheckpointFiles, Kind, Landing, unpack_layers
 from detune.errors import DetuneError, OutputError
-from detune.recovery.report import TensorRow
+from detune.recovery.report import TensorResult
 
 __all__ = [
     "FACTORS",
@@ -47,7 +47,7 @@ class Landed:
         changes: What it becomes in adapters; their factors are in a part of the landing.
     """
 
-    row: TensorRow
+    row: TensorResult
     written: "Written"
     changes: tuple[AdapterChange, ...] = ()
 
@@ -68,7 +68,7 @@ class Landed:
             AdapterChange(change["model"], _row(change["row"]), _row(change["as_base"]) if change["as_base"] else None)
             for change in content["changes"]
         )
-        return cls(TensorRow.of_json(content["row"]), Written(**content["written"]), tuple(changes))
+        return cls(TensorResult.of_json(content["row"]), Written(**content["written"]), tuple(changes))
 
 
 def _row(content: Mapping[str, Any]) -> AdapterRow:
@@ -229,7 +229,7 @@ class Lander:
         self._recorded = time.monotonic()
         self.landed: list[Landed] = []
 
-    def land(self, solved: Solved, row: TensorRow) -> None:
+    def land(self, solved: Solved, row: TensorResult) -> None:
         """Have a tensor written.
 
         Raises:
@@ -243,7 +243,7 @@ class Lander:
         held_bytes = sum(held for _, held in self._waiting)
         return not more_bytes or held_bytes + more_bytes <= self._most_bytes
 
-    def _land(self, solved: Solved, row: TensorRow) -> None:
+    def _land(self, solved: Solved, row: TensorResult) -> None:
         self._unrecorded.append(Landed(row, solved.write(), solved.changes))
         if time.monotonic() - self._recorded > RECORD_SECONDS:
             self._record()
