@@ -70,7 +70,7 @@ class TensorResult:
         kinds = {
             "shape": tuple(content["shape"]),
             "ranks": tuple(content["ranks"]),
-            "status": Verdict(content["status"]),
+            "verdict": Verdict(content["verdict"]),
         }
         return cls(**{**content, **kinds})
 
