@@ -79,3 +79,12 @@ def test_a_disk_that_refuses(tmp_path, make, number, message):
     with pytest.raises(OutputError, match=message):
         refuse()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("make", [new_directory, new_file])
+def test_links_that_go_round_are_one_line(tmp_path, make):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OutputError, match=r"loop leads nowhere; Symlink loop|cannot write .*loop"):
+        make(tmp_path / "loop").__enter__()
+    with pytest.raises(OutputError, match="~nobody-has-this-name/x leads nowhere; Could not determine home directory"):
+        make("~nobody-has-this-name/x").__enter__()

@@ -102,3 +102,10 @@ def test_no_file_that_may_be_published_names_the_home(fine, where, tmp_path, mon
         assert report["inputs"][0]["spec"] == expected
     config = json.loads(written["loras/model-0/adapter_config.json"])
     assert config["base_model_name_or_path"] == "../../base"
+
+
+def test_words_that_only_look_like_places_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    words = ["", "~", "~nobody-has-this-name/x", "+", "/", "--out", str(tmp_path / "loop"), "a\0b"]
+    places = Places(tmp_path, words)
+    assert places.within(["--out", "a/b", 1, None, ""]) == ["--out", "a/b", 1, None, ""]

@@ -16,7 +16,7 @@ from torch import Tensor
 from detune.attacks.frames import find_actions
 from detune.attacks.rebuild import rebuild
 from detune.certificate.certify import certify
-from detune.checkpoints import Checkpoint, CheckpointWriter, temporary_directory
+from detune.checkpoints import Checkpoint, CheckpointWriter, resolved, temporary_directory
 from detune.compatibility.model_set import ModelSet
 from detune.errors import InputError
 from detune.methods import Auto, Mean
@@ -58,7 +58,7 @@ class Align:
         """Recover; see `Attack.run`."""
         if len(models) < self.min_models:
             raise InputError(f"{len(models)} releases", f"expected at least {self.min_models}", "add models")
-        parent = out.expanduser().resolve().parent
+        parent = resolved(out).parent
         parent.mkdir(parents=True, exist_ok=True)
         with temporary_directory("align", parent) as folder:
             aligned = align(models, folder)

@@ -7,9 +7,24 @@ from pathlib import Path
 
 from detune.checkpoints.disk import reported, sync, sync_tree
 from detune.checkpoints.staging import CONTENT, remove_abandoned, staging
-from detune.errors import OutputError
+from detune.errors import OutputError, reason_of
 
-__all__ = ["check_new", "new_directory", "new_file"]
+__all__ = ["check_new", "new_directory", "new_file", "resolved"]
+
+
+def resolved(out: Path | str) -> Path:
+    """Follow the links to where something is to be made.
+
+    Args:
+        out: As the user gave it.
+
+    Raises:
+        OutputError: They lead round, or to the home of a user that there is none of.
+    """
+    try:
+        return Path(out).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{out} leads nowhere", reason_of(error), "choose another") from error
 
 
 def check_new(out: Path, *, directory: bool = True) -> None:
@@ -40,7 +55,7 @@ def new_directory(out: Path | str, check: Callable[[Path], None] = check_new) ->
     Raises:
         OutputError: `check` refused, or the disk does.
     """
-    target = Path(out).expanduser().resolve()
+    target = resolved(out)
     with reported(target):
         remove_abandoned(target)
         check(target)
@@ -70,7 +85,7 @@ def new_file(out: Path | str) -> Iterator[Path]:
     Raises:
         OutputError: `out` exists, or the disk refuses.
     """
-    target = Path(out).expanduser().resolve()
+    target = resolved(out)
     with reported(target):
         remove_abandoned(target)
         check_new(target, directory=False)

@@ -23,7 +23,7 @@ def from_out(place: str | Path, out: Path) -> str:
         >>> from_out("/models/llama", Path("/models/out")), from_out("/home/ada/llama", Path("/tmp/out"))
         ('../llama', 'llama')
     """
-    path = Path(os.path.abspath(Path(place).expanduser()))
+    path = Path(os.path.abspath(_expanded(place)))
     common = Path(os.path.commonpath((path, out)))
     if common == Path(common.anchor) or common in Path.home().parents:
         return path.name
@@ -42,10 +42,10 @@ class Places:
     def __init__(self, out: Path, places: Iterable[str | Path]) -> None:
         names: dict[str, str] = {}
         for place in (part for each in map(str, places) for part in _parts(each)):
-            path = Path(place).expanduser()
+            path = _expanded(place)
             if path.is_absolute() and path.name:
                 shown = from_out(path, out)
-                names |= dict.fromkeys((place, str(path), str(path.resolve())), shown)
+                names |= dict.fromkeys((place, str(path), os.path.realpath(path)), shown)
         home = str(Path.home())
         if len(home) > 1:
             names.setdefault(home, "~")
@@ -66,4 +66,9 @@ class Places:
 
 def _parts(place: str) -> list[str]:
     """BASE+ADAPTER names two places."""
-    return [place] if Path(place).expanduser().exists() else place.split("+")
+    return [place] if os.path.exists(_expanded(place)) else place.split("+")
+
+
+def _expanded(place: str | Path) -> Path:
+    # A word of the command line may begin with "~" and name nobody's home.
+    return Path(os.path.expanduser(place))

@@ -23,7 +23,7 @@ from typing import Self
 
 import torch
 
-from detune.checkpoints.atomic import new_directory
+from detune.checkpoints.atomic import new_directory, resolved
 from detune.checkpoints.blocks import memory_of, round_to
 from detune.checkpoints.data_file import DataFile, Read
 from detune.checkpoints.disk import reported, sync
@@ -354,7 +354,7 @@ class CheckpointWriter:
     ) -> None:
         self._like = like
         self._parts = parts
-        self._target = Target(Path(out).expanduser().resolve())
+        self._target = Target(resolved(out))
         self._dtype = dtype
         self._extra: dict[str, bytes] = {}
         self._written: set[str] = set()

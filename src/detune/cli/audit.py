@@ -57,7 +57,7 @@ def audit(
     from detune._runtime import needs_extra
 
     load_torch()
-    from detune.checkpoints import new_directory, new_file
+    from detune.checkpoints import new_directory, new_file, resolved
 
     with ExitStack() as opened:
         # What cannot be written is said before anything is computed.
@@ -84,11 +84,11 @@ def audit(
             on_tensor=on_tensor,
         )
         if folder is not None and out is not None:
-            published = report.as_published(out.expanduser().resolve())
+            published = report.as_published(resolved(out))
             (folder / "audit.json").write_text(published.to_json(), encoding="utf-8")
             (folder / "audit.html").write_text(render(published), encoding="utf-8")
         if page is not None and html is not None:
-            page.write_text(render(report.as_published(html.expanduser().resolve().parent)), encoding="utf-8")
+            page.write_text(render(report.as_published(resolved(html).parent)), encoding="utf-8")
     say_json(report.to_json()) if as_json else _show(report, out / "audit.html" if out else html)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detune._runtime import needs_extra, quiet, seeded
-from detune.checkpoints import from_out, load_pretrained, new_directory
+from detune.checkpoints import from_out, load_pretrained, new_directory, resolved
 from detune.errors import InputError, reason_of
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class FrozenA:
                         )
                     parameter.data.copy_(_orthonormal_rows(parameter.shape[0], parameter.shape[1], generator))
             # Named as in every adapter that may be given away; PEFT would look the name up on the Hub otherwise.
-            place = from_out(base, out.expanduser().resolve())
+            place = from_out(base, resolved(out))
             model.peft_config["default"].base_model_name_or_path = place
             model.save_pretrained(str(partial), save_embedding_layers=False)
             # A card without content, but with the base's place on this machine.

@@ -15,6 +15,7 @@ from detune.checkpoints import (
     new_directory,
     open_checkpoint,
     require_outside,
+    resolved,
 )
 from detune.defences.base import Defence
 from detune.defences.running import load_model, outputs, probe
@@ -111,7 +112,7 @@ def defend(
         36
     """
     seed = secrets.randbits(63) if seed is None else seed
-    target = Path(out).expanduser().resolve()
+    target = resolved(out)
     with open_checkpoint(model) as checkpoint:
         _check(target, checkpoint)
         change = defence.prepare(checkpoint, seed)

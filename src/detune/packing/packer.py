@@ -16,7 +16,7 @@ from torch import Tensor
 from detune.adapters.changes import adapter_names
 from detune.adapters.extract import require_base
 from detune.adapters.fit import fit_adapter
-from detune.checkpoints import Checkpoint, Decoded, Places, new_file, open_checkpoint, raw, require_outside
+from detune.checkpoints import Checkpoint, Decoded, Places, new_file, open_checkpoint, raw, require_outside, resolved
 from detune.compatibility.model_set import ModelSet
 from detune.compatibility.shared import is_shared
 from detune.errors import InputError
@@ -118,7 +118,7 @@ def pack(
         if base is not None:
             with open_checkpoint(base) as given:
                 places += given.places
-        target = Path(out).expanduser().resolve()
+        target = resolved(out)
         require_outside(target, places)
         partial = opened.enter_context(new_file(out))
         known = opened.enter_context(_base_of(models, base, partial, rank, device))
