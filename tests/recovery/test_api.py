@@ -25,7 +25,7 @@ from transformers import (
 
 import detune
 from detune.certificate.verdict import Verdict
-from detune.errors import InputError
+from detune.errors import InputError, OutputError
 from detune.methods import SOLVERS, Spectral
 from detune.problem import NotRecoverable
 from detune.recovery.report import TensorResult
@@ -506,3 +506,15 @@ def test_parts_of_the_models_are_recovered_from_only_where_it_is_asked_for(tmp_p
     for row in rows:
         assert row.verdict is Verdict.FLOOR
         assert row.agreement == pytest.approx(row.predicted_w_error, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "mask"),
+    [("out/loras", None), ("out", None), (None, "out/mask.npz"), (None, "out"), (".", None), ("x", "x/m"), ("x", "x")],
+)
+def test_results_have_places_of_their_own(fine, tmp_path, adapters, mask):
+    """Said before anything is computed."""
+    places = {name: tmp_path / "work" / place for name, place in (("adapters", adapters), ("mask", mask)) if place}
+    with pytest.raises(OutputError, match=r"lies inside .*work.*; each result needs its own place; choose another"):
+        detune.recover(fine.models, tmp_path / "work" / "out", **places, on_tensor=lambda *_: pytest.fail("computing"))
+    assert not (tmp_path / "work").exists()

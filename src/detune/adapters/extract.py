@@ -25,6 +25,7 @@ from detune.checkpoints import (
     new_directory,
     open_checkpoint,
     raw,
+    resolved,
 )
 from detune.compatibility.groups import STRANGER, group_by_base, why_foreign
 from detune.compatibility.model_set import ModelSet
@@ -181,7 +182,7 @@ def extracting(
     Raises:
         OutputError: `out` exists, lies inside the base, or cannot be written.
     """
-    target = Path(out).expanduser().resolve()
+    target = resolved(out)
     if target.is_relative_to(base):
         raise OutputError(f"{out} lies inside the base", f"got {base}", "write the adapters beside it")
     with new_directory(out) as partial:

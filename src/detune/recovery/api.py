@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detune._runtime import command_line
 from detune.certificate.verdict import Verdict
-from detune.checkpoints import CheckpointFiles, Places, Target, absolute, claim, identity
+from detune.checkpoints import CheckpointFiles, Places, Target, absolute, claim, identity, resolved
 from detune.compatibility.groups import Selection, select
 from detune.compatibility.model_set import Models, ModelSet
 from detune.errors import InputError
@@ -151,7 +151,7 @@ def recover(
         given = opened.enter_context(Models(models, merge_dtype, like=like))
         if not given.has_base:
             _check_count(solver, len(models))
-        target = Target(Path(out).expanduser().resolve(), overwrite, tuple(given.paths))
+        target = Target(resolved(out), overwrite, tuple(given.paths))
         results = Results(target, _resolved(adapters), _resolved(mask))
         results.check()
         hashes = opened.enter_context(hashing(given.models, merge_dtype, executor))
@@ -209,7 +209,7 @@ def recover(
 
 
 def _resolved(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path).expanduser().resolve()
+    return None if path is None else resolved(path)
 
 
 def make_solver(method: str | Solver) -> Solver:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 
 from detune.adapters.extract import extracting
@@ -30,6 +31,7 @@ from detune.checkpoints import (
 from detune.checkpoints.blocks import file_hash
 from detune.checkpoints.mark import MARK
 from detune.compatibility.model_set import ModelSet
+from detune.errors import OutputError
 from detune.recovery.execution import Landed, read_changes, read_masks
 from detune.recovery.report import Report
 
@@ -58,6 +60,10 @@ class Results:
         Raises:
             OutputError: There is something in the place of a result.
         """
+        places = [path for path in (self.target.out, self.adapters, self.mask) if path is not None]
+        for one, other in permutations(places, 2):
+            if one.is_relative_to(other):
+                raise OutputError(f"{one} lies inside {other}", "each result needs its own place", "choose another")
         remove_spent(self.target.out)
         for path in (self.adapters, self.mask):
             if path is not None:
