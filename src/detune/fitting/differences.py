@@ -129,27 +129,28 @@ def find_differences(
         InputError: The stack holds NaN or Inf.
     """
     out, columns = stack.shape
-    limit = min(out, columns)
     cut = columns if rank is None else 2 * rank
     expected = FIRST_RANK if rank is None else cut
     rows = FOLDED_ROWS.get(stack.matrices[0].dtype, max(FOLDED_ROWS.values())) if fold else out
-    open_pairs = ring(stack.n)
     found: dict[tuple[int, int], Difference] = {}
-    while open_pairs:
+    while missing := [pair for pair in ring(stack.n) if pair not in found]:
         finder = _RangeFinder(_fold(stack, rows, seed), stack, seed)
-        for i, j in open_pairs:
+        for i, j in missing:
             norm = signal * float(torch.hypot(stack.noise_norm(i, finder.rows), stack.noise_norm(j, finder.rows)))
-            basis, singular_values = finder.row_space(i, j, norm, expected)
-            # The others will need about as much.
-            expected = max(expected, len(singular_values))
-            rank_found = len(singular_values)
-            gap = rank_found < limit and float(singular_values[-1:].sum()) > WELL_ABOVE * norm
-            full_rank = rank_found > MOST_RANK or (rank_found > limit - limit // 8 and not gap)
-            if full_rank or rank_found <= FOLDED_RANK * finder.rows or finder.rows == out:
-                found[i, j] = Difference((i, j), basis[:, :cut], singular_values[:cut], norm, full_rank)
-        open_pairs = tuple(pair for pair in open_pairs if pair not in found)
+            basis, S = finder.row_space(i, j, norm, expected)
+            # The other pairs will need about as much.
+            expected = max(expected, len(S))
+            full_rank = _is_full_rank(S, norm, min(out, columns))
+            if full_rank or len(S) <= FOLDED_RANK * finder.rows or finder.rows == out:
+                found[i, j] = Difference((i, j), basis[:, :cut], S[:cut], norm, full_rank)
         rows *= 4
     return Differences(stack, {pair: found[pair] for pair in ring(stack.n)})
+
+
+def _is_full_rank(S: Tensor, noise_norm: float, most: int) -> bool:
+    """Whether singular values over the noise are too many for a low rank, of at most `most`."""
+    ends = len(S) < most and float(S[-1:].sum()) > WELL_ABOVE * noise_norm
+    return len(S) > MOST_RANK or (len(S) > most - most // 8 and not ends)
 
 
 def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
@@ -160,28 +161,35 @@ def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
     Rows that lie a multiple of the height apart share a bucket: neighbours, which often belong to one attention head
     and change together, do not. Where there are no more rows than asked for, they are taken as they are.
     """
-    out, columns = stack.shape
-    height = stack.block_height
+    out, height = stack.shape[0], stack.block_height
     buckets = out if rows >= out else min(out, -(-rows // height) * height)
     signs = stack.gaussian(stack.generator(seed), out, 1).sign() if buckets < out else stack.zeros(out, 1) + 1
     if stack.by_columns:
         folded = _fold_columns(stack.transposed, buckets, signs.mT).mT
     else:
-        folded = torch.empty(stack.n - 1, buckets, columns, dtype=stack.sketch_dtype, device=stack.device)
-        coarse = folded.dtype != stack.dtype
-        total = stack.zeros(stack.n - 1, height, columns) if coarse else folded
-        for block in stack.blocks(buckets):
-            start, bucket = block.rows.start, block.rows.start % buckets
-            kept = folded[:, bucket : bucket + height]
-            target = total[:, : kept.shape[1]] if coarse else kept
-            if start == bucket:
-                torch.mul(block.differences, signs[block.rows], out=target)
-            else:
-                target[:, : block.reference.shape[0]].addcmul_(block.differences, signs[block.rows])
-            if coarse and start + buckets >= out:
-                # The last of the bucket.
-                kept.copy_(target)
+        folded = _fold_rows(stack, buckets, signs)
     stack.require_finite(folded.sum(dtype=stack.dtype))
+    return folded
+
+
+def _fold_rows(stack: Stack, buckets: int, signs: Tensor) -> Tensor:
+    """`S (W_i - W_1)`, `(n - 1, buckets, in)`, for signs `(out, 1)`: one block of buckets after the other."""
+    (out, columns), height = stack.shape, stack.block_height
+    folded = torch.empty(stack.n - 1, buckets, columns, dtype=stack.sketch_dtype, device=stack.device)
+    # Sums are in the compute dtype: of a coarser sketch they are kept apart until a bucket is full.
+    coarse = folded.dtype != stack.dtype
+    total = stack.zeros(stack.n - 1, height, columns) if coarse else folded
+    for block in stack.blocks(buckets):
+        start, bucket = block.rows.start, block.rows.start % buckets
+        kept = folded[:, bucket : bucket + height]
+        target = total[:, : kept.shape[1]] if coarse else kept
+        if start == bucket:
+            torch.mul(block.differences, signs[block.rows], out=target)
+        else:
+            target[:, : block.reference.shape[0]].addcmul_(block.differences, signs[block.rows])
+        if coarse and start + buckets >= out:
+            # The last of the bucket.
+            kept.copy_(target)
     return folded
 
 

@@ -14,7 +14,7 @@ with Levenberg's damping; W Q and b_i are eliminated, row by row, so that n r un
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -257,29 +257,39 @@ class _Problem:
         return b[:, :, None] * self._directions(c)
 
     def step(self, b: Tensor, c: Tensor, rest: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-        """Take a damped Gauss-Newton step; `rest` is the residual, less its mean over the models."""
-        n, r = c.shape
-        centre = torch.eye(n, dtype=b.dtype, device=b.device) - 1 / n
-        weighted = torch.einsum("ip,jp,pa,pe->iaje", b, b, self.B, self.B)
-        H = (weighted * (self.R.mT @ self.R)[None, :, None] * centre[:, None, :, None]).reshape(n * r, n * r)
-        H = H + damping * torch.diag(H.diagonal())
-        g_c = torch.einsum("ip,pa,sa,ips->ia", b, self.B, self.R, rest).reshape(-1)
-        eliminated = []
+        """Take a damped Gauss-Newton step; `rest` is the residual, less its mean over the models.
+
+        Each row's own unknowns, the `b_i` of that row, are eliminated: what is left are equations for all c.
+        """
+        H, g = self._equations_of_c(b, rest, damping)
+        solved = []
         for rows in _chunks(len(self.B)):
-            G = self._directions(c, rows)
-            H_b = torch.einsum("ips,jps->pij", G, G) * centre
-            H_b = H_b + damping * torch.diag_embed(H_b.diagonal(dim1=1, dim2=2))
-            g_b = torch.einsum("ips,ips->pi", G, rest[:, rows])
-            H_bc = torch.einsum("ij,jp,ipa->pija", centre, b[:, rows], (G @ self.R) * self.B[rows]).reshape(
-                -1, n, n * r
-            )
-            X = torch.linalg.solve(H_b, H_bc)
-            H = H - torch.einsum("pix,piy->xy", H_bc, X)
-            g_c = g_c - torch.einsum("pix,pi->x", X, g_b)
-            eliminated.append((torch.linalg.solve(H_b, g_b), X))
-        dc = torch.linalg.solve(H, g_c)
-        db = torch.cat([free - torch.einsum("pix,x->pi", X, dc) for free, X in eliminated]).mT
-        return db, dc.view(n, r)
+            part = self._eliminated(rows, b, c, rest, damping)
+            H = H - torch.einsum("pix,piy->xy", part.coupling, part.response)
+            g = g - torch.einsum("pix,pi->x", part.response, part.g)
+            solved.append((part.free, part.response))
+        dc = torch.linalg.solve(H, g)
+        db = torch.cat([free - torch.einsum("pix,x->pi", response, dc) for free, response in solved]).mT
+        return db, dc.view_as(c)
+
+    def _equations_of_c(self, b: Tensor, rest: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+        """Normal equations `H dc = g` for all c, with b as it is: `(n r, n r)` and `(n r,)`."""
+        n, r = len(b), self.B.shape[1]
+        weighted = torch.einsum("ip,jp,pa,pe->iaje", b, b, self.B, self.B)
+        H = (weighted * (self.R.mT @ self.R)[None, :, None] * _centre(b)[:, None, :, None]).reshape(n * r, n * r)
+        g = torch.einsum("ip,pa,sa,ips->ia", b, self.B, self.R, rest).reshape(-1)
+        return H + damping * torch.diag(H.diagonal()), g
+
+    def _eliminated(self, rows: slice, b: Tensor, c: Tensor, rest: Tensor, damping: float) -> "_Eliminated":
+        """Solve the equations of some rows' b for given c."""
+        n, centre = len(b), _centre(b)
+        G = self._directions(c, rows)
+        H = torch.einsum("ips,jps->pij", G, G) * centre
+        H = H + damping * torch.diag_embed(H.diagonal(dim1=1, dim2=2))
+        g = torch.einsum("ips,ips->pi", G, rest[:, rows])
+        coupling = torch.einsum("ij,jp,ipa->pija", centre, b[:, rows], (G @ self.R) * self.B[rows])
+        coupling = coupling.reshape(len(g), n, c.numel())
+        return _Eliminated(g, coupling, torch.linalg.solve(H, coupling), torch.linalg.solve(H, g))
 
     def _directions(self, c: Tensor, rows: slice = slice(None)) -> Tensor:
         """`(B * c_i) R^T`, `(n, rows, q)`."""
@@ -287,14 +297,34 @@ class _Problem:
 
     def _b_given(self, c: Tensor, Z: Tensor) -> Tensor:
         n, G = len(c), self._directions(c)
-        centre = torch.eye(n, dtype=Z.dtype, device=Z.device) - 1 / n
-        H = torch.einsum("ips,jps->pij", G, G) * centre
+        H = torch.einsum("ips,jps->pij", G, G) * _centre(Z)
         ridge = RIDGE * H.diagonal(dim1=1, dim2=2).mean() * torch.eye(n, dtype=Z.dtype, device=Z.device)
         b: Tensor = torch.linalg.solve(H + ridge, torch.einsum("ips,ips->pi", G, Z)).mT
         return b
 
     def _misfit(self, b: Tensor, c: Tensor, Z: Tensor) -> float:
         return float((Z - _centred(self.product(b, c))).square().sum())
+
+
+class _Eliminated(NamedTuple):
+    """The equations of some rows' b, solved for any c.
+
+    Attributes:
+        g: Their right-hand side, `(rows, n)`.
+        coupling: Their coefficients of c, `(rows, n, n r)`.
+        response: How b moves with c, of that shape.
+        free: b where c stays, `(rows, n)`.
+    """
+
+    g: Tensor
+    coupling: Tensor
+    response: Tensor
+    free: Tensor
+
+
+def _centre(like: Tensor) -> Tensor:
+    """The projector `I - 1/n` off what n models have in common."""
+    return torch.eye(len(like), dtype=like.dtype, device=like.device) - 1 / len(like)
 
 
 def _centred(values: Tensor) -> Tensor:
