@@ -8,8 +8,8 @@ when detune's own code changes, what is finished stays, and the table says that 
 import hashlib
 import json
 import math
-import os
 import platform
+import secrets
 import shutil
 import statistics
 import sys
@@ -301,10 +301,11 @@ def _parse(file: Path) -> CellResult:
 
 
 def _write(file: Path, content: str | bytes) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     with reported(file):
         try:
-            partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+            with partial.open("xb") as opened:
+                opened.write(content if isinstance(content, bytes) else content.encode())
             partial.replace(file)
         except OSError:
             partial.unlink(missing_ok=True)
