@@ -304,8 +304,7 @@ def _write(file: Path, content: str | bytes) -> None:
     partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     with reported(file):
         try:
-            with partial.open("xb") as opened:
-                opened.write(content if isinstance(content, bytes) else content.encode())
+            partial.write_bytes(content if isinstance(content, bytes) else content.encode())
             partial.replace(file)
         except OSError:
             partial.unlink(missing_ok=True)
