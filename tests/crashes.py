@@ -1,7 +1,8 @@
 """Commands that are killed, told to end or out of disk at each of their file operations, and then run again.
 
-    python -m tests.crashes                        every operation of every command, in every way: some minutes
+    python -m tests.crashes                        every operation of every command, in every way
     python -m tests.crashes --every 9 --seed 1     a sample
+    python -m tests.crashes recover --by SIGKILL   some of it
 
 A process that has imported everything forks one for each run, which is what makes thousands of runs affordable. There
 Python's own functions are replaced, so that each operation on a file is counted, and the one that is meant fails.
@@ -366,16 +367,16 @@ def operations_of(command: Command, folder: Path) -> tuple[tuple[str, ...], dict
     return ran.names, tree(folder, command.makes)
 
 
-def strikes(every: int, seed: int, operations: tuple[str, ...]) -> Iterator[tuple[int, Blow]]:
+def strikes(every: int, seed: int, blows: list[Blow], operations: tuple[str, ...]) -> Iterator[tuple[int, Blow]]:
     """Which operations are struck, and how: all of them in all ways, or a sample. A full disk lets files be removed."""
     draw = random.Random(seed)
     for at, name in enumerate(operations):
-        for blow in Blow:
+        for blow in blows:
             if draw.randrange(every) == 0 and not (blow is Blow.FULL and name in ("unlink", "rmdir", "remove")):
                 yield at, blow
 
 
-def run_all(names: list[str], every: int, seed: int) -> int:
+def run_all(names: list[str], every: int, seed: int, blows: list[Blow]) -> int:
     """Strike, tell of what went wrong, and count it."""
     torch.set_num_threads(1)
     failures = 0
@@ -384,19 +385,19 @@ def run_all(names: list[str], every: int, seed: int) -> int:
     try:
         make_models(root / "models")
         for name in names:
-            failures += strike_all(name, root / "run", every, seed)
+            failures += strike_all(name, root / "run", every, seed, blows)
     finally:
         shutil.rmtree(root)
     return failures
 
 
-def strike_all(name: str, folder: Path, every: int, seed: int) -> int:
+def strike_all(name: str, folder: Path, every: int, seed: int, blows: list[Blow]) -> int:
     """The same for one command."""
     command = COMMANDS[name]
     operations, expected = operations_of(command, folder)
     struck: dict[str, int] = Counter()
     failures = 0
-    for at, blow in strikes(every, seed, operations):
+    for at, blow in strikes(every, seed, blows, operations):
         struck[blow] += 1
         wrong = strike(command, at, blow, folder, expected)
         if wrong:
@@ -410,7 +411,11 @@ def strike_all(name: str, folder: Path, every: int, seed: int) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="*", default=list(COMMANDS), choices=[*COMMANDS, []])
+    parser.add_argument(
+        "--by", nargs="+", type=Blow, default=list(Blow), choices=list(Blow), help="How; all by default."
+    )
     parser.add_argument("--every", type=int, default=1, help="Strike one of so many, drawn at random.")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    sys.exit(min(1, run_all(arguments.commands or list(COMMANDS), arguments.every, arguments.seed)))
+    names = arguments.commands or list(COMMANDS)
+    sys.exit(min(1, run_all(names, arguments.every, arguments.seed, arguments.by)))
