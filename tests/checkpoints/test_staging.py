@@ -90,6 +90,19 @@ def test_without_locks_nobody_knows_who_is_alive(tmp_path, monkeypatch):
     assert names(tmp_path) == {place.name}
 
 
+def test_what_an_error_says_of_it_goes_with_it(tmp_path):
+    def fail() -> None:
+        with new_directory(tmp_path / "out") as partial:
+            error = KeyboardInterrupt()
+            error.add_note(f"what has landed stays in {partial}")
+            error.add_note("what has landed stays elsewhere")
+            raise error
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        fail()
+    assert raised.value.__notes__ == ["what has landed stays elsewhere"]
+
+
 def test_others_cannot_look_into_it(tmp_path):
     with staging(tmp_path / "out") as directory:
         assert directory.stat().st_mode & 0o077 == 0

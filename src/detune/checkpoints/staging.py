@@ -66,6 +66,10 @@ def staging(target: Path) -> Iterator[Path]:
             directory.mkdir(mode=0o700)
         with locked(directory, target):
             yield directory
+    except BaseException as error:
+        # What is said to stay in it goes with it.
+        error.__notes__ = [note for note in getattr(error, "__notes__", ()) if str(directory) not in note]
+        raise
     finally:
         remove(directory)
 
