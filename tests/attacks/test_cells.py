@@ -6,8 +6,8 @@ from torch import Tensor
 
 from detune.attacks.cells import Cells, between_levels, within_cells
 from detune.attacks.denoise import denoised
-from detune.attacks.levels import levels_of
 from detune.checkpoints import open_checkpoint
+from detune.compatibility.levels import levels_of
 from detune.defences import Int8, Nf4
 from detune.errors import InputError
 from detune.methods import Mean

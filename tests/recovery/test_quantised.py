@@ -98,6 +98,24 @@ def test_it_is_better_than_the_average_and_no_better_than_said(
     assert detune.check_family(paths).suffices
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_eight_bits_that_were_turned_back_are_noticed(family, tmp_path, dtype):
+    base, models = family
+    paths = []
+    for i, state in enumerate(models):
+        stored = save(tmp_path / f"int8-{i}", int8(state))
+        values = {name: tensor.to(dtype) for name, tensor in dequantised(stored).items()}
+        paths.append(save(tmp_path / f"model-{i}", values))
+    report = detune.recover(paths, tmp_path / "out")
+    written = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    for row in report.tensors:
+        error = w_error(written[row.name], base[row.name])
+        average = torch.stack([load_file(path)[row.name].double() for path in paths]).mean(dim=0)
+        assert error < w_error(average, base[row.name]) - 1
+        assert "quantised models, with noise of" in row.reason
+        assert row.predicted_w_error == pytest.approx(error, abs=0.3)
+
+
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16])
 def test_plain_gguf_comes_out_as_safetensors_do(family, tmp_path, kind):
     _, models = family

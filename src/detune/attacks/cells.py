@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from detune.attacks.denoise import best_split, with_measured_noise
-from detune.attacks.levels import Levels, levels_of
 from detune.attacks.rebuild import rebuild
+from detune.compatibility.levels import Levels, levels_of
 from detune.lattice.estimate import LEAST_SIZE, Estimate
 from detune.lattice.joint_rows import Measurements, fit_rows, normalised
 from detune.lattice.posterior import Posterior, posterior

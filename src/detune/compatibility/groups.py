@@ -15,7 +15,7 @@ from detune._runtime import use_threads
 from detune.checkpoints import Checkpoint, Excerpt
 from detune.compatibility.low_rank_test import LAST_SAMPLE, SMALLEST, split
 from detune.compatibility.mismatch import Cause, Mismatch, find_mismatch
-from detune.compatibility.model_set import Models, damaged
+from detune.compatibility.model_set import Models, damaged, noise_of
 from detune.compatibility.views import Alignment
 from detune.errors import InputError
 from detune.problem import NonFinite
@@ -27,6 +27,7 @@ LOOKED_AT = 12
 ASKED_WHY = 5
 # A base's matrix, told of a model that is not of the family.
 STRANGER = {
+    Cause.FOUR_BITS: "it differs from the family by the rounding to 4 bits, as fine-tunes merged onto a base in NF4 do",
     Cause.FULL: "it or its base was fine-tuned in full, or by adapters of too high a rank",
     Cause.UNRELATED: "it has another base",
     Cause.ROWS: "it has the same base with its neurons or heads in another order",
@@ -173,7 +174,8 @@ def split_tensor(models: Sequence[Checkpoint], name: str) -> Groups:
         # What is looked at is small: two threads take twice as long over it.
         with use_threads(1):
             shown = [matricise(some_of(model).read(name)) for model in models]
-            return split(shown, noise=[model.noise(name) for model in models])
+            noise = [noise_of(model, name, matrix) for model, matrix in zip(models, shown, strict=True)]
+            return split(shown, noise=noise)
     except NonFinite as error:
         raise damaged(name, models[error.model].spec) from None
 

@@ -11,10 +11,14 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from detune.compatibility.levels import to_nf4
 from detune.compatibility.low_rank_test import LAST_SAMPLE, sample
 
 # Above this cosine two matrices are versions of one: matrices of two bases have one of about `1 / sqrt(out in)`.
 CLOSE = 0.5
+# Above this cosine a difference holds what NF4 rounds off the member: by chance it is `1 / sqrt(out in)`, and with deltas
+# as large as the rounding some 0.4.
+ROUNDED = 0.2
 # Rows that are looked up among those of the other matrix.
 LOOKED_UP = 64
 # A row is found where the nearest is this much nearer than the second (Lowe 2004, doi
@@ -37,6 +41,8 @@ class Cause(StrEnum):
     COLUMNS = "columns permuted"
     BOTH = "rows and columns permuted"
     TRANSPOSED = "transposed"
+    FOUR_BITS = "rounded to 4 bits"
+    """Close to the others, and off by what NF4 rounds off them: QLoRA's, merged onto the base in 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,9 @@ def find_mismatch(stranger: Tensor, member: Tensor) -> Mismatch:
 
 def _cause(stranger: Tensor, member: Tensor, cosine: float) -> Cause:
     if cosine > CLOSE:
-        return Cause.FULL
+        # Where deltas are no larger than the levels are apart, member and base lose much the same by rounding.
+        lost = to_nf4(member) - member.double()
+        return Cause.FOUR_BITS if _cosine(stranger.double() - member.double(), lost) > ROUNDED else Cause.FULL
     if stranger.shape[0] == stranger.shape[1]:
         turned = (sample(matrix, LAST_SAMPLE).double() for matrix in (stranger, member.mT))
         if _cosine(*turned) > CLOSE:

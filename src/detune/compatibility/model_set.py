@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint, Excerpt, Part, Unmerged, is_on_hub, open_checkpoint, raw
+from detune.compatibility.levels import level_noise
 from detune.compatibility.low_rank_test import SMALLEST
 from detune.compatibility.reading import Reading
 from detune.compatibility.shared import is_shared, require_distinct
 from detune.compatibility.views import align, view_of
 from detune.errors import InputError
+from detune.problem.stack import matricise
 
 # Rows of each matrix that are looked at where a model is on the Hub: enough for adapters of rank 448 in any two models.
 ROWS_ON_HUB = 1024
@@ -206,7 +208,25 @@ class ModelSet(Models):
         """What the models hold of it."""
         holders = self.holders(name)
         models = [self.models[i] for i in holders]
-        return Held(tuple(model.read(name) for model in models), holders, tuple(model.noise(name) for model in models))
+        tensors = tuple(model.read(name) for model in models)
+        noise = tuple(noise_of(model, name, tensor) for model, tensor in zip(models, tensors, strict=True))
+        return Held(tensors, holders, noise)
+
+
+def noise_of(model: Checkpoint, name: str, tensor: Tensor) -> float | None:
+    """How far a model's numbers are from those that were quantised, where they were.
+
+    Args:
+        model: The model.
+        name: The tensor's name.
+        tensor: What was read of it.
+
+    Returns:
+        The root mean square error of an entry: told by the format, or seen in numbers that lie on levels; None where it
+        is the rounding to the dtype.
+    """
+    told = model.noise(name)
+    return told if told is not None or tensor.ndim < 2 else level_noise(matricise(tensor))
 
 
 def rows_to_read(specs: Sequence[str | Path], rows: int | Literal["auto", "all"]) -> int | None:

@@ -8,7 +8,7 @@ import torch
 from detune.checkpoints import Checkpoint
 from detune.compatibility.groups import split_tensor, tells, why_foreign
 from detune.compatibility.mismatch import Cause
-from detune.compatibility.model_set import damaged
+from detune.compatibility.model_set import damaged, noise_of
 from detune.compatibility.shared import is_shared
 from detune.fitting.differences import find_differences
 from detune.fitting.subspaces import check_conditions
@@ -134,7 +134,7 @@ def _find_ranks(models: Sequence[Checkpoint], name: str, device: torch.device | 
         return _Outcome((), False, "not floating point")
     if len(models) == 1:
         return _Outcome((), False, "a single model has it")
-    noise = [model.noise(name) for model in models]
+    noise = [noise_of(model, name, tensor) for model, tensor in zip(models, tensors, strict=True)]
     stack = Stack.of([matricise(tensor) for tensor in tensors], device=device, noise=noise)
     try:
         if min(stack.shape) == 1:

@@ -78,6 +78,9 @@ def _solve(stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype, 
     if min(stack.shape) == 1:
         return _solve_vector(stack, solver, stored)
     found = _solve_matrix(stack, solver, rank, stored, check)
+    if stack.noise_override:
+        size = float(stack.noise.square().mean().sqrt())
+        found = found.but(reason=f"{found.result.reason}; quantised models, with noise of {size:.2g} in an entry")
     if _unexplained(found.result) and stack.n > solver.min_models and min(stack.shape) >= SMALLEST:
         groups = split(stack.matrices, noise=stack.noise_override)
         if len(groups) > 1 and len(groups[0]) >= solver.min_models and len(groups[0]) > len(groups[1]):

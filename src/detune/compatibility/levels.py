@@ -4,6 +4,7 @@ The format and the scales can be read off what is released. The largest magnitud
 level, so it is the scale; then all others must lie on levels too, which no other matrix does.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,8 +13,14 @@ from torch import Tensor
 
 from detune.errors import InputError
 from detune.numerics.float_grid import spacing
+from detune.problem.storage_noise import sample_rows
 
-__all__ = ["Levels", "levels_of"]
+__all__ = ["Levels", "level_noise", "levels_of", "to_nf4"]
+
+# Weights with one scale, in GGUF's Q8_0.
+Q8_0_BLOCK = 32
+# Rows that levels are looked for in.
+ROWS = 16
 
 # Weights with one scale, in NF4: QLoRA's, then the others that bitsandbytes has.
 BLOCKS = (64, 32, 128, 256, 512, 1024, 2048, 4096)
@@ -37,7 +44,7 @@ class Levels:
 
 
 def levels_of(matrix: Tensor) -> Levels:
-    """The intervals of a matrix in int8 with a scale for each row or column, or in NF4 with a scale for each block.
+    """The intervals of a matrix in int8 with a scale for each row, column or block of 32, or in NF4 with one a block.
 
     Args:
         matrix: Dequantised, `(out, in)`, a float dtype.
@@ -45,7 +52,7 @@ def levels_of(matrix: Tensor) -> Levels:
     Raises:
         InputError: It lies on the levels of neither.
     """
-    found = _int8(matrix, dim=1) or _int8(matrix, dim=0) or _nf4(matrix)
+    found = _int8(matrix, dim=1) or _int8(matrix, dim=0) or _q8_0(matrix) or _nf4(matrix)
     if found is None:
         raise InputError(
             f"a matrix of {matrix.shape[0]}x{matrix.shape[1]} is not quantised",
@@ -53,6 +60,57 @@ def levels_of(matrix: Tensor) -> Levels:
             "try the attack denoise, which measures noise of any kind",
         )
     return found
+
+
+def level_noise(matrix: Tensor) -> float | None:
+    """The noise of a matrix that was quantised and turned back into floats, judged by some rows.
+
+    Args:
+        matrix: `(out, in)`, a float dtype.
+
+    Returns:
+        Root mean square of the rounding to 8 or 4 bits; None where the entries lie on no levels.
+    """
+    if not matrix.is_floating_point() or min(matrix.shape) < Q8_0_BLOCK or not _may_be(matrix[len(matrix) // 2]):
+        return None
+    rows = sample_rows(matrix, ROWS)
+    found = _int8(rows, dim=1) or _q8_0(rows) or _nf4(rows)
+    return None if found is None else float((found.high - found.low).square().mean() / 12) ** 0.5
+
+
+def _may_be(row: Tensor) -> bool:
+    """Whether a row may lie on levels: a glance at some entries, which costs nothing beside reading them."""
+    values = row.tolist()
+    if not all(map(math.isfinite, values)):
+        return False
+    tolerance = 256 * torch.finfo(row.dtype).eps
+    for scaled in (values, values[:Q8_0_BLOCK]):
+        step = max(map(abs, scaled)) / 127
+        if step and all(abs(value / step - round(value / step)) <= tolerance for value in values[:Q8_0_BLOCK]):
+            return True
+    return len(set(values[: min(BLOCKS)])) <= 16
+
+
+def to_nf4(matrix: Tensor, size: int = BLOCKS[0]) -> Tensor:
+    """Round a matrix to NF4 and back, float64, as QLoRA does with a base.
+
+    Args:
+        matrix: `(out, in)`, any float dtype.
+        size: Weights with one scale.
+    """
+    flat = matrix.double().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
+    largest = blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    levels = _nf4_levels().to(matrix.device)
+    ends = (levels[1:] + levels[:-1]) / 2
+    return (levels[torch.bucketize(blocks / largest, ends)] * largest).flatten()[: len(flat)].view(matrix.shape)
+
+
+def _q8_0(matrix: Tensor) -> Levels | None:
+    if matrix.shape[1] % Q8_0_BLOCK:
+        return None
+    found = _int8(matrix.reshape(-1, Q8_0_BLOCK), dim=1)
+    return None if found is None else Levels(found.low.view(matrix.shape), found.high.view(matrix.shape))
 
 
 def _int8(matrix: Tensor, dim: int) -> Levels | None:
