@@ -121,12 +121,16 @@ class Decoded(Checkpoint):
     def read_bytes(
         self, name: str, start: int = 0, length: int | None = None, out: memoryview | None = None
     ) -> memoryview:
-        """Read a block of a tensor's bytes; see `Checkpoint.read_bytes`. A quantised one is decoded anew each time."""
+        """Read a block of a tensor's bytes; see `Checkpoint.read_bytes`. The rows that it lies in are decoded."""
         own = self._own[name]
         if own not in self._codings and own not in self._heads:
             return self.stored.read_bytes(own, start, length, out)
-        nbytes = self.tensors[name].nbytes
-        return copy_block(self.read(name), start, nbytes if length is None else min(start + length, nbytes), out)
+        info = self.tensors[name]
+        stop = info.nbytes if length is None else min(start + length, info.nbytes)
+        row_bytes = max(1, info.nbytes // max(1, info.shape[0]))
+        first, last = start // row_bytes, min(info.shape[0], -(-stop // row_bytes))
+        before = first * row_bytes
+        return copy_block(self.read_rows(name, [slice(first, last)]), start - before, stop - before, out)
 
     def noise(self, name: str, rows: slice | None = None) -> float | None:
         """Root mean square of the rounding to the levels, judged by some rows; see `Checkpoint.noise`."""

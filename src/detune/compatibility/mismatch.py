@@ -16,8 +16,8 @@ from detune.compatibility.low_rank_test import LAST_SAMPLE, sample
 
 # Above this cosine two matrices are versions of one: matrices of two bases have one of about `1 / sqrt(out in)`.
 CLOSE = 0.5
-# Above this cosine a difference holds what NF4 rounds off the member: by chance it is `1 / sqrt(out in)`, and with deltas
-# as large as the rounding some 0.4.
+# Above this cosine a difference holds what NF4 rounds off the member: by chance it is `1 / sqrt(out in)`, and some 0.4
+# with deltas as large as the rounding.
 ROUNDED = 0.2
 # Rows that are looked up among those of the other matrix.
 LOOKED_UP = 64

@@ -1,0 +1,303 @@
+"""Sets as people publish them, against the plain form of the same set: W-Error, verdict and time.
+
+Three LoRAs of one seed on all-MiniLM-L6-v2, merged in float32 (five where 4 bits are told from the rest), and each
+form made of them. Expected: every form that loses nothing within 0.3 of the plain form, in at most 1.1 times its time;
+8 bits at least 0.5 better than the average of the dequantised models. Training the adapters takes some minutes; they
+are kept in `benchmarks/.cache`.
+"""
+
+import argparse
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import torch
+from minilm import merged_models
+from problems import verdict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import detune
+from detune.checkpoints import open_checkpoint
+from detune.compatibility.levels import to_nf4
+from detune.demo.train import base_model
+from detune.metrics import w_error
+
+State = dict[str, Tensor]
+EMBED, POOLER = "embeddings.word_embeddings.weight", "pooler.dense.weight"
+CHANGED = ("query.weight", "value.weight")
+REPEATS = 3
+
+
+def save(path: Path, state: State) -> Path:
+    path.mkdir(parents=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, path / "model.safetensors", {"format": "pt"}
+    )
+    shutil.copy(merged_models(1)[0] / "config.json", path)
+    return path
+
+
+def states(count: int) -> list[State]:
+    return [load_file(path / "model.safetensors") for path in merged_models(count)]
+
+
+def each(change: Callable[[State, int], State], count: int = 3) -> Callable[[Path], list[Path]]:
+    """A set of directories, each model changed by its place."""
+
+    def make(folder: Path) -> list[Path]:
+        return [save(folder / f"{i}", change(dict(state), i)) for i, state in enumerate(states(count))]
+
+    return make
+
+
+def tokens(*counts: int) -> Callable[[State, int], State]:
+    """More rows in the embedding."""
+
+    def change(state: State, i: int) -> State:
+        more = 0.05 * torch.randn(counts[i], state[EMBED].shape[1], generator=torch.Generator().manual_seed(i))
+        return state | {EMBED: torch.cat([state[EMBED], more])}
+
+    return change
+
+
+def trained_tokens(state: State, i: int) -> State:
+    """PEFT's `modules_to_save`: every model has trained some rows of its own; one has two tokens more."""
+    embed = state[EMBED].clone()
+    embed[1000 * i + 100 : 1000 * i + 600] += 0.01 * torch.randn(500, embed.shape[1], generator=torch.Generator())
+    return tokens(0, 2, 0)(state | {EMBED: embed}, i)
+
+
+def tied(state: State, i: int) -> State:
+    return state | {"cls.predictions.decoder.weight": state[EMBED].clone()} if i == 1 else state
+
+
+def without_pooler(state: State, i: int) -> State:
+    return {name: tensor for name, tensor in state.items() if i != 1 or "pooler" not in name}
+
+
+def prefixed(*prefixes: str) -> Callable[[State, int], State]:
+    return lambda state, i: {prefixes[i] + name: tensor for name, tensor in state.items()}
+
+
+def half(quantise: Callable[[Tensor], Tensor]) -> Callable[[State, int], State]:
+    """Matrices quantised and turned back into fp16."""
+
+    def change(state: State, i: int) -> State:
+        return {name: quantise(t).half() if is_matrix(name) else t.half() for name, t in state.items()}
+
+    return change
+
+
+def is_matrix(name: str) -> bool:
+    return name.endswith("weight") and ("encoder.layer" in name or "pooler" in name) and "LayerNorm" not in name
+
+
+def by_rows(matrix: Tensor) -> Tensor:
+    scale = matrix.abs().amax(dim=1, keepdim=True) / 127
+    return (matrix / scale).round() * scale
+
+
+def by_blocks(matrix: Tensor) -> Tensor:
+    return by_rows(matrix.reshape(-1, 32)).view(matrix.shape)
+
+
+def fp8(state: State, i: int) -> State:
+    stored: State = {}
+    for name, tensor in state.items():
+        if is_matrix(name):
+            scale = tensor.abs().amax(dim=1, keepdim=True) / 448
+            stored |= {name: (tensor / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+        else:
+            stored[name] = tensor.bfloat16()
+    return stored
+
+
+def gguf_files(kind: str) -> Callable[[Path], list[Path]]:
+    def make(folder: Path) -> list[Path]:
+        import gguf
+
+        paths = []
+        for i, state in enumerate(states(3)):
+            path = folder / f"{i}.gguf"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer = gguf.GGUFWriter(path, "bert")
+            for name, tensor in state.items():
+                if tensor.is_floating_point():
+                    own = gguf.GGMLQuantizationType[kind if is_matrix(name) else "F32"]
+                    values = tensor.numpy().astype(np.float32)
+                    writer.add_tensor(name, gguf.quantize(values, own), raw_dtype=own)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            paths.append(path)
+        return paths
+
+    return make
+
+
+def training(legacy: bool) -> Callable[[Path], list[Path]]:
+    """Lightning's checkpoints, or files of torch before 1.6."""
+
+    def make(folder: Path) -> list[Path]:
+        folder.mkdir(parents=True)
+        for i, state in enumerate(states(3)):
+            saved: Any = (
+                state
+                if legacy
+                else {
+                    "epoch": 1,
+                    "state_dict": {f"model.{name}": tensor for name, tensor in state.items()},
+                    "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}],
+                    "hyper_parameters": {"lr": 0.1, "sizes": [1, 2]},
+                }
+            )
+            torch.save(saved, folder / f"{i}.ckpt", _use_new_zipfile_serialization=not legacy)
+        return [folder / f"{i}.ckpt" for i in range(3)]
+
+    return make
+
+
+def in_four_bits(state: State, i: int) -> State:
+    """Of five, the last two were merged onto what 4 bits leave of the base: QLoRA's."""
+    if i < 3:
+        return state
+    with open_checkpoint(base_model()) as base:
+        own = {name: base.read(name) for name in state if is_matrix(name)}
+    return state | {name: (to_nf4(W) + (state[name] - W)).float() for name, W in own.items()}
+
+
+def unmerged(folder: Path) -> list[Path]:
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    adapter = next(merged_models(1)[0].parent.glob("adapter-*"))
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base_model(), dtype=torch.float32), adapter)
+    return [save(folder / "0", {name: tensor.clone() for name, tensor in model.state_dict().items()})]
+
+
+def stacked(folder: Path, as_stack: bool) -> list[Path]:
+    """The twelve queries and values as the experts of two mixtures, one of which the second model never trained."""
+    with open_checkpoint(base_model()) as base:
+        own = {name: base.read(name) for name in base.tensors if name.endswith(CHANGED)}
+    paths = []
+    for i, state in enumerate(states(3)):
+        kept = {name: tensor for name, tensor in state.items() if name not in own}
+        for kind in CHANGED:
+            names = [name for name in own if name.endswith(kind)]
+            matrices = [own[name] if (i, k) == (1, 2) else state[name] for k, name in enumerate(names)]
+            stack = {f"experts.{kind.partition('.')[0]}_proj": torch.stack(matrices)}
+            kept |= stack if as_stack else dict(zip(names, matrices, strict=True))
+        paths.append(save(folder / f"{i}", kept))
+    return paths
+
+
+# What each row needs of the plain form: nothing lost, or quantised with so much to gain over the average.
+ROWS: dict[str, tuple[Callable[[Path], list[Path]], float | None]] = {
+    "plain": (each(lambda state, i: state), None),
+    "2 tokens more in one": (each(tokens(0, 0, 2)), None),
+    "2 tokens more in the first": (each(tokens(2, 0, 0)), None),
+    "1, 2 and 8 tokens more": (each(tokens(1, 2, 8)), None),
+    "trained embeddings beside": (each(trained_tokens), None),
+    "a tied head saved in one": (each(tied), None),
+    "one lacks the pooler": (each(without_pooler), None),
+    "module. in one": (each(prefixed("", "module.", "")), None),
+    "three prefixes": (each(prefixed("_orig_mod.", "bert.", "base_model.model.")), None),
+    "not merged, one model": (unmerged, None),
+    "a stack of experts": (lambda folder: stacked(folder, True), None),
+    "Lightning's .ckpt": (training(False), None),
+    "torch before 1.6": (training(True), None),
+    "three, and two in 4 bits": (each(in_four_bits, 5), None),
+    "GGUF F32": (gguf_files("F32"), None),
+    "GGUF Q8_0": (gguf_files("Q8_0"), 0.5),
+    "GGUF Q4_0": (gguf_files("Q4_0"), 0.0),
+    "fp8 with scales": (each(fp8), 0.0),
+    "Q8_0 in fp16 again": (each(half(by_blocks)), 0.5),
+    "int8 in fp16 again": (each(half(by_rows)), 0.5),
+    "NF4 in fp16 again": (each(half(to_nf4)), 0.0),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=list(ROWS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with open_checkpoint(base_model()) as base:
+        truth = {name: base.read(name) for name in base.tensors if name.endswith(CHANGED)}
+    print(f"{'form':28} {'plain':>7} {'W-Error':>8} {'predicted':>10} {'verdict':>22} {'time':>6}")
+    with tempfile.TemporaryDirectory() as folder:
+        plain, seconds = run(Path(folder), "plain", truth)
+        for name in options.only:
+            figures, took = (plain, seconds) if name == "plain" else run(Path(folder), name, truth)
+            print(
+                f"{name:28} {plain.error:7.2f} {figures.error:8.2f} {figures.predicted:10.2f} "
+                f"{figures.verdict:>22} {took / seconds:6.2f}",
+                flush=True,
+            )
+            gain = ROWS[name][1]
+            if gain is None:
+                print("  ", verdict("worse than the plain form by", figures.error - plain.error, 0.3))
+            else:
+                print("  ", verdict("worse than the average by", figures.error - figures.average, -gain))
+
+
+class Figures:
+    """What came out: mean W-Errors of the recovered weights and of the average, and what was said of them."""
+
+    def __init__(self, paths: Sequence[Path], out: Path, report: Any, truth: State) -> None:
+        with open_checkpoint(next(out.glob("*.safetensors"))) as found:
+            values = by_name(found, truth)
+        stacks = []
+        for path in paths:
+            with open_checkpoint(path) as model:
+                stacks.append(by_name(model, truth))
+        self.error = mean_error(values, truth)
+        self.average = mean_error({n: torch.stack([s[n].double() for s in stacks]).mean(dim=0) for n in truth}, truth)
+        rows = [row for row in report.tensors if row.method not in ("copy", "mean", "single")]
+        predicted = [row.predicted_w_error for row in rows if row.predicted_w_error is not None]
+        self.predicted = fmean(predicted) if predicted else -math.inf
+        self.verdict = max({row.status for row in rows}, key=[row.status for row in rows].count) if rows else "exact"
+
+
+def mean_error(values: State, truth: State) -> float:
+    return fmean(max(w_error(values[name], W), -40.0) for name, W in truth.items())
+
+
+def by_name(model: Any, truth: State) -> State:
+    """The matrices by the base's names, whatever the form calls them."""
+    found: State = {}
+    for kind in CHANGED:
+        stack = f"experts.{kind.partition('.')[0]}_proj"
+        if stack in model.tensors:
+            found |= dict(zip([name for name in truth if name.endswith(kind)], model.read(stack), strict=True))
+    for name in truth:
+        own = next((own for own in model.tensors if own.endswith(name)), None)
+        if own is not None:
+            found[name] = model.read(own)
+    return found
+
+
+def run(folder: Path, name: str, truth: State) -> tuple[Figures, float]:
+    """The figures of a form, and the median time of some runs."""
+    paths = ROWS[name][0](folder / name)
+    times = []
+    for k in range(REPEATS):
+        out = folder / f"{name}-out-{k}"
+        began = time.perf_counter()
+        report = detune.recover(paths, out)
+        times.append(time.perf_counter() - began)
+    figures = Figures(paths, out, report, truth)
+    shutil.rmtree(folder / name)
+    return figures, median(times)
+
+
+if __name__ == "__main__":
+    main()
