@@ -264,7 +264,7 @@ class Figures:
         rows = [row for row in report.tensors if row.method not in ("copy", "mean", "single")]
         predicted = [row.predicted_w_error for row in rows if row.predicted_w_error is not None]
         self.predicted = fmean(predicted) if predicted else -math.inf
-        self.verdict = max({row.status for row in rows}, key=[row.status for row in rows].count) if rows else "exact"
+        self.verdict = max({row.verdict for row in rows}, key=[row.verdict for row in rows].count) if rows else "exact"
 
 
 def mean_error(values: State, truth: State) -> float:
