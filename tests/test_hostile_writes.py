@@ -56,7 +56,7 @@ class Watch:
 
 
 WATCH = Watch()
-# Opened in a directory that `landing.py` holds open; the event does not say which.
+# Opened in a directory that `run_directory.py` holds open; the event does not say which.
 BY_DESCRIPTOR = {Path("lock")}
 
 

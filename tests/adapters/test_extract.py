@@ -342,9 +342,9 @@ def test_a_failure_leaves_neither_adapters_nor_base(fine, tmp_path, monkeypatch)
     before = set(tmp_path.iterdir())
     with pytest.raises(ZeroDivisionError):
         detune.recover(fine.models, tmp_path / "base", adapters=tmp_path / "adapters")
-    (landing,) = set(tmp_path.iterdir()) - before
-    assert landing.name.startswith(".base.recovering-")
-    assert not list(landing.rglob("*.json"))
+    (run_directory,) = set(tmp_path.iterdir()) - before
+    assert run_directory.name.startswith(".base.recovering-")
+    assert not list(run_directory.rglob("*.json"))
 
 
 def test_names_of_adapters(tmp_path):

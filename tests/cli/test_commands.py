@@ -448,7 +448,7 @@ def test_ctrl_c_leaves_nothing_that_passes_for_a_result(command, family, out, mo
     ran = command("recover", *family.specs, "--out", out)
     assert ran.code == 130
     assert ran.err.strip() == "detune: interrupted, nothing unfinished passes for a result"
-    # The embedding had landed.
+    # The embedding was complete.
     assert [name[:16] for name in os.listdir(out.parent)] == [".out.recovering-"]
 
 

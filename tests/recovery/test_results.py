@@ -9,7 +9,7 @@ import pytest
 
 import detune
 from detune.certificate.verdict import Verdict
-from detune.checkpoints import Landing
+from detune.checkpoints import RunDirectory
 from detune.errors import OutputError
 from detune.recovery.execution import job
 from detune.recovery.report import Report
@@ -43,14 +43,14 @@ def recover(fine: Fine, folder: Path, **options: Any) -> Report:
 
 @pytest.fixture
 def cut_off(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Have a method of `Landing` cut a call of `recover` off."""
+    """Have a method of `RunDirectory` cut a call of `recover` off."""
 
     def cut(method: str, fine: Fine, folder: Path, **options: Any) -> None:
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(Landing, method, interrupt)
+            patch.setattr(RunDirectory, method, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 recover(fine, folder, **options)
 
@@ -118,15 +118,15 @@ def test_what_was_to_be_replaced_is_put_back_by_the_next_run(fine, cut_off, tmp_
     recover(fine, tmp_path, adapters=None, mask=None, method="mean")
     old = tree(tmp_path / "out")
     cut_off("place", fine, tmp_path, adapters=None, mask=None, overwrite=True)
-    (landing,) = tmp_path.glob(".out.recovering-*")
-    (tmp_path / "out").rename(landing / "replaced")
+    (run_directory,) = tmp_path.glob(".out.recovering-*")
+    (tmp_path / "out").rename(run_directory / "replaced")
     # Of another command, which is refused for what it finds there.
     with pytest.raises(OutputError, match="out exists and is not empty"):
         recover(fine, tmp_path, adapters=None, mask=None, method="intersect", executor=None)
     assert tree(tmp_path / "out") == old
     cut_off("place", fine, tmp_path, adapters=None, mask=None, overwrite=True)
-    (landing,) = tmp_path.glob(".out.recovering-*")
-    (tmp_path / "out").rename(landing / "replaced")
+    (run_directory,) = tmp_path.glob(".out.recovering-*")
+    (tmp_path / "out").rename(run_directory / "replaced")
     recover(fine, tmp_path, adapters=None, mask=None, overwrite=True)
     assert tree(tmp_path / "out") != old
     assert names(tmp_path) == {"models", "out"}
@@ -135,13 +135,13 @@ def test_what_was_to_be_replaced_is_put_back_by_the_next_run(fine, cut_off, tmp_
 def test_what_was_to_be_replaced_is_kept_where_something_else_stands_now(fine, cut_off, tmp_path):
     recover(fine, tmp_path, adapters=None, mask=None, method="mean")
     cut_off("place", fine, tmp_path, adapters=None, mask=None, overwrite=True)
-    (landing,) = tmp_path.glob(".out.recovering-*")
-    (tmp_path / "out").rename(landing / "replaced")
+    (run_directory,) = tmp_path.glob(".out.recovering-*")
+    (tmp_path / "out").rename(run_directory / "replaced")
     recover(fine, tmp_path / "elsewhere", adapters=None, mask=None, method="mean")
     (tmp_path / "elsewhere" / "out").rename(tmp_path / "out")
     with pytest.raises(OutputError, match=r"replaced is what stood in .*out until .*; something else .*; move one"):
         recover(fine, tmp_path, adapters=None, mask=None, overwrite=True)
-    assert (landing / "replaced" / "detune.json").is_file()
+    assert (run_directory / "replaced" / "detune.json").is_file()
 
 
 def test_a_report_comes_back_from_its_json(fine, tmp_path):

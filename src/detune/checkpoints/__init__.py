@@ -10,7 +10,6 @@ from detune.checkpoints.disk import reported
 from detune.checkpoints.excerpt import Excerpt
 from detune.checkpoints.hub import is_on_hub
 from detune.checkpoints.identity import identity
-from detune.checkpoints.landing import Landing, claim, known_results, remove_spent
 from detune.checkpoints.lora import Lora, LoraLayer, open_lora
 from detune.checkpoints.mark import write_mark
 from detune.checkpoints.masks import pack_mask, write_masks
@@ -21,6 +20,7 @@ from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, pa
 from detune.checkpoints.places import Places, from_out
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
 from detune.checkpoints.quantised import Decoded
+from detune.checkpoints.run_directory import RunDirectory, claim, known_results, remove_spent
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.staging import remove_abandoned, temporary_directory
 from detune.checkpoints.target import Target, require_outside
@@ -35,7 +35,6 @@ __all__ = [
     "Decoded",
     "Excerpt",
     "Kind",
-    "Landing",
     "Lora",
     "LoraLayer",
     "MergedCheckpoint",
@@ -45,6 +44,7 @@ __all__ = [
     "PeftWriter",
     "Place",
     "Places",
+    "RunDirectory",
     "Target",
     "TensorInfo",
     "Unmerged",

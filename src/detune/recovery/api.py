@@ -22,10 +22,10 @@ from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.recovery.execution import (
     Job,
     Processes,
+    complete,
+    completed_before,
     hashing,
     kept_for_later,
-    land,
-    landed_before,
     require_unchanged,
 )
 from detune.recovery.loop import OnTensor
@@ -102,8 +102,8 @@ def recover(
     Tensors are solved side by side, as many as memory and threads allow, while the next is read and the last is
     written. Tensors that are identical in all models are copied byte for byte. The output has the layout that most of
     the models have, of several the first one's: its files, names, dtypes, metadata, config and tokenizer, and
-    `detune.json` beside them. It appears in one step when it is whole. Until then what is done lands in a hidden
-    directory beside it; a run that is cut off is finished by calling it again.
+    `detune.json` beside them. It appears in one step when it is whole. Until then completed tensors are kept in a
+    hidden directory beside it; a run that is cut off is finished by calling it again.
 
     Models that do not share a source with most are left out, and the report says so. A tensor is recovered from the
     models that have it. `mean`, `single`, `lokr`, `dora`, `shira` and `vera` take the models as they are.
@@ -173,16 +173,18 @@ def recover(
             str(target.out) if adapters else None,
             executor is not None and not isinstance(executor, Processes),
         )
-        landing = opened.enter_context(claim(target.out, job.key))
-        opened.enter_context(kept_for_later(landing))
-        report = results.finished(landing)
+        run_directory = opened.enter_context(claim(target.out, job.key))
+        opened.enter_context(kept_for_later(run_directory))
+        report = results.finished(run_directory)
         if report is not None:
-            landing.remove()
+            run_directory.remove()
             return report
-        job = replace(job, landing=landing.directory)
-        files = CheckpointFiles(family.layout, landing.checkpoint, dtype, parts=family.parts)
-        landed = land(job, family, landing, landed_before(landing, files, target, family), executor, on_tensor)
-        rows = tuple(landed[name].row for name in family.names)
+        job = replace(job, run_directory=run_directory.directory)
+        files = CheckpointFiles(family.layout, run_directory.checkpoint, dtype, parts=family.parts)
+        completed = complete(
+            job, family, run_directory, completed_before(run_directory, files, target, family), executor, on_tensor
+        )
+        rows = tuple(completed[name].row for name in family.names)
         if not isinstance(solver, Mean | Single) and not family.has_base:
             _refuse_if_hopeless(rows, family.n)
         inputs = tuple(
@@ -203,8 +205,8 @@ def recover(
         report = Report(command, inputs, rows, time.perf_counter() - started)
         named = (target.out, like or "", adapters or "", mask or "")
         places = Places(target.out, [*models, *given.paths, *named, *command_line()])
-        report = results.write(landing, landed, files, report, family, places)
-        landing.remove()
+        report = results.write(run_directory, completed, files, report, family, places)
+        run_directory.remove()
     return report
 
 

@@ -1,4 +1,4 @@
-"""What a run makes of what has landed, a checkpoint, adapters and a mask, and how all of it gets to its places.
+"""What a run makes of what is complete, a checkpoint, adapters and a mask, and how all of it gets to its places.
 
 All three are finished before the first is renamed to its place, and the checkpoint comes last: where it is, the rest
 is there too. What is about to be put in its place is written down before. So a run that is cut off in between is
@@ -16,8 +16,8 @@ from pathlib import Path
 from detune.adapters.extract import extracting
 from detune.checkpoints import (
     CheckpointFiles,
-    Landing,
     Places,
+    RunDirectory,
     Target,
     check_new,
     known_results,
@@ -32,7 +32,7 @@ from detune.checkpoints.blocks import file_hash
 from detune.checkpoints.mark import MARK
 from detune.compatibility.model_set import ModelSet
 from detune.errors import OutputError
-from detune.recovery.execution import Landed, read_changes, read_masks
+from detune.recovery.execution import CompletedTensor, read_changes, read_masks
 from detune.recovery.report import Report
 
 __all__ = ["Results"]
@@ -73,11 +73,11 @@ class Results:
             self.target.check(self.target.out)
         self._check_others(known)
 
-    def finished(self, landing: Landing) -> Report | None:
+    def finished(self, run_directory: RunDirectory) -> Report | None:
         """Find out whether the run had all but ended when it was cut off.
 
         Args:
-            landing: The run's.
+            run_directory: The run's.
 
         Returns:
             Its report; None where there is something left to do.
@@ -85,7 +85,7 @@ class Results:
         Raises:
             OutputError: There is something in the place of a result that is not this run's.
         """
-        known = landing.results()
+        known = run_directory.results()
         if all(path is None or _is_known(path, known) for path in (self._mark, self.adapters, self.mask)):
             return Report.of_json(json.loads(self._mark.read_bytes()))
         self.target.check(self.target.out)
@@ -94,19 +94,19 @@ class Results:
 
     def write(
         self,
-        landing: Landing,
-        landed: Mapping[str, Landed],
+        run_directory: RunDirectory,
+        completed: Mapping[str, CompletedTensor],
         files: CheckpointFiles,
         report: Report,
         family: ModelSet,
         places: Places,
     ) -> Report:
-        """Put what has landed together, and everything in its place.
+        """Put what is complete together, and everything in its place.
 
         Args:
-            landing: The run's.
-            landed: What has landed, by tensor: all.
-            files: The checkpoint in the landing.
+            run_directory: The run's.
+            completed: What is complete, by tensor: all.
+            files: The checkpoint in the run's directory.
             report: The report, but for adapters.
             family: The models.
             places: What paths become in the report.
@@ -115,9 +115,9 @@ class Results:
             The report, with what the adapters give back.
 
         Raises:
-            OutputError: The disk refuses, or something has changed since it landed.
+            OutputError: The disk refuses, or something has changed since it was written.
         """
-        known, results = landing.results(), dict[str, str]()
+        known, results = run_directory.results(), dict[str, str]()
         with ExitStack() as made:
             if self.adapters:
                 if _is_known(self.adapters, known):
@@ -127,7 +127,7 @@ class Results:
                     base = str(self.target.out)
                     extractor = made.enter_context(extracting(family, self.adapters, base=base))
                     for name in family.names:
-                        extractor.add(name, read_changes(landing, landed[name], extractor.kind(name)))
+                        extractor.add(name, read_changes(run_directory, completed[name], extractor.kind(name)))
                     summary = extractor.finish().summary
                     results[str(self.adapters)] = _hash(extractor.directory)
                 report = replace(report, adapters=summary)
@@ -136,14 +136,14 @@ class Results:
                     results[str(self.mask)] = known[str(self.mask)]
                 else:
                     partial = made.enter_context(new_file(self.mask))
-                    write_masks(partial, read_masks(landing, landed, family.names))
+                    write_masks(partial, read_masks(run_directory, completed, family.names))
                     results[str(self.mask)] = _hash(partial)
             files.finish({})
             with reported(self.target.out, files.needed_bytes):
-                write_mark(landing.checkpoint, places.within(report.content))
-            results[str(self._mark)] = _hash(landing.checkpoint / MARK)
-            landing.note_results(results)
-        landing.place(self.target.out, self.target.check)
+                write_mark(run_directory.checkpoint, places.within(report.content))
+            results[str(self._mark)] = _hash(run_directory.checkpoint / MARK)
+            run_directory.note_results(results)
+        run_directory.place(self.target.out, self.target.check)
         return report
 
     @property

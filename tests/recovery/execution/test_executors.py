@@ -178,7 +178,7 @@ class Dying(Executor):
 
 
 def test_workers_that_always_die_are_given_up(fine, tmp_path):
-    with pytest.raises(DetuneError, match=r"workers died 3 times .*memory is short.*; what has landed stays"):
+    with pytest.raises(DetuneError, match=r"workers died 3 times .*memory is short.*; what is complete stays"):
         recover(fine, tmp_path, executor=Dying())
     assert list(tmp_path.iterdir()) == []
 
@@ -187,7 +187,7 @@ def test_a_pool_that_cannot_replace_its_workers(fine, tmp_path):
     with ProcessPoolExecutor(1) as pool:
         with pytest.raises(Exception, match="terminated abruptly"):
             pool.submit(end).result()
-        with pytest.raises(DetuneError, match=r"the executor has lost its workers; .*; what has landed stays"):
+        with pytest.raises(DetuneError, match=r"the executor has lost its workers; .*; what is complete stays"):
             detune.recover(fine.models, tmp_path / "out", executor=pool)
 
 
@@ -200,9 +200,9 @@ def killed(fine: Fine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     code = f"""
 import os, signal, torch, detune
-from detune.recovery.execution import landed
+from detune.recovery.execution import completed
 torch.set_num_threads(1)
-landed.RECORD_SECONDS = 0
+completed.RECORD_SECONDS = 0
 solved = []
 def on_tensor(name, row):
     solved.extend([name] if row and row.method != "copy" else [])
@@ -239,8 +239,8 @@ def test_a_killed_run_is_finished_by_the_same_call(fine, alone, killed, tmp_path
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     assert [path.name[:16] for path in tmp_path.iterdir()] == [".out.recovering-"]
     lines = [json.loads(line.partition(" ")[2]) for line in journal(tmp_path).read_text().splitlines()]
-    landed = [line["row"]["method"] for line in lines]
-    before = sum(method != "copy" for method in landed)
+    completed = [line["row"]["method"] for line in lines]
+    before = sum(method != "copy" for method in completed)
     assert before in (1, 2)
     report = recover(fine, tmp_path)
     assert results(tmp_path) == results(alone)
@@ -270,13 +270,15 @@ def test_a_file_that_was_lost_is_computed_again(fine, alone, killed, tmp_path, c
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     next(tmp_path.glob(".out.recovering-*/checkpoint/*.safetensors")).unlink()
     recover(fine, tmp_path)
-    assert re.search(r"\d of \d tensors in .* have changed since they landed, the first is '.*': they are", caplog.text)
+    assert re.search(
+        r"\d of \d tensors in .* have changed since they were written, the first is '.*': they are", caplog.text
+    )
     assert results(tmp_path) == results(alone)
 
 
 @pytest.fixture(scope="module")
 def interrupted_once(fine: Fine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves that was interrupted when all of its tensors had landed."""
+    """What a run leaves that was interrupted when all of its tensors were complete."""
     folder = tmp_path_factory.mktemp("interrupted")
 
     def interrupt(*_: object) -> None:
@@ -368,7 +370,7 @@ def test_ctrl_c_loses_nothing_that_is_done(fine, alone, tmp_path, solved):
     options = {"adapters": tmp_path / "loras"}
     with pytest.raises(KeyboardInterrupt) as raised:
         recover(fine, tmp_path, on_tensor=interrupt(5), **options)
-    assert "what has landed stays in" in raised.value.__notes__[0]
+    assert "what is complete stays in" in raised.value.__notes__[0]
     assert [path.name[:16] for path in tmp_path.iterdir()] == [".out.recovering-"]
     before = len(solved)
     recover(fine, tmp_path, **options)
@@ -445,7 +447,7 @@ if __name__ == "__main__":
     ) as process:
         address = process.stdout.readline().strip()
         killer = kill_when_landing(tmp_path / "run", [process.pid])
-        lost = pytest.raises(DetuneError, match=r"the executor dropped the work; .*; what has landed stays")
+        lost = pytest.raises(DetuneError, match=r"the executor dropped the work; .*; what is complete stays")
         with lost, dask_workers(address) as executor:
             recover(fine, tmp_path / "run", executor=executor)
         killer.join()

@@ -3,31 +3,31 @@
 | module | what it knows |
 | --- | --- |
 | `job` | what is done with one tensor: the same code in every process |
-| `landed` | how a tensor lands, and what is known of it then |
-| `run` | one run, from what an earlier one left to the last tensor that lands |
+| `completed` | how a tensor is written, and what is known of it then |
+| `run` | one run, from what an earlier one left to the last tensor |
 | `units` | how tensors are cut into pieces of work |
 | `dispatch` | how pieces are handed to an executor, and what happens when a worker dies |
 | `processes`, `on_dask` | where executors come from |
 
-How what has landed is kept on the disk is `detune.checkpoints.landing`'s to know.
+How completed tensors are kept on the disk is `detune.checkpoints.run_directory`'s to know.
 """
 
+from detune.recovery.execution.completed import CompletedTensor, read_changes, read_masks
 from detune.recovery.execution.job import Job
-from detune.recovery.execution.landed import Landed, read_changes, read_masks
 from detune.recovery.execution.on_dask import dask_workers, slurm_workers
 from detune.recovery.execution.processes import Processes
-from detune.recovery.execution.run import hashing, kept_for_later, land, landed_before, require_unchanged
+from detune.recovery.execution.run import complete, completed_before, hashing, kept_for_later, require_unchanged
 from detune.recovery.execution.units import make_units
 
 __all__ = [
+    "CompletedTensor",
     "Job",
-    "Landed",
     "Processes",
+    "complete",
+    "completed_before",
     "dask_workers",
     "hashing",
     "kept_for_later",
-    "land",
-    "landed_before",
     "make_units",
     "read_changes",
     "read_masks",

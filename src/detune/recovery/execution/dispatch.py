@@ -6,30 +6,32 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 
 import torch
 
-from detune.checkpoints import Checkpoint, Landing, absolute
+from detune.checkpoints import Checkpoint, RunDirectory, absolute
 from detune.errors import DetuneError
+from detune.recovery.execution.completed import CompletedTensor, read_completed
 from detune.recovery.execution.job import Job, hashes, perform
-from detune.recovery.execution.landed import Landed, read_landed
 
 logger = logging.getLogger(__name__)
 
 # How often workers may die before a single piece is done.
 DEATHS = 3
-GOES_ON = "what has landed stays: the same command does the rest"
+GOES_ON = "what is complete stays: the same command does the rest"
 
 Unit = tuple[str, ...]
 
 
-def dispatch(executor: Executor, job: Job, units: Sequence[Unit], on_landed: Callable[[Landed], None]) -> None:
+def dispatch(
+    executor: Executor, job: Job, units: Sequence[Unit], on_completed: Callable[[CompletedTensor], None]
+) -> None:
     """Have all pieces done.
 
-    Where the executor replaces workers that died, what they had in hand is given out again, without what had landed.
+    Where the executor replaces workers that died, what they had in hand is given out again, without what was complete.
 
     Args:
-        executor: Whose workers see the models and the landing by the same paths.
+        executor: Whose workers see the models and the run's directory by the same paths.
         job: What to do.
         units: The pieces.
-        on_landed: Called for each tensor, in no particular order.
+        on_completed: Called for each tensor, in no particular order.
 
     Raises:
         DetuneError: A piece cannot be done, or workers are no more; the first error of any worker.
@@ -38,7 +40,7 @@ def dispatch(executor: Executor, job: Job, units: Sequence[Unit], on_landed: Cal
     left = list(units)
     while left:
         before = len(left)
-        left = _round(executor, job, left, on_landed)
+        left = _round(executor, job, left, on_completed)
         if not left:
             return
         deaths = 1 if len(left) < before else deaths + 1
@@ -49,24 +51,26 @@ def dispatch(executor: Executor, job: Job, units: Sequence[Unit], on_landed: Cal
                 f"give each worker more memory, or take fewer; {GOES_ON}",
             )
         logger.warning("a worker died; going on without what it had in hand")
-        left = _without_landed(job, left, on_landed)
+        left = _without_completed(job, left, on_completed)
 
 
-def _round(executor: Executor, job: Job, units: Sequence[Unit], on_landed: Callable[[Landed], None]) -> list[Unit]:
+def _round(
+    executor: Executor, job: Job, units: Sequence[Unit], on_completed: Callable[[CompletedTensor], None]
+) -> list[Unit]:
     """Give each piece out once.
 
     Returns:
         The pieces whose workers died.
     """
-    given: dict[Future[list[Landed]], Unit] = {}
+    given: dict[Future[list[CompletedTensor]], Unit] = {}
     left: list[Unit] = []
     try:
         for unit in units:
             given[executor.submit(perform, job, unit)] = unit
         for future in as_completed(given):
             try:
-                for landed in future.result():
-                    on_landed(landed)
+                for completed in future.result():
+                    on_completed(completed)
             except BrokenExecutor:
                 left.append(given[future])
     except BrokenExecutor as error:
@@ -86,12 +90,12 @@ def _round(executor: Executor, job: Job, units: Sequence[Unit], on_landed: Calla
     return left
 
 
-def _without_landed(job: Job, units: Sequence[Unit], on_landed: Callable[[Landed], None]) -> list[Unit]:
-    found = {landed.row.name: landed for landed in read_landed(Landing(job.landing))}
+def _without_completed(job: Job, units: Sequence[Unit], on_completed: Callable[[CompletedTensor], None]) -> list[Unit]:
+    found = {completed.row.name: completed for completed in read_completed(RunDirectory(job.run_directory))}
     for unit in units:
         for name in unit:
             if name in found:
-                on_landed(found[name])
+                on_completed(found[name])
     left = [tuple(name for name in unit if name not in found) for unit in units]
     return [unit for unit in left if unit]
 

@@ -1,4 +1,4 @@
-"""The work on tensors of a family, in whichever process: solve, and land."""
+"""The work on tensors of a family, in whichever process: solve, and write."""
 
 import hashlib
 import socket
@@ -13,7 +13,7 @@ from detune._runtime import versions
 from detune.adapters.changes import ChangeFitter
 from detune.checkpoints import (
     CheckpointFiles,
-    Landing,
+    RunDirectory,
     identity,
     open_checkpoint,
     pack_layers,
@@ -22,7 +22,7 @@ from detune.checkpoints import (
 from detune.compatibility.model_set import Held, ModelSet
 from detune.errors import DetuneError
 from detune.problem import Solver
-from detune.recovery.execution.landed import FACTORS, MASK, Landed, Lander, Solved, Written
+from detune.recovery.execution.completed import FACTORS, MASK, CompletedTensor, ResultWriter, Solved, Written
 from detune.recovery.loop import OnTensor, map_tensors
 from detune.recovery.report import TensorResult
 from detune.recovery.tensor import solve_tensor
@@ -37,13 +37,13 @@ class Job:
         like: What gives the layout; None where most of them do.
         identities: What they must be, as `detune.checkpoints.identity` tells.
         merge_dtype: For `BASE+ADAPTER`.
-        landing: The directory of the run.
+        run_directory: The directory of the run.
         solver: The method.
         rank: The most that any adapter's rank can be; None finds it.
         device: Where to compute; None is the CPU.
         dtype: What floats are stored in; None is the first model's.
         check: Whether to recover from parts of the models too.
-        mask: Whether to land which entries are certain.
+        mask: Whether to keep which entries are certain.
         adapters: What adapters will be loaded onto; None makes none.
         shared: Whether several machines write.
     """
@@ -52,7 +52,7 @@ class Job:
     like: str | None
     identities: tuple[str, ...]
     merge_dtype: torch.dtype | None
-    landing: Path
+    run_directory: Path
     solver: Solver
     rank: int | None
     device: torch.device | str | None
@@ -64,34 +64,34 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Stands for all that decides what lands: the models' content, the options, and the versions."""
-        settled = asdict(replace(self, landing=Path(), shared=False)) | {"solver": repr(self.solver)}
+        """Stands for all that decides the results: the models' content, the options, and the versions."""
+        settled = asdict(replace(self, run_directory=Path(), shared=False)) | {"solver": repr(self.solver)}
         text = repr(sorted(settled.items())) + repr(sorted(versions().items()))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Performer:
-    """Recovers tensors of a family into its landing.
+    """Recovers tensors of a family into its directory.
 
     Tensors are solved side by side; a thread writes what is solved.
 
     Args:
         job: What to do.
         family: Its models, opened.
-        landing: Its landing.
+        run_directory: Its directory.
         fitter: Where adapters are wanted.
     """
 
-    def __init__(self, job: Job, family: ModelSet, landing: Landing, fitter: ChangeFitter | None) -> None:
+    def __init__(self, job: Job, family: ModelSet, run_directory: RunDirectory, fitter: ChangeFitter | None) -> None:
         self._job = job
         self._family = family
         self._fitter = fitter
-        self._landing = landing
+        self._run_directory = run_directory
         self._files = CheckpointFiles(
-            family.layout, self._landing.checkpoint, job.dtype, parts=family.parts, shared=job.shared
+            family.layout, self._run_directory.checkpoint, job.dtype, parts=family.parts, shared=job.shared
         )
 
-    def perform(self, names: Iterable[str], on_tensor: OnTensor | None = None) -> list[Landed]:
+    def perform(self, names: Iterable[str], on_tensor: OnTensor | None = None) -> list[CompletedTensor]:
         """Recover some tensors.
 
         Args:
@@ -99,7 +99,7 @@ class Performer:
             on_tensor: Called with the name and None when one is begun, and with its row when it is solved.
 
         Returns:
-            What has landed.
+            What is complete.
 
         Raises:
             InputError: A model cannot be read, or holds NaN or Inf.
@@ -108,10 +108,10 @@ class Performer:
         # A few smaller matrices may wait, so that no thread stands still for the disk; the largest only by itself.
         largest = max((self._files.stored_bytes([name]) for name in self._family.names), default=0)
         device, copies = self._job.device, self._job.solver.working_copies
-        with Lander(self._landing, self._files, largest // 2) as lander:
+        with ResultWriter(self._run_directory, self._files, largest // 2) as writer:
             for result, solved in map_tensors(self._family, self._solve, on_tensor, names, device, copies):
-                lander.land(solved or self._copied(result.name), result)
-        return lander.landed
+                writer.complete(solved or self._copied(result.name), result)
+        return writer.completed
 
     def _copied(self, name: str) -> Solved:
         """A tensor that is yet to be copied."""
@@ -137,16 +137,16 @@ class Performer:
             written = Written(self._files.write(name, stored))
             layers = {change.model: change.layer for change in changes if change.layer}
             if mask is not None:
-                written.parts[MASK] = self._landing.save_part(name, MASK, pack_mask(mask))
+                written.parts[MASK] = self._run_directory.save_part(name, MASK, pack_mask(mask))
             if layers:
-                written.parts[FACTORS] = self._landing.save_part(name, FACTORS, pack_layers(layers))
+                written.parts[FACTORS] = self._run_directory.save_part(name, FACTORS, pack_layers(layers))
             return written
 
         held_bytes = stored.nbytes + (0 if mask is None else mask.nbytes)
         return found.result, Solved(write, held_bytes, tuple(replace(change, layer=None) for change in changes))
 
 
-def perform(job: Job, names: tuple[str, ...]) -> list[Landed]:
+def perform(job: Job, names: tuple[str, ...]) -> list[CompletedTensor]:
     """Recover some tensors in a process that knows nothing yet: what an executor is given.
 
     Args:
@@ -154,14 +154,14 @@ def perform(job: Job, names: tuple[str, ...]) -> list[Landed]:
         names: The tensors.
 
     Returns:
-        What has landed.
+        What is complete.
 
     Raises:
         DetuneError: This process does not see the models as the run does, or the tensors cannot be recovered.
     """
     family = _open(job.models, job.like, job.identities, job.merge_dtype)
     fitter = _fitter(family, job.adapters, job.rank, job.device)
-    return Performer(job, family, _landing(job.landing), fitter).perform(names)
+    return Performer(job, family, _run_directory(job.run_directory), fitter).perform(names)
 
 
 def hashes(spec: str, merge_dtype: torch.dtype | None) -> dict[str, str]:
@@ -172,8 +172,8 @@ def hashes(spec: str, merge_dtype: torch.dtype | None) -> dict[str, str]:
 
 # One journal for each process.
 @lru_cache(maxsize=1)
-def _landing(directory: Path) -> Landing:
-    return Landing(directory)
+def _run_directory(directory: Path) -> RunDirectory:
+    return RunDirectory(directory)
 
 
 # Opened once in each process, and left open for the next unit.

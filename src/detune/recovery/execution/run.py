@@ -1,4 +1,4 @@
-"""One run, from what an earlier one left to the last tensor that lands."""
+"""One run, from what an earlier one left to the last tensor."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 
 from detune.adapters.changes import ChangeFitter
-from detune.checkpoints import Checkpoint, CheckpointFiles, Landing, Target, identity
+from detune.checkpoints import Checkpoint, CheckpointFiles, RunDirectory, Target, identity
 from detune.compatibility.model_set import ModelSet
 from detune.errors import InputError
+from detune.recovery.execution.completed import CompletedTensor, verify
 from detune.recovery.execution.dispatch import dispatch, hashed_by
 from detune.recovery.execution.job import Job, Performer
-from detune.recovery.execution.landed import Landed, verify
 from detune.recovery.execution.units import make_units
 from detune.recovery.loop import OnTensor
 
@@ -21,92 +21,94 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def kept_for_later(landing: Landing) -> Iterator[None]:
-    """Leave what has landed for the same command to go on from, unless it is of no use; a note on the error says so.
+def kept_for_later(run_directory: RunDirectory) -> Iterator[None]:
+    """Leave what is complete for the same command to go on from, unless it is of no use; a note on the error says so.
 
     Args:
-        landing: The run's.
+        run_directory: The run's.
     """
     try:
         yield
     except BaseException as error:
         # An error with a cause is that of a disk, a network or a worker, and may be gone the next time.
         useless = isinstance(error, InputError) and error.__cause__ is None
-        if not landing.is_spent and not useless:
-            error.add_note(f"what has landed stays in {landing.directory}: the same command does the rest")
+        if not run_directory.is_spent and not useless:
+            error.add_note(f"what is complete stays in {run_directory.directory}: the same command does the rest")
         else:
-            landing.remove()
+            run_directory.remove()
         raise
 
 
-def landed_before(landing: Landing, files: CheckpointFiles, target: Target, family: ModelSet) -> dict[str, Landed]:
+def completed_before(
+    run_directory: RunDirectory, files: CheckpointFiles, target: Target, family: ModelSet
+) -> dict[str, CompletedTensor]:
     """Find what an earlier run of the same command left, and make the files to go on with.
 
     Args:
-        landing: The run's.
+        run_directory: The run's.
         files: The checkpoint in it.
         target: Where it will go.
         family: Its models.
 
     Returns:
-        What has landed, by tensor.
+        What is complete, by tensor.
 
     Raises:
         OutputError: There is no space for the rest, or the disk refuses.
     """
     files.prepare()
-    landed = verify(landing, files, family.names)
-    if landed:
-        logger.info("%d tensors have landed before", len(landed))
-    target.require_space(files.needed_bytes - files.stored_bytes(landed))
-    return landed
+    completed = verify(run_directory, files, family.names)
+    if completed:
+        logger.info("%d tensors were complete before", len(completed))
+    target.require_space(files.needed_bytes - files.stored_bytes(completed))
+    return completed
 
 
-def land(
+def complete(
     job: Job,
     family: ModelSet,
-    landing: Landing,
-    landed: dict[str, Landed],
+    run_directory: RunDirectory,
+    completed: dict[str, CompletedTensor],
     executor: Executor | None,
     on_tensor: OnTensor | None,
-) -> dict[str, Landed]:
-    """Recover what has not landed yet.
+) -> dict[str, CompletedTensor]:
+    """Recover what is not complete yet.
 
     Args:
         job: What to do.
         family: Its models.
-        landing: Where to.
-        landed: What has landed before, by tensor.
+        run_directory: Where to.
+        completed: What was complete before, by tensor.
         executor: Whose workers do it; None does it here.
         on_tensor: As in `recover`.
 
     Returns:
-        All that has landed, by tensor.
+        All that is complete, by tensor.
 
     Raises:
         DetuneError: It cannot be done.
     """
 
-    def tell(found: Landed) -> None:
+    def tell(found: CompletedTensor) -> None:
         if on_tensor:
             on_tensor(found.row.name, None)
             on_tensor(found.row.name, found.row)
 
-    for found in landed.values():
+    for found in completed.values():
         tell(found)
-    missing = [name for name in family.names if name not in landed]
+    missing = [name for name in family.names if name not in completed]
     if executor is None:
         fitter = ChangeFitter(family, job.adapters, job.rank, job.device) if job.adapters else None
-        done = Performer(job, family, landing, fitter).perform(missing, on_tensor)
-        return landed | {found.row.name: found for found in done}
+        done = Performer(job, family, run_directory, fitter).perform(missing, on_tensor)
+        return completed | {found.row.name: found for found in done}
     done = []
 
-    def take(found: Landed) -> None:
+    def take(found: CompletedTensor) -> None:
         done.append(found)
         tell(found)
 
     dispatch(executor, job, make_units(family, missing), take)
-    return landed | {found.row.name: found for found in done}
+    return completed | {found.row.name: found for found in done}
 
 
 @contextmanager

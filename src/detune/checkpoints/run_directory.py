@@ -1,4 +1,4 @@
-"""What has landed of a run that is not over, so that the same command does only the rest.
+"""What is complete of a run that is not over, so that the same command does only the rest.
 
 A hidden directory beside the target, named after the run's inputs and options:
 
@@ -36,7 +36,7 @@ from detune.checkpoints.mark import MARK
 from detune.checkpoints.staging import is_ours, locked, remove, siblings, taken
 from detune.errors import OutputError
 
-__all__ = ["Landing", "claim", "known_results", "remove_spent"]
+__all__ = ["RunDirectory", "claim", "known_results", "remove_spent"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ _KIND = "recovering"
 _AGAIN = "run the same command again: it computes again what has changed"
 
 
-class Landing:
+class RunDirectory:
     """The hidden directory of one run. Processes on any machine that see it may add to it.
 
     Args:
@@ -110,7 +110,7 @@ class Landing:
         return self.directory / "parts" / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}{suffix}"
 
     def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write down what has landed, in whole lines or not at all. All that the rows speak of must be on the disk.
+        """Write down what is complete, in whole lines or not at all. All that the rows speak of must be on the disk.
 
         Args:
             rows: What JSON can hold.
@@ -174,7 +174,7 @@ class Landing:
         return all(part.is_dir() and not part.is_symlink() for part in parts)
 
     def clear(self) -> None:
-        """Forget all that has landed."""
+        """Forget all that is complete."""
         for part in _PARTS:
             path = self.directory / part
             if path.is_dir() and not path.is_symlink():
@@ -186,7 +186,7 @@ class Landing:
 
     @property
     def is_spent(self) -> bool:
-        """Whether nothing in it is of use: nothing has landed, or its removal was cut off."""
+        """Whether nothing in it is of use: nothing is complete, or its removal was cut off."""
         kept = (self.directory / name for name in (_RESULTS, _REPLACED))
         return not any(path.exists() for path in kept) and not any(path.stat().st_size for path in self._journals())
 
@@ -283,7 +283,7 @@ def _checksum(text: bytes) -> bytes:
 
 
 @contextmanager
-def claim(out: Path, key: str) -> Iterator[Landing]:
+def claim(out: Path, key: str) -> Iterator[RunDirectory]:
     """Make the hidden directory of a run, or find it again, and keep every other run out of `out` meanwhile.
 
     What runs of other inputs or options left behind is removed; a directory that no run made stays.
@@ -293,7 +293,7 @@ def claim(out: Path, key: str) -> Iterator[Landing]:
         key: Stands for the run's inputs and options.
 
     Yields:
-        The landing. It stays when the block ends, unless it has been removed.
+        The run's directory. It stays when the block ends, unless it has been removed.
 
     Raises:
         OutputError: Another run is writing to `out`, its place is taken, or the disk refuses.
@@ -304,21 +304,21 @@ def claim(out: Path, key: str) -> Iterator[Landing]:
         for other in siblings(out, _KIND):
             if other != own and is_ours(other, _is_landed):
                 with locked(other, out):
-                    Landing(other).put_back(out)
+                    RunDirectory(other).put_back(out)
                     logger.info("removing %s: its run had other inputs or options", other)
-                    Landing(other).remove()
+                    RunDirectory(other).remove()
         try:
             own.mkdir()
         except FileExistsError:
             if not is_ours(own, _is_landed):
                 raise taken(own) from None
     with locked(own, out):
-        landing = Landing(own)
-        landing.put_back(out)
+        run_directory = RunDirectory(own)
+        run_directory.put_back(out)
         with reported(out):
-            if not landing.is_complete:
-                landing.clear()
-        yield landing
+            if not run_directory.is_complete:
+                run_directory.clear()
+        yield run_directory
 
 
 def known_results(out: Path) -> dict[str, str]:
@@ -330,7 +330,7 @@ def known_results(out: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for directory in siblings(out, _KIND):
         if is_ours(directory, _is_landed):
-            found |= Landing(directory).results()
+            found |= RunDirectory(directory).results()
     return found
 
 
@@ -341,9 +341,9 @@ def remove_spent(out: Path) -> None:
         out: The directory that they were to make.
     """
     for directory in siblings(out, _KIND):
-        if is_ours(directory, _is_landed) and Landing(directory).is_spent:
+        if is_ours(directory, _is_landed) and RunDirectory(directory).is_spent:
             with suppress(OutputError), locked(directory, out, needs_lock=True):
-                if Landing(directory).is_spent:
+                if RunDirectory(directory).is_spent:
                     remove(directory)
 
 

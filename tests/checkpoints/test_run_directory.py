@@ -1,4 +1,4 @@
-"""The directory in which a run's results land: one run at a time, and nothing of another's."""
+"""The directory that holds a run's results: one run at a time, and nothing of another's."""
 
 import errno
 import fcntl
@@ -19,8 +19,8 @@ def names(folder) -> set[str]:
 
 
 def test_what_is_recorded_is_found_again(tmp_path):
-    with claim(tmp_path / "out", "key") as landing:
-        landing.record([{"name": "a"}, {"name": "b"}])
+    with claim(tmp_path / "out", "key") as run_directory:
+        run_directory.record([{"name": "a"}, {"name": "b"}])
     with claim(tmp_path / "out", "key") as again:
         assert again.rows() == [{"name": "a"}, {"name": "b"}]
         # By another process: another file.
@@ -34,10 +34,10 @@ def test_what_is_recorded_is_found_again(tmp_path):
 
 
 def test_another_key_starts_from_nothing_and_removes_what_was_left(tmp_path):
-    with claim(tmp_path / "out", "one") as landing:
-        landing.record([{"name": "a"}])
-    with claim(tmp_path / "other", "one"), claim(tmp_path / "out", "two") as landing:
-        assert landing.rows() == []
+    with claim(tmp_path / "out", "one") as run_directory:
+        run_directory.record([{"name": "a"}])
+    with claim(tmp_path / "other", "one"), claim(tmp_path / "out", "two") as run_directory:
+        assert run_directory.rows() == []
         assert names(tmp_path) == {".other.recovering-one", ".out.recovering-two"}
 
 
@@ -47,8 +47,8 @@ def test_a_run_keeps_every_other_one_out_until_it_dies(tmp_path, key):
     program = f"""
 import os, signal, sys, pathlib
 from detune.checkpoints import claim
-with claim(pathlib.Path({str(tmp_path / "out")!r}), "one") as landing:
-    landing.record([dict(name="a")])
+with claim(pathlib.Path({str(tmp_path / "out")!r}), "one") as run_directory:
+    run_directory.record([dict(name="a")])
     print(flush=True)
     sys.stdin.readline()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -58,8 +58,8 @@ with claim(pathlib.Path({str(tmp_path / "out")!r}), "one") as landing:
         with pytest.raises(OutputError, match=rf"another run is writing to .*out; process {first.pid} on .*; wait"):
             claim(tmp_path / "out", key).__enter__()
         first.communicate(b"\n")
-    with claim(tmp_path / "out", key) as landing:
-        assert len(landing.rows()) == (1 if key == "one" else 0)
+    with claim(tmp_path / "out", key) as run_directory:
+        assert len(run_directory.rows()) == (1 if key == "one" else 0)
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
@@ -109,8 +109,8 @@ def test_what_no_run_made_is_left_alone(tmp_path, content, own):
         with pytest.raises(OutputError, match=r"\.out\.recovering-one is in the way; no run of yours made it"):
             claim(tmp_path / "out", "one").__enter__()
     else:
-        with claim(tmp_path / "out", "two") as landing:
-            landing.remove()
+        with claim(tmp_path / "out", "two") as run_directory:
+            run_directory.remove()
     assert tree(place) == before
     assert names(tmp_path) == {place.name}
 
@@ -139,8 +139,8 @@ def test_a_planted_lock_is_not_followed(tmp_path, kind, key):
         with pytest.raises(OutputError, match=r"recovering-one.* is in the way; no run of yours made it"):
             claim(tmp_path / "out", key).__enter__()
     else:
-        with claim(tmp_path / "out", key) as landing:
-            landing.remove()
+        with claim(tmp_path / "out", key) as run_directory:
+            run_directory.remove()
     assert victim.read_text() == "mine"
     assert not (tmp_path / "nothing").exists()
     assert not (tmp_path / "elsewhere" / "lock").exists()
@@ -148,8 +148,8 @@ def test_a_planted_lock_is_not_followed(tmp_path, kind, key):
 
 
 def test_what_another_user_made_is_left_alone(tmp_path, monkeypatch):
-    with claim(tmp_path / "out", "one") as landing:
-        landing.record([{"name": "a"}])
+    with claim(tmp_path / "out", "one") as run_directory:
+        run_directory.record([{"name": "a"}])
     theirs = os.geteuid() + 1
     monkeypatch.setattr(os, "geteuid", lambda: theirs)
     own, stat = Path.stat, tmp_path.stat()
@@ -163,4 +163,4 @@ def test_what_another_user_made_is_left_alone(tmp_path, monkeypatch):
     assert stat.st_uid != theirs
     with pytest.raises(OutputError, match=r"recovering-one is in the way; no run of yours made it"):
         claim(tmp_path / "out", "one").__enter__()
-    assert (landing.directory / "lock").exists()
+    assert (run_directory.directory / "lock").exists()

@@ -1,4 +1,4 @@
-"""What lands of a tensor, the thread that lands it, and what is known of it afterwards."""
+"""Completed tensors: the thread that writes them, and what is known of them afterwards."""
 
 import logging
 import time
@@ -10,19 +10,19 @@ from types import TracebackType
 from typing import Any, Self
 
 from detune.adapters.changes import AdapterChange, AdapterRow, Kept
-from detune.checkpoints import CheckpointFiles, Kind, Landing, unpack_layers
+from detune.checkpoints import CheckpointFiles, Kind, RunDirectory, unpack_layers
 from detune.errors import DetuneError, OutputError
 from detune.recovery.report import TensorResult
 
 __all__ = [
     "FACTORS",
     "MASK",
-    "Landed",
-    "Lander",
+    "CompletedTensor",
+    "ResultWriter",
     "Solved",
     "Written",
     "read_changes",
-    "read_landed",
+    "read_completed",
     "read_masks",
     "verify",
 ]
@@ -38,13 +38,13 @@ RECORD_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Landed:
-    """What is known of a tensor that has landed, besides its bytes.
+class CompletedTensor:
+    """A completed tensor: all that is known of it besides its bytes.
 
     Attributes:
         row: For the report.
         written: The checksums of its bytes and parts.
-        changes: What it becomes in adapters; their factors are in a part of the landing.
+        changes: What it becomes in adapters; their factors are in a part of the run's directory.
     """
 
     row: TensorResult
@@ -56,7 +56,7 @@ class Landed:
         return asdict(self)
 
     @classmethod
-    def of_json(cls, content: Any) -> "Landed":
+    def of_json(cls, content: Any) -> "CompletedTensor":
         """The same again.
 
         Raises:
@@ -75,105 +75,107 @@ def _row(content: Mapping[str, Any]) -> AdapterRow:
     return AdapterRow(**{**content, "shape": tuple(content["shape"]), "kept": Kept(content["kept"])})
 
 
-def read_landed(landing: Landing) -> list[Landed]:
-    """What a landing's journal speaks of, in its order."""
+def read_completed(run_directory: RunDirectory) -> list[CompletedTensor]:
+    """What a run's journal speaks of, in its order."""
     found = []
-    for row in landing.rows():
+    for row in run_directory.rows():
         try:
-            found.append(Landed.of_json(row))
+            found.append(CompletedTensor.of_json(row))
         except (TypeError, LookupError, ValueError):
-            logger.warning("a line of the journal in %s speaks of no tensor", landing.directory)
+            logger.warning("a line of the journal in %s speaks of no tensor", run_directory.directory)
     return found
 
 
-def verify(landing: Landing, files: CheckpointFiles, names: Iterable[str]) -> dict[str, Landed]:
-    """Find what is still as it landed; forget the rest, and say so.
+def verify(run_directory: RunDirectory, files: CheckpointFiles, names: Iterable[str]) -> dict[str, CompletedTensor]:
+    """Find what is still as it was written; forget the rest, and say so.
 
     Args:
-        landing: Where it landed.
+        run_directory: The run's.
         files: The checkpoint in it.
-        names: The tensors that may have landed.
+        names: The tensors that may be complete.
 
     Returns:
-        What has landed, by tensor.
+        What is complete, by tensor.
 
     Raises:
         OutputError: The disk refuses.
     """
-    spoken_of: dict[str, list[Landed]] = {name: [] for name in names}
-    lines = read_landed(landing)
+    spoken_of: dict[str, list[CompletedTensor]] = {name: [] for name in names}
+    lines = read_completed(run_directory)
     for line in lines:
         spoken_of.get(line.row.name, []).append(line)
-    # A tensor that landed more than once is as one of its lines says.
+    # A tensor that was written more than once is as one of its lines says.
     found = {
-        name: next((line for line in candidates if _is_whole(line, landing, files)), None)
+        name: next((line for line in candidates if _is_whole(line, run_directory, files)), None)
         for name, candidates in spoken_of.items()
     }
-    whole = {name: landed for name, landed in found.items() if landed is not None}
+    whole = {name: completed for name, completed in found.items() if completed is not None}
     changed = [name for name, candidates in spoken_of.items() if candidates and name not in whole]
     if changed:
         logger.warning(
-            "%d of %d tensors in %s have changed since they landed, the first is %r: they are computed again",
+            "%d of %d tensors in %s have changed since they were written, the first is %r: they are computed again",
             len(changed),
             len(changed) + len(whole),
-            landing.directory,
+            run_directory.directory,
             changed[0],
         )
     if len(whole) < len(lines):
-        landing.keep([landed.to_json() for landed in whole.values()])
+        run_directory.keep([completed.to_json() for completed in whole.values()])
     return whole
 
 
-def _is_whole(landed: Landed, landing: Landing, files: CheckpointFiles) -> bool:
-    name = landed.row.name
-    if files.checksum(name) != landed.written.weights:
+def _is_whole(completed: CompletedTensor, run_directory: RunDirectory, files: CheckpointFiles) -> bool:
+    name = completed.row.name
+    if files.checksum(name) != completed.written.weights:
         return False
     try:
-        for suffix, checksum in landed.written.parts.items():
-            landing.read_part(name, suffix, checksum)
+        for suffix, checksum in completed.written.parts.items():
+            run_directory.read_part(name, suffix, checksum)
     except OutputError as error:
         logger.info("%s", error)
         return False
     return True
 
 
-def read_changes(landing: Landing, landed: Landed, kind: Kind | None) -> tuple[AdapterChange, ...]:
+def read_changes(
+    run_directory: RunDirectory, completed: CompletedTensor, kind: Kind | None
+) -> tuple[AdapterChange, ...]:
     """The changes of a tensor with their factors.
 
     Args:
-        landing: Where they are.
-        landed: The tensor.
+        run_directory: Where they are.
+        completed: The tensor.
         kind: What its weight is to PEFT, if that takes a LoRA.
 
     Raises:
-        OutputError: The factors have changed since they landed.
+        OutputError: The factors have changed since they were written.
     """
-    if kind is None or not any(change.row.kept is Kept.LORA for change in landed.changes):
-        return landed.changes
-    layers = unpack_layers(landing.read_part(landed.row.name, FACTORS, landed.written.parts[FACTORS]), kind)
-    return tuple(replace(change, layer=layers.get(change.model)) for change in landed.changes)
+    if kind is None or not any(change.row.kept is Kept.LORA for change in completed.changes):
+        return completed.changes
+    layers = unpack_layers(run_directory.read_part(completed.row.name, FACTORS, completed.written.parts[FACTORS]), kind)
+    return tuple(replace(change, layer=layers.get(change.model)) for change in completed.changes)
 
 
 def read_masks(
-    landing: Landing, landed: Mapping[str, Landed], names: Iterable[str]
+    run_directory: RunDirectory, completed: Mapping[str, CompletedTensor], names: Iterable[str]
 ) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
     """What `write_masks` takes, of each tensor whose bits were looked at.
 
     Args:
-        landing: Where they are.
-        landed: What has landed, by tensor.
+        run_directory: Where they are.
+        completed: What is complete, by tensor.
         names: The tensors in their order.
 
     Yields:
         A tensor's name, its shape and its mask.
 
     Raises:
-        OutputError: A mask has changed since it landed.
+        OutputError: A mask has changed since it was written.
     """
     for name in names:
-        parts = landed[name].written.parts
+        parts = completed[name].written.parts
         if MASK in parts:
-            yield name, landed[name].row.shape, landing.read_part(name, MASK, parts[MASK])
+            yield name, completed[name].row.shape, run_directory.read_part(name, MASK, parts[MASK])
 
 
 @dataclass(frozen=True)
@@ -204,32 +206,32 @@ class Solved:
     changes: tuple[AdapterChange, ...] = ()
 
 
-class Lander:
+class ResultWriter:
     """Writes tensors in a thread, one after the other, and then down that they are there. A context manager.
 
     What waits to be written holds memory: handing over more than `most_bytes` waits. Leaving the block waits for all
     that was handed over; leaving it by an exception, for what was computed.
 
     Args:
-        landing: Where to.
+        run_directory: Where to.
         files: The checkpoint in it.
         most_bytes: What tensors that wait may hold; one alone may hold more.
 
     Attributes:
-        landed: What has landed.
+        completed: What is complete.
     """
 
-    def __init__(self, landing: Landing, files: CheckpointFiles, most_bytes: int) -> None:
-        self._landing = landing
+    def __init__(self, run_directory: RunDirectory, files: CheckpointFiles, most_bytes: int) -> None:
+        self._run_directory = run_directory
         self._files = files
         self._most_bytes = most_bytes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="detune-write")
         self._waiting: deque[tuple[Future[None], int]] = deque()
-        self._unrecorded: list[Landed] = []
+        self._unrecorded: list[CompletedTensor] = []
         self._recorded = time.monotonic()
-        self.landed: list[Landed] = []
+        self.completed: list[CompletedTensor] = []
 
-    def land(self, solved: Solved, row: TensorResult) -> None:
+    def complete(self, solved: Solved, row: TensorResult) -> None:
         """Have a tensor written.
 
         Raises:
@@ -237,23 +239,23 @@ class Lander:
         """
         while self._waiting and (self._waiting[0][0].done() or not self._has_room(solved.held_bytes)):
             self._waiting.popleft()[0].result()
-        self._waiting.append((self._thread.submit(self._land, solved, row), solved.held_bytes))
+        self._waiting.append((self._thread.submit(self._write, solved, row), solved.held_bytes))
 
     def _has_room(self, more_bytes: int) -> bool:
         held_bytes = sum(held for _, held in self._waiting)
         return not more_bytes or held_bytes + more_bytes <= self._most_bytes
 
-    def _land(self, solved: Solved, row: TensorResult) -> None:
-        self._unrecorded.append(Landed(row, solved.write(), solved.changes))
+    def _write(self, solved: Solved, row: TensorResult) -> None:
+        self._unrecorded.append(CompletedTensor(row, solved.write(), solved.changes))
         if time.monotonic() - self._recorded > RECORD_SECONDS:
             self._record()
 
     def _record(self) -> None:
         if not self._unrecorded:
             return
-        self._files.sync(landed.row.name for landed in self._unrecorded)
-        self._landing.record([landed.to_json() for landed in self._unrecorded])
-        self.landed += self._unrecorded
+        self._files.sync(completed.row.name for completed in self._unrecorded)
+        self._run_directory.record([completed.to_json() for completed in self._unrecorded])
+        self.completed += self._unrecorded
         self._unrecorded = []
         self._recorded = time.monotonic()
 
