@@ -9,6 +9,7 @@ import pytest
 from transformers import BertConfig, BertModel
 
 import detune
+from detune.checkpoints import load_pretrained
 from tests.command import run_command
 from tests.families import Fine, fine_tune
 
@@ -87,3 +88,27 @@ def test_models_are_loaded_in_one_place() -> None:
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert ast.unparse(node.value) == "False"
     assert found == ["checkpoints/pretrained.py: factory"]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"_class_name": "StableDiffusionPipeline", "scheduler": ["evil", "X"]},
+        {"_class_name": ["evil", "X"], "scheduler": ["diffusers", "DDIMScheduler"]},
+        {"_class_name": "StableDiffusionPipeline", "scheduler": ["antigravity", "X"]},
+    ],
+)
+def test_a_pipeline_names_no_library_of_its_own(tmp_path, monkeypatch, index) -> None:
+    """Whatever the installed version of diffusers would do: it is not asked."""
+    from diffusers import StableDiffusionPipeline
+
+    (tmp_path / "scheduler").mkdir()
+    for file in ("evil.py", "scheduler/evil.py"):
+        (tmp_path / file).write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("diffusers is asked"))
+    with pytest.raises(detune.InputError, match=r"needs code of its own; its files name classes in Python files"):
+        load_pretrained(StableDiffusionPipeline, tmp_path)
+    assert not (tmp_path / "ran").exists()

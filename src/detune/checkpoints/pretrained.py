@@ -47,6 +47,8 @@ def load_pretrained(factory: Any, directory: Path | str, **options: Any) -> Any:
     path = Path(directory) / "config.json"
     if path.is_file():
         require_reasonable(read_json(path), path)
+    if factory.__module__.startswith("diffusers."):
+        _require_libraries(Path(directory) / "model_index.json")
     # The models of diffusers run no code of others, and take the option for a part of their configuration.
     if not (factory.__module__.startswith("diffusers.") and issubclass(factory, torch.nn.Module)):
         options["trust_remote_code"] = False
@@ -55,11 +57,29 @@ def load_pretrained(factory: Any, directory: Path | str, **options: Any) -> Any:
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise InputError(
-            f"{directory} needs code of its own",
-            "its files name classes in Python files beside them (auto_map), and no code of a model is run here",
-            "give a model whose class is one of transformers or diffusers",
-        ) from None
+        raise _own_code(directory) from None
+
+
+def _own_code(directory: Path | str) -> InputError:
+    return InputError(
+        f"{directory} needs code of its own",
+        "its files name classes in Python files beside them, and no code of a model is run here",
+        "give a model whose class is one of transformers or diffusers",
+    )
+
+
+def _require_libraries(path: Path) -> None:
+    """Refuse a pipeline with parts of other libraries: old versions of diffusers import whatever it names."""
+    if not path.is_file():
+        return
+    from diffusers import pipelines
+
+    with parsing(path):
+        index = read_json(path)
+        parts = [part[0] for name, part in index.items() if not name.startswith("_") and isinstance(part, list)]
+        known = [library in (None, "diffusers", "transformers") or hasattr(pipelines, library) for library in parts]
+        if not all(known) or not isinstance(index.get("_class_name", ""), str):
+            raise _own_code(path.parent)
 
 
 def require_reasonable(config: Any, where: Path) -> None:
