@@ -49,7 +49,7 @@ THIRD_PARTY = {
     "fitting": {"torch", "numpy"},
     "identifiability": {"torch"},
     "ranks": {"torch"},
-    "lattice": {"torch"},
+    "lattice": {"torch", "numpy", "numba"},
     "methods": {"torch"},
     "certificate": {"torch"},
     "compatibility": {"torch"},

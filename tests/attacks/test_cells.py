@@ -1,15 +1,18 @@
 """Quantised releases: levels read off them, and the base between their cells, against what could be had at best."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from detune.attacks.cells import Cells, between_levels, within_cells
+from detune.attacks.cells import CellEntries, Cells, between_levels, within_cells
 from detune.attacks.denoise import denoised
 from detune.checkpoints import open_checkpoint
 from detune.compatibility.levels import levels_of
 from detune.defences import Int8, Nf4
 from detune.errors import InputError
+from detune.lattice.estimate import Estimate
 from detune.methods import Mean
 from detune.metrics import w_error
 from detune.problem import Stack
@@ -40,6 +43,12 @@ def problem(seed: int, size: float, shared: float = 0.0) -> tuple[Tensor, Tensor
         A = shared * common + (1 - shared**2) ** 0.5 * normal(generator, RANK, IN)
         deltas.append(size * normal(generator, OUT, RANK) @ A / RANK**0.5)
     return W, torch.stack(deltas)
+
+
+def known(deltas: Tensor) -> list[Estimate]:
+    """Estimates that are the deltas themselves, `(n, out, in)`, to 1e-7."""
+    nothing = Estimate.nothing((deltas.shape[1], deltas.shape[2]), 1e-14)
+    return [replace(nothing, left=M_i.float(), right=torch.eye(deltas.shape[2])) for M_i in deltas]
 
 
 @pytest.mark.parametrize("name", DEFENCES)
@@ -96,7 +105,7 @@ class TestAttack:
         assert found < w_error(Mean().solve(stack).weight, W) - 0.25
         cells = [levels_of(model) for model in models]
         low, high = torch.stack([cell.low for cell in cells]), torch.stack([cell.high for cell in cells])
-        least = w_error(within_cells(low, high, deltas, torch.full_like(deltas, 1e-14)), W)
+        least = w_error(within_cells(CellEntries(low, high), known(deltas)), W)
         assert least < found < least + (0.15 if not shared else 0.35)
 
     def test_releases_that_hardly_differ(self, quantise):
@@ -118,12 +127,12 @@ class TestWithinCells:
         W = 100 * normal(seeded(0), 4, 50)
         low = W + torch.tensor([-0.5, -0.1, -0.8], dtype=torch.float64)[:, None, None]
         m = normal(seeded(1), 3, 4, 50)
-        found = within_cells(low + m, low + m + 1, m, torch.full_like(m, 1e-14))
+        found = within_cells(CellEntries(low + m, low + m + 1), known(m))
         torch.testing.assert_close(found, W + 0.05, rtol=0, atol=1e-3)
 
     def test_in_a_wide_cell_small_weights_are_likelier(self):
         generator = seeded(0)
         W = normal(generator, 4, 400)
         low, high = torch.where(W > 0, 0.0, -8.0)[None], torch.where(W > 0, 8.0, 0.0)[None]
-        found = within_cells(low, high, torch.zeros_like(low), torch.full_like(low, 1e-14))
+        found = within_cells(CellEntries(low, high), known(torch.zeros_like(low)))
         assert float((found - W).square().mean()) < 0.5 * float(((low + high)[0] / 2 - W).square().mean())

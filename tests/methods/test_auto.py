@@ -37,9 +37,8 @@ def test_a_half_precision_base_left_alone_by_one_model_is_no_coarse_noise():
     W = torch.randn(128, 128, generator=generator).bfloat16().float()
     models = [W + lora(generator, 128, 128, 4, 0.03), W + lora(generator, 128, 128, 4, 0.03), W]
     recovery = recover_matrix(models)
-    assert recovery.ranks == (4, 4, 0)
-    assert 0.3 < recovery.noise_ratio < 2
-    assert w_error(recovery.weight, W) < -14
+    assert recovery.method == "unchanged"
+    assert torch.equal(recovery.weight.float(), W)
 
 
 def test_one_frozen_a_is_never_called_recovered():

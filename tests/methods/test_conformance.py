@@ -66,7 +66,7 @@ def test_residual_is_the_one_of_its_own_answer(case):
     problem = problem_of(case)
     recovery = solve(case, problem.stack)
     if recovery.relative_residual is None:
-        assert case.solver in ("single", "shira")
+        assert case.solver in ("single", "shira") or recovery.method == "unchanged"
         return
     models = problem.stack.double()
     deltas = [M_i.dense().double() for M_i in recovery.deltas] or [torch.zeros_like(models[0])] * len(models)

@@ -5,26 +5,26 @@ same one, so the errors are no noise that averages out, and what an entry says o
 another cell. Here that is what is fitted: `low_i < W + M_i < high_i` for every entry, `M_i` of low rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from detune.attacks.denoise import best_split, with_measured_noise
+from detune.compatibility.levels import levels_of
 from detune.attacks.rebuild import rebuild
-from detune.compatibility.levels import Levels, levels_of
-from detune.lattice.estimate import LEAST_SIZE, Estimate
-from detune.lattice.joint_rows import Measurements, fit_rows, normalised
-from detune.lattice.posterior import Posterior, posterior
+from detune.lattice.decode import decoded
+from detune.lattice.entries import grid_of, row_blocks
+from detune.lattice.estimate import Estimate, means
+from detune.lattice.message_passing import sweep
 from detune.problem import Stack
 
-__all__ = ["Cells", "between_levels", "within_cells"]
+__all__ = ["CellEntries", "Cells", "between_levels", "within_cells"]
 
-# Entries of all models that are worked on at a time: what is computed of them stays in the processor's cache.
-BLOCK_ENTRIES = 1 << 17
 # The cell that stands for what is known of W before: thin against the spread of a row's weights.
 THIN = 1e-4
 
@@ -65,98 +65,83 @@ def between_levels(stack: Stack, sweeps: int = 4) -> Tensor:
         InputError: They are not quantised.
     """
     cells = [levels_of(W_i) for W_i in stack.matrices]
-    levels = Levels(torch.stack([cell.low for cell in cells]), torch.stack([cell.high for cell in cells]))
+    low, high = torch.stack([cell.low for cell in cells]), torch.stack([cell.high for cell in cells])
+    entries = CellEntries(low.cpu(), high.cpu())
     measured = with_measured_noise(stack)
     if not measured.noise_override:
         # Releases that hardly differ: as far as anybody knows, by no more than their cells.
-        size = float((levels.high - levels.low).square().mean() / 12) ** 0.5
+        size = float((entries.high - entries.low).square().mean() / 12) ** 0.5
         measured = replace(stack, noise_override=(size,) * stack.n)
-    noise = float(measured.noise[0])
-    share = sum(stack.shape) / (stack.shape[0] * stack.shape[1])
-    estimates: Sequence[Estimate] = [
-        Estimate.of(M_i, noise**2 * max(1, M_i.rank) * share) for M_i in best_split(measured).deltas
-    ]
-    turned = Levels(levels.low.mT.contiguous(), levels.high.mT.contiguous())
+    variance = float(measured.noise[0]) ** 2
+    estimates = tuple(Estimate.of(M_i, variance) for M_i in best_split(measured).deltas)
     for _ in range(sweeps):
-        estimates = _fit_rows(levels, estimates)
-        estimates = [e.transposed for e in _fit_rows(turned, [e.transposed for e in estimates])]
-    weight = torch.empty_like(levels.low[0])
-    for block in _blocks(levels, estimates):
-        weight[block.rows] = within_cells(block.low, block.high, block.m, block.v)
+        estimates = sweep(entries, estimates, grid_of(None))
+    weight = torch.empty(stack.shape, dtype=torch.float64)
+    for rows in row_blocks(entries):
+        block = CellEntries(entries.low[:, rows], entries.high[:, rows])
+        weight[rows] = within_cells(block, [e.part(rows, slice(None)) for e in estimates])
     return weight
 
 
-def within_cells(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> Tensor:
-    """The posterior mean of W, entry by entry, where its row's weights are normal.
-
-    Args:
-        low: Lower ends of every model's cells, `(n, rows, in)`, float64.
-        high: Upper ends.
-        m: Deltas, `(n, rows, in)`.
-        v: Their variances.
-
-    Returns:
-        `(rows, in)`.
-    """
-    middle = ((low + high) / 2 - m).mean(dim=0)
-    mean, std = middle.mean(dim=1, keepdim=True), middle.std(dim=1, keepdim=True).clamp(min=LEAST_SIZE**0.5)
-    # One model more, of a thin cell and with a delta of the spread of W, is a normal prior on W.
-    prior = mean.expand_as(middle)[None]
-    low, high = (torch.cat([end, prior + side * THIN * std]) for end, side in ((low, -1), (high, 1)))
-    m, v = torch.cat([m, torch.zeros_like(prior)]), torch.cat([v, std.square().expand_as(middle)[None]])
-    found = _posterior(low, high, m, v)
-    return found.weight.view_as(middle)
-
-
 @dataclass(frozen=True)
-class _Block:
-    """Some rows of all models.
+class CellEntries:
+    """Entries that were quantised; see `detune.lattice.entries.Entries`.
 
     Attributes:
-        rows: Which.
-        low: Lower ends of the cells, `(n, rows, in)`.
+        low: Lower ends of every model's cells, `(n, out, in)`, float64, on the CPU.
         high: Upper ends.
-        m: Deltas.
-        v: Their variances.
     """
 
-    rows: slice
     low: Tensor
     high: Tensor
-    m: Tensor
-    v: Tensor
+
+    @property
+    def n(self) -> int:
+        """Number of models."""
+        return len(self.low)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self.low.shape[1], self.low.shape[2]
+
+    @property
+    def transposed(self) -> "CellEntries":
+        """The transposed matrices; nothing is copied."""
+        return CellEntries(self.low.mT, self.high.mT)
+
+    def part(self, rows: Tensor | None, columns: Tensor | None) -> "CellEntries":
+        """Some rows and columns, copied."""
+        low, high = self.low, self.high
+        if rows is not None:
+            low, high = low.index_select(1, rows), high.index_select(1, rows)
+        if columns is not None:
+            low, high = low.index_select(2, columns), high.index_select(2, columns)
+        return CellEntries(low, high)
+
+    def block(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper ends in some rows."""
+        return self.low[:, rows].contiguous().numpy(), self.high[:, rows].contiguous().numpy()
 
 
-def _blocks(levels: Levels, estimates: Sequence[Estimate]) -> Iterator[_Block]:
-    n, out, columns = levels.low.shape
-    height = max(1, BLOCK_ENTRIES // (n * columns))
-    for start in range(0, out, height):
-        rows = slice(start, min(start + height, out))
-        variances = [e.rows[0, rows, None] * e.columns[1] + e.rows[1, rows, None] * e.columns[0] for e in estimates]
-        yield _Block(
-            rows,
-            levels.low[:, rows],
-            levels.high[:, rows],
-            torch.stack([e.mean(rows) for e in estimates]),
-            torch.stack(variances).clamp(min=LEAST_SIZE),
-        )
+def within_cells(entries: CellEntries, estimates: Sequence[Estimate]) -> Tensor:
+    """The mean of W in every entry, where its row's weights are normal.
 
+    Args:
+        entries: The cells of every model.
+        estimates: Their deltas.
 
-def _fit_rows(levels: Levels, estimates: Sequence[Estimate]) -> tuple[Estimate, ...]:
-    """A Newton step for every row of the left factors of all models together, given the right ones."""
-    estimates = [normalised(e) for e in estimates]
-    (fitted,) = fit_rows(estimates, None, ((block.rows, _measured(block)) for block in _blocks(levels, estimates)))
-    return fitted
-
-
-def _measured(block: _Block) -> Measurements:
-    """Measure the deltas by the cells: score and precision of a normal number in an interval."""
-    found = _posterior(block.low, block.high, block.m, block.v)
-    delta, variance, pull = (part.view_as(block.v) for part in (found.delta, found.delta_variance, found.pull))
-    return Measurements.of(found._replace(delta=delta, delta_variance=variance, pull=pull), block.m, block.v)
-
-
-def _posterior(low: Tensor, high: Tensor, m: Tensor, v: Tensor) -> Posterior:
-    """The posterior of every entry by itself, W between all grids; entries in one row."""
-    low, high, m, v = (each.flatten(start_dim=1) for each in (low, high, m, v))
-    return posterior(low, high, m, v, None)
+    Returns:
+        `(out, in)`, float64.
+    """
+    low, high = entries.low, entries.high
+    middle = ((low + high) / 2 - torch.from_numpy(means(estimates))).mean(dim=0)
+    mean, std = middle.mean(dim=1), middle.std(dim=1, correction=0)
+    # One model more, of a thin cell and with a delta of the spread of W, is a normal prior on W.
+    ends = (
+        torch.cat([end, (mean + side * THIN * std)[None, :, None].expand(1, *entries.shape)])
+        for end, side in ((low, -1), (high, 1))
+    )
+    nothing = Estimate.nothing(entries.shape, 0.0)
+    prior = replace(nothing, left=torch.zeros(len(std), 1), right=torch.ones(entries.shape[1], 1), rows=std.square())
+    return decoded(CellEntries(*ends), [*estimates, prior], grid_of(None)).weight

@@ -59,6 +59,9 @@ def certify(
     if recovery.source_models:
         part, of_part = finest_part(stack, recovery)
         return certify(part, of_part, stored, check)
+    if recovery.hidden_mse:
+        reason = f"exact, if {recovery.reason.partition(':')[0]} because it left the matrix alone"
+        return Certificate.of_error(Verdict.APPROXIMATE, reason, PredictedError(0.0, 0.0, recovery.hidden_mse))
     if recovery.method == "unchanged":
         return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
     if recovery.bits is not None:

@@ -1,111 +1,130 @@
 """What the interval fit knows of one `M_i`: its factors, and how far off each entry may be."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from detune.problem.low_rank import LowRank
-from detune.problem.recovery import Recovery
-from detune.problem.stack import Stack
 
-# Mean square of factors that are zero, and variance of what they give: with none there would be nothing to divide by.
-LEAST_SIZE = 1e-30
-# A direction with less than this share of its uncertainty is none.
-GONE = 0.01
+if TYPE_CHECKING:
+    from detune.lattice.kernels import Known
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """`M_i` and how well its entries are known: `variance[a, b] = scale (q_a p_b + p'_a q'_b)`.
+    """`M_i = left right^T`, and the variance of its entries.
+
+    That of entry `(a, b)` is `rows[a] |right[b]|^2 + |left[a]|^2 columns[b] + lack`.
 
     Attributes:
-        left: L, `(out, r)`, float64.
-        right: R, `(in, r)`, float64; `M_i = L R^T`.
-        rows: `(2, out)`: variance `q_a` of a row's coordinates, and its weight `p'_a` in the columns' variance.
-        columns: `(2, in)`: the same for columns.
-        scale: What the variance must be multiplied by to agree with entries that were held out.
-        shared_rows: `(out,)`: in an entry all models have an error in common, whose variance is so many times that.
-        shared_columns: `(in,)`; the two are added.
+        left: `(out, r)`, float32.
+        right: `(in, r)`, float32.
+        rows: Variance of each coordinate of a row of `left`, `(out,)`.
+        columns: Variance of each coordinate of a row of `right`, `(in,)`.
+        lack: Mean square of what no direction holds yet.
     """
 
     left: Tensor
     right: Tensor
     rows: Tensor
     columns: Tensor
-    shared_rows: Tensor
-    shared_columns: Tensor
-    scale: float = 1.0
+    lack: float = 0.0
+
+    @classmethod
+    def nothing(cls, shape: tuple[int, int], lack: float) -> "Estimate":
+        """An estimate without directions, of a delta with entries of mean square `lack`."""
+        out, columns = shape
+        return cls(torch.zeros(out, 0), torch.zeros(columns, 0), torch.zeros(out), torch.zeros(columns), lack)
 
     @classmethod
     def of(cls, M_i: LowRank, variance: float) -> "Estimate":
-        """A start whose entries all have one variance; a delta of rank 0 is one of rank 1 that is zero."""
-        left, right = (f.double() if M_i.rank else f.new_zeros(len(f), 1).double() for f in (M_i.left, M_i.right))
-        rows, columns = (
-            torch.stack([torch.full_like(factor[:, 0], variance / 2), torch.ones_like(factor[:, 0])])
-            for factor in (left, right)
-        )
-        return cls(left, right, rows, columns, torch.zeros_like(rows[0]), torch.zeros_like(columns[0]))
+        """An estimate from a least-squares fit to entries whose noise has a variance.
+
+        Each of the `r (out + in)` numbers takes its share of the noise.
+        """
+        left, right = (factor.to("cpu", torch.float32) for factor in (M_i.left, M_i.right))
+        found = cls(left, right, torch.zeros(len(left)), torch.zeros(len(right))).normalised()
+        size = float(found.left.square().sum(dim=1).mean()) if M_i.rank else 1.0
+        rows = torch.full((len(left),), variance / len(right))
+        columns = torch.full((len(right),), variance * M_i.rank / len(left) / max(size, 1e-30))
+        return replace(found, rows=rows, columns=columns)
 
     @property
-    def transposed(self) -> "Estimate":
-        """Of the transposed matrix."""
-        return Estimate(
-            self.right, self.left, self.columns, self.rows, self.shared_columns, self.shared_rows, self.scale
-        )
+    def rank(self) -> int:
+        """Number of directions."""
+        return self.left.shape[1]
+
+    @property
+    def variance(self) -> float:
+        """The mean over all entries."""
+        rows = self.rows.mean() * self.right.square().sum(dim=1).mean()
+        return float(rows + self.left.square().sum(dim=1).mean() * self.columns.mean()) + self.lack
 
     @property
     def low_rank(self) -> LowRank:
-        """The estimate itself."""
-        return LowRank(self.left, self.right)
+        """The estimate itself, float64."""
+        return LowRank(self.left.double(), self.right.double())
 
     @property
-    def significant(self) -> LowRank:
-        """The estimate without the directions that the fit has shrunk to nothing."""
-        Q, T = torch.linalg.qr(self.left)
-        P, B = torch.linalg.qr(self.right)
-        U, S, Vh = torch.linalg.svd(T @ B.mT)
-        rows, columns = self.rows.mean(dim=1), self.columns.mean(dim=1)
-        energy = self.scale * (rows * columns.flip(0)).sum() * (len(Q) * len(P))
-        kept = S.square() > GONE * energy / len(S)
-        return LowRank(Q @ (U[:, kept] * S[kept]), P @ Vh[kept].mT)
+    def transposed(self) -> "Estimate":
+        """The estimate for the transposed matrix."""
+        return Estimate(self.right, self.left, self.columns, self.rows, self.lack)
 
-    @property
-    def nothing(self) -> LowRank:
-        """A delta of rank 0 of the same shape."""
-        return LowRank(self.left[:, :0], self.right[:, :0])
-
-    def mean(self, rows: slice) -> Tensor:
-        """Of some rows, `(rows, in)`."""
-        return self.left[rows] @ self.right.mT
-
-    def at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of single entries, `(entries,)` each."""
-        mean = (self.left[rows] * self.right[columns]).sum(dim=1)
-        variance = self.rows[0, rows] * self.columns[1, columns] + self.rows[1, rows] * self.columns[0, columns]
-        return mean, (self.scale * variance).clamp(min=LEAST_SIZE)
-
-    def given_columns(self, columns: Tensor) -> "Estimate":
-        """Of some of the columns."""
-        return replace(
-            self,
-            right=self.right[columns],
-            columns=self.columns[:, columns],
-            shared_columns=self.shared_columns[columns],
+    def normalised(self) -> "Estimate":
+        """The same product with orthogonal columns of `left`, and `right^T right = in * I`: coordinates are alike."""
+        if not self.rank:
+            return self
+        Q, T = torch.linalg.qr(self.right)
+        U, S, Vh = torch.linalg.svd(self.left @ T.mT, full_matrices=False)
+        root = len(Q) ** 0.5
+        left, right = U * (S / root), (Q @ Vh.mT) * root
+        # The variances of entries stay what they are.
+        return Estimate(
+            left,
+            right,
+            self.rows * (self.right.square().sum() / right.square().sum()),
+            self.columns * (self.left.square().sum() / left.square().sum().clamp(min=1e-38)),
+            self.lack,
         )
 
+    def within(self, spaces: tuple[Tensor, Tensor] | None) -> "Estimate":
+        """The estimate with its factors projected onto orthonormal bases that hold the true ones; None holds all."""
+        if spaces is None:
+            return self
+        left, right = spaces
+        return replace(self, left=left @ (left.mT @ self.left), right=right @ (right.mT @ self.right))
 
-def from_recovery(stack: Stack, start: Recovery | None) -> tuple[Estimate, ...] | None:
-    """Estimates from a least-squares fit, whose entries have about the variance `noise^2 r (d + k) / d k`.
+    def significant(self) -> "Estimate":
+        """The estimate without the directions that are no larger than what its rows are uncertain by."""
+        kept = self.left.square().mean(dim=0) > self.rows.mean()
+        return replace(self, left=self.left[:, kept], right=self.right[:, kept], rows=self.rows * bool(kept.any()))
 
-    The noise is that of the model less the mean of the others: a fine model's `M_i` is no better known than their W.
-    """
-    if start is None or not any(M_i.rank for M_i in start.deltas):
-        return None
-    out, columns = stack.shape
-    own = stack.noise.square()
-    noise = own + (own.sum() - own) / max(1, stack.n - 1) ** 2
-    return tuple(
-        Estimate.of(M_i, float(variance) * max(1, M_i.rank) * (out + columns) / (out * columns))
-        for M_i, variance in zip(start.deltas, noise, strict=True)
+    def part(self, rows: Tensor | slice, columns: Tensor | slice) -> "Estimate":
+        """The estimate for some of the rows and columns."""
+        return Estimate(self.left[rows], self.right[columns], self.rows[rows], self.columns[columns], self.lack)
+
+
+def means(estimates: Sequence[Estimate]) -> np.ndarray:
+    """All `M_i`, `(n, out, in)`, float32."""
+    return torch.stack([e.left @ e.right.mT for e in estimates]).numpy()
+
+
+def known(estimates: Sequence[Estimate], grid: np.ndarray) -> "Known":
+    """The rest of what the estimates say, as the compiled loops take it."""
+    from detune.lattice.kernels import Known
+
+    def stacked(parts: Sequence[Tensor]) -> np.ndarray:
+        return torch.stack([part.double() for part in parts]).numpy()
+
+    return Known(
+        stacked([e.rows for e in estimates]),
+        stacked([e.left.square().sum(dim=1) for e in estimates]),
+        stacked([e.columns for e in estimates]),
+        stacked([e.right.square().sum(dim=1) for e in estimates]),
+        np.array([e.lack for e in estimates]),
+        grid,
     )

@@ -1,129 +1,236 @@
-"""Sweeps of the interval fit: every `M_i = L R^T` given the posterior of its entries, rows by rows, then columns.
+"""Sweeps of the interval fit: every `M_i = L R^T` given what its entries say, rows by rows, then columns.
 
-The posterior of an entry sees each `M_i` through its estimate `N(m, v)`; what it adds to that is a measurement, whose
-gradient and precision are the score's: `(m_new - m) / v` and `(1 - v_new / v) / v`. A half sweep makes one Newton step
-for each row of the L of all models together, given R (`detune.lattice.joint_rows`). That is generalised approximate
-message passing (Rangan 2011, arXiv 1010.5141) with the low-rank factors as its linear part.
+Each entry's posterior sees the `M_i` through the estimates so far; what it adds is a normal measurement of the `M_i`
+(`detune.lattice.kernels`). A half sweep makes one Newton step for each row of the L of all models together, given R:
+where an entry's W is open it says only how the `M_i` differ, and rows that are fitted model by model, each taking W
+from the others, undo a common error in many small steps.
 
-The r numbers of a row need no more than a few hundred entries each, so wide matrices are seen through some of their
-columns: a sweep costs in proportion to `out + in`, not to their product.
+The r numbers of a row need no more than a few hundred entries each, so large matrices are seen through some of their
+rows and columns.
+
+Reference:
+    Minka, "Expectation propagation for approximate Bayesian inference", UAI 2001 (arXiv 1301.2294);
+    Rangan, "Generalized approximate message passing", 2011 (arXiv 1010.5141): the same for many small contributions.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from detune.lattice.estimate import Estimate
-from detune.lattice.intervals import Settled, View, views
-from detune.lattice.joint_rows import LEAST_SHARE, Measurements, fit_rows, normalised
-from detune.lattice.posterior import SLACK
-from detune.lattice.truncated_normal import one_sided, truncated_normal
-from detune.numerics.random import seeded
-from detune.problem.stack import Stack
+from detune.lattice.entries import Entries, row_blocks
+from detune.lattice.estimate import Estimate, known, means
 
-# A row of L is fitted to so many entries, or so many for each of its numbers, if there are more.
-MOST_SEEN, SEEN_PER_RANK = 1024, 48
-# An end of its interval that is so many standard deviations off says nothing of an M_i.
-SILENT = 4.5
+# Conjugate gradients: a model's own equations are close to those of all, so few steps, or a small rest, are enough.
+MOST_STEPS, REST = 12, 0.03
+# Equations are made in float32 and must stay positive.
+ROUNDED = 1e-6
+LEAST = 1e-30
+# One squared deviation more than this says no more: the rest is a wild entry.
+MOST_SQUARE = 25.0
+# Squares that are this many times what they should be do not come by chance in one row of two thousand: chi-squared of
+# one degree, as one entry often says most of what a row's held-out entries say.
+LOCKED = 12.0
+# What is held to be lacking changes by no more than these factors in a half sweep: it is seen in few entries.
+MOST_RISE, LEAST_FALL = 8.0, 0.9
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What the entries of some rows say of the `M_i`, each `(n, rows, in)`, float32; see `detune.lattice.kernels`."""
+
+    gradient: Tensor
+    precision: Tensor
+    pull: Tensor
+
+    @classmethod
+    def of(
+        cls, entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, rows: slice, for_rows: bool
+    ) -> "Measurements":
+        """Ask the entries of some rows."""
+        from detune.lattice.kernels import measure
+
+        low, high = entries.block(rows)
+        here = [e.part(rows, slice(None)) for e in estimates]
+        found = [np.empty(low.shape, dtype=np.float32) for _ in range(3)]
+        measure(low, high, means(here), known(here, grid), for_rows, *found)
+        return cls(*map(torch.from_numpy, found))
+
+    def only(self, used: Tensor) -> "Measurements":
+        """The measurements of some entries, `(rows, in)`, bool."""
+        return Measurements(self.gradient * used, self.precision * used, self.pull * used)
+
+    @property
+    def alone(self) -> Tensor:
+        """Precisions of each `M_i` with the others as they are."""
+        return self.precision - self.pull.square()
 
 
 def sweep(
-    stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype | None, used: Tensor | None = None, seed: int = 0
+    entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor | None = None
 ) -> tuple[Estimate, ...]:
     """New left factors for the right ones, then new right factors for the left ones.
 
     Args:
-        stack: The models.
+        entries: The models.
         estimates: One for each.
-        grid: The dtype that W lies on; None is no grid.
-        used: Which entries to use, `(out, in)`, bool; None is all.
-        seed: Of the columns, and rows, that are looked at.
+        grid: That W lies on, as in `Known`.
+        held: Entries that are kept from the fit, `(out, in)`, bool: they tell what the estimates lack. None fits all.
     """
-    return next(sweep_each(stack, estimates, grid, [used], seed))
-
-
-def sweep_each(
-    stack: Stack, estimates: Sequence[Estimate], grid: torch.dtype | None, uses: Sequence[Tensor | None], seed: int = 0
-) -> Iterator[tuple[Estimate, ...]]:
-    """A sweep from the same start for each of several choices of entries; what all entries say first is found once.
-
-    Args:
-        stack: As in `sweep`.
-        estimates: As there.
-        grid: As there.
-        uses: As `used` there, each.
-        seed: As there.
-    """
-    for left, used in zip(half_sweep(stack, estimates, grid, uses, seed), uses, strict=True):
-        turned = [None if used is None else used.mT]
-        (found,) = half_sweep(stack.transposed, [e.transposed for e in left], grid, turned, seed)
-        yield tuple(e.transposed for e in found)
+    found = half_sweep(entries, estimates, grid, held)
+    turned = [e.transposed for e in found]
+    found = half_sweep(entries.transposed, turned, grid, None if held is None else held.mT)
+    return tuple(e.transposed for e in found)
 
 
 def half_sweep(
-    stack: Stack,
-    estimates: Sequence[Estimate],
-    grid: torch.dtype | None,
-    uses: Sequence[Tensor | None] = (None,),
-    seed: int = 0,
-) -> list[tuple[Estimate, ...]]:
-    """New left factors for the right ones, row by row, for each choice of entries."""
-    estimates = tuple(map(normalised, estimates))
-    seen = _seen(stack, estimates, seed)
-    looked_at = estimates
-    if seen is not None:
-        stack = replace(stack, matrices=tuple(W_i.index_select(1, seen.to(W_i.device)) for W_i in stack.matrices))
-        looked_at = tuple(e.given_columns(seen) for e in estimates)
-        uses = [None if used is None else used[:, seen] for used in uses]
-    measured = ((view.rows, _measurements(view, grid)) for view in views(stack, looked_at))
-    return fit_rows(estimates, seen, measured, uses)
+    entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor | None = None
+) -> tuple[Estimate, ...]:
+    """New left factors for the right ones, without directions that are no larger than what they are uncertain by."""
+    return tuple(e.significant() for e in stepped(entries, [e.normalised() for e in estimates], grid, held))
 
 
-def _measurements(view: View, grid: torch.dtype | None) -> Measurements:
-    """What the entries say."""
-    gradient, precision, pull = (torch.zeros_like(view.m) for _ in range(3))
-    if grid is None:
-        places = torch.arange(view.m[0].numel(), device=view.m.device)
-    else:
-        settled = view.settle(grid, SLACK)
-        _measure_settled(view, settled, precision.view(-1), gradient.view(-1))
-        places = settled.open.flatten().nonzero().squeeze(1)
-    v = view.variance(places)
-    _, _, m = view.at(places)
-    found = view.posterior(places, v, grid, common=view.common(places, v))
-    said = Measurements.of(found, m, v)
-    for whole, part in ((gradient, said.gradient), (precision, said.precision), (pull, said.pull)):
-        whole.flatten(start_dim=1)[:, places] = part
-    return Measurements(gradient, precision, pull)
+def stepped(
+    entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor | None = None
+) -> tuple[Estimate, ...]:
+    """A Newton step for each row of the left factors, and how well its numbers are known then."""
+    equations = [_Equations.of(e) for e in estimates]
+    seen = [_Lack() for _ in estimates]
+    lefts: list[list[Tensor]] = [[] for _ in estimates]
+    variances: list[list[Tensor]] = [[] for _ in estimates]
+    for rows in row_blocks(entries):
+        said = Measurements.of(entries, estimates, grid, rows, for_rows=True)
+        here = [e.part(rows, slice(None)) for e in estimates]
+        if held is not None:
+            wider = [lack.add(said, i, here[i], held[rows]) for i, lack in enumerate(seen)]
+            said = said.only(~held[rows])
+        for i, (step, variance) in enumerate(_joint_steps(said, here, equations)):
+            lefts[i].append(here[i].left + step)
+            if held is not None:
+                # No row is less certain than rows are large.
+                most = here[i].left.square().mean() if here[i].rank else variance.new_zeros(())
+                variance = torch.maximum(variance, torch.minimum(variance * wider[i], most))
+            variances[i].append(variance)
+    return tuple(
+        replace(
+            e,
+            left=torch.cat(left),
+            rows=torch.cat(variance),
+            lack=e.lack if held is None else lack.update(e.lack),
+        )
+        for e, left, variance, lack in zip(estimates, lefts, variances, seen, strict=True)
+    )
 
 
-def _measure_settled(view: View, settled: Settled, precision: Tensor, gradient: Tensor) -> None:
-    """Fill in what the entries with one grid point say: only those near an end of their interval say anything."""
-    above = settled.weight + view.m
-    to_high = view.high - above
-    to_low = above.sub_(view.low)
-    near = (torch.minimum(to_low, to_high) < SILENT * view.deviation) & ~settled.open
-    places = near.flatten().nonzero().squeeze(1)
-    v = view.variance_of(places)
-    std = v.sqrt()
-    below, above = to_low.flatten()[places] / std, to_high.flatten()[places] / std
-    shift, share = one_sided(torch.minimum(below, above))
-    shift = torch.where(below < above, shift, -shift)
-    both = (torch.maximum(below, above) < SILENT).nonzero().squeeze(1)
-    if len(both):
-        moments = truncated_normal(-below[both], (below + above)[both])
-        shift[both], share[both] = moments.mean, 1 - moments.variance
-    precision[places] = share.clamp_(min=LEAST_SHARE) / v
-    gradient[places] = shift / std
+class _Lack:
+    """What an estimate lacks, by entries that the fit has not seen.
+
+    Were the variances right, the squared gradient of an entry would be its precision on average.
+    """
+
+    def __init__(self) -> None:
+        self.squares, self.information, self.uncertain = 0.0, 0.0, 0.0
+
+    def add(self, said: Measurements, model: int, estimate: Estimate, held: Tensor) -> Tensor:
+        """Take in some rows; returns what their variances must be multiplied by, `(rows,)`: a row may be locked."""
+        rows, columns = held.nonzero(as_tuple=True)
+        own = estimate.rows[rows] * estimate.right.square().sum(dim=1)[columns]
+        variance = own + estimate.left.square().sum(dim=1)[rows] * estimate.columns[columns] + estimate.lack
+        precision = said.alone[model][rows, columns]
+        # The measurements leave out the rows' own variance; it is noise to these.
+        wider = 1 + precision * own
+        precision = precision / wider
+        squares = (said.gradient[model][rows, columns] / wider).square()
+        by_row = [torch.zeros(len(held)).index_add_(0, rows, each) for each in (squares, precision)]
+        ratio = by_row[0] / by_row[1].clamp(min=LEAST)
+        self.squares += float(torch.minimum(squares, MOST_SQUARE * precision).sum())
+        self.information += float(precision.sum())
+        self.uncertain += float((precision * variance).sum())
+        return torch.where(ratio > LOCKED, ratio, 1.0)
+
+    def update(self, lack: float) -> float:
+        if not self.information:
+            return lack
+        ratio = min(self.squares / self.information, 1 + MOST_RISE)
+        change = (ratio - 1) * self.uncertain / self.information
+        return max(0.0, lack + max(change, -LEAST_FALL * lack))
 
 
-def _seen(stack: Stack, estimates: Sequence[Estimate], seed: int) -> Tensor | None:
-    """The columns that a half sweep looks at; None is all."""
-    columns = stack.shape[1]
-    enough = max(MOST_SEEN, SEEN_PER_RANK * max(e.left.shape[1] for e in estimates))
-    if columns <= enough:
-        return None
-    generator = seeded(seed, stack.device)
-    return torch.randperm(columns, generator=generator, device=stack.device)[:enough].sort().values
+@dataclass(frozen=True)
+class _Equations:
+    """What the rows of one model's equations have in common.
+
+    Attributes:
+        right: R, `(in, r)`.
+        squares: Products of its columns by pairs, `(in, r (r + 1) / 2)`.
+        pairs: Which pairs, `(2, r (r + 1) / 2)`.
+        prior: Precision of a row's coordinates before anything is seen: rows are as large as they have been.
+    """
+
+    right: Tensor
+    squares: Tensor
+    pairs: Tensor
+    prior: Tensor
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> "_Equations":
+        right = estimate.right
+        pairs = torch.tril_indices(estimate.rank, estimate.rank)
+        prior = 1 / estimate.left.square().mean(dim=0).clamp(min=LEAST)
+        return cls(right, right[:, pairs[0]] * right[:, pairs[1]], pairs, prior)
+
+    def inverse_factors(self, precision: Tensor) -> Tensor:
+        """`C^-1` of each row's normal matrix `C C^T`, `(rows, r, r)`."""
+        r = self.right.shape[1]
+        normal = precision.new_zeros(len(precision), r, r)
+        normal[:, self.pairs[0], self.pairs[1]] = precision @ self.squares
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        diagonal += self.prior + ROUNDED * diagonal
+        # Only the lower triangles are read.
+        factor: Tensor = torch.linalg.cholesky(normal)
+        inverse: Tensor = torch.linalg.solve_triangular(factor, torch.eye(r).expand_as(factor), upper=False)
+        return inverse
+
+
+def _joint_steps(
+    said: Measurements, estimates: Sequence[Estimate], equations: Sequence[_Equations]
+) -> list[tuple[Tensor, Tensor]]:
+    """Steps of every L, and the variances of its coordinates, `(rows, r_i)` each.
+
+    Conjugate gradients on the equations of all models, preconditioned by each model's own.
+    """
+    inverses = [of_i.inverse_factors(alone) for of_i, alone in zip(equations, said.alone, strict=True)]
+
+    def preconditioned(x: list[Tensor]) -> list[Tensor]:
+        return [((C @ x_i[..., None]).mT @ C).squeeze(1) for x_i, C in zip(x, inverses, strict=True)]
+
+    def applied(x: list[Tensor]) -> list[Tensor]:
+        y = torch.stack([x_i @ of_i.right.mT for x_i, of_i in zip(x, equations, strict=True)])
+        z = said.precision * y - said.pull * (said.pull * y).sum(dim=0)
+        return [z_i @ of_i.right + of_i.prior * x_i for z_i, of_i, x_i in zip(z, equations, x, strict=True)]
+
+    residual = [
+        g @ of_i.right - of_i.prior * e.left for g, of_i, e in zip(said.gradient, equations, estimates, strict=True)
+    ]
+    steps = [torch.zeros_like(r) for r in residual]
+    direction = preconditioned(residual)
+    size = first = _dot(residual, direction)
+    for _ in range(MOST_STEPS):
+        unsolved = size > REST**2 * first
+        if not bool(unsolved.any()):
+            break
+        image = applied(direction)
+        along = unsolved * size / _dot(direction, image).clamp(min=LEAST)
+        steps = [x + along * d for x, d in zip(steps, direction, strict=True)]
+        residual = [r - along * a for r, a in zip(residual, image, strict=True)]
+        toward = preconditioned(residual)
+        before, size = size, _dot(residual, toward)
+        direction = [t + size / before.clamp(min=LEAST) * d for t, d in zip(toward, direction, strict=True)]
+    return [(step, C.square().sum(dim=(1, 2)) / max(1, C.shape[1])) for step, C in zip(steps, inverses, strict=True)]
+
+
+def _dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
+    """Row by row over all models, `(rows, 1)`."""
+    return torch.stack([(x_i * y_i).sum(dim=1) for x_i, y_i in zip(x, y, strict=True)]).sum(dim=0)[:, None]

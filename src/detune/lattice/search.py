@@ -2,66 +2,85 @@
 
 A stored entry says that `W + M_i` lies between two midpoints of its dtype's grid, and W itself is a point of the
 grid it was stored on. Least squares takes the first for noise and does not know the second. Here the rank-limited
-fit alternates with the posterior of every entry (`detune.lattice.posterior`), until both agree. On a known
-grid two models, or one, can be enough: a float32 merge shows the delta modulo the base's step.
+fit alternates with the posterior of every entry (`detune.lattice.kernels`), and directions that show in what is left
+are taken in, until nothing more comes. On a known grid two models, or one, can be enough: a float32 merge shows the
+delta modulo the base's step.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from detune.fitting.ard import ard_start, nearly_share_a_direction
-from detune.lattice.decode import base_bits, cross_fitted
-from detune.lattice.estimate import Estimate, from_recovery
-from detune.lattice.holdout import HeldOut, calibrated, log10_false_positive, misfit
-from detune.lattice.message_passing import sweep
-from detune.lattice.off_grid import between_intervals
-from detune.lattice.spectral_init import delta_scale, known_spaces, score_start, within
+from detune.fitting.differences import find_differences
+from detune.lattice.decode import decoded
+from detune.lattice.entries import Entries, StoredEntries, grid_of
+from detune.lattice.estimate import Estimate
+from detune.lattice.growth import delta_scales, grown, scatter
+from detune.lattice.message_passing import stepped, sweep
 from detune.numerics.float_grid import lies_on, name_of, spacing
+from detune.numerics.random import seeded
 from detune.problem.recovery import DecodedBits, NotRecoverable, Recovery, left_alone
 from detune.problem.stack import Stack
 
 HALVES = (torch.bfloat16, torch.float16)
-# A fit that knows no grid, and whose test for one has a larger bound than this, is not swept.
-HINT = 0.1
-# Variances that least squares promises can be so many times too small.
-WIDER = 16.0
-# As long as more of what was held out than this share fits no grid point, sweeps that gain this much are worth it.
-UNSETTLED, LEAST_GAIN = 5e-4, 0.003
-# A start from the score is farther from the answer than one from least squares.
-MORE_SWEEPS = 8
-# Deltas of more steps than this do not show modulo the step.
+# Entries kept from the fit: their share, and how many the test for a grid looks at.
+HELD, TESTED = 1 / 16, 1 << 14
+# Larger matrices are fitted in so many rows and columns, or so many for each direction; the others follow from those.
+BLOCK, BLOCK_PER_RANK = 1024, 16
+# Least squares promises variances that are too small where it lacks directions.
+WIDE = 4.0
+# Newton steps for the others, at most; one that leaves more than this share of the variance is the last.
+MOST_STEPS_OUT, SETTLING = 10, 0.8
+# Deltas of more steps than this do not show modulo the step of a single fine model.
 MOST_STEPS = 8.0
-# A fit that is to come to something shows a sign of the grid, 1 in 10 by chance, after some sweeps.
-SIGN_AFTER, SIGN = 5, -1.0
+# Deltas below this share of the models' step do not show in least squares, which takes rounding for noise. Measured on
+# random matrices and a language model's: the two starts are as good at 0.6 (`benchmarks/llm.py`).
+FINE = 0.6
 # Least squares that leaves more times the rounding noise than this has not explained the models.
 MOST_NOISE = 1.2
-# Deltas below so many steps of the models' grid do not show in least squares, which takes rounding for noise.
-FINE = 1.5
+# A delta that seems to be below this share of the others' may be what these have in common: fine-tunes of one base on
+# texts of one language had a correlation of 0.16 at most (`benchmarks/llm.py`).
+COMMON = 0.4
+# Estimates that are known to this share of a step leave one entry in a thousand open: the grid's finest steps.
+SETTLED = 1e-3
+# What is left of a delta's size, as a share of the others', where it is none.
+NOTHING = 0.15
+# The fit that looks at it: rows and columns, and sweeps.
+SMALL_BLOCK, FEW_SWEEPS = 256, 4
+# Where the score has shown nothing new so often, it is not asked again.
+BARREN = 2
+# With fewer models W itself is open, and the fit takes its time.
+FEW_MODELS, MOST_SWEEPS, PATIENCE = 3, 16, 2
+# A start may be off by more than it promises: variances so many times as large are tried for a sign of the grid.
+WIDER = (1.0, 16.0, 256.0, 4096.0)
+# A sign: it comes by chance once in ten times.
+SIGN = 1.0
 
 
 class NoGrid(NotRecoverable):
     """No grid was found that the base lies on, or no fit on it."""
 
 
-class Fit(NamedTuple):
+@dataclass(frozen=True)
+class Fit:
     """What the sweeps gave on one grid.
 
     Attributes:
+        entries: The models.
         estimates: One for each model.
-        grid: The dtype tried.
-        log10_false_positive: Of the test for the grid.
-        misfit: Share of the entries held out that no grid point explains.
+        grid: The dtype tried; None is no grid.
+        log10_false_positive: Bound for the chance that a base off the grid looks as much as if it were on it.
         sweeps: How many were made.
     """
 
+    entries: Entries
     estimates: tuple[Estimate, ...]
-    grid: torch.dtype
+    grid: torch.dtype | None
     log10_false_positive: float
-    misfit: float
     sweeps: int
 
 
@@ -72,16 +91,16 @@ class LatticeSearch:
     Attributes:
         grids: Dtypes that the base may have been stored in; those finer than the models' are not tried.
         sweeps: Most sweeps of the fit.
-        least_gain: A sweep that raises the evidence of an entry by less than this, in nats, is the last.
-        most_misfits: More than this share of the entries held out that fit no grid point: the deltas were not found.
+        least_gain: A sweep that leaves more than this share of the variance of the `M_i` has gained nothing.
+        patience: How many such sweeps in a row are followed by another.
         most_false_positive: Largest probability, by its bound, that a base off the grid passes the test for it.
-        seed: Of the entries that are held out.
+        seed: Of the entries that are held out, and of the rows and columns of large matrices.
     """
 
     grids: tuple[torch.dtype, ...] = (*HALVES, torch.float32)
-    sweeps: int = 20
-    least_gain: float = 0.003
-    most_misfits: float = 3e-3
+    sweeps: int = 16
+    least_gain: float = 0.97
+    patience: int = 2
     most_false_positive: float = 1e-9
     seed: int = 0
 
@@ -96,50 +115,78 @@ class LatticeSearch:
         Raises:
             NoGrid: No grid passes the test, or the fit on it does not explain what was held out.
         """
-        untouched = self.untouched(stack) if stack.n < 3 else None
-        if untouched is not None:
-            return untouched
-        try:
-            return self.refine_from(stack, start, rank)
-        except NoGrid:
-            if start is None or not any(
-                nearly_share_a_direction(stack, side)
-                for side in ([M_i.right for M_i in start.deltas], [M_i.left for M_i in start.deltas])
-            ):
-                raise
-        return self.refine_from(stack, ard_start(stack), rank)
+        if stack.n < FEW_MODELS:
+            untouched = self.untouched(stack)
+            if untouched is not None:
+                return untouched
+        if stack.n < FEW_MODELS:
+            patient = replace(self, sweeps=max(self.sweeps, MOST_SWEEPS), patience=max(self.patience, PATIENCE))
+            return patient.refined(stack, start, rank)
+        return self.refined(stack, start, rank)
 
-    def refine_from(self, stack: Stack, start: Recovery | None, rank: int | None = None) -> Recovery:
-        """The same from this start and no other."""
-        stack = _as_rounded(stack)
-        held = HeldOut.of(stack, self.seed)
+    def refined(self, stack: Stack, start: Recovery | None, rank: int | None) -> Recovery:
+        """Find the base on the grid with these very options; see `refine`."""
+        rounded = as_rounded(stack)
         for grid in self._coarsest_first:
-            if any(torch.finfo(W_i.dtype).eps > torch.finfo(grid).eps for W_i in stack.matrices):
+            if any(torch.finfo(W_i.dtype).eps > torch.finfo(grid).eps for W_i in rounded.matrices):
                 continue
-            fit = self._fit(stack, start, rank, grid, held)
-            if fit is not None and fit.log10_false_positive <= math.log10(self.most_false_positive):
-                if fit.misfit > self.most_misfits:
-                    raise NoGrid(_unsettled(fit))
-                return self._finish(stack, start, fit)
-        raise NoGrid(_why_not(stack, self.grids))
+            fit = self._fit(rounded, start, rank, grid)
+            # Where deltas are below a step, the models' own grid is what a base that was merged in place has.
+            own = is_coarse(rounded) and all(W_i.dtype == grid for W_i in rounded.matrices)
+            bound = 0.0 if own else math.log10(self.most_false_positive)
+            if fit is not None and fit.log10_false_positive < bound:
+                return _answer(stack, start, fit)
+        raise NoGrid(self.why_not(stack))
+
+    def shows_on(self, stack: Stack, start: Recovery) -> bool:
+        """Whether a recovery that knows no grid has its weight on one, as far as a few rows and columns tell."""
+        rounded = as_rounded(stack)
+        entries = StoredEntries.of(rounded)
+        rows, columns = (_some(size, SMALL_BLOCK, self.seed) for size in entries.shape)
+        part = entries.part(rows, columns)
+        estimates = [e.part(_all_or(rows), _all_or(columns)) for e in _from_recovery(rounded, start)]
+        held = _held(part.shape, self.seed)
+        return any(
+            _as_wide_as_shows(part, estimates, grid_of(grid), held, -math.log10(self.most_false_positive)) is not None
+            for grid in self.grids
+            if all(torch.finfo(W_i.dtype).eps <= torch.finfo(grid).eps for W_i in rounded.matrices)
+        )
 
     def without_grid(self, stack: Stack, start: Recovery) -> Recovery:
         """The base between the intervals of the models' rounding, where no grid shows.
 
-        The start is returned as it is where rounding is so fine that it does not matter, where it is so coarse that
-        least squares does not see the deltas, where a model seems to have none (W would lie around points of that
-        model's grid, and look as if it were on it), and where the start leaves more than rounding explains.
+        The mean of n rounding errors has the variance `step^2 / 12 n`; what n intervals of a step's width have in
+        common is `step^2 / 2 (n + 1) (n + 2)` wide in the same sense, and finely stored entries count for more.
+
+        The start is returned as it is where rounding is so fine that it does not matter, where a model seems to have
+        no delta (W would lie around points of that model's grid, and look as if it were on it), and where the start
+        leaves more than rounding explains.
 
         Args:
             stack: The models.
             start: A least-squares recovery of them.
         """
-        rounded = _as_rounded(stack)
-        dtypes = {W_i.dtype for W_i in rounded.matrices}
-        coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-        if not dtypes & set(HALVES) or not all(start.ranks) or (start.noise_ratio or 0.0) > MOST_NOISE:
+        rounded = as_rounded(stack)
+        if not {W_i.dtype for W_i in rounded.matrices} & set(HALVES) or not all(start.ranks):
             return start
-        return start if _is_coarse(rounded, coarsest) else between_intervals(rounded, start, self.seed)
+        if (start.noise_ratio or 0.0) > MOST_NOISE:
+            return start
+        entries, grid = StoredEntries.of(rounded), grid_of(None)
+        estimates = sweep(entries, _from_recovery(rounded, start), grid)
+        found = decoded(entries, estimates, grid)
+        variances = float(stack.noise.square().sum()) + sum(e.variance for e in estimates)
+        before = variances / stack.n**2
+        return replace(
+            start,
+            weight=found.weight.to(stack.device, stack.dtype),
+            method=f"{start.method}+intervals",
+            reason=f"{start.reason}; then the mean of what the models' rounding leaves of each entry",
+            deltas=tuple(e.low_rank for e in estimates),
+            relative_residual=found.relative_residual,
+            noise_ratio=found.noise_ratio,
+            residuals=None,
+            mse_reduction=max(0.0, before - found.expected.mse),
+        )
 
     def untouched(self, stack: Stack) -> Recovery | None:
         """The matrix, or vector, of a finely stored model whose every entry lies on a coarser grid.
@@ -155,82 +202,304 @@ class LatticeSearch:
                 return left_alone(stack, model, f"model {model} has every entry on the {name} grid")
         return None
 
+    def why_not(self, stack: Stack) -> str:
+        """The sentence that says why no grid was found."""
+        names = ", ".join(name_of(grid) for grid in self.grids)
+        return (
+            f"no grid of the base shows in {stack.n} model{'s' * (stack.n != 1)} (tried: {names}); "
+            "the base was stored more finely than that, or the deltas are too large against its steps, or the models "
+            "as coarse as the base; " + ("use --method auto" if stack.n > 2 else "add models: three need no grid")
+        )
+
     @property
     def _coarsest_first(self) -> list[torch.dtype]:
         """A bf16 base lies on the float32 grid too: the coarsest says most."""
         return sorted(self.grids, key=lambda grid: torch.finfo(grid).eps, reverse=True)
 
-    def _fit(
-        self, stack: Stack, start: Recovery | None, rank: int | None, grid: torch.dtype, held: HeldOut
+    def _fit(self, stack: Stack, start: Recovery | None, rank: int | None, grid: torch.dtype) -> Fit | None:
+        """Sweep on one grid. None where no delta shows on it."""
+        entries = StoredEntries.of(stack)
+        if start is not None and start.deltas and not is_coarse(stack):
+            estimates: Sequence[Estimate] = _from_recovery(stack, start)
+        else:
+            scales = delta_scales(stack) if stack.n > 1 else [scatter(stack.matrices[0], grid)]
+            if stack.n == 1 and scales[0].rms > MOST_STEPS * float(spacing(stack.matrices[0][::16], grid).median()):
+                return None
+            estimates = [Estimate.nothing(stack.shape, scale.rms**2) for scale in scales]
+        return self._swept(entries, estimates, grid, rank, _known_spaces(stack, rank))
+
+    def _swept(
+        self,
+        entries: StoredEntries,
+        estimates: Sequence[Estimate],
+        grid: torch.dtype,
+        rank: int | None,
+        spaces: tuple[Tensor, Tensor] | None,
     ) -> Fit | None:
-        """Sweep on one grid, the entries held out left alone. None where no delta shows on it."""
-        spaces = None
-        estimates, coarse = from_recovery(stack, start), _is_coarse(stack, grid)
-        if estimates is None and not coarse and stack.n > 2:
-            return None
-        if estimates is None or coarse:
-            spaces = known_spaces(stack, rank) if stack.n == 2 and not coarse else None
-            tau = delta_scale(stack, grid)
-            if tau > MOST_STEPS * float(spacing(stack.matrices[0][::16], grid).median()):
+        widest = max(e.rank for e in estimates)
+        most = max(BLOCK, BLOCK_PER_RANK * widest)
+        rows, columns = (_some(size, most, self.seed) for size in entries.shape)
+        part = entries if rows is None and columns is None else entries.part(rows, columns)
+        chosen = [e.part(_all_or(rows), _all_or(columns)) for e in estimates]
+        held = _held(part.shape, self.seed)
+        if widest:
+            wider = _as_wide_as_shows(part, chosen, grid_of(grid), held)
+            if wider is None:
                 return None
-            scored = score_start(stack, grid, tau, rank, spaces, held.used)
-            if scored is None:
-                return None
-            estimates = scored
-        elif not _shows(held, estimates, grid):
-            # The M_i are known so well that a grid would show.
-            return None
-        estimates, evidence = calibrated(held, estimates, grid)
-        most = self.sweeps + (MORE_SWEEPS if coarse else 0)
-        sweeps, gain, misfits = 0, math.inf, 0.0
-        while sweeps < most and abs(gain) >= (LEAST_GAIN if misfits > UNSETTLED else self.least_gain):
-            swept = within(sweep(stack, estimates, grid, held.used, self.seed + sweeps), spaces)
-            estimates, gained = calibrated(held, swept, grid)
-            sweeps, gain, evidence = sweeps + 1, gained - evidence, gained
-            misfits = misfit(held, estimates, grid)
-            if sweeps == SIGN_AFTER and log10_false_positive(held, estimates, grid) > SIGN:
-                break
-        false_positive = log10_false_positive(held, estimates, grid)
-        return Fit(estimates, grid, false_positive, misfits, sweeps)
+            chosen = wider
+        if widest and _is_fine(chosen, part, grid):
+            # Nothing is gained by sweeps.
+            ratio = _log10_ratio(part, chosen, grid_of(grid), held)
+            return Fit(entries, tuple(estimates), grid, -ratio, 0)
+        if rows is not None or columns is not None:
+            spaces = None
+        fitted, sweeps = self.until_settled(part, chosen, grid_of(grid), held, rank, spaces)
+        log10_ratio = _log10_ratio(part, fitted, grid_of(grid), held)
+        if entries.n >= FEW_MODELS:
+            # One or two models lock onto wrong points unseen but by what is held out, so there it stays held out.
+            fitted = tuple(e.within(spaces) for e in sweep(part, fitted, grid_of(grid)))
+        if rows is not None:
+            begun = [e.part(slice(None), _all_or(columns)) for e in estimates]
+            fitted = _extended(entries.part(None, columns), begun, fitted, rows, grid_of(grid))
+        if columns is not None:
+            seen = entries if rows is None else entries.part(rows, None)
+            turned, begun = ([e.transposed for e in each] for each in (fitted, estimates))
+            extended = _extended(seen.transposed, begun, turned, columns, grid_of(grid), _all_or(rows))
+            fitted = tuple(e.transposed for e in extended)
+        return Fit(entries, tuple(fitted), grid, -log10_ratio, sweeps)
 
-    def _finish(self, stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
-        """The answer, from a fit to all entries."""
-        estimates, parts = cross_fitted(stack, fit.estimates, fit.grid, self.seed + fit.sweeps)
-        found = base_bits(stack, parts, fit.grid)
-        # A delta that the start found to be none stays none.
-        known = start.ranks if start is not None and start.ranks else (1,) * stack.n
-        deltas = tuple(e.significant if r else e.nothing for e, r in zip(estimates, known, strict=True))
-        name = name_of(fit.grid)
-        bits = DecodedBits(fit.grid, fit.log10_false_positive, found.certain, found.expected, found.foreseeable)
-        before = f"{start.reason}; then " if start is not None else ""
-        return Recovery(
-            found.weight,
-            f"{start.method}+lattice" if start is not None else "lattice",
-            f"{before}{fit.sweeps} sweeps on the {name} grid",
-            deltas,
-            tuple(M_i.rank for M_i in deltas),
-            found.relative_residual,
-            found.noise_ratio,
-            fit.sweeps,
-            bits,
-        )
+    def until_settled(
+        self,
+        entries: Entries,
+        estimates: Sequence[Estimate],
+        grid: np.ndarray,
+        held: Tensor,
+        rank: int | None,
+        spaces: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[tuple[Estimate, ...], int]:
+        """Sweep until nothing new comes.
+
+        Args:
+            entries: The models.
+            estimates: To start from.
+            grid: That W lies on.
+            held: Entries that are kept from the fit.
+            rank: The most directions of any model.
+            spaces: Orthonormal bases that hold the left and the right factors of every model.
+
+        Returns:
+            The estimates, and how many sweeps were made.
+        """
+        found, before = tuple(estimates), math.inf
+        # Least squares is at its best before directions are taken from what it leaves.
+        barren, stalls = 0, 0
+        first = int(any(e.rank for e in found))
+        for turn in range(self.sweeps):
+            came = 0
+            if turn >= first and barren < BARREN:
+                found, came = grown(entries, found, grid, held, rank, self.seed)
+                found = tuple(e.within(spaces) for e in found)
+                barren = 0 if came else barren + 1
+            if not any(e.rank for e in found):
+                return found, turn
+            found = tuple(e.within(spaces) for e in sweep(entries, found, grid, held))
+            uncertain = sum(e.variance for e in found)
+            stalls = 0 if came or uncertain < self.least_gain * before else stalls + 1
+            if stalls > self.patience:
+                return found, turn + 1
+            before = uncertain
+        return found, self.sweeps
 
 
-def _shows(held: HeldOut, estimates: Sequence[Estimate], grid: torch.dtype) -> bool:
-    """Whether there is a sign of the grid, with the variances as they are or too small."""
-    wider = [replace(estimate, scale=WIDER * estimate.scale) for estimate in estimates]
-    return any(log10_false_positive(held, tried, grid) <= math.log10(HINT) for tried in (estimates, wider))
+def _known_spaces(stack: Stack, rank: int | None) -> tuple[Tensor, Tensor] | None:
+    """Column and row space of `W_1 - W_2 = M_1 - M_2` where there are two models: they hold those of both."""
+    if stack.n != 2 or is_coarse(stack):
+        return None
+    rows, columns = (find_differences(s, rank, fold=False).of(0, 1) for s in (stack, stack.transposed))
+    if rows.full_rank or columns.full_rank or not rows.rank or not columns.rank:
+        return None
+    return columns.basis.cpu().float(), rows.basis.cpu().float()
 
 
-def _is_coarse(stack: Stack, grid: torch.dtype) -> bool:
+def _held(shape: tuple[int, int], seed: int) -> Tensor:
+    return torch.rand(shape, generator=seeded(seed)) < HELD
+
+
+def _extended(
+    entries: Entries,
+    begun: Sequence[Estimate],
+    estimates: Sequence[Estimate],
+    rows: Tensor,
+    grid: np.ndarray,
+    columns: Tensor | slice = slice(None),
+) -> tuple[Estimate, ...]:
+    """Left factors for all rows, from those of some.
+
+    The others start from what the fit has begun with, or from nothing, as uncertain as rows are large.
+
+    Args:
+        entries: The models, all rows and the columns that are looked at.
+        begun: What the fit has begun with, all rows and columns.
+        estimates: Of some rows and all columns.
+        rows: Which rows.
+        grid: That W lies on.
+        columns: The columns that are looked at, of the estimates'.
+    """
+    whole = []
+    for start, e in zip(begun, (e.normalised() for e in estimates), strict=True):
+        left = start.left @ (start.right.mT @ e.right) / len(e.right)
+        variance = torch.full((len(left),), float(e.left.square().mean()) if e.rank else 0.0)
+        if start.rank:
+            variance = torch.minimum(variance, WIDE * start.rows * (start.right.square().mean()))
+        left[rows], variance[rows] = e.left, e.rows
+        whole.append(replace(e, left=left, rows=variance))
+    seen: Sequence[Estimate] = [e.part(slice(None), columns) for e in whole]
+    # The first steps are taken far from the answer; entries that are held out tell how far.
+    held, before = _held(entries.shape, 0), math.inf
+    for step in range(MOST_STEPS_OUT):
+        seen = stepped(entries, seen, grid, held)
+        uncertain = sum(e.variance for e in seen)
+        if step and uncertain > SETTLING * before:
+            break
+        before = uncertain
+    return tuple(
+        replace(e, left=found.left, rows=found.rows, lack=found.lack) for e, found in zip(whole, seen, strict=True)
+    )
+
+
+def _some(size: int, most: int, seed: int) -> Tensor | None:
+    """Some of so many rows or columns, in order; None is all."""
+    if size <= most + most // 2:
+        return None
+    return torch.randperm(size, generator=seeded(seed))[:most].sort().values
+
+
+def _all_or(some: Tensor | None) -> Tensor | slice:
+    return slice(None) if some is None else some
+
+
+def _from_recovery(stack: Stack, start: Recovery) -> tuple[Estimate, ...]:
+    """Estimates from a least-squares fit.
+
+    The noise is that of the model less the mean of the others: a fine model's `M_i` is no better known than their W.
+    """
+    own = stack.noise.square().cpu()
+    noise = own + (own.sum() - own) / max(1, stack.n - 1) ** 2
+    return tuple(
+        replace(Estimate.of(M_i, float(variance)), lack=float(variance) / 2)
+        for M_i, variance in zip(start.deltas, noise, strict=True)
+    )
+
+
+def _log10_ratio(entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor) -> float:
+    """How much likelier the held-out entries are with W on the grid, as a decimal logarithm.
+
+    Were W off the grid, the ratio's expectation would be 1, so by Markov's inequality it exceeds 10^x with a
+    probability of at most 10^-x: an e-value (Vovk & Wang 2021, arXiv 1912.06116), if the `M_i` are what they are
+    taken for.
+    """
+    from detune.lattice.kernels import log_ratios
+
+    rows, columns = held.nonzero(as_tuple=True)
+    every = max(1, len(rows) // TESTED)
+    rows, columns = rows[::every], columns[::every]
+    ends = [np.empty((len(rows), entries.n)) for _ in range(2)]
+    for start in range(0, len(rows), 1024):
+        # One row of the matrix at a time would be read whole; some entries of some rows are.
+        chosen = slice(start, start + 1024)
+        here, inverse = rows[chosen].unique(return_inverse=True)
+        low, high = entries.part(here, None).block(slice(None))
+        for whole, end in zip(ends, (low, high), strict=True):
+            whole[chosen] = end[:, inverse, columns[chosen]].T
+    m = torch.stack([(e.left[rows] * e.right[columns]).sum(dim=1) for e in estimates], dim=1).double().numpy()
+    v = torch.stack(
+        [
+            e.rows[rows] * e.right[columns].square().sum(dim=1)
+            + e.left[rows].square().sum(dim=1) * e.columns[columns]
+            + e.lack
+            for e in estimates
+        ],
+        dim=1,
+    ).double()
+    ratios = np.empty(len(rows))
+    log_ratios(ends[0], ends[1], m, v.numpy(), grid, ratios)
+    return float(ratios.sum()) / math.log(10)
+
+
+def _as_wide_as_shows(
+    entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor, sign: float = SIGN
+) -> list[Estimate] | None:
+    """The estimates, as uncertain as they are when a grid shows best; None where none shows."""
+    tries = [[replace(e, lack=e.lack + (wider - 1) * e.variance) for e in estimates] for wider in WIDER]
+    ratios = [_log10_ratio(entries, tried, grid, held) for tried in tries]
+    best = max(range(len(tries)), key=ratios.__getitem__)
+    return tries[best] if ratios[best] > sign else None
+
+
+def _is_fine(estimates: Sequence[Estimate], entries: StoredEntries, grid: torch.dtype) -> bool:
+    """Whether the `M_i` are known so well that next to all entries have one grid point."""
+    step = float(spacing(entries.matrices[0][::16], grid).median())
+    return bool(max(e.variance for e in estimates) ** 0.5 < SETTLED * step)
+
+
+def _answer(stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
+    found = decoded(fit.entries, fit.estimates, grid_of(fit.grid))
+    assert fit.grid is not None
+    bits = DecodedBits(
+        fit.grid, fit.log10_false_positive, found.certain.to(stack.device), found.expected, found.foreseeable
+    )
+    used = start is not None and start.deltas
+    before = f"{start.reason}; then " if start is not None and used else ""
+    return Recovery(
+        found.weight.to(stack.device, stack.dtype),
+        f"{start.method}+lattice" if start is not None and used else "lattice",
+        f"{before}{fit.sweeps} sweeps on the {name_of(fit.grid)} grid",
+        tuple(e.low_rank for e in fit.estimates),
+        tuple(e.rank for e in fit.estimates),
+        found.relative_residual,
+        found.noise_ratio,
+        fit.sweeps,
+        bits,
+    )
+
+
+def is_coarse(stack: Stack) -> bool:
     """Whether the models are stored so coarsely that their deltas are rounded away in most entries."""
-    if stack.n < 2 or all(torch.finfo(W_i.dtype).eps < torch.finfo(grid).eps for W_i in stack.matrices):
+    if stack.n < 2:
         return False
-    step = max(float(spacing(W_i[::16], W_i.dtype).median()) for W_i in stack.matrices)
-    return delta_scale(stack, grid) < FINE * step
+    step = max(
+        float(spacing(W_i[::16], dtype).median())
+        for W_i, dtype in zip(stack.matrices, stack.rounded_dtypes, strict=True)
+    )
+    return bool(max(scale.rms for scale in delta_scales(stack)) < FINE * step)
 
 
-def _as_rounded(stack: Stack) -> Stack:
+def left_alone_in_part(stack: Stack, lattice: LatticeSearch) -> Recovery | None:
+    """The matrix of a model that seems to have no delta of its own, by a fit to a few rows and columns.
+
+    The products that show its size show what the others' deltas have in common, too; so where it is small by them, a
+    fit decides: no direction of that model's, and nothing of size that is not in one. None where no model is so.
+    """
+    scales = delta_scales(stack)
+    typical = sorted(scale.rms for scale in scales)[stack.n // 2]
+    least = min(range(stack.n), key=lambda i: scales[i].at_most)
+    if stack.n < 3 or scales[least].at_most > COMMON * typical:
+        return None
+    entries, grid = (
+        StoredEntries.of(as_rounded(stack)),
+        max(stack.rounded_dtypes, key=lambda dtype: torch.finfo(dtype).eps),
+    )
+    rows, columns = (_some(size, SMALL_BLOCK, lattice.seed) for size in entries.shape)
+    part = entries.part(rows, columns)
+    estimates = [Estimate.nothing(part.shape, scale.rms**2) for scale in scales]
+    quick = replace(lattice, sweeps=FEW_SWEEPS)
+    found, _ = quick.until_settled(part, estimates, grid_of(grid), _held(part.shape, lattice.seed), None)
+    if found[least].rank or found[least].lack > (NOTHING * typical) ** 2:
+        return None
+    return left_alone(stack, least, f"model {least} shows no change of its own", (COMMON * typical) ** 2)
+
+
+def as_rounded(stack: Stack) -> Stack:
     """The stack in the dtypes that its models were rounded to: float32 files may hold what was bf16 or fp16 before."""
     rounded = tuple(
         W_i.to(dtype) if W_i.dtype != dtype and lies_on(W_i, dtype) else W_i
@@ -238,21 +507,3 @@ def _as_rounded(stack: Stack) -> Stack:
     )
     # One model alone may have left a half-precision base as it was.
     return replace(stack, matrices=rounded) if stack.n > 1 else stack
-
-
-def _unsettled(fit: Fit) -> str:
-    name = name_of(fit.grid)
-    return (
-        f"the base lies on the {name} grid (chance of error below 1e{math.ceil(fit.log10_false_positive)}), but "
-        f"{fit.misfit:.2%} of the entries held out fit no point of it after {fit.sweeps} sweeps; "
-        "the deltas are too large against its steps for so few models; add models"
-    )
-
-
-def _why_not(stack: Stack, grids: Sequence[torch.dtype]) -> str:
-    names = ", ".join(name_of(grid) for grid in grids)
-    return (
-        f"no grid of the base shows in {stack.n} model{'s' * (stack.n != 1)} (tried: {names}); "
-        "the base was stored more finely than that, or the deltas are too large against its steps, or the models as "
-        "coarse as the base; " + ("use --method auto" if stack.n > 2 else "add models: three need no grid")
-    )

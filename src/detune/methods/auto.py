@@ -1,7 +1,8 @@
-"""What a user gets without thinking."""
+"""The default method."""
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import ClassVar
@@ -9,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detune.fitting.ard import ard_start, nearly_share_a_direction, shrink_where_run_off
+from detune.fitting.ard import shrink_where_run_off
 from detune.fitting.descent import damped_gauss_newton
 from detune.fitting.differences import SIGNAL, Difference, Differences, find_differences
 from detune.fitting.gauss_newton import GaussNewton, GaussNewtonFit
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import RanksTooHigh, RowSpaces, find_spaces
 from detune.identifiability.principal_part import require_own_adapters
-from detune.lattice import HALVES, UNSETTLED, LatticeSearch, NoGrid
+from detune.lattice import HALVES, LatticeSearch, NoGrid, is_coarse, left_alone_in_part
 from detune.methods.mixed_precision import FLOOR_RATIO, solve_from_finest
 from detune.methods.spectral import Spectral
 from detune.problem.low_rank import LowRank, SVDFactors
@@ -54,7 +55,7 @@ class Auto:
     working_copies: ClassVar[int] = 10
 
     lattice: LatticeSearch | None = field(
-        default_factory=lambda: LatticeSearch(grids=HALVES, sweeps=12, least_gain=0.1)
+        default_factory=lambda: LatticeSearch(grids=HALVES, sweeps=6, least_gain=0.9, patience=0)
     )
     polish: GaussNewton = field(default_factory=GaussNewton)
     spectral: Spectral = field(default_factory=Spectral)
@@ -65,20 +66,44 @@ class Auto:
         of_finest = solve_from_finest(stack, self._solve_finest, rank)
         if of_finest is not None:
             return of_finest
-        first = find_differences(stack, rank, self.seed)
-        bits = self._bits_at_once(first, rank)
-        if bits is not None:
-            return bits
+        # What was rounded to levels of its own lies on no dtype's grid.
+        if self.lattice is None or stack.noise_override:
+            return self._least_squares(find_differences(stack, rank, self.seed), rank)
+        found = self._left_alone(stack) if stack.n >= self.min_models else None
+        if found is None and _is_half(stack) and is_coarse(stack):
+            # Rounding hides the deltas in most entries; the others show them finely, but not to least squares.
+            with suppress(NoGrid):
+                found = left_alone_in_part(stack, self.lattice) or self.lattice.refine(stack, None, rank)
+        return found or self._on_grid(find_differences(stack, rank, self.seed), rank)
+
+    def _on_grid(self, first: Differences, rank: int | None) -> Recovery:
+        """The closed form, and the base's bits from there; the best of least squares where no grid shows."""
+        stack, quick = first.stack, None
+        assert self.lattice is not None
+        with suppress(NotRecoverable):
+            quick = self._closed_form(first, rank, search=False)
+            require_own_adapters(quick)
+            alone = _left_alone_by_rank(first, quick)
+            if alone is not None and (not _is_half(stack) or self.lattice.shows_on(stack, quick)):
+                return alone
+            return self.lattice.refine(stack, quick, rank)
+        found = self._least_squares(first, rank)
+        if not found.deltas:
+            return found
+        if quick is None:
+            with suppress(NoGrid):
+                return self.lattice.refine(stack, found, rank)
+        return self.lattice.without_grid(stack, found)
+
+    def _least_squares(self, first: Differences, rank: int | None) -> Recovery:
         found = self._without_grid(first, rank)
         require_own_adapters(found)
-        found = shrink_where_run_off(stack, found)
-        # What was rounded to levels of its own lies on no dtype's grid.
-        if self.lattice is None or not found.deltas or stack.noise_override:
-            return found
-        try:
-            return self.lattice.refine(stack, found, rank)
-        except NoGrid:
-            return self.lattice.without_grid(stack, found)
+        return shrink_where_run_off(first.stack, found)
+
+    def _left_alone(self, stack: Stack) -> Recovery | None:
+        """The matrix of a model whose bits show that it left it as the base has it."""
+        assert self.lattice is not None
+        return unchanged(stack) or self.lattice.untouched(stack)
 
     def _solve_finest(self, part: Stack, rank: int | None) -> Recovery:
         """Of models that others are left out beside: one or two are enough only on a grid."""
@@ -86,23 +111,7 @@ class Auto:
             return self.solve(part, rank)
         if self.lattice is None:
             raise NotRecoverable(f"{part.n} models stored finely", "expected three", "add models")
-        return self.lattice.refine_from(part, None, rank)
-
-    def _bits_at_once(self, differences: Differences, rank: int | None) -> Recovery | None:
-        """The bits where ranks would have to be searched for, and least squares might mislead: the fit finds them too.
-
-        None where it leaves doubts: least squares may be the better start.
-        """
-        stack, found = differences.stack, differences.by_pair.values()
-        on_grid = set(stack.rounded_dtypes) <= set(HALVES) and not stack.noise_override
-        if self.lattice is None or not on_grid or not any(map(_in_doubt, found)):
-            return None
-        if not nearly_share_a_direction(stack, [difference.basis for difference in found]):
-            return None
-        try:
-            return replace(self.lattice, most_misfits=UNSETTLED).refine_from(stack, ard_start(stack), rank)
-        except NoGrid:
-            return None
+        return self.lattice.refine(part, None, rank)
 
     def _without_grid(self, first: Differences, rank: int | None) -> Recovery:
         stack = first.stack
@@ -145,11 +154,9 @@ class Auto:
             best = min(options, key=lambda r: (_fits_noise(r, stack), r.noise_ratio or 0.0))
         return best
 
-    def _closed_form(self, differences: Differences, rank: int | None) -> Recovery:
+    def _closed_form(self, differences: Differences, rank: int | None, search: bool = True) -> Recovery:
         spaces = find_spaces(differences, rank, self.seed)
-        # Noise that was told may be of any size, and its size is not known well enough for a search.
-        in_doubt = not differences.stack.noise_override and any(map(_in_doubt, differences.by_pair.values()))
-        if in_doubt and not _in_a_crowd(differences):
+        if search and any(map(_in_doubt, differences.by_pair.values())) and not _in_a_crowd(differences):
             spaces = select_ranks(spaces, rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
         step, method, steps = _best_step(spaces, polished), "intersect+polish", polished.steps
@@ -188,6 +195,23 @@ def _best_step(spaces: RowSpaces, polished: GaussNewtonFit) -> WStep | None:
     most = RAN_OFF * _size(w_step_given_rows(spaces.stack, spaces.bases).deltas)
     steps = [w_step(spaces.stack, deltas) for deltas in options if _size(deltas) <= most]
     return min(steps, key=lambda step: step.noise_ratio, default=None)
+
+
+def _left_alone_by_rank(differences: Differences, quick: Recovery) -> Recovery | None:
+    """The matrix of a model of rank 0, where ranks of differences add up; None where there is none such."""
+    ranks, stack = quick.ranks, differences.stack
+    adds_up = all(ranks[i] + ranks[j] == difference.rank for (i, j), difference in differences.by_pair.items())
+    if 0 not in ranks or not adds_up or sum(map(bool, ranks)) < stack.n - 1:
+        return None
+    model = ranks.index(0)
+    # Directions of the size of what is noise, as many as another model has, would not be seen.
+    hidden = (SIGNAL * float(stack.noise_norm(model, stack.shape[0]))) ** 2 * max(ranks)
+    sign = f"model {model} differs from the others by their own ranks alone"
+    return left_alone(stack, model, sign, hidden / (stack.shape[0] * stack.shape[1]))
+
+
+def _is_half(stack: Stack) -> bool:
+    return set(stack.rounded_dtypes) <= set(HALVES)
 
 
 def _size(deltas: Sequence[LowRank]) -> float:

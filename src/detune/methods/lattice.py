@@ -1,11 +1,10 @@
-"""The base's bits, looked for as long as it takes: from one model on."""
+"""The base's bits, from one model on and on the float32 grid too."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from detune.lattice import LatticeSearch, NoGrid
+from detune.lattice import LatticeSearch
 from detune.methods.auto import Auto
-from detune.methods.mixed_precision import solve_from_finest
 from detune.problem.recovery import Recovery
 from detune.problem.stack import Stack
 
@@ -14,7 +13,8 @@ from detune.problem.stack import Stack
 class Lattice:
     """Recovery of a base that was stored in bf16, fp16 or float32, taken at that.
 
-    With three models or more it starts from `Auto`'s answer; with two or one, from the entries' distance to the grid.
+    With three models or more it is `Auto` on more grids, with more sweeps; two or one are placed by their entries'
+    distance to the grid.
 
     Attributes:
         lattice: Its options.
@@ -32,18 +32,9 @@ class Lattice:
         Raises:
             NoGrid: One or two models, and the base lies on no grid that shows. With more, `Auto`'s answer stands.
         """
-        if stack.n < 3:
+        if stack.n < Auto.min_models:
             return self.lattice.refine(stack, None, rank)
-        of_finest = solve_from_finest(stack, self._solve_finest, rank)
-        if of_finest is not None:
-            return of_finest
-        start = replace(Auto(), lattice=None).solve(stack, rank)
-        if start.method == "unchanged":
-            return start
-        try:
-            return self.lattice.refine(stack, start, rank)
-        except NoGrid as why:
-            return replace(start, reason=f"{start.reason}; {why}")
-
-    def _solve_finest(self, part: Stack, rank: int | None) -> Recovery:
-        return self.solve(part, rank) if part.n >= 3 else self.lattice.refine_from(part, None, rank)
+        found = replace(Auto(), lattice=self.lattice).solve(stack, rank)
+        if found.bits is None and found.deltas:
+            return replace(found, reason=f"{found.reason}; {self.lattice.why_not(stack)}")
+        return found

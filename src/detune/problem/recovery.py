@@ -134,6 +134,7 @@ class Recovery:
         agreed: Where at least two models have the weight's bits, `(out, in)`, bool: for methods that ask for no more.
         source_models: The models that the weight is from, and that the residuals speak of, where the others are
             stored far more coarsely; empty is all.
+        hidden_mse: Where a model is taken to have left the matrix alone: mean square of a change that would not show.
     """
 
     weight: Tensor
@@ -149,22 +150,24 @@ class Recovery:
     residuals: Residuals | None = None
     agreed: Tensor | None = None
     source_models: tuple[int, ...] = ()
+    hidden_mse: float = 0.0
 
 
-def left_alone(stack: Stack, model: int, sign: str) -> Recovery:
+def left_alone(stack: Stack, model: int, sign: str, hidden_mse: float = 0.0) -> Recovery:
     """A model's own matrix, taken to be the base's.
 
     Args:
         stack: The models.
         model: Which one.
         sign: What shows that it left the matrix alone.
+        hidden_mse: As in `Recovery`.
     """
     return Recovery(
         stack.matrices[model].to(stack.device, stack.dtype, copy=True),
         "unchanged",
         f"{sign}: taken to have left it as the base has it",
-        relative_residual=0.0,
         noise_ratio=0.0,
+        hidden_mse=hidden_mse,
     )
 
 
