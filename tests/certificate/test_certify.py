@@ -112,7 +112,7 @@ def test_exact_is_never_wrong():
         if certificate.verdict is Verdict.EXACT:
             exact += 1
             assert true_error(given, recovery) == -math.inf, seed
-    assert exact >= 12
+    assert exact >= 11
 
 
 @pytest.mark.parametrize("seed", [2, 5, 6])
@@ -213,8 +213,8 @@ def test_what_two_models_left_alone_is_exact_by_assumption():
     ("certain", "foreseeable", "verdict", "predicted"),
     [
         (1.0, 1.0, Verdict.EXACT, None),
-        (0.9, 0.99, Verdict.FLOOR, -8.0),
-        (0.9, 0.6, Verdict.APPROXIMATE, -8.0),
+        (0.96, 0.99, Verdict.FLOOR, -8.0),
+        (0.96, 0.6, Verdict.APPROXIMATE, -8.0),
         (0.0, 0.99, Verdict.APPROXIMATE, -8.0),
     ],
 )

@@ -1,11 +1,15 @@
 """Random bases on a grid, or off every grid, and merges whose deltas are given in the grid's steps."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from detune.lattice.entries import StoredEntries
+from detune.lattice.estimate import Estimate
 from detune.numerics.float_grid import nearest, spacing
 from detune.problem import Recovery, Stack
-from tests.cases import normal, seeded
+from tests.cases import normal, rms, seeded
 
 SCALE = 0.02
 
@@ -44,6 +48,23 @@ class LatticeProblem:
         self.deltas = [L @ R.mT for L, R in self.factors]
         merges = merge if isinstance(merge, tuple) else (merge,) * n
         self.stack = Stack.of([(self.W + M_i).to(dtype) for M_i, dtype in zip(self.deltas, merges, strict=True)])
+
+    @property
+    def entries(self) -> StoredEntries:
+        return StoredEntries.of(self.stack)
+
+    def estimates(self, std: float, seed: int = 0) -> list[Estimate]:
+        """The true factors, those on the left changed so that entries are off by `std` steps, and known to be so."""
+        generator, size = seeded(seed), std * self.step / self.rank**0.5
+        none = torch.zeros(self.W.shape[1])
+        return [
+            Estimate((L + size * normal(generator, *L.shape)).float(), R.float(), torch.full((len(L),), size**2), none)
+            for L, R in self.factors
+        ]
+
+    def off(self, estimates: Sequence[Estimate]) -> list[float]:
+        """Root mean square errors of the estimates, in steps."""
+        return [rms(e.low_rank.dense() - M_i) / self.step for e, M_i in zip(estimates, self.deltas, strict=True)]
 
     def right(self, weight: Tensor) -> float:
         """The share of entries that are the base's, bit for bit."""

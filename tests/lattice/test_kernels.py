@@ -392,9 +392,10 @@ class Block:
 
     def decoded(self, widened: float = 4.0, most_doubt: float = 1e-9) -> "Decoded":
         weight, certain = np.empty(self.m.shape[1:]), np.empty(self.m.shape[1:], dtype=np.bool_)
-        wrong = np.zeros(256)
-        sums = decode(self.low, self.high, self.m, self.known, widened, most_doubt, weight, certain, wrong)
-        return Decoded(weight, certain, wrong, sums)
+        n, rows, columns = self.m.shape
+        wrong, strained = np.zeros(256), (np.zeros((n, rows)), np.zeros((n, columns)))
+        sums = decode(self.low, self.high, self.m, self.known, widened, most_doubt, weight, certain, wrong, *strained)
+        return Decoded(weight, certain, wrong, strained[0], strained[1], sums)
 
 
 @dataclass(frozen=True)
@@ -404,6 +405,8 @@ class Decoded:
     weight: np.ndarray
     certain: np.ndarray
     wrong: np.ndarray
+    strained_rows: np.ndarray
+    strained_columns: np.ndarray
     sums: tuple[float, float, float]
 
 
@@ -509,6 +512,17 @@ class TestDecode:
         assert (off != 0).sum() == pytest.approx(answer.wrong.sum(), rel=0.1)
         squares = (answer.wrong * np.exp2(2 * (np.arange(256.0) - 127))).sum()
         assert (off**2).sum() == pytest.approx(squares, rel=0.2)
+
+    def test_an_m_far_outside_its_interval_strains_its_row_and_column(self):
+        block = Block.of(Sample.draw(3, 1e-3, torch.bfloat16))
+        calm = block.decoded()
+        wild = replace(block, m=block.m.copy())
+        wild.m[1, 0, 7] += 40 * np.sqrt(block.variance[1, 0, 7]) + block.high[1, 0, 7] - block.low[1, 0, 7]
+        found = wild.decoded()
+        assert found.strained_columns[1, 7] > 100 + calm.strained_columns[1, 7]
+        np.testing.assert_allclose(found.strained_rows[:, 0], found.strained_columns.sum(axis=1))
+        others = np.delete(np.arange(200), 7)
+        np.testing.assert_array_equal(found.strained_columns[:, others], calm.strained_columns[:, others])
 
     def test_without_a_grid_it_is_the_mean(self):
         sample = Sample.draw(3, 0.1, torch.bfloat16, entries=2000, off=True)

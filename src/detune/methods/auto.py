@@ -55,7 +55,7 @@ class Auto:
     working_copies: ClassVar[int] = 10
 
     lattice: LatticeSearch | None = field(
-        default_factory=lambda: LatticeSearch(grids=HALVES, sweeps=6, least_gain=0.9, patience=0)
+        default_factory=lambda: LatticeSearch(grids=HALVES, sweeps=4, least_gain=0.9, patience=0)
     )
     polish: GaussNewton = field(default_factory=GaussNewton)
     spectral: Spectral = field(default_factory=Spectral)
