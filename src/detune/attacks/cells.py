@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from detune.attacks.denoise import best_split, with_measured_noise
-from detune.compatibility.levels import levels_of
 from detune.attacks.rebuild import rebuild
+from detune.compatibility.levels import levels_of
 from detune.lattice.decode import decoded
 from detune.lattice.entries import grid_of, row_blocks
 from detune.lattice.estimate import Estimate, means
