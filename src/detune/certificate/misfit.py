@@ -1,4 +1,4 @@
-"""What an answer leaves of the data, and how far it is from the best answer near it."""
+"""The misfit of an answer: what it leaves of the data, and how far it is from the best answer near it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,7 +127,7 @@ class _Sums:
     def of_fit(
         cls, known: Residuals, recovery: Recovery, operator: NormalOperator, spaces: Sequence[SVDFactors]
     ) -> "_Sums":
-        """From what the solver's last step has seen: the sums that its normal equations make zero are."""
+        """Take the sums from the solver's last step: its normal equations make some of them zero."""
         # U_i = M_i.left (M_i.right^T V_i) / S_i, and the same with left and right exchanged.
         if known.transposed:
             factors = [(M_i.left, space.U, space.S) for M_i, space in zip(recovery.deltas, spaces, strict=True)]

@@ -1,4 +1,4 @@
-"""What storing an answer does to its error.
+"""The error of an answer once it is stored.
 
 Rounding to a dtype adds `ulp^2 / 12` where the base lies anywhere between the dtype's numbers. But a base was mostly
 stored in that dtype itself: then an answer closer than half a unit in the last place becomes the base's own number.
@@ -28,7 +28,7 @@ KNOWN_TO = 0.2
 
 @dataclass(frozen=True)
 class StoredError(PredictedError):
-    """What storing leaves of an error: that of the stored weight.
+    """The error of the stored weight.
 
     Attributes:
         if_less: What it is if the error before was less by as much as it is known to, where nothing is in doubt.
@@ -99,7 +99,7 @@ def rounded_mse(
 
 
 def _in_float64(weight: Tensor, steps: Tensor, rest: Tensor, uniform: Tensor) -> float:
-    """The same for a base in the dtype of the computation, where rounding cannot be simulated by doing it."""
+    """The stored error where the base is in the dtype of the computation: rounding cannot be simulated by doing it."""
     error = (uniform * steps).mean(dim=0) + rest
     ulp = spacing(weight, torch.float64)
     return float((torch.round(error / ulp) * ulp).square().mean())
@@ -139,7 +139,7 @@ class _Stored(NamedTuple):
 
 
 def _answer(base: Tensor, deltas: Tensor, dtypes: Sequence[torch.dtype], between: bool) -> Tensor:
-    """What known deltas give: the mean of the models, or the middle of what their rounding intervals have in common."""
+    """The weight for known deltas: the mean of the models, or the middle of what their intervals have in common."""
     models = [(base + M_i).to(dtype) for M_i, dtype in zip(deltas, dtypes, strict=True)]
     if not between:
         return (torch.stack([W_i.double() for W_i in models]) - deltas).mean(dim=0)

@@ -63,7 +63,7 @@ class MergedCheckpoint(Checkpoint):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """What on disk belongs to this model and must not be overwritten."""
+        """The paths that belong to this model and must not be overwritten."""
         return (*self._base.paths, *self._lora.file.paths)
 
     @property

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InMemory:
-    """Where a stored tensor is in the model that transformers makes of the checkpoint.
+    """The place of a stored tensor in the model that transformers makes of the checkpoint.
 
     Attributes:
         module: Name of its module, `encoder.layer.0.attention.self.query`.

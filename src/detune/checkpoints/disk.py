@@ -1,4 +1,4 @@
-"""What a disk may say to a write, and how it is told."""
+"""Errors of a disk: what it may answer to a write, and how that is told."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """The same for all that is in a directory, and itself."""
+    """Sync all that is in a directory, and itself."""
     for directory, _, files in os.walk(root):
         for path in (*(Path(directory) / file for file in files), Path(directory)):
             sync(path)

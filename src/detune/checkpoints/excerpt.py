@@ -46,7 +46,7 @@ class Excerpt(Checkpoint):
         self._lock = Lock()
 
     def over(self, whole: Checkpoint) -> "Excerpt":
-        """The same rows of another view of the model; what is read counts together."""
+        """An excerpt of another view of the model, with the same rows; what is read counts together."""
         excerpt = Excerpt(whole, self.rows)
         excerpt._read_bytes = self._read_bytes
         return excerpt
@@ -58,7 +58,7 @@ class Excerpt(Checkpoint):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """What on disk belongs to this model and must not be overwritten."""
+        """The paths that belong to this model and must not be overwritten."""
         return self.whole.paths
 
     @property

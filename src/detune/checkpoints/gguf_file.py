@@ -101,7 +101,7 @@ _UNNAMED = frozenset({"rope_freqs.weight"})
 
 @dataclass(frozen=True)
 class _Known:
-    """What transformers says of a file.
+    """The configuration that transformers reads from a file.
 
     Attributes:
         names: Its name for each tensor of llama.cpp.

@@ -1,4 +1,4 @@
-"""Where every tensor lies inside a GGUF file, found without reading a single weight."""
+"""The header of a GGUF file: the place of every tensor, found without reading a single weight."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where every tensor lies inside a weight file, found without reading a single weight.
+"""Headers of weight files: the place of every tensor, found without reading a single weight.
 
 Every format ends in the same table of `Entry`, so that everything after this module reads with plain `pread`.
 """

@@ -101,7 +101,7 @@ class Repository:
         return Path(path)
 
     def download_side_files(self) -> Path:
-        """The same for the small files: configuration, indices of shards, tokenizer."""
+        """Download the small files: configuration, indices of shards, tokenizer."""
         small = [path for path in self.files if _is_small(PurePosixPath(path).name)]
         for path in small:
             if self.files[path].size_bytes > MAX_SIDE_FILE_BYTES:
@@ -264,7 +264,7 @@ def _link(known: Path, new: Path) -> None:
 
 
 def _explain(hub_id: str, error: Exception) -> InputError:
-    """What an exception of the client means to the user; its own HTTP library has others, which all mean the same."""
+    """Explain an exception of the client to the user; those of its HTTP library all mean the same."""
     from huggingface_hub import errors
 
     name, _, revision = hub_id.partition("@")
@@ -294,7 +294,7 @@ def _explain(hub_id: str, error: Exception) -> InputError:
 
 
 def _answer(error: Exception) -> str:
-    """What the Hub answered, in its own words where it has any."""
+    """The Hub's answer, in its own words where it has any."""
     status = getattr(getattr(error, "response", None), "status_code", "an error")
     said = getattr(error, "server_message", None)
     return f"it answered {status}" + (f", {said}" if said else "")

@@ -1,4 +1,4 @@
-"""What the files of a LoRA say: PEFT's, diffusers' and kohya's, brought into one table of factors.
+"""Formats of LoRA files: PEFT's, diffusers' and kohya's, brought into one table of factors.
 
 | format | file | names | alpha |
 | --- | --- | --- | --- |

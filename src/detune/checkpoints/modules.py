@@ -16,7 +16,7 @@ _EMBEDDINGS = ("embed", "wte", "wpe")
 
 
 class Kind(StrEnum):
-    """What a tensor is to PEFT."""
+    """The kind of module that PEFT takes a tensor for."""
 
     LINEAR = "linear"
     """A weight `(out, in)`."""
@@ -34,7 +34,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stored tensor is in the model that an adapter is loaded into.
+    """The place of a stored tensor in the model that an adapter is loaded into.
 
     Attributes:
         module: Name of its module in memory.

@@ -47,11 +47,11 @@ class PeftLayer:
 
     @property
     def rank(self) -> int:
-        """Of the product `B @ A`."""
+        """The rank of the product `B @ A`."""
         return self.A.shape[0]
 
     def merged(self, weight: Tensor) -> Tensor:
-        """What PEFT's `merge_and_unload` makes of the base's weight, on the CPU."""
+        """Merge into the base's weight as PEFT's `merge_and_unload` does on the CPU."""
         return merge(
             weight.clone(),
             self.A,
@@ -109,7 +109,7 @@ def unpack_layers(data: bytes, kind: Kind) -> dict[int, PeftLayer]:
 
 
 class PeftPlaces:
-    """What PEFT can take of a base's tensors.
+    """The tensors of a base that PEFT can take.
 
     Args:
         places: Where they are in memory.

@@ -53,7 +53,7 @@ class Places:
         self._names = sorted(names.items(), key=lambda item: -len(item[0]))
 
     def within(self, content: Any) -> Any:
-        """The same with every place rewritten, wherever it stands in a text."""
+        """Rewrite every place, wherever it stands in a text."""
         if isinstance(content, dict):
             return {self.within(key): self.within(value) for key, value in content.items()}
         if isinstance(content, list | tuple):

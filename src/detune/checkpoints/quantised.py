@@ -98,7 +98,7 @@ class Decoded(Checkpoint):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """What on disk belongs to this model and must not be overwritten."""
+        """The paths that belong to this model and must not be overwritten."""
         return self.stored.paths
 
     def read(self, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is complete of a run that is not over, so that the same command does only the rest.
+"""The directory of a run that is not over: completed tensors are kept, and the same command does only the rest.
 
 A hidden directory beside the target, named after the run's inputs and options:
 
@@ -191,7 +191,7 @@ class RunDirectory:
         return not any(path.exists() for path in kept) and not any(path.stat().st_size for path in self._journals())
 
     def results(self) -> dict[str, str]:
-        """What `note_results` wrote down; nothing where that has been damaged."""
+        """Read what `note_results` wrote down; nothing where that has been damaged."""
         with suppress(OSError):
             checksum, _, text = (self.directory / _RESULTS).read_bytes().strip().partition(b" ")
             if checksum == _checksum(text):

@@ -68,7 +68,7 @@ class Scaled:
         return stored.read_rows(self.weight, [rows]) if self.shape else stored.read(self.weight)
 
     def _spread(self, stored: Checkpoint, name: str, rows: slice) -> Tensor:
-        """What is stored for each block, for every entry of some rows."""
+        """Expand what is stored for each block to every entry of some rows."""
         each = stored.read(name).float().reshape(_scale_shape(stored.tensors[name].shape, self.shape))
         for dim, side in enumerate(self.sides):
             if side > 1 and each.shape[dim] > 1:

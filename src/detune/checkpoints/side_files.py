@@ -136,6 +136,6 @@ def _opened(root: Path, relative: Path | str, most_bytes: int | None = MAX_SIDE_
 
 
 def _blobs(place: Path) -> Path:
-    """Where the files of a snapshot in the Hub's cache are; the directory itself where it is no snapshot."""
+    """The directory of a snapshot's files in the Hub's cache; the directory itself where it is no snapshot."""
     blobs = place.parent.parent / "blobs"
     return blobs if place.parent.name == "snapshots" and not blobs.is_symlink() else place

@@ -24,7 +24,7 @@ __all__ = ["Checkpoint", "TensorInfo", "WeightFile"]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint's headers say about one tensor.
+    """One tensor as a checkpoint's headers describe it.
 
     Attributes:
         name: Qualified name: `encoder.x.weight`, or `unet/down.weight` in a component directory.
@@ -130,12 +130,12 @@ class Checkpoint:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """What on disk belongs to this model and must not be overwritten: directories, or the one file."""
+        """The paths that belong to this model and must not be overwritten: directories, or the one file."""
         return (self.root / self.weight_files[0].file,) if self._single_file else (self.root,)
 
     @property
     def places(self) -> tuple[Path, ...]:
-        """The same, and where its weights really lie: files may be links to elsewhere."""
+        """All paths of the model, with those that its weights really lie at: files may be links."""
         files = (self.root / file.file for file in self.weight_files)
         return (*self.paths, *(file.resolve() for file in files))
 
@@ -196,11 +196,11 @@ class Checkpoint:
         return self.tensors[name].nbytes
 
     def read_whole(self, name: str) -> torch.Tensor:
-        """The same as `read`; an excerpt gives all of the tensor here."""
+        """Read a tensor whole: as `read` does, but for an excerpt."""
         return self.read(name)
 
     def encoding(self, name: str) -> str:
-        """What a tensor's bytes are, where they are no numbers of its dtype; empty where they are."""
+        """The encoding of a tensor's bytes, where they are no numbers of its dtype; empty where they are."""
         return self._entries[name].encoding
 
     def noise(self, name: str, rows: slice | None = None) -> float | None:
@@ -219,7 +219,7 @@ class Checkpoint:
         return None
 
     def content_key(self, name: str) -> Hashable | None:
-        """What says that a tensor has the bytes of another one, without reading them.
+        """A key that tensors of equal bytes share, known without reading them.
 
         Args:
             name: A key of `tensors`.
@@ -271,7 +271,7 @@ class Checkpoint:
         return {file.file: self._storage.sha256(file.file) for file in self.weight_files}
 
     def known_hashes(self) -> dict[str, str]:
-        """The same for the files of which it is known without reading them: those on the Hub."""
+        """The hashes that are known without reading the files: of those on the Hub."""
         known = {file.file: self._storage.known_sha256(file.file) for file in self.weight_files}
         return {file: sha256 for file, sha256 in known.items() if sha256 is not None}
 

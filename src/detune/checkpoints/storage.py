@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint lie: a directory here, or a repository of the Hub (`remote`)."""
+"""Storage of a checkpoint's files: a directory here, or a repository of the Hub (`remote`)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Part:
 
 
 class Storage(Protocol):
-    """What a checkpoint needs of the place where its files are. Safe to use from several threads."""
+    """The protocol of a place where a checkpoint's files are. Safe to use from several threads."""
 
     @property
     def root(self) -> Path:
@@ -66,7 +66,7 @@ class Storage(Protocol):
         ...
 
     def known_sha256(self, file: str) -> str | None:
-        """The same where it is known without reading the file; None where it is not."""
+        """The hash where it is known without reading the file; None where it is not."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint goes, and what may be lost there."""
+"""The target of a checkpoint, and what may be lost there."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _CURE = "choose another"
 
 @dataclass(frozen=True)
 class Target:
-    """Where a checkpoint will be, and what may be there before.
+    """The place that a checkpoint will be in, and what may be there before.
 
     Attributes:
         out: The directory. A link to a directory stays a link: what it points to is replaced.

@@ -81,7 +81,7 @@ class View(Checkpoint):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """What on disk belongs to this model and must not be overwritten."""
+        """The paths that belong to this model and must not be overwritten."""
         return self.model.paths
 
     @property

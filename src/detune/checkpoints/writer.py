@@ -49,7 +49,7 @@ _READ_BYTES = 2**20
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor goes: its output file and the first byte there."""
+    """The place of a tensor: its output file and the first byte there."""
 
     file: str
     offset: int
@@ -224,14 +224,14 @@ class CheckpointFiles:
         return checksum
 
     def _offset(self, name: str) -> int:
-        """Where a part begins in its file."""
+        """The first byte of a part in its file."""
         part = self._view.parts[name]
         info = self._infos[part.tensor]
         before = part.start * (info.nbytes // max(1, info.shape[0])) if part.start else 0
         return self._places[part.tensor].offset + before
 
     def stored_bytes(self, names: Iterable[str]) -> int:
-        """What some parts take."""
+        """The bytes that some parts take."""
         return sum(math.prod(self._view.tensors[name].shape) * self.dtype(name).itemsize for name in names)
 
     def sync(self, names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ NOT_SOLVED = (COPY, "mean", "single", "none")
 
 @dataclass(frozen=True)
 class TensorResult:
-    """What became of one tensor: a row of the report.
+    """The result for one tensor: a row of the report.
 
     Attributes:
         name: Its qualified name.
@@ -139,7 +139,7 @@ class Report:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What JSON can hold of it."""
+        """The report as JSON can hold it."""
         content = {
             "versions": self.versions,
             "command": self.command,
@@ -177,5 +177,5 @@ def w_error_range(best: float | None, worst: float) -> str:
 
 
 def _ranks_by_model(rows: Sequence[TensorResult]) -> list[list[int]]:
-    """For each model the ranks that occur, in order."""
+    """The ranks that occur in each model, in order."""
     return [sorted(set(ranks) - {None}) for ranks in zip(*(row.ranks for row in rows), strict=True)]

@@ -1,4 +1,4 @@
-"""What a run makes of what is complete, a checkpoint, adapters and a mask, and how all of it gets to its places.
+"""The results of a run: a checkpoint, adapters and a mask, made of completed tensors and put in their places.
 
 All three are finished before the first is renamed to its place, and the checkpoint comes last: where it is, the rest
 is there too. What is about to be put in its place is written down before. So a run that is cut off in between is
@@ -40,7 +40,7 @@ __all__ = ["Results"]
 
 @dataclass(frozen=True)
 class Results:
-    """Where the results of a run go.
+    """The places that the results of a run go to.
 
     Attributes:
         target: The checkpoint's place.

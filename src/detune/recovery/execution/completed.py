@@ -52,12 +52,12 @@ class CompletedTensor:
     changes: tuple[AdapterChange, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """The tensor as JSON can hold it."""
         return asdict(self)
 
     @classmethod
     def of_json(cls, content: Any) -> "CompletedTensor":
-        """The same again.
+        """Inverse of `to_json`.
 
         Raises:
             TypeError: It is something else, as is said by the other exceptions.
@@ -76,7 +76,7 @@ def _row(content: Mapping[str, Any]) -> AdapterRow:
 
 
 def read_completed(run_directory: RunDirectory) -> list[CompletedTensor]:
-    """What a run's journal speaks of, in its order."""
+    """Read the completed tensors that a run's journal lists, in its order."""
     found = []
     for row in run_directory.rows():
         try:
@@ -159,7 +159,7 @@ def read_changes(
 def read_masks(
     run_directory: RunDirectory, completed: Mapping[str, CompletedTensor], names: Iterable[str]
 ) -> Iterator[tuple[str, tuple[int, ...], bytes]]:
-    """What `write_masks` takes, of each tensor whose bits were looked at.
+    """Read the masks for `write_masks`, of each tensor whose bits were looked at.
 
     Args:
         run_directory: Where they are.
@@ -180,7 +180,7 @@ def read_masks(
 
 @dataclass(frozen=True)
 class Written:
-    """What has been written of a tensor, by its CRC-32.
+    """The checksums, CRC-32, of what was written of a tensor.
 
     Attributes:
         weights: Of the tensor's bytes.
