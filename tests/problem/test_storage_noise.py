@@ -1,0 +1,30 @@
+"""The model of storage noise against the rounding that storing does."""
+
+import pytest
+import torch
+
+from detune.problem.storage_noise import as_rounded, sample_rows, storage_energy, storage_variance
+from tests.cases import normal, seeded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_errors_have_the_variance_that_the_model_gives_them(dtype):
+    exact = normal(seeded(), 256, 256)
+    stored = exact.to(dtype)
+    error = stored.double() - exact
+    assert float(error.square().mean()) == pytest.approx(float(storage_variance(stored).mean()), rel=0.05)
+    assert float(error.square().sum()) == pytest.approx(storage_energy(stored), rel=0.05)
+
+
+def test_float32_files_of_half_precision_are_told_by_their_values():
+    halves = [normal(seeded(seed), 8, 8).bfloat16() for seed in range(2)]
+    assert [each.dtype for each in as_rounded([half.float() for half in halves])] == [torch.bfloat16] * 2
+    # One alone may be a model that left a half-precision base as it was.
+    fine = normal(seeded(2), 8, 8).float()
+    assert [each.dtype for each in as_rounded([halves[0].float(), fine])] == [torch.float32] * 2
+
+
+def test_rows_are_sampled_evenly():
+    rows = torch.arange(1000)[:, None]
+    assert sample_rows(rows, 10).flatten().tolist() == list(range(0, 1000, 100))
+    assert sample_rows(rows[:5], 10).equal(rows[:5])
