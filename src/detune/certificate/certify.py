@@ -162,12 +162,12 @@ def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: fl
     rounded = rounded_mse(recovery, operator, dtypes, stored, before, min(before.mse, model.rounding))
     # Storing takes or adds the same share, whichever way the error was found.
     agreement = rounded.mse * disagreed / before.mse if before.mse else 0.0
-    doubt = model.doubt(rounded)
-    if doubt is None and disagreed > MOST_DISAGREEMENT * before.mse:
+    doubts = model.doubts(rounded)
+    if disagreed > MOST_DISAGREEMENT * before.mse:
         times = (disagreed / before.mse) ** 0.5
-        doubt = f"recoveries from parts of the models disagree {times:.2g} times as much as predicted"
-    if doubt is not None:
-        return Certificate.of_error(Verdict.APPROXIMATE, doubt, rounded, agreement)
+        doubts.append(f"recoveries from parts of the models disagree {times:.2g} times as much as predicted")
+    if doubts:
+        return Certificate.of_error(Verdict.APPROXIMATE, "; ".join(doubts), rounded, agreement)
     reason = (
         f"the only answer in which no part is common to all adapters; storage noise, {model.amplified:.2g} times "
         "that of an average, is all that is left"

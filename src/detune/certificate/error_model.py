@@ -185,40 +185,58 @@ class ErrorModel:
             least = min(least, self.noise / self.excess)
         return PredictedError(mse, least, min(most, wrong) if self.traces.solved else wrong)
 
-    def doubt(self, rounded: StoredError) -> str | None:
-        """Why the prediction, of the weight as it will be stored, may be wrong; None where there is no reason."""
-        mse = rounded.mse
-        if _excess(self.misfit, self.traces, self.variances + self.computed) <= MOST_LEFT**2:
-            if self.excess > MOST_COMPUTED**2 and self.computed > MOST_DISTANT * float(self.variances.mean()):
-                return "the rounding of the computation, not of the models, is what limits the answer"
-        elif self.excess > MOST_LEFT**2:
-            left = f"{self.excess**0.5:.2g} times the storage noise is left"
-            return f"{left}: adapters of these ranks do not explain the data"
-        if self.hidden > MOST_HIDDEN * mse:
-            return (
+    def doubts(self, rounded: StoredError) -> list[str]:
+        """All reasons for which the prediction may be wrong; none where nothing speaks against it.
+
+        Args:
+            rounded: The error of the weight as it will be stored.
+        """
+        mse, noise = rounded.mse, float(self.variances.mean())
+        few, runs_on = round(self.traces.directions), self._runs_into_noise
+        computed = _excess(self.misfit, self.traces, self.variances + self.computed) <= MOST_LEFT**2
+        unexplained = not computed and self.excess > MOST_LEFT**2
+        mostly_undone = mse < TAIL * self.mse and runs_on
+        table = (
+            (
+                computed and self.excess > MOST_COMPUTED**2 and self.computed > MOST_DISTANT * noise,
+                "the rounding of the computation, not of the models, is what limits the answer",
+            ),
+            (
+                unexplained,
+                f"{self.excess**0.5:.2g} times the storage noise is left: adapters of these ranks do not explain the "
+                "data",
+            ),
+            (
+                self.hidden > MOST_HIDDEN * mse,
                 "directions as strong as the weakest found would not show where the adapters' spaces are close to each "
-                "other"
-            )
-        if self.distance > MOST_DISTANT * self.noise:
-            return "the solver stopped short of the most likely answer"
-        if mse < TAIL * self.mse and self._runs_into_noise:
-            return (
+                "other",
+            ),
+            (self.distance > MOST_DISTANT * self.noise, "the solver stopped short of the most likely answer"),
+            (
+                mostly_undone,
                 "rounding brings most entries to the base's own numbers; how many it does not, depends on directions "
-                "that do not show"
-            )
-        # Intervals may have saved more than is known; directions that do not show cost as much.
-        if (self.coarse or self._runs_into_noise) and mse > STEEP * rounded.if_less:
-            return "rounding brings many entries to the base's own numbers; how many, cannot be predicted that closely"
-        if self.rounded and self._weakest_delta < ALIKE * float(self.variances.mean()):
-            return "deltas hardly exceed a unit in the last place: the models round alike, and that cannot be simulated"
-        if self.excess > MOST_EXCESS and self._runs_into_noise:
-            return "more is left than storage noise: directions of the adapters that were not found may be in it"
-        if not self.traces.solved:
-            return "the equations are too ill-conditioned to tell how the noise enters"
-        if self.traces.directions < FEW:
-            few = round(self.traces.directions)
-            return f"the error lies in some {few} directions: its size is known to a factor only"
-        return None
+                "that do not show",
+            ),
+            (
+                # Intervals may have saved more than is known; directions that do not show cost as much.
+                not mostly_undone and (self.coarse or runs_on) and mse > STEEP * rounded.if_less,
+                "rounding brings many entries to the base's own numbers; how many, cannot be predicted that closely",
+            ),
+            (
+                self.rounded and self._weakest_delta < ALIKE * noise,
+                "deltas hardly exceed a unit in the last place: the models round alike, and that cannot be simulated",
+            ),
+            (
+                self.excess > MOST_EXCESS and runs_on and not unexplained,
+                "more is left than storage noise: directions of the adapters that were not found may be in it",
+            ),
+            (not self.traces.solved, "the equations are too ill-conditioned to tell how the noise enters"),
+            (
+                self.traces.directions < FEW,
+                f"the error lies in some {few} directions: its size is known to a factor only",
+            ),
+        )
+        return [why for holds, why in table if holds]
 
     @property
     def _noticed(self) -> float:
