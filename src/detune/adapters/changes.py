@@ -153,7 +153,7 @@ class ChangeFitter:
         )
 
     def saved(self, name: str) -> tuple[AdapterChange, ...]:
-        """What one tensor becomes in the adapters of models that were saved without merging: what they hold of it.
+        """The changes of one tensor in models that were saved without merging: the adapters that they hold.
 
         Args:
             name: Its qualified name.

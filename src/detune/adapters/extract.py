@@ -72,7 +72,7 @@ class Extraction:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What JSON can hold of it."""
+        """The report as JSON can hold it."""
         return {"versions": versions()} | asdict(self) | {"summary": self.summary}
 
     def to_json(self) -> str:

@@ -1,4 +1,4 @@
-"""What one model is, by its headers alone: format, dtypes, quantisation, adapters inside, and what is missing."""
+"""A description of one model by its headers alone: format, dtypes, quantisation, adapters inside, missing tensors."""
 
 import math
 from collections import Counter

@@ -56,7 +56,7 @@ class BaseGroups:
         return [name for name, groups in self.splits.items() if not _is_among(model, others, groups)]
 
     def placed(self, places: Sequence[int]) -> "BaseGroups":
-        """The same with other numbers for the models: `places[i]` for i."""
+        """The groups with other numbers for the models: `places[i]` for i."""
 
         def move(groups: Groups) -> Groups:
             return tuple(tuple(places[i] for i in group) for group in groups)
@@ -248,7 +248,7 @@ def _unanimous(splits: dict[str, Groups], n: int) -> bool:
 
 
 def _connected(pairs: Sequence[tuple[int, int]], n: int) -> Groups:
-    """What the pairs connect, the largest first."""
+    """The groups that pairs connect, the largest first."""
     component = list(range(n))
     for i, j in pairs:
         old, new = component[j], component[i]

@@ -87,7 +87,7 @@ class Models:
 
     @property
     def paths(self) -> list[Path]:
-        """What on disk belongs to the models and must not be overwritten."""
+        """The paths that belong to the models and must not be overwritten."""
         return [path for model in (*self.models, self.reference) for path in model.places]
 
     @property
@@ -162,7 +162,7 @@ class ModelSet(Models):
 
     @property
     def names(self) -> Iterator[str]:
-        """What `parts` calls them."""
+        """The names of the `parts`."""
         return iter(self.parts)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -205,7 +205,7 @@ class ModelSet(Models):
         return None if raw(chosen) is self.layout else chosen
 
     def held(self, name: str) -> Held:
-        """What the models hold of it."""
+        """The tensor as the models hold it."""
         holders = self.holders(name)
         models = [self.models[i] for i in holders]
         tensors = tuple(model.read(name) for model in models)

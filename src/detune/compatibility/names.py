@@ -36,7 +36,7 @@ class TwoWays(Exception):
 
 @dataclass(frozen=True)
 class _Exchange:
-    """What stands in front of the common end of two names.
+    """The parts in front of the common end of two names.
 
     Attributes:
         expected: In the reference.

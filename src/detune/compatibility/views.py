@@ -56,7 +56,7 @@ class Fit:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What sets the model apart from the layout, a sentence each."""
+        """The differences of the model from the layout, a sentence each."""
         notes = []
         if self.renamed:
             count, own, name = self.renamed
@@ -96,7 +96,7 @@ class Alignment:
         return tuple(i for i, fit in enumerate(self.fits) if fit is not None)
 
     def notes(self, model: int) -> tuple[str, ...]:
-        """What sets a model apart from the layout."""
+        """The differences of a model from the layout."""
         fit = self.fits[model]
         return fit.notes if fit else ()
 
@@ -250,7 +250,7 @@ def is_stack(name: str, shape: Sequence[int]) -> bool:
 
 
 def _tied(whole: Sequence[Checkpoint], found: Sequence[_Found], fitting: Sequence[int], model: int) -> dict[str, Part]:
-    """What a model does not store because it is another tensor of it: where it is stored, it has the same bytes."""
+    """Tied tensors, which a model does not store because others of it have the same bytes wherever both are stored."""
     ties = {}
     stored = [(whole[i], found[i].parts) for i in fitting if i != model]
     for name in {name for _, parts in stored for name in parts} - set(found[model].names):

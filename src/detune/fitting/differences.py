@@ -34,9 +34,9 @@ WELL_ABOVE = 4.0
 # A singular value counts as signal from this multiple of the noise's estimated spectral norm. The estimate is a bound,
 # a fifth above what noise reaches where all entries are of a kind; noise alone does not come near.
 SIGNAL = 1.15
-# Test vectors show a direction weaker than it is: of one hardly above the noise, no less than this share of that. Then
-# the matrix is multiplied once more (Halko, Martinsson & Tropp 2011, Algorithm 4.3). Test vectors show more of small
-# matrices, and `detune.ranks.search` looks closer there.
+# Test vectors show a direction weaker than it is: one hardly above the noise by at most a quarter. Where a value lies
+# between, the matrix is multiplied once more (Halko, Martinsson & Tropp 2011, Algorithm 4.3). Test vectors show more of
+# small matrices, and `detune.ranks.search` looks closer there.
 HIDDEN = 0.75
 
 

@@ -18,22 +18,23 @@ from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import RanksTooHigh, RowSpaces, find_spaces
 from detune.identifiability.principal_part import require_own_adapters
 from detune.lattice import HALVES, LatticeSearch, NoGrid, is_coarse, left_alone_in_part
-from detune.methods.mixed_precision import FLOOR_RATIO, solve_from_finest
+from detune.methods.mixed_precision import solve_from_finest
 from detune.methods.spectral import Spectral
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import NotRecoverable, Recovery, left_alone
 from detune.problem.stack import SMALL_ENTRIES, Stack
+from detune.problem.storage_noise import FLOOR_RATIO
 from detune.ranks.search import select_ranks
 
 # Where the rank is told, singular values of differences are looked for down to this share of the storage noise.
 BELOW_NOISE = 0.5
-# Unless the residual is storage noise already.
+# No other start is tried below the noise once the residual is within 3 % of the storage noise.
 AT_FLOOR = 1.03
-# Deltas so many times as large as those of the closed form have run off along what the data leave open.
+# Deltas twice as large as those of the closed form have run off along what the data leave open.
 RAN_OFF = 2.0
-# Ranks whose weakest singular value stands so many times over the noise are not searched for others.
+# No rank search if the weakest singular value stands eight times over the noise.
 CLEAR = 8.0
-# Nor are they where more directions than these, or an eighth of all, stand less than so many times over it.
+# No rank search if over 16 singular values, or an eighth of all, lie within twice the noise.
 JUST_ABOVE = 2.0
 FEW_DIRECTIONS = 16
 
@@ -106,7 +107,7 @@ class Auto:
         return unchanged(stack) or self.lattice.untouched(stack)
 
     def _solve_finest(self, part: Stack, rank: int | None) -> Recovery:
-        """Of models that others are left out beside: one or two are enough only on a grid."""
+        """Solve the finest-precision models alone: one or two are enough only on a grid."""
         if part.n >= self.min_models:
             return self.solve(part, rank)
         if self.lattice is None:
@@ -232,7 +233,7 @@ def _in_a_crowd(differences: Differences) -> bool:
 
 
 def _is_crowded(singular_values: Tensor, noise_norm: float, stack: Stack) -> bool:
-    """Whether so many directions stand just above the noise that they are noise of another kind than storage's.
+    """Whether too many directions stand just above the noise: they are noise of another kind than storage's.
 
     A search would take them for ranks one by one.
     """
@@ -241,7 +242,7 @@ def _is_crowded(singular_values: Tensor, noise_norm: float, stack: Stack) -> boo
 
 
 def _fits_noise(recovery: Recovery, stack: Stack) -> bool:
-    """Whether some delta is such noise: the better it fits, the worse the base."""
+    """Whether some delta is noise of another kind than storage's: the better it fits, the worse the base."""
     rows = stack.shape[0]
     return any(
         _is_crowded(SVDFactors.of(M_i).S, SIGNAL * 2**0.5 * float(stack.noise_norm(i, rows)), stack)

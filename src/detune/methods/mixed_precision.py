@@ -17,7 +17,7 @@ from detune.numerics.linalg import thin_svd
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import NotLowRank, NotRecoverable, Recovery
 from detune.problem.stack import Stack
-from detune.problem.storage_noise import FLOOR_RATIO as FLOOR_RATIO
+from detune.problem.storage_noise import FLOOR_RATIO
 
 # Models whose steps are more than 64 times the finest are coarse: float32 and fp16 are 2^13 apart, fp16 and bf16 2^3.
 COARSE = 64.0

@@ -28,7 +28,7 @@ from detune.problem.stack import Stack
 # What differs outside of A's row space, over the storage noise (mean square), shows that A is another.
 MOST_OUTSIDE = 4.0
 STEPS = 60
-# The last step is one that leaves more than this share of the misfit.
+# The last step is one that lowers the misfit by less than a ten-thousandth.
 CONVERGED = 1 - 1e-4
 FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-2, 1e-12, 1e8
 # At the start all c_i are one, and the common part of the b_i is not determined.
