@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 RANK, N = 16, 3
-SHAPES = {"q": (4096, 4096), "k": (1024, 4096), "gate": (14336, 4096)}
+SHAPES = {"k": (1024, 4096), "q": (4096, 4096), "gate": (14336, 4096)}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 METHODS = ("intersect", "auto")
 DELTAS = {"light": 0.001, "ordinary": 0.01}  # of the weights' root mean square
@@ -79,12 +79,12 @@ class Rate:
     copies: float
 
 
-def make(folder: Path, dtype: torch.dtype, relative_size: float) -> list[Path]:
+def make(folder: Path, dtype: torch.dtype, relative_size: float, shapes: dict[str, tuple[int, int]]) -> list[Path]:
     """Write the merges."""
     paths = [folder / f"model-{i}" for i in range(N)]
     states: list[dict[str, torch.Tensor]] = [{} for _ in paths]
     generator = torch.Generator().manual_seed(0)
-    for name, (rows, columns) in SHAPES.items():
+    for name, (rows, columns) in shapes.items():
         W = (torch.randn(rows, columns, generator=generator) / math.sqrt(columns)).bfloat16()
         for state in states:
             M = torch.randn(rows, RANK, generator=generator) @ torch.randn(RANK, columns, generator=generator)
@@ -99,7 +99,12 @@ def recover(folder: str, method: str) -> None:
     """In a process of its own: recover, and print CPU seconds and the bytes of memory that came on top."""
     torch.set_num_threads(1)
     import detune
-    import detune.recovery.api  # what is imported costs once
+
+    # What is imported and compiled costs once.
+    draw = torch.Generator().manual_seed(0)
+    W = torch.randn(96, 96, generator=draw).bfloat16()
+    deltas = [torch.randn(96, 2, generator=draw) @ torch.randn(2, 96, generator=draw) / 50 for _ in range(N)]
+    detune.recover_matrix([(W.float() + M).bfloat16() for M in deltas], method)
 
     def peak() -> int:
         # Not getrusage: its peak is at first that of the process that started this one.
@@ -111,16 +116,16 @@ def recover(folder: str, method: str) -> None:
     print(time.process_time() - began, peak() - before)
 
 
-def measure(folder: Path, method: str, repeats: int) -> Rate:
+def measure(folder: Path, method: str, repeats: int, shapes: dict[str, tuple[int, int]]) -> Rate:
     """The best of several runs."""
-    entries = sum(math.prod(shape) for shape in SHAPES.values())
+    entries = sum(map(math.prod, shapes.values()))
     rates = []
     for _ in range(repeats):
         shutil.rmtree(folder / f"out-{method}", ignore_errors=True)
         command = [sys.executable, __file__, "--recover", str(folder), method]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         cpu_seconds, more_bytes = map(float, printed.split()[-2:])
-        largest_bytes = 4 * max(math.prod(shape) for shape in SHAPES.values())
+        largest_bytes = 4 * max(map(math.prod, shapes.values()))
         rates.append(Rate(cpu_seconds / entries * 1e9, more_bytes / largest_bytes))
     return min(rates, key=lambda rate: rate.cpu_seconds)
 
@@ -128,19 +133,21 @@ def measure(folder: Path, method: str, repeats: int) -> Rate:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="a part of them")
     parser.add_argument("--recover", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.recover:
         recover(*arguments.recover)
         return
+    shapes = {name: SHAPES[name] for name in arguments.shapes.split(",")}
     print(f"{N} merges of rank {RANK}; {CORES} cores at work, and a file system that keeps up with them\n")
     print("model  stored as  deltas   method     read      written  core hours    hours  GB/s read  memory a worker")
     for name, dtype in DTYPES.items():
         for deltas, relative_size in DELTAS.items():
             with tempfile.TemporaryDirectory() as folder:
-                make(Path(folder), dtype, relative_size)
+                make(Path(folder), dtype, relative_size, shapes)
                 for method in METHODS:
-                    show((name, deltas, method), dtype, measure(Path(folder), method, arguments.repeats))
+                    show((name, deltas, method), dtype, measure(Path(folder), method, arguments.repeats, shapes))
 
 
 def show(case: tuple[str, str, str], dtype: torch.dtype, rate: Rate) -> None:

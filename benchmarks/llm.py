@@ -305,6 +305,9 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.only) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}: expected {', '.join(PARTS)}")
+    for method in options.methods:
+        # What is imported and compiled costs once.
+        detune.recover_matrix(draw(96, 3.0, 3)[1], method)
     for part in options.only:
         print(f"\n{part}", flush=True)
         {"models": models, "random": random, "more": more, "family": family}[part](options)
