@@ -98,6 +98,21 @@ def test_it_is_better_than_the_average_and_no_better_than_said(
     assert detune.check_family(paths).suffices
 
 
+def test_deltas_below_the_levels_are_not_promised_to_be_undone(family, tmp_path):
+    """Models that are rounded alike err alike: no average helps, and no residual shows it."""
+    base, models = family
+    paths = []
+    for i, state in enumerate(models):
+        small = {name: base[name] + 0.02 * (state[name] - base[name]) for name in NAMES}
+        paths.append(save(tmp_path / f"model-{i}", fp8(state | small)))
+    report = detune.recover(paths, tmp_path / "out")
+    written = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    for row in report.tensors:
+        if row.name in NAMES:
+            assert row.verdict is Verdict.APPROXIMATE
+            assert row.predicted_w_error == pytest.approx(w_error(written[row.name], base[row.name]), abs=0.3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_eight_bits_that_were_turned_back_are_noticed(family, tmp_path, dtype):
     base, models = family

@@ -65,6 +65,10 @@ def certify(
     if recovery.hidden_mse:
         reason = f"exact, if {recovery.reason.partition(':')[0]} because it left the matrix alone"
         return Certificate.of_error(Verdict.APPROXIMATE, reason, PredictedError(0.0, 0.0, recovery.hidden_mse))
+    if recovery.method == "unchanged" and stack.noise_override:
+        mse = float(stack.noise.square().mean())
+        reason = "models agree in every level of their quantisation, and what that rounded off is lost"
+        return Certificate.of_error(Verdict.APPROXIMATE, reason, PredictedError(mse, mse / 2, 2 * mse))
     if recovery.method == "unchanged":
         return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
     if recovery.bits is not None:
@@ -159,7 +163,8 @@ def _of_fit(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: fl
     if disagreed > before.most:
         before = replace(before, most=disagreed)
     dtypes = [W_i.dtype for W_i in stack.matrices]
-    rounded = rounded_mse(recovery, operator, dtypes, stored, before, min(before.mse, model.rounding))
+    averaged = min(before.mse, model.rounding)
+    rounded = rounded_mse(recovery, operator, dtypes, stored, before, averaged, quantised=model.told)
     # Storing takes or adds the same share, whichever way the error was found.
     agreement = rounded.mse * disagreed / before.mse if before.mse else 0.0
     doubts = model.doubts(rounded)

@@ -18,6 +18,9 @@ from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import PredictedError, Recovery
 from detune.problem.stack import Stack
 
+# Of an error of which more than half is what all models have in common, only the size of that is known: any number does
+# that is well above what finite matrices scatter by.
+MOST_ALIKE = 0.5
 # A misfit of more than this many times the storage noise's (root mean square) is not storage noise.
 MOST_LEFT = 2.0
 # A variance of the misfit that is so many times that of the storage noise, which is seen to a few per cent of it, has
@@ -142,7 +145,12 @@ class ErrorModel:
     def noise(self) -> float:
         """Mean squared error that the noise leaves at the most likely answer."""
         least_squares = self.excess * float((self.variances * self.traces.weight).sum()) / self.entries
-        return max(least_squares - self.saved, least_squares * MOST_SAVED)
+        return max(least_squares - self.saved, least_squares * MOST_SAVED) + self.alike
+
+    @property
+    def alike(self) -> float:
+        """Mean square of what quantisation has rounded off all models alike, which no residual shows."""
+        return max(0.0, 1 - self.excess) * float(self.variances.mean()) if self.told else 0.0
 
     @property
     def distance(self) -> float:
@@ -197,6 +205,10 @@ class ErrorModel:
         unexplained = not computed and self.excess > MOST_LEFT**2
         mostly_undone = mse < TAIL * self.mse and runs_on
         table = (
+            (
+                self.alike > MOST_ALIKE * self.noise,
+                "deltas are small beside the levels of quantisation: the models were rounded alike",
+            ),
             (
                 computed and self.excess > MOST_COMPUTED**2 and self.computed > MOST_DISTANT * noise,
                 "the rounding of the computation, not of the models, is what limits the answer",

@@ -17,6 +17,7 @@ from detune.numerics.linalg import product
 from detune.numerics.random import seeded
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import PredictedError, Recovery
+from detune.problem.storage_noise import storage_energy
 
 # Enough entries to know the average of what rounding does.
 SAMPLED = 1 << 14
@@ -45,6 +46,7 @@ def rounded_mse(
     before: PredictedError,
     averaged: float,
     seed: int = 0,
+    quantised: bool = False,
 ) -> StoredError:
     """The mean squared error per entry that an answer has once its weight is stored.
 
@@ -60,8 +62,12 @@ def rounded_mse(
         averaged: The part of it that is the mean of the n models' rounding errors in that very entry; the rest comes
             from everywhere, is normal, and larger where the spaces have large entries.
         seed: Of the sampled entries and of the draws.
+        quantised: Whether the models were rounded to levels of their own, which no dtype's grid undoes.
     """
     less = before.mse * 10**-KNOWN_TO
+    if quantised:
+        added = storage_energy(recovery.weight.to(stored)) / recovery.weight.numel()
+        return StoredError(before.mse + added, before.least + added, before.most + added, less + added)
     if torch.finfo(stored).eps < min(torch.finfo(dtype).eps for dtype in dtypes):
         # Nothing is lost, and nothing undone.
         return StoredError(before.mse, before.least, before.most, less)

@@ -174,8 +174,7 @@ def split_tensor(models: Sequence[Checkpoint], name: str) -> Groups:
         # What is looked at is small: two threads take twice as long over it.
         with use_threads(1):
             shown = [matricise(some_of(model).read(name)) for model in models]
-            noise = [noise_of(model, name, matrix) for model, matrix in zip(models, shown, strict=True)]
-            return split(shown, noise=noise)
+            return split(shown, noise=noise_of(models, name, shown))
     except NonFinite as error:
         raise damaged(name, models[error.model].spec) from None
 

@@ -209,24 +209,30 @@ class ModelSet(Models):
         holders = self.holders(name)
         models = [self.models[i] for i in holders]
         tensors = tuple(model.read(name) for model in models)
-        noise = tuple(noise_of(model, name, tensor) for model, tensor in zip(models, tensors, strict=True))
-        return Held(tensors, holders, noise)
+        return Held(tensors, holders, noise_of(models, name, tensors))
 
 
-def noise_of(model: Checkpoint, name: str, tensor: Tensor) -> float | None:
-    """How far a model's numbers are from those that were quantised, where they were.
+def noise_of(models: Sequence[Checkpoint], name: str, tensors: Sequence[Tensor]) -> tuple[float | None, ...]:
+    """How far models' numbers are from those that were quantised, where they were.
 
     Args:
-        model: The model.
+        models: The models.
         name: The tensor's name.
-        tensor: What was read of it.
+        tensors: What was read of it in each.
 
     Returns:
-        The root mean square error of an entry: told by the format, or seen in numbers that lie on levels; None where it
-        is the rounding to the dtype.
+        For each the root mean square error of an entry: told by the format, or seen where the numbers of all models lie
+        on levels; None where it is the rounding to the dtype. One that lies on levels alone is another's base.
     """
-    told = model.noise(name)
-    return told if told is not None or tensor.ndim < 2 else level_noise(matricise(tensor))
+    told = tuple(model.noise(name) for model in models)
+    if any(noise is not None for noise in told) or any(tensor.ndim < 2 for tensor in tensors):
+        return told
+    seen: list[float | None] = []
+    for tensor in tensors:
+        seen.append(level_noise(matricise(tensor)))
+        if seen[-1] is None:
+            return told
+    return tuple(seen)
 
 
 def rows_to_read(specs: Sequence[str | Path], rows: int | Literal["auto", "all"]) -> int | None:

@@ -134,7 +134,7 @@ def _find_ranks(models: Sequence[Checkpoint], name: str, device: torch.device | 
         return _Outcome((), False, "not floating point")
     if len(models) == 1:
         return _Outcome((), False, "a single model has it")
-    noise = [noise_of(model, name, tensor) for model, tensor in zip(models, tensors, strict=True)]
+    noise = noise_of(models, name, tensors)
     stack = Stack.of([matricise(tensor) for tensor in tensors], device=device, noise=noise)
     try:
         if min(stack.shape) == 1:
