@@ -38,6 +38,12 @@ class TestFloat32Merges:
         assert problem.certain_and_wrong(recovery) <= (0.002 * problem.W.numel() if n == 1 else 0)
         assert recovery.method == "lattice"
 
+    @pytest.mark.parametrize(("size", "delta", "seed"), [(192, 0.2, 1), (192, 0.2, 3), (256, 0.2, 3)])
+    def test_a_direction_that_nothing_determines_is_not_followed(self, size, delta, seed):
+        """Its curvature is rounding, and may be negative."""
+        problem = LatticeProblem((size, size), rank=4, n=1, delta=delta, seed=seed)
+        assert problem.right(Lattice().solve(problem.stack).weight) > 0.99
+
     @pytest.mark.parametrize(("n", "delta"), [(1, 3.0), (2, 30.0)])
     def test_larger_deltas_are_refused(self, n, delta):
         problem = LatticeProblem((56, 48), n=n, delta=delta)

@@ -28,7 +28,7 @@ SHRUNK = 0.9
 MOST_DIRECTIONS = 64
 POWER_PASSES = 3
 # Rows with about this many entries show the size of deltas, and the entries with the finest steps show it best.
-SAMPLED, FINEST = 1 << 20, 0.03
+SAMPLED, FINEST = 1 << 18, 0.03
 # No model's delta is taken for smaller than this share of their average: what is too small to be measured is not zero.
 SMALLEST_SHARE = 0.1
 # Standard errors by which a delta's size may be larger than it seems.

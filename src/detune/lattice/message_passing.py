@@ -65,7 +65,7 @@ class Measurements:
     @property
     def alone(self) -> Tensor:
         """Precisions of each `M_i` with the others as they are."""
-        return self.precision - self.pull.square()
+        return (self.precision - self.pull.square()).clamp(min=0)
 
 
 def sweep(
@@ -222,7 +222,9 @@ def _joint_steps(
         if not bool(unsolved.any()):
             break
         image = applied(direction)
-        along = unsolved * size / _dot(direction, image).clamp(min=LEAST)
+        # Rounding can leave an ill-determined direction no curvature, or a negative one: no step is taken along it.
+        curvature = _dot(direction, image)
+        along = torch.where(unsolved & (curvature > 0), size / curvature.clamp(min=LEAST), 0.0)
         steps = [x + along * d for x, d in zip(steps, direction, strict=True)]
         residual = [r - along * a for r, a in zip(residual, image, strict=True)]
         toward = preconditioned(residual)

@@ -28,7 +28,7 @@ from detune.problem.stack import Stack
 
 HALVES = (torch.bfloat16, torch.float16)
 # Entries kept from the fit: their share, and how many the test for a grid looks at.
-HELD, TESTED = 1 / 16, 1 << 14
+HELD, TESTED = 1 / 16, 1 << 12
 # Larger matrices are fitted in so many rows and columns, or so many for each direction; the others follow from those.
 BLOCK, BLOCK_PER_RANK = 1024, 16
 # Least squares promises variances that are too small where it lacks directions.
