@@ -34,7 +34,9 @@ MOST_SQUARE = 25.0
 # one degree, as one entry often says most of what a row's held-out entries say.
 LOCKED = 12.0
 # What is held to be lacking changes by no more than these factors in a half sweep: it is seen in few entries.
-MOST_RISE, LEAST_FALL = 8.0, 0.9
+MOST_RISE, MOST_FALL = 8.0, 0.9
+# One or two models hold W only modulo what they differ by: a fit that is sure too early locks rows onto wrong points.
+FEW_MODELS, SLOW_FALL = 2, 0.3
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def stepped(
             e,
             left=torch.cat(left),
             rows=torch.cat(variance),
-            lack=e.lack if held is None else lack.update(e.lack),
+            lack=e.lack if held is None else lack.update(e.lack, SLOW_FALL if entries.n <= FEW_MODELS else MOST_FALL),
         )
         for e, left, variance, lack in zip(estimates, lefts, variances, seen, strict=True)
     )
@@ -150,12 +152,12 @@ class _Lack:
         self.uncertain += float((precision * variance).sum())
         return torch.where(ratio > LOCKED, ratio, 1.0)
 
-    def update(self, lack: float) -> float:
+    def update(self, lack: float, most_fall: float) -> float:
         if not self.information:
             return lack
         ratio = min(self.squares / self.information, 1 + MOST_RISE)
         change = (ratio - 1) * self.uncertain / self.information
-        return max(0.0, lack + max(change, -LEAST_FALL * lack))
+        return max(0.0, lack + max(change, -most_fall * lack))
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ SMALL_BLOCK, FEW_SWEEPS = 256, 4
 # Where the score has shown nothing new so often, it is not asked again.
 BARREN = 2
 # With fewer models W itself is open, and the fit takes its time.
-FEW_MODELS, MOST_SWEEPS, PATIENCE = 3, 16, 2
+FEW_MODELS, MOST_SWEEPS, PATIENCE = 3, 24, 4
 # A start may be off by more than it promises: variances so many times as large are tried for a sign of the grid.
 WIDER = (1.0, 16.0, 256.0, 4096.0)
 # A sign: it comes by chance once in ten times.
@@ -181,7 +181,7 @@ class LatticeSearch:
             weight=found.weight.to(stack.device, stack.dtype),
             method=f"{start.method}+intervals",
             reason=f"{start.reason}; then the mean of what the models' rounding leaves of each entry",
-            deltas=tuple(e.low_rank for e in estimates),
+            deltas=tuple(e.low_rank.to(stack.device) for e in estimates),
             relative_residual=found.relative_residual,
             noise_ratio=found.noise_ratio,
             residuals=None,
@@ -454,7 +454,7 @@ def _answer(stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
         found.weight.to(stack.device, stack.dtype),
         f"{start.method}+lattice" if start is not None and used else "lattice",
         f"{before}{fit.sweeps} sweeps on the {name_of(fit.grid)} grid",
-        tuple(e.low_rank for e in fit.estimates),
+        tuple(e.low_rank.to(stack.device) for e in fit.estimates),
         tuple(e.rank for e in fit.estimates),
         found.relative_residual,
         found.noise_ratio,

@@ -208,7 +208,8 @@ def _left_alone_by_rank(differences: Differences, quick: Recovery) -> Recovery |
     # Directions of the size of what is noise, as many as another model has, would not be seen.
     hidden = (SIGNAL * float(stack.noise_norm(model, stack.shape[0]))) ** 2 * max(ranks)
     sign = f"model {model} differs from the others by their own ranks alone"
-    return left_alone(stack, model, sign, hidden / (stack.shape[0] * stack.shape[1]))
+    found = left_alone(stack, model, sign, hidden / (stack.shape[0] * stack.shape[1]))
+    return replace(found, deltas=quick.deltas, ranks=quick.ranks)
 
 
 def _is_half(stack: Stack) -> bool:

@@ -39,6 +39,10 @@ class LowRank:
         """The transposed matrix, by its factors."""
         return LowRank(self.right, self.left)
 
+    def to(self, device: torch.device) -> "LowRank":
+        """The same matrix on another device."""
+        return LowRank(self.left.to(device), self.right.to(device))
+
     @property
     def energy(self) -> float:
         """`|M_i|_F^2`, from the factors."""
