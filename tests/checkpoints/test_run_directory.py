@@ -164,3 +164,23 @@ def test_what_another_user_made_is_left_alone(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"recovering-one is in the way; no run of yours made it"):
         claim(tmp_path / "out", "one").__enter__()
     assert (run_directory.directory / "lock").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "directory"])
+@pytest.mark.parametrize("name", ["part", "results.new"])
+def test_what_is_written_does_not_go_through_what_stands_there(tmp_path, kind, name):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    with claim(tmp_path / "out", "key") as run:
+        run.save_part("a", ".mask", b"before")
+        place = next((run.directory / "parts").iterdir()) if name == "part" else run.directory / name
+        place.unlink(missing_ok=True)
+        if kind == "link":
+            place.symlink_to(victim)
+        else:
+            (place / "x").mkdir(parents=True)
+        checksum = run.save_part("a", ".mask", b"after")
+        run.note_results({"out": "hash"})
+        assert run.read_part("a", ".mask", checksum) == b"after"
+        assert run.results() == {"out": "hash"}
+    assert victim.read_text() == "mine"

@@ -79,10 +79,8 @@ class RunDirectory:
             OutputError: The disk refuses.
         """
         path = self._part(name, suffix)
-        with reported(path), path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with reported(path):
+            _write_new(path, data)
         return zlib.crc32(data)
 
     def read_part(self, name: str, suffix: str, checksum: int) -> bytes:
@@ -176,12 +174,8 @@ class RunDirectory:
     def clear(self) -> None:
         """Forget all that is complete."""
         for part in _PARTS:
-            path = self.directory / part
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-            path.mkdir()
+            _discard(self.directory / part)
+            (self.directory / part).mkdir()
         sync(self.directory)
 
     @property
@@ -209,8 +203,7 @@ class RunDirectory:
         """
         new = self.directory / _NEW_RESULTS
         with reported(new):
-            new.write_bytes(_line(results))
-            sync(new)
+            _write_new(new, _line(results))
             os.replace(new, self.directory / _RESULTS)
             sync(self.directory)
 
@@ -349,6 +342,22 @@ def remove_spent(out: Path) -> None:
 
 def _is_landed(name: str) -> bool:
     return name in (*_PARTS, _RESULTS, _NEW_RESULTS, _REPLACED)
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Write a file anew, not through a link or into whatever else stands there, and wait until it is on the disk."""
+    _discard(path)
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_filled(out: Path) -> bool:
