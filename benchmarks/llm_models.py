@@ -107,11 +107,11 @@ def changes(names: list[str]) -> dict[str, Change]:
 
 
 def with_added_tokens() -> Path:
-    """A's merge with a vocabulary of two more tokens."""
-    path = CACHE / "light-bf16" / "A-tokens"
+    """D's merge with a vocabulary of two more tokens."""
+    path = CACHE / "light-bf16" / "D-tokens"
     if not (path / "tokenizer.json").is_file():
         with quiet(), seeded(0):
-            model = AutoModelForCausalLM.from_pretrained(merged("A", "light", "bf16"), dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_pretrained(merged("D", "light", "bf16"), dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(base())
             tokenizer.add_tokens([f"<added-{i}>" for i in range(ADDED_TOKENS)])
             model.resize_token_embeddings(len(tokenizer))
