@@ -157,6 +157,8 @@ class Auto:
 
     def _closed_form(self, differences: Differences, rank: int | None, search: bool = True) -> Recovery:
         spaces = find_spaces(differences, rank, self.seed)
+        # Noise that was told may be of any size, and its size is not known well enough for a search.
+        search = search and not differences.stack.noise_override
         if search and any(map(_in_doubt, differences.by_pair.values())) and not _in_a_crowd(differences):
             spaces = select_ranks(spaces, rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
