@@ -132,9 +132,9 @@ def test_reach_as_far_as_parts_disagree():
 @pytest.mark.parametrize(
     ("expected", "same_rows", "best", "worst"),
     [
-        (PredictedError(1e-8, 2e-9, 4e-8), False, math.log10(BITS_LESS * 2e-9), math.log10(4e-8)),
+        (PredictedError(1e-8, 2e-9, 4e-8), False, math.log10(BITS_LESS * 2e-9), math.log10(4e-8 * SHARED)),
         (PredictedError(1e-8, 2e-9, 4e-8), True, math.log10(BITS_LESS * 2e-9), math.log10(4e-8 * SHARED)),
-        (PredictedError(1e-8, 0.0, 4e-8), False, None, math.log10(4e-8)),
+        (PredictedError(1e-8, 0.0, 4e-8), False, None, math.log10(4e-8 * SHARED)),
         # One entry that is wrong by a step of bfloat16.
         (PredictedError(0.0, 0.0, 0.0), False, None, pytest.approx(-8.4, abs=0.3)),
     ],

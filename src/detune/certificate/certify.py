@@ -32,10 +32,10 @@ MOST_DISAGREEMENT = 10.0
 FORESEEABLE = 0.95
 # Where least squares amplifies noise by more than this, the errors of the M_i are not independent.
 CLOSE_SPACES = 1.12
-# Then more entries can be wrong than each by itself foretells, by no more than this in the problems of
+# More entries can be wrong than each by itself foretells, by no more than this in the problems of
 # `benchmarks/certificate.py` and `benchmarks/exact.py` with seeds from 6000 to 6199;
 SHARED = 5.0
-# nor where fewer entries than this share are certain: rows and columns may be off by more than they say (measured on
+# Where fewer entries than this share are certain, rows and columns may be off by more than they say (measured on
 # the matrices of a language model, `benchmarks/llm.py`);
 MOSTLY_CERTAIN = 0.95
 # and, as the probabilities of entries are known no better than that, fewer.
@@ -104,7 +104,7 @@ def _of_bits(stack: Stack, recovery: Recovery) -> Certificate:
     elif bits.share < MOSTLY_CERTAIN:
         reason += "; how far the others can be trusted is known to a factor"
     else:
-        return Certificate.of_error(Verdict.FLOOR, reason, bits.expected.mse)
+        return Certificate.of_error(Verdict.FLOOR, reason, _range_of_bits(stack, recovery, amplified))
     return Certificate.of_error(Verdict.APPROXIMATE, reason, _range_of_bits(stack, recovery, amplified))
 
 
@@ -119,7 +119,7 @@ def _range_of_bits(stack: Stack, recovery: Recovery, amplified: float) -> Predic
         most = float(spacing(weight.double(), bits.grid).square().mean()) / weight.numel()
     elif stack.n < 3:
         least, most = 0.0, max(most, WRONG * moved_mse(recovery))
-    elif amplified > CLOSE_SPACES or bits.share < MOSTLY_CERTAIN:
+    else:
         most *= SHARED
     return PredictedError(expected.mse, least, most)
 
