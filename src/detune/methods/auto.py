@@ -18,7 +18,7 @@ from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import RanksTooHigh, RowSpaces, find_spaces
 from detune.identifiability.principal_part import require_own_adapters
 from detune.lattice import HALVES, LatticeSearch, NoGrid, is_coarse, left_alone_in_part
-from detune.methods.mixed_precision import solve_from_finest
+from detune.methods.mixed_precision import solve_from, solve_from_finest
 from detune.methods.spectral import Spectral
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import NotRecoverable, Recovery, left_alone
@@ -83,11 +83,18 @@ class Auto:
         assert self.lattice is not None
         with suppress(NotRecoverable):
             quick = self._closed_form(first, rank, search=False)
-            require_own_adapters(quick)
-            alone = _left_alone_by_rank(first, quick)
-            if alone is not None and (not _is_half(stack) or self.lattice.shows_on(stack, quick)):
-                return alone
-            return self.lattice.refine(stack, quick, rank)
+        models = self._independent(first, quick, rank)
+        if models is not None:
+            found = solve_from(stack, models, self.solve, rank, "the other's adapter is not independent of theirs")
+            if found is not None:
+                return found
+        if quick is not None:
+            with suppress(NotRecoverable):
+                require_own_adapters(quick)
+                alone = _left_alone_by_rank(first, quick)
+                if alone is not None and (not _is_half(stack) or self.lattice.shows_on(stack, quick)):
+                    return alone
+                return self.lattice.refine(stack, quick, rank)
         found = self._least_squares(first, rank)
         if not found.deltas:
             return found
@@ -95,6 +102,25 @@ class Auto:
             with suppress(NoGrid):
                 return self.lattice.refine(stack, found, rank)
         return self.lattice.without_grid(stack, found)
+
+    def _independent(self, first: Differences, quick: Recovery | None, rank: int | None) -> tuple[int, ...] | None:
+        """The models without one that keeps the closed form from explaining them: a copy at another strength, a merge.
+
+        None where it does explain them, where no such model is found, and in half precision, where ranks end in noise.
+        """
+        stack = first.stack
+        if stack.n <= self.min_models or _is_half(stack) or rank is not None or _explains(quick):
+            return None
+        found = []
+        for left_out in range(stack.n):
+            models = tuple(i for i in range(stack.n) if i != left_out)
+            with suppress(NotRecoverable):
+                others = find_differences(stack.part(models), rank, self.seed)
+                of_others = self._closed_form(others, rank, search=False)
+                if _explains(of_others):
+                    # With a later checkpoint of one run beside it, a model may pass for the base: rather not.
+                    found.append((0 in of_others.ranks, models))
+        return min(found)[1] if found else None
 
     def _least_squares(self, first: Differences, rank: int | None) -> Recovery:
         found = self._without_grid(first, rank)
@@ -203,8 +229,7 @@ def _best_step(spaces: RowSpaces, polished: GaussNewtonFit) -> WStep | None:
 def _left_alone_by_rank(differences: Differences, quick: Recovery) -> Recovery | None:
     """The matrix of a model of rank 0, where ranks of differences add up; None where there is none such."""
     ranks, stack = quick.ranks, differences.stack
-    adds_up = all(ranks[i] + ranks[j] == difference.rank for (i, j), difference in differences.by_pair.items())
-    if 0 not in ranks or not adds_up or sum(map(bool, ranks)) < stack.n - 1:
+    if 0 not in ranks or not _adds_up(differences) or sum(map(bool, ranks)) < stack.n - 1:
         return None
     model = ranks.index(0)
     # Directions of the size of what is noise, as many as another model has, would not be seen.
@@ -212,6 +237,17 @@ def _left_alone_by_rank(differences: Differences, quick: Recovery) -> Recovery |
     sign = f"model {model} differs from the others by their own ranks alone"
     found = left_alone(stack, model, sign, hidden / (stack.shape[0] * stack.shape[1]))
     return replace(found, deltas=quick.deltas, ranks=quick.ranks)
+
+
+def _adds_up(differences: Differences) -> bool:
+    """Whether the rank of each difference is the sum of two models' ranks, as that of independent adapters is."""
+    ranks = differences.ranks
+    return all(ranks[i] + ranks[j] == difference.rank for (i, j), difference in differences.by_pair.items())
+
+
+def _explains(found: Recovery | None) -> bool:
+    """Whether an answer leaves no more than storage noise."""
+    return found is not None and found.noise_ratio is not None and found.noise_ratio <= FLOOR_RATIO
 
 
 def _is_half(stack: Stack) -> bool:

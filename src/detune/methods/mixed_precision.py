@@ -42,23 +42,42 @@ def solve_from_finest(stack: Stack, solve: Solve, rank: int | None) -> Recovery 
     fine = _fine_models(stack)
     if len(fine) == stack.n:
         return None
-    part = stack.part(fine)
+    return solve_from(stack, fine, solve, rank, "the others are stored far more coarsely")
+
+
+def solve_from(
+    stack: Stack, models: tuple[int, ...], solve: Solve, rank: int | None, why_not_all: str
+) -> Recovery | None:
+    """The answer of some models, with the deltas of all.
+
+    Args:
+        stack: The models.
+        models: Those that the answer is from.
+        solve: What recovers from them.
+        rank: The most that any `M_i` can have.
+        why_not_all: What is said of the others.
+
+    Returns:
+        The recovery; None where these are not enough, and where another model does not differ from their answer by a
+        low rank.
+    """
+    part = stack.part(models)
     try:
         found = solve(part, rank)
         if not _is_enough(part, found):
             return None
-        deltas = {i: _left_over(stack, i, found, rank) for i in range(stack.n) if i not in fine}
+        deltas = {i: _left_over(stack, i, found, rank) for i in range(stack.n) if i not in models}
     except NotRecoverable:
         return None
-    deltas = {**deltas, **dict(zip(fine, found.deltas, strict=True))} if found.deltas else {}
-    names = ", ".join(map(str, fine))
+    deltas = {**deltas, **dict(zip(models, found.deltas, strict=True))} if found.deltas else {}
+    names = ", ".join(map(str, models))
     return replace(
         found,
-        reason=f"{found.reason}; from model{'s' * (len(fine) > 1)} {names}: the others are stored far more coarsely",
+        reason=f"{found.reason}; from model{'s' * (len(models) > 1)} {names}: {why_not_all}",
         deltas=tuple(deltas[i] for i in sorted(deltas)),
         ranks=tuple(deltas[i].rank for i in sorted(deltas)),
         residuals=None,
-        source_models=fine,
+        source_models=models,
     )
 
 
