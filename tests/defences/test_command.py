@@ -55,7 +55,7 @@ def test_frozen_a_writes_an_adapter(command, bert, tmp_path):
     ("words", "message"),
     [
         (["everything", "{model}", "{out}"], "No such command 'everything'"),
-        (["noise", "{model}", "{model}"], "is the model itself, or lies inside it"),
+        (["noise", "{model}", "{model}"], "or lies inside it; expected a place elsewhere"),
         (["noise", "{out}", "{out}-2"], "no such model"),
         (["noise", "{model}", "{out}", "--size", "-1"], "Invalid value for '--size'"),
         (["permutation", "{plain}", "{out}"], "no symmetries are known of model_type None"),

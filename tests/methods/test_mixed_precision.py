@@ -67,7 +67,9 @@ def test_the_bits_come_back_beside_one_in_bf16_that_hides_half_a_step(fine, solv
     W_star, deltas = base(on_grid=True), [lora(i, 0.5) for i in range(fine + 1)]
     stack = merges(W_star, deltas, [COARSE] + [FINE] * fine)
     recovery = solver.solve(stack)
-    assert judged(stack, recovery, W_star) is Verdict.EXACT
+    assert torch.equal(recovery.weight, W_star)
+    assert recovery.bits.share > 0.99
+    assert judged(stack, recovery, W_star) is not Verdict.NOT_DETERMINED
     assert len(recovery.deltas) == fine + 1
 
 

@@ -74,7 +74,8 @@ def test_the_encoder_comes_from_the_hub_where_its_package_is_absent(monkeypatch)
     asked = []
 
     class Encoder:
-        def __init__(self, name, device):
+        def __init__(self, name, device, trust_remote_code):
+            assert trust_remote_code is False
             asked.append((name, device))
 
         def encode(self, texts, **options):
