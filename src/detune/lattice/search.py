@@ -465,7 +465,7 @@ def _answer(stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
 
 def is_coarse(stack: Stack) -> bool:
     """Whether the models are stored so coarsely that their deltas are rounded away in most entries."""
-    if stack.n < 2:
+    if stack.n < 2 or not set(stack.rounded_dtypes) & set(HALVES):
         return False
     step = max(
         float(spacing(W_i[::16], dtype).median())
