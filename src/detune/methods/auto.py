@@ -111,16 +111,15 @@ class Auto:
         stack = first.stack
         if stack.n <= self.min_models or _is_half(stack) or rank is not None or _explains(quick):
             return None
-        found = []
         for left_out in range(stack.n):
             models = tuple(i for i in range(stack.n) if i != left_out)
             with suppress(NotRecoverable):
                 others = find_differences(stack.part(models), rank, self.seed)
                 of_others = self._closed_form(others, rank, search=False)
-                if _explains(of_others):
-                    # With a later checkpoint of one run beside it, a model may pass for the base: rather not.
-                    found.append((0 in of_others.ranks, models))
-        return min(found)[1] if found else None
+                # With a later checkpoint of one run beside it, or two groups that agree, a model may pass for the base.
+                if _explains(of_others) and all(of_others.ranks):
+                    return models
+        return None
 
     def _least_squares(self, first: Differences, rank: int | None) -> Recovery:
         found = self._without_grid(first, rank)
