@@ -27,7 +27,7 @@ from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import Recovery
 from detune.problem.stack import SMALL_ENTRIES, Stack
 
-__all__ = ["ARDFit", "ard_start", "fit_ard", "nearly_share_a_direction", "shrink_where_run_off"]
+__all__ = ["ARDFit", "fit_ard", "shrink_where_run_off"]
 
 TURNS = 25
 SMALLEST = 1e-300
@@ -43,8 +43,6 @@ AT_NOISE = 1.05
 # Energy of the deltas over that of deltas held down, from which on they have run off. Below that, holding down costs
 # the weak directions that are real as much as it saves.
 RAN_OFF = 1.5
-# Spaces of all deltas that have a direction in common but for this share of its square.
-COMMON = 0.1
 
 
 @dataclass(frozen=True)
@@ -99,31 +97,6 @@ def shrink_where_run_off(stack: Stack, recovery: Recovery) -> Recovery:
         noise_ratio=step.noise_ratio,
         residuals=None,
     )
-
-
-def ard_start(stack: Stack) -> Recovery:
-    """Another start than least squares: deltas that are split off without it, of more directions than are real."""
-    split = fit_ard(stack)
-    return Recovery(
-        split.weight,
-        "relevance",
-        "the spaces of the adapters share a direction: they are split off as far as each shows by itself",
-        split.deltas,
-        tuple(M_i.rank for M_i in split.deltas),
-    )
-
-
-def nearly_share_a_direction(stack: Stack, spaces: Sequence[Tensor]) -> bool:
-    """Whether least squares may lose a direction, or run off: where spaces share one, nearly.
-
-    Args:
-        stack: The models; of more than a million entries a matrix they are not split off, and the answer is no.
-        spaces: A basis of the row, or column, space of each delta or difference, in any dtype.
-    """
-    if stack.n < 3 or stack.shape[0] * stack.shape[1] > SMALL_ENTRIES or not all(V_i.shape[1] for V_i in spaces):
-        return False
-    together = torch.cat([orthonormal(V_i.double()) for V_i in spaces], dim=1)
-    return float(torch.linalg.matrix_norm(together, 2)) ** 2 > (1 - COMMON) * len(spaces)
 
 
 def _energy(deltas: Sequence[LowRank]) -> float:

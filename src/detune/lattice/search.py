@@ -119,7 +119,6 @@ class LatticeSearch:
             untouched = self.untouched(stack)
             if untouched is not None:
                 return untouched
-        if stack.n < FEW_MODELS:
             patient = replace(self, sweeps=max(self.sweeps, MOST_SWEEPS), patience=max(self.patience, PATIENCE))
             return patient.refined(stack, start, rank)
         return self.refined(stack, start, rank)
