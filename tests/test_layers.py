@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "detune"
 # From low to high. Packages and modules of one row do not know each other.
 LAYERS = (
     {"errors"},
-    {"_runtime"},
+    {"_runtime", "markdown"},
     {"numerics", "checkpoints", "metrics", "symmetries"},
     {"problem"},
     {"fitting"},
@@ -44,6 +44,7 @@ LAYERS = (
 # What the pure core may use beside the standard library.
 THIRD_PARTY = {
     "errors": set(),
+    "markdown": set(),
     "numerics": {"torch"},
     "problem": {"torch"},
     "fitting": {"torch", "numpy"},

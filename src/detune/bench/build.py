@@ -12,11 +12,11 @@ import torch
 
 from detune._runtime import needs_extra
 from detune.bench.layers import Layer, LoraFactors, arrow_schema, row_of
-from detune.bench.markdown import code, text
 from detune.bench.subsets import CARD, PUBLISHED, Card, Subset, clean_name, is_name, nearest, open_subset
 from detune.checkpoints import Checkpoint, Lora, open_checkpoint, open_lora
 from detune.checkpoints.layout import read_json
 from detune.errors import InputError, OutputError
+from detune.markdown import code, text
 
 __all__ = ["build_subset"]
 

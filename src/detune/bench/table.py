@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detune.bench.markdown import text
 from detune.bench.plots import METHOD_ORDER, new_figure, plain, plot_lines, save
 from detune.bench.results import EXACT_W_ERROR, CellResult, ResultStore
 from detune.bench.subsets import PUBLISHED
+from detune.markdown import text
 
 if TYPE_CHECKING:
     import pandas as pd

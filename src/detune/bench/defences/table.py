@@ -5,8 +5,8 @@ from pathlib import Path
 
 from detune.attacks import ATTACKS
 from detune.bench.defences.matrix import RowResult, verdict
-from detune.bench.markdown import text
 from detune.bench.plots import plain
+from detune.markdown import text
 
 __all__ = ["draw", "markdown", "write"]
 

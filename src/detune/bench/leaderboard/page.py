@@ -6,8 +6,8 @@ from pathlib import Path
 
 from detune.bench.leaderboard.attack_sets import ATTACK_SETS
 from detune.bench.leaderboard.entry import Entry
-from detune.bench.markdown import link, text
 from detune.errors import InputError, OutputError
+from detune.markdown import link, text
 
 __all__ = ["BEGIN", "END", "LOSS_BOUND", "build_page", "ranked", "write_page"]
 

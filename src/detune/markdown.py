@@ -1,10 +1,12 @@
 """Text in Markdown that stays text: no tags, links, code, cells or comments of its own."""
 
+import re
+from collections.abc import Iterable, Sequence
 from urllib.parse import quote
 
 from detune.errors import printable
 
-__all__ = ["code", "link", "text"]
+__all__ = ["code", "fenced", "link", "table", "text"]
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _MARKS = frozenset("\\`*_[]|~#$")
@@ -54,3 +56,42 @@ def link(plain: str, target: str) -> str:
         '[a](entries/a%20b%29.json)'
     """
     return f"[{text(plain)}]({quote(target, safe=':/?#@!&+,;=%~.-_')})"
+
+
+def fenced(lines: Iterable[str], language: str = "") -> str:
+    """Lines as a block of code, behind a fence that none of them can close.
+
+    Args:
+        lines: Any text, each a line.
+        language: Of the code; ours.
+
+    Example:
+        >>> print(fenced(["detune recover a b c --out base"]))
+        ```
+        detune recover a b c --out base
+        ```
+        <BLANKLINE>
+    """
+    shown = [printable(line) for line in lines]
+    longest = max((len(run) for line in shown for run in re.findall("`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join((f"{fence}{language}", *shown, fence, ""))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    r"""A table of texts.
+
+    Args:
+        columns: Their names.
+        rows: The cells of each.
+
+    Example:
+        >>> print(table(("name", "rank"), [("layer.*", "8")]))
+        | name | rank |
+        | --- | --- |
+        | layer.\* | 8 |
+        <BLANKLINE>
+    """
+    cells = [[text(cell) for cell in row] for row in (columns, *rows)]
+    cells.insert(1, ["---"] * len(columns))
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)

@@ -1,0 +1,109 @@
+"""A report for people, in the terminal and on the card: a line for each kind of tensor, and what became of the rest."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+from detune.certificate.verdict import Verdict
+from detune.compatibility.kinds import by_kind, pattern_of, spans
+from detune.recovery.report import Report, TensorResult, w_error_range
+
+__all__ = ["MEANING", "Doubt", "doubts", "report_table"]
+
+# What is left of a verdict when it is put in words.
+MEANING = {
+    Verdict.SHARED: "identical in all models, copied",
+    Verdict.EXACT: "exact: the base's bits",
+    Verdict.FLOOR: "to the storage floor",
+    Verdict.APPROXIMATE: "approximate: the error is known to a range only",
+    Verdict.AVERAGED: "averaged",
+    Verdict.NOT_DETERMINED: "not determined by these models",
+}
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A reason why tensors are not to be trusted.
+
+    Attributes:
+        name: The first of them.
+        others: How many more there are.
+        reason: In one sentence.
+    """
+
+    name: str
+    others: int
+    reason: str
+
+    def __str__(self) -> str:
+        more = f" and {self.others} more" if self.others else ""
+        return f"{self.name}{more}: {self.reason}"
+
+
+def report_table(report: Report) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The tensors that differ between the models, by kind.
+
+    Args:
+        report: Of `recover` or `inspect`.
+
+    Returns:
+        The names of the columns, and a row for each kind; no row where no tensor differs.
+    """
+    changed = [row for row in report.tensors if row.verdict is not Verdict.SHARED]
+    columns = ["tensor", "shape", "verdict", "W-Error", "method", "ranks", "residual", "× noise"]
+    on_grid = any(row.grid for row in changed)
+    lines = [
+        (
+            pattern_of(pattern, rows),
+            "×".join(map(str, rows[0].shape)),
+            str(rows[0].verdict),
+            _expected(rows),
+            rows[0].method,
+            _ranks(rows),
+            _largest(row.relative_residual for row in rows),
+            _largest(row.noise_ratio for row in rows),
+            *[_certain(rows)] * on_grid,
+        )
+        for (pattern, _), rows in by_kind(changed, lambda row: row.verdict).items()
+    ]
+    return [*columns, *["certain bits"] * on_grid], lines
+
+
+def doubts(report: Report) -> list[Doubt]:
+    """Why tensors are approximate or not determined, each reason once."""
+    names: dict[str, list[str]] = {}
+    for row in report.tensors:
+        if row.verdict in (Verdict.NOT_DETERMINED, Verdict.APPROXIMATE):
+            names.setdefault(row.reason, []).append(row.name)
+    return [Doubt(name, len(others), reason) for reason, (name, *others) in names.items()]
+
+
+def _ranks(rows: list[TensorResult]) -> str:
+    found = spans(rows)
+    return found[0] if found and len(set(found)) == 1 else ", ".join(found)
+
+
+def _expected(rows: Sequence[TensorResult]) -> str:
+    """The W-Error to expect, the worst of a kind; a range where no more is known. An exact tensor has none."""
+    known = [(row.worst_w_error, row) for row in rows if row.worst_w_error is not None]
+    if not known:
+        return "none" if rows[0].verdict is Verdict.EXACT else ""
+    end, worst = max(known, key=itemgetter(0))
+    if worst.verdict is Verdict.APPROXIMATE:
+        return w_error_range(worst.best_w_error, end)
+    return f"{worst.predicted_w_error:.2f}"
+
+
+def _certain(rows: Sequence[TensorResult]) -> str:
+    """The least share of entries that are certain on the base's grid, cut so that only all is 100 %."""
+    shares = [row.certain if row.grid else None for row in rows]
+    if None in shares:
+        return "-"
+    grids = "/".join(dict.fromkeys(row.grid or "" for row in rows))
+    return f"{math.floor(10000 * min(share or 0.0 for share in shares)) / 100:g} % {grids}"
+
+
+def _largest(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{max(known):.2g}" if known else ""
