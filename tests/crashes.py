@@ -60,12 +60,14 @@ class Command:
         makes: What it makes there, and nothing else.
         begins: Commands that have been run there before.
         resumes: Whether what it has done when it is cut off is of use to it.
+        code: What it exits with when it is done.
     """
 
     words: tuple[str, ...]
     makes: tuple[str, ...]
     begins: tuple[tuple[str, ...], ...] = ()
     resumes: bool = False
+    code: int = 0
 
 
 MODELS = ("../models/model-0", "../models/model-1", "../models/model-2")
@@ -78,7 +80,7 @@ COMMANDS = {
     "extract": Command(("extract", *MODELS, "--base", "../models/base", "--out", "ad"), ("ad",)),
     "pack": Command(("pack", *MODELS, "--out", "pack"), ("pack",)),
     "unpack": Command(("unpack", "pack", "--out", "un"), ("pack", "un"), (("pack", *MODELS, "--out", "pack"),)),
-    "audit": Command(("audit", *MODELS, "--base", "../models/base", "--out", "audit"), ("audit",)),
+    "audit": Command(("audit", *MODELS, "--base", "../models/base", "--out", "audit"), ("audit",), code=1),
     "defend": Command(("defend", "bf16", MODELS[0], "release"), ("release",)),
 }
 
@@ -307,13 +309,13 @@ def strike(command: Command, at: int, blow: Blow, folder: Path, expected: dict[s
     before = tree(folder, command.makes)
     ran = run(command.words, folder, at, blow)
     wrong = _judge(command, ran, blow, folder, before, expected)
-    if wrong or ran.code == 0:
+    if wrong or ran.code == command.code:
         return wrong
     was_done = tree(folder, command.makes) == expected != before
     again = run(command.words, folder)
     # All was in its place, but for the exit code.
     refused = was_done and again.code == 2 and "exists" in again.err
-    if again.code and not refused:
+    if again.code != command.code and not refused:
         return f"the same command ended with {again.code}: {again.err.strip()}"
     if left := left_over(folder, command.makes):
         return f"the same command left {', '.join(left)}"
@@ -330,17 +332,17 @@ def _judge(
     codes = {Blow.KILL: (-signal.SIGKILL,), Blow.FULL: (2,)}.get(blow) or tuple(
         128 + signal.Signals[name] for name in SIGNALS
     )
-    if ran.code not in (0, *codes):
+    if ran.code not in (command.code, *codes):
         return f"it ended with {ran.code}: {ran.err.strip()}"
     if blow is not Blow.KILL:
         start = "detune: error: " if blow is Blow.FULL else LINE
-        if ran.code and (len(lines) != 1 or not lines[0].startswith(start)):
+        if ran.code != command.code and (len(lines) != 1 or not lines[0].startswith(start)):
             return f"it said {ran.err.strip()!r}"
         left = [name for name in left_over(folder, command.makes) if not command.resumes or ".recovering-" not in name]
         if left:
             return f"it left {', '.join(left)}"
-    if ran.code == 0 and tree(folder, command.makes) != expected:
-        return "it ended with 0 and made something else"
+    if ran.code == command.code and tree(folder, command.makes) != expected:
+        return "it ended as if done and made something else"
     for name in command.makes:
         results = [{path: data for path, data in of.items() if path.split("/")[0] == name} for of in (before, expected)]
         if tree(folder, (name,)) not in ({}, *results):
@@ -362,7 +364,7 @@ def operations_of(command: Command, folder: Path) -> tuple[tuple[str, ...], dict
     """The operations of an undisturbed run, and what it makes."""
     prepare(command, folder)
     ran = run(command.words, folder)
-    if ran.code or ran.err or left_over(folder, command.makes):
+    if ran.code != command.code or ran.err or left_over(folder, command.makes):
         raise RuntimeError(f"{command.words} ended with {ran.code}: {ran.err}, {left_over(folder, command.makes)}")
     return ran.names, tree(folder, command.makes)
 

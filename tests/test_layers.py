@@ -60,7 +60,7 @@ THIRD_PARTY = {
 }
 
 # What a part may import although it belongs to an extra: the command asks for it before it gets there.
-NEEDED_ANYWAY = {"bench": {"filelock", "pydantic"}, "audit": {"pydantic"}}
+NEEDED_ANYWAY = {"bench": {"filelock", "pydantic"}, "audit": {"pydantic", "sarif_pydantic"}}
 
 # Where a distribution is not imported by its own name.
 IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL"}

@@ -85,7 +85,7 @@ def test_no_file_that_may_be_published_names_the_home(fine, where, tmp_path, mon
     ]
     for words in commands:
         ran = run_command(monkeypatch, capsys, *words)
-        assert ran.code == 0, ran.err
+        assert ran.code == (words[0] == "audit"), ran.err
     written = texts(out)
     assert {name.partition("/")[0] for name in written} == {
         *("base", "loras", "extracted", "of-the-base", "audit", "page.html", "models.pack", "release", "start"),

@@ -18,6 +18,7 @@ __all__ = [
     "FORMAT",
     "AuditReport",
     "Behaviour",
+    "Closeness",
     "Conclusion",
     "CurvePoint",
     "Invocation",
@@ -36,6 +37,10 @@ FORMAT: Literal["detune-audit/1"] = "detune-audit/1"
 
 Level = Literal["error", "warning", "note"]
 
+Closeness = Literal["exact", "floor", "approximate"]
+
+# Verdicts that say that the base's own bits are back.
+ALL_BITS = (Verdict.EXACT, Verdict.SHARED)
 # A range that ends no further above a prediction is what every prediction has, but for the rounding of a mean.
 AS_CLOSE = 0.301
 
@@ -157,6 +162,7 @@ class TensorEntry(_Record):
         kind: The rest of the name.
         shape: Its shape.
         dtype: As stored.
+        files: The weight file of each release that was used, relative to the release.
         is_matrix: Whether a change of it can be of low rank.
         change: Root mean square of the releases' changes, from the base or else from what was recovered; None where
             neither is known.
@@ -171,6 +177,7 @@ class TensorEntry(_Record):
     kind: str
     shape: tuple[int, ...]
     dtype: str
+    files: tuple[str, ...] = ()
     is_matrix: bool
     change: float | None
     noise: float
@@ -342,6 +349,23 @@ class AuditReport(_Record):
     def matrices(self) -> tuple[TensorEntry, ...]:
         """The changed tensors that are matrices."""
         return tuple(entry for entry in self.tensors if entry.is_matrix)
+
+    def gives_away(self, closeness: Closeness = "floor") -> bool:
+        """Whether the releases give something away that they changed.
+
+        Args:
+            closeness: What counts. "exact": a tensor comes back to the last bit. "floor": so it does, or as closely as
+                the releases were rounded, or a recovered model does what the base does; all that has the level "error".
+            "approximate": a matrix comes back in part, too.
+        """
+        if closeness == "exact":
+            outcomes = (outcome for entry in self.tensors for outcome in entry.outcomes if outcome.given_away)
+            return any(out.verdict in ALL_BITS if self.base is None else out.identical == 1 for out in outcomes)
+        return any(
+            result.level == "error"
+            or (closeness == "approximate" and result.rule_id == "kept" and result.level == "warning")
+            for result in self.results
+        )
 
     def as_published(self, out: Path) -> "AuditReport":
         """The same for a file in a directory: places on this machine are named from there."""

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -163,7 +164,8 @@ def _try_all(
             if truth is not None and family.n == 1 and first.dtype == truth.dtype and torch.equal(first, truth):
                 return result_of(name, held, Verdict.SHARED, COPY, "as the base has it"), None
             tried = trial.run(name, place_of[name], held, truth)
-            return tried.result, tried
+            files = tuple(model.tensors[name].file for model in family.models)
+            return tried.result, replace(tried, entry=tried.entry.model_copy(update={"files": files}))
 
         for result, tried in map_tensors(family, attempt, on_tensor, device=trial.device):
             name = result.name

@@ -1,5 +1,6 @@
 """`audit`: what a release would give away."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from detune.cli.recovery import progress
 from detune.cli.terminal import say, say_json, show_table
 
 if TYPE_CHECKING:
-    from detune.audit import AuditReport
+    from detune.audit.record import AuditReport, Closeness
 
 
 @click.command()
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
 @click.option("--base", help="What they were fine-tuned from, to measure against. Without it, errors are predicted.")
 @click.option("--out", type=click.Path(path_type=Path), help="A directory to make with audit.html and audit.json.")
 @click.option("--html", type=click.Path(path_type=Path), help="A file to make: the page alone.")
+@click.option("--sarif", type=click.Path(path_type=Path), help="A file to make: the findings, for code scanning.")
+@click.option(
+    "--fail-on",
+    type=click.Choice(["exact", "floor", "approximate"]),
+    default="floor",
+    show_default=True,
+    help="What makes the exit code 1: weights that come back to the last bit; to the rounding; or in part.",
+)
 @click.option("--inputs", type=click.Path(path_type=Path), help="What to run the models on; see docs/bench.md.")
 @click.option("--weights-only", is_flag=True, help="Do not run the models.")
 @click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="From three releases on.")
@@ -41,6 +50,8 @@ def audit(
     base: str | None,
     out: Path | None,
     html: Path | None,
+    sarif: Path | None,
+    fail_on: "Closeness",
     inputs: Path | None,
     weights_only: bool,
     method: str,
@@ -53,6 +64,8 @@ def audit(
 
     Give them in the order in which they go out. The recovery is run as an outsider would, with the first release, with
     the first two, and so on. Needs pip install 'detune[audit]'.
+
+    The exit code is 0 where nothing is given away, 1 where something is, 2 after an error.
     """
     from detune._runtime import needs_extra
 
@@ -63,11 +76,14 @@ def audit(
         # What cannot be written is said before anything is computed.
         folder = opened.enter_context(new_directory(out)) if out is not None else None
         page = opened.enter_context(new_file(html)) if html is not None else None
+        log = opened.enter_context(new_file(sarif)) if sarif is not None else None
         on_tensor = opened.enter_context(progress(quiet=as_json))
         with needs_extra("audit"):
             from detune.audit import audit as run
             from detune.audit.page import render
 
+            if log is not None:
+                from detune.audit.sarif import to_sarif
             if folder is not None or page is not None:
                 # What the page needs is missed before anything is computed.
                 import jinja2  # noqa: F401
@@ -89,10 +105,16 @@ def audit(
             (folder / "audit.html").write_text(render(published), encoding="utf-8")
         if page is not None and html is not None:
             page.write_text(render(report.as_published(resolved(html).parent)), encoding="utf-8")
-    say_json(report.to_json()) if as_json else _show(report, out / "audit.html" if out else html)
+        if log is not None:
+            # Code scanning looks for files from the root of the repository, where it runs the audit.
+            log.write_text(to_sarif(report.as_published(Path.cwd())), encoding="utf-8")
+    written = [file for file in (out and out / "audit.html", html, sarif) if file is not None]
+    say_json(report.to_json()) if as_json else _show(report, written)
+    if report.gives_away(fail_on):
+        click.get_current_context().exit(1)
 
 
-def _show(report: "AuditReport", page: Path | None) -> None:
+def _show(report: "AuditReport", written: Sequence[Path]) -> None:
     """Print the curve, what the recovery rests on, and the verdict."""
     from detune.audit.assumptions import ASSUMPTIONS
 
@@ -122,5 +144,5 @@ def _show(report: "AuditReport", page: Path | None) -> None:
         say(sentence)
     if report.behaviour.note:
         say(f"Outputs: {report.behaviour.note}")
-    if page is not None:
-        say(f"wrote {page} in {report.invocation.seconds:.1f} s")
+    if written:
+        say(f"wrote {', '.join(map(str, written))} in {report.invocation.seconds:.1f} s")
