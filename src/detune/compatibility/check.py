@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from detune.compatibility.groups import BaseGroups, group_fitting, why_left_out
+from detune.compatibility.light import some_of_each_kind
 from detune.compatibility.model_set import Models, rows_to_read
 from detune.compatibility.reading import Reading
 from detune.compatibility.shared import some
@@ -126,13 +127,16 @@ def check_family(
     with Models(models, merge_dtype, rows_to_read(models, rows)) as given:
         known = _Sorted(given, group_fitting(given.models, given.alignment))
         names = tuple(given.alignment.pieces) if len(known.members) > 1 else ()
+        closer = some_of_each_kind({name: given.reference.tensors[name].shape for name in names})
         foreign = [row for i in known.members for row in _unlike(i, given.alignment.fits[i])]
         tensors, shared = [], 0
         for name in names:
             if on_tensor:
                 on_tensor(name)
             holders = [i for i in known.members if name in given.models[i].tensors]
-            change = find_tensor_change(given.models, known.members, holders, name, device) if holders else None
+            change = None
+            if holders:
+                change = find_tensor_change(given.models, known.members, holders, name, device, name in closer)
             if change is not None:
                 tensors.append(change.tensor)
                 foreign.extend(change.foreign)
@@ -170,12 +174,29 @@ def _model_status(
     if i not in known.members:
         return ModelStatus(spec, place, False, why_left_out(models, known.found, i))
     own = tuple(row for row in foreign if row.model == i)
-    ranks = [row.ranks[known.members.index(i)] for row in tensors if row.ranks]
-    changed = sum(bool(rank) for rank in ranks)
-    reason = f"changed {changed} {_matrices(changed)} at low rank"
+    reason = _changes(tensors, known.members.index(i))
     if own:
         reason += f"; {len(own)} tensor{'s' * (len(own) > 1)} of its own: {some([row.name for row in own])}"
     return ModelStatus(spec, place, True, reason, own)
+
+
+def _changes(tensors: Sequence[ChangedTensor], member: int) -> str:
+    """How many tensors a member changed, and apart from that at how many a rank shows."""
+    changed = [row for row in tensors if row.changed[member]]
+    matrices = [row for row in changed if len(row.shape) > 1]
+    said = f"changed {len(matrices)} {_matrices(len(matrices))}"
+    ranked = [row for row in matrices if row.ranks]
+    showing = sum(bool(row.ranks[member]) for row in ranked)
+    if ranked and showing == len(ranked):
+        said += " at low rank" + f", {showing} looked at" * (showing < len(matrices))
+    elif ranked:
+        said += f", a low rank shows in {showing} of {len(ranked)} looked at"
+    if others := len(changed) - len(matrices):
+        said += f"; {others} other tensor{'s' * (others > 1)}"
+    if light := sum(row.light for row in matrices):
+        where = "" if light == len(matrices) else f"in {light} "
+        said += f"; {where}by less than a step of half precision, where a full fine-tune looks like LoRA"
+    return said
 
 
 def _verdict(known: _Sorted, tensors: Sequence[ChangedTensor]) -> tuple[bool, str]:

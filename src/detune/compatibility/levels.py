@@ -71,24 +71,34 @@ def level_noise(matrix: Tensor) -> float | None:
     Returns:
         Root mean square of the rounding to 8 or 4 bits; None where the entries lie on no levels.
     """
-    if not matrix.is_floating_point() or min(matrix.shape) < Q8_0_BLOCK or not _may_be(matrix[len(matrix) // 2]):
+    if not matrix.is_floating_point() or min(matrix.shape) < Q8_0_BLOCK:
         return None
-    rows = sample_rows(matrix, ROWS)
-    found = _int8(rows, dim=1) or _q8_0(rows) or _nf4(rows)
+    rows, values = sample_rows(matrix, ROWS), matrix[len(matrix) // 2].tolist()
+    if not all(map(math.isfinite, values)):
+        return None
+    found = (_int8(rows, dim=1) or _q8_0(rows)) if _may_be_int8(values, matrix.dtype) else None
+    found = found or (_nf4(rows) if _may_be_nf4(values, matrix.dtype) else None)
     return None if found is None else float((found.high - found.low).square().mean() / 12) ** 0.5
 
 
-def _may_be(row: Tensor) -> bool:
-    """Whether a row may lie on levels: a glance at some entries, which costs nothing beside reading them."""
-    values = row.tolist()
-    if not all(map(math.isfinite, values)):
-        return False
-    tolerance = 256 * torch.finfo(row.dtype).eps
+def _may_be_int8(values: list[float], dtype: torch.dtype) -> bool:
+    """Whether a row may lie on levels of int8: a glance at some entries, which costs nothing beside reading them."""
+    tolerance = 256 * torch.finfo(dtype).eps
     for scaled in (values, values[:Q8_0_BLOCK]):
         step = max(map(abs, scaled)) / 127
         if step and all(abs(value / step - round(value / step)) <= tolerance for value in values[:Q8_0_BLOCK]):
             return True
-    return len(set(values[: min(BLOCKS)])) <= 16
+    return False
+
+
+def _may_be_nf4(values: list[float], dtype: torch.dtype) -> bool:
+    """Whether a row may lie on levels of NF4: few numbers where many have one scale, or the levels themselves."""
+    if len(set(values[: BLOCKS[0]])) <= len(_nf4_levels()):
+        return True
+    block = values[: min(BLOCKS)]
+    largest, tolerance = max(map(abs, block)), 4 * torch.finfo(dtype).eps
+    levels = _nf4_levels().tolist()
+    return all(any(abs(value / largest - level) <= tolerance for level in levels) for value in block)
 
 
 def to_nf4(matrix: Tensor, size: int = BLOCKS[0]) -> Tensor:

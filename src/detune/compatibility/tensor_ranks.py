@@ -1,12 +1,14 @@
 """Ranks of the changes of one tensor: who changed it, at which rank, and who has another altogether."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from detune.checkpoints import Checkpoint
 from detune.compatibility.groups import split_tensor, tells, why_foreign
+from detune.compatibility.light import BELOW_A_STEP, find_bit_change
 from detune.compatibility.mismatch import Cause
 from detune.compatibility.model_set import damaged, noise_of
 from detune.compatibility.shared import is_shared
@@ -16,6 +18,8 @@ from detune.methods.auto import unchanged
 from detune.numerics.device import full_precision
 from detune.problem import NonFinite, NotLowRank, NotRecoverable, Stack
 from detune.problem.stack import matricise
+
+Known = TypeVar("Known")
 
 # Models that a matrix's adapters can be split with.
 ENOUGH = 3
@@ -46,9 +50,12 @@ class ChangedTensor:
         name: Its qualified name.
         shape: Its shape.
         ranks: The rank of each member's change, in the order of the models: 0 where it left the tensor alone, None
-            where its tensor is not the family's. Empty where ranks are not known.
+            where its tensor is not the family's, or where a light change shows none. Empty where ranks are not known.
         enough: Whether the base's can be recovered.
         reason: Why, in one sentence.
+        changed: For each member whether it changed the tensor, as far as the others show; None where it has none.
+        light: Whether the models, in half precision, are so close that most entries are the base's own: then a rank
+            shows here and there, and a full fine-tune cannot be told from LoRA.
     """
 
     name: str
@@ -56,6 +63,8 @@ class ChangedTensor:
     ranks: tuple[int | None, ...]
     enough: bool
     reason: str
+    changed: tuple[bool | None, ...] = ()
+    light: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ def find_tensor_change(
     holders: Sequence[int],
     name: str,
     device: torch.device | str | None = None,
+    look_closer: bool = True,
 ) -> TensorChange | None:
     """Look at one tensor of a family.
 
@@ -87,6 +97,7 @@ def find_tensor_change(
         holders: The members that have this tensor, in the family's shape.
         name: Of the tensor.
         device: Where to compute ranks; None is the CPU.
+        look_closer: Whether ranks are looked for in light fine-tunes too, where few show.
 
     Returns:
         The change; None where all holders hold the same bytes.
@@ -96,22 +107,39 @@ def find_tensor_change(
     """
     if is_shared([models[i] for i in holders], name):
         return None
+    shape = models[holders[0]].tensors[name].shape
+    bits = find_bit_change([models[i] for i in holders], name)
+    changed = _placed(dict(zip(holders, bits.changed, strict=True)), members)
+    if bits.light and not look_closer:
+        enough = len(holders) >= ENOUGH
+        return TensorChange(ChangedTensor(name, shape, (), enough, BELOW_A_STEP, changed, light=True))
     groups = [tuple(holders)]
-    if tells(models[holders[0]], name):
+    if not bits.light and tells(models[holders[0]], name):
         found = split_tensor([models[i] for i in holders], name)
         groups = [tuple(holders[k] for k in group) for group in found]
-    shape = models[holders[0]].tensors[name].shape
     if len(groups) > 1 and len(groups[0]) == len(groups[1]):
         # None of them is more the family's than another.
         reason = f"{len(groups)} versions that differ at full rank, and as many models have one as the other"
         foreign = tuple(ForeignTensor(i, name, "every model has its own") for i in holders if len(groups[0]) == 1)
-        return TensorChange(ChangedTensor(name, shape, (), False, reason), foreign)
+        return TensorChange(ChangedTensor(name, shape, (), False, reason, changed), foreign)
     outcome = _find_ranks([models[i] for i in groups[0]], name, device)
-    known = dict(zip(groups[0], outcome.ranks, strict=True)) if outcome.ranks else {}
-    ranks = tuple(known.get(i) for i in members) if known else ()
+    ranks: tuple[int | None, ...] = ()
+    if outcome.ranks:
+        ranks = _placed(dict(zip(groups[0], outcome.ranks, strict=True)), members)
+        if bits.light:
+            ranks = tuple(rank if rank or not was else None for was, rank in zip(changed, ranks, strict=True))
+        else:
+            # A model that no other agrees with to the bit, and that has no rank, left the tensor alone.
+            changed = tuple(was and rank != 0 for was, rank in zip(changed, ranks, strict=True))
     strangers = [i for group in groups[1:] for i in group]
     foreign = tuple(ForeignTensor(i, name, _cause(models, i, groups[0][0], name)) for i in sorted(strangers))
-    return TensorChange(ChangedTensor(name, shape, ranks, outcome.enough, outcome.reason), foreign)
+    row = ChangedTensor(name, shape, ranks, outcome.enough, outcome.reason, changed, bits.light)
+    return TensorChange(row, foreign)
+
+
+def _placed(known: Mapping[int, Known], members: Sequence[int]) -> tuple[Known | None, ...]:
+    """What is known of some models, in the order of the members."""
+    return tuple(known.get(i) for i in members)
 
 
 def _cause(models: Sequence[Checkpoint], model: int, member: int, name: str) -> str:

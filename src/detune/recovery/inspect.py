@@ -12,8 +12,10 @@ from detune._runtime import command_line
 from detune.certificate.verdict import Verdict
 from detune.compatibility.describe import describe
 from detune.compatibility.groups import select
+from detune.compatibility.light import BELOW_A_STEP, is_light, some_of_each_kind
 from detune.compatibility.model_set import Held, Models, ModelSet, rows_to_read
 from detune.compatibility.shared import surely_shared
+from detune.compatibility.tensor_ranks import find_tensor_change
 from detune.errors import InputError
 from detune.fitting.differences import find_differences
 from detune.methods import Auto
@@ -64,7 +66,11 @@ def inspect(
         selection = select(given, min(3, len(models)))
         family = ModelSet([given.models[i] for i in selection.members])
 
+        closer = some_of_each_kind({name: family.shape(name) for name in family.names})
+
         def look(name: str, held: Held) -> tuple[TensorResult, None]:
+            if not any(held.noise) and is_light([matricise(tensor) for tensor in held.tensors]):
+                return _look_at_light(family, name, held, device, name in closer), None
             return _look(name, held, rank, device), None
 
         found = {result.name: result for result, _ in map_tensors(family, look, on_tensor, device=device)}
@@ -85,6 +91,19 @@ def _hedged(row: TensorResult, family: ModelSet, rows: int) -> TensorResult:
         return row
     sure = surely_shared([family.models[i] for i in family.holders(row.name)], row.name)
     return row if sure else replace(row, reason=f"identical in the {rows} rows that were looked at")
+
+
+def _look_at_light(
+    family: ModelSet, name: str, held: Held, device: torch.device | str | None, look_closer: bool
+) -> TensorResult:
+    """The row of a tensor whose deltas are below a step: what `recover` does there takes long, and is left to it."""
+    change = find_tensor_change(family.models, held.models, held.models, name, device, look_closer)
+    assert change is not None
+    row = change.tensor
+    verdict = Verdict.APPROXIMATE if row.enough else Verdict.NOT_DETERMINED
+    reason = f"{BELOW_A_STEP}; " + ("recover looks for the base's bits" if row.enough else "a third model is needed")
+    result = result_of(name, held, verdict, "none", reason)
+    return replace(result, ranks=row.ranks)
 
 
 def _look(name: str, held: Held, rank: int | None, device: torch.device | str | None) -> TensorResult:

@@ -1,0 +1,132 @@
+"""Who changed a tensor, by its bits: where deltas are below a step of half precision, a rank hardly shows.
+
+A merge whose delta is below half a step returns the base's own number; it changes the entries of small weights alone.
+Of three models, the entries in which j and k both differ from i lie on one side of it where model i is the one that
+changed, and on either side as often as on the other where it is not and the changes of j and k have nothing in common.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from detune.checkpoints import Checkpoint, Excerpt
+from detune.compatibility.model_set import noise_of
+from detune.compatibility.shared import is_shared
+from detune.problem.stack import matricise
+
+# Rows of a matrix that are looked at: four thousand entries even of 64 columns.
+ROWS = 64
+# Models are light that differ in less than two entries of three, each from each: where two models changed a share c of
+# the entries each, they differ in about 1 - (1 - c)^2 of them, so that most of each one's are the base's own.
+LIGHT = 2 / 3
+# A model left a matrix alone that seems to have changed fewer entries than this share of what the others did. On four
+# LoRAs of a language model and their base (`benchmarks/llm_models.py`), three at a time, a model that left one alone
+# had -0.04 to 0.21 of it, at most 0.14 in nineteen matrices of twenty, by what the others have in common; one that
+# changed it had 0.33 and more where the others had changed up to three times as much.
+LEFT_ALONE = 0.2
+# Entries of all models together that are looked at.
+ENTRIES = 1 << 18
+# Tensors of a kind whose ranks are looked for although deltas are light.
+EACH = 3
+BELOW_A_STEP = "deltas are below a step of half precision, where a full fine-tune cannot be told from LoRA"
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class BitChange:
+    """How models' versions of a tensor differ, bit by bit.
+
+    Attributes:
+        changed: For each model whether it changed the tensor, as far as the others show.
+        light: Whether all are in half precision and so close that most entries are the base's own.
+    """
+
+    changed: tuple[bool, ...]
+    light: bool
+
+
+def find_bit_change(models: Sequence[Checkpoint], name: str) -> BitChange:
+    """Compare some rows of a tensor that is not identical in all models.
+
+    Args:
+        models: Those that have it, in one shape; two at least.
+        name: The tensor.
+
+    Returns:
+        Who changed it. Two models of which one left it alone cannot be told apart: both count as changed.
+    """
+    rows = [matricise(_some_rows(model).read(name)) for model in models]
+    # What was quantised is equal in most entries for another reason.
+    light = is_light(rows) and not any(noise_of(models, name, rows))
+    groups = _identical(models, rows, name)
+    largest = max(groups, key=len)
+    if len(largest) > 1:
+        changed = tuple(i not in largest for i in range(len(models)))
+    elif light and len(models) > 2:
+        changed = changed_in_part(rows)
+    else:
+        changed = (True,) * len(models)
+    return BitChange(changed, light)
+
+
+def is_light(matrices: Sequence[Tensor]) -> bool:
+    """Whether matrices in half precision, two at least, are equal in a third of the entries, each to each."""
+    dtypes = {matrix.dtype for matrix in matrices}
+    if len(dtypes) > 1 or not dtypes <= set(HALVES) or min(matrices[0].shape) == 1:
+        return False
+    some = [matrix[:ROWS] for matrix in matrices]
+    return all(float(one.ne(other).float().mean()) < LIGHT for one, other in combinations(some, 2))
+
+
+def changed_in_part(matrices: Sequence[Tensor]) -> tuple[bool, ...]:
+    """For each of three versions or more of a matrix, no two alike, whether it differs from what the others share.
+
+    Args:
+        matrices: `(rows, in)` each, some rows of all.
+    """
+    n = len(matrices)
+    flat = torch.stack([matrix.flatten() for matrix in matrices])
+    flat = flat[:, :: max(1, n * flat.shape[1] // ENTRIES)].float()
+    sizes = []
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        apart = (flat[others] - flat[i]).sign()
+        products = (apart @ apart.mT)[*torch.triu_indices(n - 1, n - 1, 1)]
+        sizes.append(float(products.median().clamp(min=0)))
+    return tuple(sizes[i] > LEFT_ALONE * median(size for j, size in enumerate(sizes) if j != i) for i in range(n))
+
+
+def some_of_each_kind(shapes: Mapping[str, Sequence[int]]) -> set[str]:
+    """Choose a few tensors of each kind, the first, the last and some between.
+
+    Args:
+        shapes: Of each tensor, in order. Names that differ in their numbers are of one kind, if shapes are equal too.
+    """
+    kinds: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, shape in shapes.items():
+        kinds.setdefault((re.sub(r"\d+", "*", name), tuple(shape)), []).append(name)
+    return {names[round(k * (len(names) - 1) / (EACH - 1))] for names in kinds.values() for k in range(EACH)}
+
+
+def _some_rows(model: Checkpoint) -> Checkpoint:
+    return model if isinstance(model, Excerpt) else Excerpt(model, ROWS)
+
+
+def _identical(models: Sequence[Checkpoint], rows: Sequence[Tensor], name: str) -> list[list[int]]:
+    """The models by the bytes that they hold."""
+    groups: list[list[int]] = []
+    for i, own in enumerate(rows):
+        for group in groups:
+            first = group[0]
+            alike = own.dtype == rows[first].dtype and torch.equal(own, rows[first])
+            if alike and is_shared([models[first], models[i]], name):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
