@@ -200,15 +200,6 @@ def test_two_models_leave_what_theory_says():
     assert certificate.undetermined == 2 * 3 * 2
 
 
-def test_what_two_models_left_alone_is_exact_by_assumption():
-    W = normal(seeded(), 40, 30).float()
-    stack = Stack.of([W, W + torch.outer(W[:, 0], W[0]), W])
-    certificate = certify(stack, Auto().solve(stack))
-    assert certificate.verdict is Verdict.EXACT
-    assert certificate.reason == "the base's own bits, if models 0 and 2 agree in every bit by no accident"
-    assert certificate.predicted_w_error is None
-
-
 @pytest.mark.parametrize(
     ("certain", "foreseeable", "verdict", "predicted"),
     [

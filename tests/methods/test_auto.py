@@ -19,19 +19,6 @@ def lora(generator, out, columns, rank, size):
     return size * B @ A / (rank * columns) ** 0.5
 
 
-class TestAgreement:
-    def test_of_one_pair_is_taken_for_the_base(self):
-        W, M = torch.randn(40, 30, generator=seeded(0)), lora(seeded(1), 40, 30, 2, 1.0)
-        recovery = Auto().solve(Stack.of([W, W + M, W]))
-        assert recovery.method == "unchanged"
-        assert torch.equal(recovery.weight.float(), W)
-
-    def test_of_two_groups_proves_nothing(self):
-        W, M = torch.randn(40, 30, generator=seeded(0)), lora(seeded(1), 40, 30, 2, 1.0)
-        recovery = Auto().solve(Stack.of([W + M, W + M, W, W]))
-        assert recovery.method != "unchanged"
-
-
 def test_a_half_precision_base_left_alone_by_one_model_is_no_coarse_noise():
     generator = seeded(0)
     W = torch.randn(128, 128, generator=generator).bfloat16().float()

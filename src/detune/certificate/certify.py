@@ -66,21 +66,27 @@ def certify(
     if recovery.source_models:
         part, of_part = finest_part(stack, recovery)
         return certify(part, of_part, stored, check)
-    if recovery.hidden_mse:
-        reason = f"exact, if {recovery.reason.partition(':')[0]} because it left the matrix alone"
-        return Certificate.of_error(Verdict.APPROXIMATE, reason, PredictedError(0.0, 0.0, recovery.hidden_mse))
-    if recovery.method == "unchanged" and stack.noise_override:
-        mse = float(stack.noise.square().mean())
-        reason = "models agree in every level of their quantisation, and what that rounded off is lost"
-        return Certificate.of_error(Verdict.APPROXIMATE, reason, PredictedError(mse, mse / 2, 2 * mse))
     if recovery.method == "unchanged":
-        return Certificate(Verdict.EXACT, f"the base's own bits, if {recovery.reason.partition(':')[0]} by no accident")
+        return _of_unchanged(stack, recovery)
     if recovery.bits is not None:
         return _of_bits(stack, recovery)
     if not recovery.deltas:
         return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
     disagreed = None if check is None else disagreement(stack, check)
     return _of_fit(stack, recovery, stored or recovery.weight.dtype, disagreed)
+
+
+def _of_unchanged(stack: Stack, recovery: Recovery) -> Certificate:
+    """A model's own matrix: right, if it left it alone."""
+    sign, hidden = recovery.reason.partition(":")[0], recovery.hidden_mse
+    if stack.noise_override:
+        mse = float(stack.noise.square().mean())
+        reason = f"{sign}, but what quantisation rounded off is lost"
+        return Certificate.of_error(Verdict.APPROXIMATE, reason, PredictedError(mse, mse / 2, max(2 * mse, hidden)))
+    if hidden:
+        reason = f"exact, if {sign} because the matrix was left alone"
+        return Certificate.of_error(Verdict.APPROXIMATE, reason, PredictedError(0.0, 0.0, hidden))
+    return Certificate(Verdict.EXACT, f"the base's own bits, if {sign} by no accident")
 
 
 def _of_bits(stack: Stack, recovery: Recovery) -> Certificate:

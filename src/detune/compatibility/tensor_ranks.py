@@ -14,7 +14,7 @@ from detune.compatibility.model_set import damaged, noise_of
 from detune.compatibility.shared import is_shared
 from detune.fitting.differences import find_differences
 from detune.fitting.subspaces import check_conditions
-from detune.methods.auto import unchanged
+from detune.methods.agreement import unchanged
 from detune.numerics.device import full_precision
 from detune.problem import NonFinite, NotLowRank, NotRecoverable, Stack
 from detune.problem.stack import matricise

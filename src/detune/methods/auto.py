@@ -4,10 +4,8 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from detune.fitting.ard import shrink_where_run_off
@@ -18,6 +16,7 @@ from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import RanksTooHigh, RowSpaces, find_spaces
 from detune.identifiability.principal_part import require_own_adapters
 from detune.lattice import HALVES, LatticeSearch, NoGrid, is_coarse, left_alone_in_part
+from detune.methods.agreement import solve_versions, unchanged
 from detune.methods.mixed_precision import solve_from, solve_from_finest
 from detune.methods.spectral import Spectral
 from detune.problem.low_rank import LowRank, SVDFactors
@@ -67,6 +66,9 @@ class Auto:
         of_finest = solve_from_finest(stack, self._solve_finest, rank)
         if of_finest is not None:
             return of_finest
+        of_versions = solve_versions(stack, self.solve, rank)
+        if of_versions is not None:
+            return of_versions
         # What was rounded to levels of its own lies on no dtype's grid.
         if self.lattice is None or stack.noise_override:
             return self._least_squares(find_differences(stack, rank, self.seed), rank)
@@ -127,9 +129,9 @@ class Auto:
         return shrink_where_run_off(first.stack, found)
 
     def _left_alone(self, stack: Stack) -> Recovery | None:
-        """The matrix of a model whose bits show that it left it as the base has it."""
+        """The matrix of a model whose bits show that it left it as the base has it, or that of models that agree."""
         assert self.lattice is not None
-        return unchanged(stack) or self.lattice.untouched(stack)
+        return self.lattice.untouched(stack) or unchanged(stack)
 
     def _solve_finest(self, part: Stack, rank: int | None) -> Recovery:
         """Solve the finest-precision models alone: one or two are enough only on a grid."""
@@ -287,25 +289,6 @@ def _fits_noise(recovery: Recovery, stack: Stack) -> bool:
         for i, M_i in enumerate(recovery.deltas)
         if M_i.rank > FEW_DIRECTIONS
     )
-
-
-def unchanged(stack: Stack) -> Recovery | None:
-    """Two models that agree in every bit are taken to have left the matrix alone: it is the base's.
-
-    None where no two agree, or where two groups do.
-    """
-    stack.require_finite(torch.stack([W_i.sum(dtype=torch.float64) for W_i in stack.matrices]))
-    agreeing = [(i, j) for i, j in combinations(range(stack.n), 2) if _same_bits(stack.matrices[i], stack.matrices[j])]
-    # Two groups that agree each within itself contradict each other.
-    if not agreeing or any(not _same_bits(stack.matrices[agreeing[0][0]], stack.matrices[i]) for i, _ in agreeing):
-        return None
-    i, j = agreeing[0]
-    return left_alone(stack, i, f"models {i} and {j} agree in every bit")
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Bytes are compared: some float dtypes know no equality, and zeros have signs."""
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _check_solvable(stack: Stack, ranks: tuple[int, ...]) -> None:

@@ -134,7 +134,8 @@ class Recovery:
         agreed: Where at least two models have the weight's bits, `(out, in)`, bool: for methods that ask for no more.
         source_models: The models that the weight is from, and that the residuals speak of, where the others are
             stored far more coarsely; empty is all.
-        hidden_mse: Where a model is taken to have left the matrix alone: mean square of a change that would not show.
+        hidden_mse: Where a model is taken, without proof, to have left the matrix alone: the most that the weight's
+            mean squared error is if it did not.
     """
 
     weight: Tensor

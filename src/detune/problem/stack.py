@@ -197,6 +197,26 @@ class Stack:
                 return self.dtype
         return torch.bfloat16
 
+    @cached_property
+    def versions(self) -> tuple[tuple[int, ...], ...]:
+        """Models that agree in every bit, by the first of each group.
+
+        Raises:
+            NonFinite: A model holds NaN or Inf.
+        """
+        sums = torch.stack([W_i.sum(dtype=torch.float64) for W_i in self.matrices])
+        self.require_finite(sums)
+        groups: list[list[int]] = []
+        # Most differ in their sums, and need no closer look.
+        for i, total in enumerate(sums.tolist()):
+            alike = [group for group in groups if float(sums[group[0]]) == total]
+            same = next((group for group in alike if _same_bits(self.matrices[group[0]], self.matrices[i])), None)
+            if same is None:
+                groups.append([i])
+            else:
+                same.append(i)
+        return tuple(map(tuple, groups))
+
     def part(self, models: Sequence[int]) -> "Stack":
         """The stack of some of the models, in that order."""
         told = tuple(self.noise_override[i] for i in models) if self.noise_override else ()
@@ -294,6 +314,11 @@ class Stack:
 def matricise(tensor: Tensor) -> Tensor:
     """A tensor as the matrix in which a LoRA is low-rank: kernels `(out, in, h, w)` become `(out, in h w)`."""
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(tensor.shape[0], -1)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Bytes are compared: some float dtypes know no equality, and zeros have signs."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _compute_dtype(matrices: tuple[Tensor, ...]) -> torch.dtype:

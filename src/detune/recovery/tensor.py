@@ -12,7 +12,7 @@ from detune.certificate.verdict import Verdict
 from detune.compatibility.low_rank_test import SMALLEST, split
 from detune.compatibility.model_set import Held
 from detune.methods import Lattice, Mean, Single
-from detune.methods.auto import unchanged
+from detune.methods.agreement import unchanged
 from detune.numerics.float_grid import name_of
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.problem.stack import matricise

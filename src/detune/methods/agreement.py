@@ -1,0 +1,82 @@
+"""Models that agree in every bit of a matrix: they left it alone, or share what they made of it.
+
+Of two that agree and a third nobody can tell: either side may be the base's. What can be said is what the third differs
+by, which is how far the base may be off. A third version decides: where the ranks of the differences add up without
+those that agree having one, or where the base's grid shows.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from detune.methods.mixed_precision import solve_from
+from detune.problem.recovery import Recovery, left_alone
+from detune.problem.stack import Stack
+
+# The splitting of differences needs three.
+FEWEST_VERSIONS = 3
+# Where an entry is not certain it says nothing, and too few of them say too little.
+MOST = 0.5
+
+
+def unchanged(stack: Stack) -> Recovery | None:
+    """The matrix of models that agree in every bit, taken for the base's.
+
+    None where no two agree, and where two groups do, which contradict each other.
+
+    Raises:
+        NonFinite: A model holds NaN or Inf.
+    """
+    groups = stack.versions
+    agreeing = [group for group in groups if len(group) > 1]
+    if len(agreeing) != 1:
+        return None
+    model = agreeing[0][0]
+    # If these share an adapter, another's matrix may be the base's.
+    hidden = [_distance(stack, model, group[0]) for group in groups if group[0] != model]
+    return left_alone(stack, model, _agree(agreeing[0]), max(hidden, default=0.0))
+
+
+def solve_versions(stack: Stack, solve: Callable[[Stack, int | None], Recovery], rank: int | None) -> Recovery | None:
+    """The answer of one model of each version, where some models agree and there are three versions or more.
+
+    Args:
+        stack: The models.
+        solve: What recovers from models of which no two agree.
+        rank: The most that any `M_i` can have.
+
+    Returns:
+        The answer; with the bits of models that agree, where the others confirm them. None where no two agree, there
+        are too few versions, or they do not have an answer.
+    """
+    groups = stack.versions
+    if not FEWEST_VERSIONS <= len(groups) < stack.n:
+        return None
+    firsts = tuple(group[0] for group in groups)
+    found = solve_from(stack, firsts, solve, rank, "the others agree with one of these in every bit")
+    confirmed = [group for group in groups if found and len(group) > 1 and _confirms(found, stack.matrices[group[0]])]
+    if found is None or not confirmed:
+        return found
+    kept = left_alone(stack, confirmed[0][0], f"{_agree(confirmed[0])}, and the others show that base")
+    return replace(kept, deltas=found.deltas, ranks=found.ranks)
+
+
+def _agree(group: tuple[int, ...]) -> str:
+    *most, last = map(str, group)
+    return f"models {', '.join(most)} and {last} agree in every bit"
+
+
+def _confirms(found: Recovery, own: Tensor) -> bool:
+    """Whether an answer has a model's own bits, wherever it is certain of them."""
+    if found.method != "unchanged" and (found.bits is None or found.bits.share < MOST):
+        return False
+    same = found.weight.eq(own.to(found.weight))
+    return bool((same if found.bits is None else same[found.bits.certain]).all())
+
+
+def _distance(stack: Stack, i: int, j: int) -> float:
+    """Mean square of the difference of two models."""
+    one, other = (stack.matrices[model].to(stack.dtype) for model in (i, j))
+    return float(torch.linalg.vector_norm(one - other, dtype=torch.float64)) ** 2 / one.numel()

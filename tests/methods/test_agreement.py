@@ -1,0 +1,105 @@
+import pytest
+import torch
+from torch import Tensor
+
+from detune.certificate.certify import Verdict, certify
+from detune.methods import Auto
+from detune.metrics import w_error
+from detune.numerics.float_grid import nearest
+from detune.problem import Recovery, Stack
+from tests.cases import normal, seeded
+
+SHAPE = (64, 48)
+W = normal(seeded(), *SHAPE).float()
+
+
+def lora(seed: int, rank: int = 2) -> Tensor:
+    generator = seeded(100 + seed)
+    return 1e-3 * normal(generator, SHAPE[0], rank) @ normal(generator, rank, SHAPE[1])
+
+
+def merged(*deltas: Tensor | None) -> Stack:
+    return Stack.of([W if M_i is None else (W.double() + M_i).float() for M_i in deltas])
+
+
+def in_range(stack: Stack, recovery: Recovery, truth: Tensor) -> bool:
+    """Whether the certificate's range holds the error of the stored weight."""
+    certificate = certify(stack, recovery, torch.float32)
+    error = w_error(recovery.weight.float(), truth)
+    if certificate.verdict is Verdict.EXACT:
+        return error == float("-inf")
+    best, worst = certificate.best_w_error, certificate.worst_w_error
+    return (best is None or best <= error) and error <= worst + 1e-9
+
+
+class TestTwoVersions:
+    """Nobody can tell which side is the base's."""
+
+    @pytest.mark.parametrize(
+        ("deltas", "agreeing"),
+        [
+            ((None, 0, None), "0 and 2"),
+            ((0, 0, None), "0 and 1"),
+            ((1, 0, 0), "1 and 2"),
+            ((0, 1, 0, 0), "0, 2 and 3"),
+        ],
+        ids=["left alone", "share an adapter", "share one beside another's", "three share one"],
+    )
+    @pytest.mark.parametrize("solver", [Auto(), Auto(lattice=None)], ids=["bits", "no bits"])
+    def test_agreement_is_an_assumption_with_a_range_that_holds(self, deltas, agreeing, solver):
+        stack = merged(*(None if seed is None else lora(seed) for seed in deltas))
+        recovery = solver.solve(stack)
+        certificate = certify(stack, recovery, torch.float32)
+        assert recovery.method == "unchanged"
+        assert certificate.verdict is Verdict.APPROXIMATE
+        assert certificate.reason == (
+            f"exact, if models {agreeing} agree in every bit because the matrix was left alone"
+        )
+        assert in_range(stack, recovery, W)
+
+    @pytest.mark.parametrize("alone", [(0, 1), (2,)], ids=["those that agree", "the third"])
+    def test_the_grid_of_the_base_decides(self, alone):
+        base = nearest(W, torch.bfloat16).float()
+        stack = Stack.of([base if i in alone else (base.double() + lora(0)).float() for i in range(3)])
+        recovery = Auto().solve(stack)
+        assert certify(stack, recovery, torch.float32).verdict is Verdict.EXACT
+        assert torch.equal(recovery.weight.float(), base)
+
+    def test_two_groups_prove_nothing(self):
+        assert Auto().solve(merged(lora(0), lora(0), None, None)).method != "unchanged"
+
+
+class TestThreeVersions:
+    """The ranks of the differences tell whether those that agree have a delta."""
+
+    def test_an_adapter_that_two_models_share_is_taken_off(self):
+        stack = merged(lora(0), lora(0), lora(1), lora(2))
+        recovery = Auto().solve(stack)
+        certificate = certify(stack, recovery, torch.float32)
+        assert certificate.verdict is Verdict.FLOOR, certificate.reason
+        assert recovery.ranks == (2, 2, 2, 2)
+        assert w_error(recovery.weight, W) < -14
+        assert in_range(stack, recovery, W)
+
+    @pytest.mark.parametrize("order", [(None, None, 1, 2), (1, None, 2, None)])
+    def test_what_they_left_alone_is_exact(self, order):
+        stack = merged(*(None if seed is None else lora(seed) for seed in order))
+        recovery = Auto().solve(stack)
+        certificate = certify(stack, recovery, torch.float32)
+        assert certificate.verdict is Verdict.EXACT
+        assert "and the others show that base" in certificate.reason
+        assert torch.equal(recovery.weight.float(), W)
+        assert [rank > 0 for rank in recovery.ranks] == [seed is not None for seed in order]
+
+    def test_two_pairs_and_another(self):
+        stack = merged(lora(0), lora(1), lora(0), lora(1), lora(2))
+        recovery = Auto().solve(stack)
+        assert recovery.ranks == (2, 2, 2, 2, 2)
+        assert in_range(stack, recovery, W)
+
+    def test_others_that_are_not_low_rank_confirm_nothing(self):
+        others = [normal(seeded(seed), *SHAPE) for seed in (7, 8)]
+        stack = merged(lora(0), lora(0), *others)
+        recovery = Auto().solve(stack)
+        assert certify(stack, recovery, torch.float32).verdict is Verdict.APPROXIMATE
+        assert in_range(stack, recovery, W)
