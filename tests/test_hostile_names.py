@@ -58,7 +58,9 @@ def test_adapters_stay_in_their_directory(work: Path, name: str, sharded: bool) 
     # One adapter a model, with its files and no directories of its own.
     for out in ("adapters", "loras"):
         expected = {"adapter_config.json", "adapter_model.safetensors"}
-        assert set(tree(work / out)) == {"detune.json"} | {f"model-{i}/{file}" for i in range(3) for file in expected}
+        cards = {"README.md", *(f"model-{i}/README.md" for i in range(3))}
+        files = {f"model-{i}/{file}" for i in range(3) for file in expected}
+        assert set(tree(work / out)) == {"detune.json"} | cards | files
 
 
 @pytest.mark.parametrize("component", ["../elsewhere", "/elsewhere", "a/../../elsewhere", "a\nb", ".."])

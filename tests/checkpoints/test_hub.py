@@ -37,7 +37,7 @@ class TestDownloaded:
         checkpoint = open_checkpoint(f"{NAMES[0]}@main")
         expected = load_file(repositories[0] / "model.safetensors")
         assert all(checkpoint.read(name).equal(expected[name]) for name in expected)
-        assert snapshot_files(hub_cache, NAMES[0]) == {"config.json", "model.safetensors"}
+        assert snapshot_files(hub_cache, NAMES[0]) == {"README.md", "config.json", "model.safetensors"}
         assert list(hub.sent) == [f"{NAMES[0]}/model.safetensors"]
 
     def test_a_file_that_two_repositories_share_comes_once(

@@ -73,7 +73,8 @@ def copy(out: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (save("README.md"), "README.md is not of the recovery"),
+        (save("README.md"), "README.md has changed since the recovery"),
+        (save("NOTES.md"), "NOTES.md is not of the recovery"),
         (save(".git/config"), ".git/config is not of the recovery"),
         (save("runs/0/model.safetensors"), "runs/0/model.safetensors is not of the recovery"),
         (lambda out: (out / "checkpoint.ckpt").mkdir(), "checkpoint.ckpt is not of the recovery"),
@@ -83,7 +84,7 @@ def copy(out: Path) -> None:
         (train_further, "model.safetensors has changed since the recovery"),
         (link, "model.safetensors has changed since the recovery"),
         (copy, "thesis.tex is not of the recovery"),
-        (lambda out: (out / "detune.json").unlink(), "it holds config.json and no detune.json of a recovery"),
+        (lambda out: (out / "detune.json").unlink(), "it holds README.md and no detune.json of a recovery"),
     ],
 )
 def test_what_was_added_or_changed_stays(fine: Fine, out: Path, change: Callable[[Path], None], found: str) -> None:

@@ -65,7 +65,7 @@ def test_prints_the_report_as_json(command, family, out):
     ran = command("recover", *family.specs, "--out", out, "--json")
     assert ran.err == ""
     written = json.loads((out / "detune.json").read_text())
-    assert written.pop("files").keys() == {"config.json", "model.safetensors"}
+    assert written.pop("files").keys() == {"README.md", "config.json", "model.safetensors"}
     for row, model in zip(written["inputs"], family.models, strict=True):
         assert row["spec"] == f"../../models/{model.name}", "a file that may be given away names no home"
         row["spec"] = str(model)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detune._runtime import versions
+from detune._runtime import command_line, versions
+from detune.adapters.card import adapter_cards
 from detune.adapters.changes import AdapterChange, AdapterRow, ChangeFitter, Kept, PlacesOf, adapter_names
 from detune.checkpoints import (
     Checkpoint,
@@ -27,6 +28,7 @@ from detune.checkpoints import (
     raw,
     resolved,
 )
+from detune.checkpoints.cards import InputCard, read_card
 from detune.compatibility.groups import STRANGER, group_by_base, why_foreign
 from detune.compatibility.model_set import ModelSet
 from detune.compatibility.shared import is_shared
@@ -87,6 +89,7 @@ def extract(
     base: str | Path,
     rank: int | None = None,
     device: torch.device | str | None = None,
+    card: bool = True,
     on_tensor: Callable[[str, None], None] | None = None,
 ) -> Extraction:
     """Write the LoRA of each model as a PEFT adapter of the base, `out/MODEL`.
@@ -101,6 +104,7 @@ def extract(
         base: What they were fine-tuned from, or what `recover` made of them.
         rank: The most that an adapter's rank can be; None finds the rank of each.
         device: Where to compute; None is the CPU.
+        card: Whether to write README.md, one for all and one for each adapter, with metadata for the Hub.
         on_tensor: For progress: called with the name of each tensor when it is begun.
 
     Returns:
@@ -117,7 +121,8 @@ def extract(
     with open_checkpoint(base) as opened, ModelSet(models, like=opened) as family:
         require_base(family.reference, family.models)
         fitter = ChangeFitter(family, _reference(base), rank, device)
-        with extracting(family, out, base=_reference(base)) as extractor:
+        base_card = read_card(opened) if card else None
+        with extracting(family, out, base=_reference(base), card=card, base_card=base_card) as extractor:
             for name in family.names:
                 if on_tensor:
                     on_tensor(name, None)
@@ -168,6 +173,8 @@ def extracting(
     out: str | Path,
     *,
     base: str,
+    card: bool,
+    base_card: InputCard | None = None,
 ) -> Iterator["Extractor"]:
     """Make `out` with an adapter for each model, when the block ends normally.
 
@@ -175,6 +182,8 @@ def extracting(
         family: The fine-tuned models.
         out: The directory to make.
         base: What the adapters will be loaded onto.
+        card: Whether each gets a card.
+        base_card: What the base's own card says; None where the base is made in the same pass.
 
     Yields:
         What takes the tensors.
@@ -186,7 +195,7 @@ def extracting(
     if target.is_relative_to(base):
         raise OutputError(f"{out} lies inside the base", f"got {base}", "write the adapters beside it")
     with new_directory(out) as partial:
-        yield Extractor(family, partial, base, target)
+        yield Extractor(family, partial, base, target, card, base_card)
 
 
 class Extractor:
@@ -196,13 +205,17 @@ class Extractor:
         directory: What it fills.
     """
 
-    def __init__(self, family: ModelSet, directory: Path, base: str, out: Path) -> None:
+    def __init__(
+        self, family: ModelSet, directory: Path, base: str, out: Path, card: bool, base_card: InputCard | None
+    ) -> None:
         self._models = family.models
         self._reference = family.reference
         self._names = adapter_names([model.spec for model in family.models])
         self.directory = directory
         self._base = base
         self._out = out
+        self._card = card
+        self._base_card = base_card
         self._places = PlacesOf(family.reference)
         self._writers: dict[tuple[int, str], PeftWriter] = {}
         self._rows: list[AdapterRow] = []
@@ -258,9 +271,30 @@ class Extractor:
         entries = sum(math.prod(info.shape) for info in self._reference.tensors.values())
         extraction = Extraction(self._base, models, rows, entries, time.perf_counter() - self._started)
         paths = [path for model in self._models for path in model.paths]
-        content = Places(self._out, [self._base, *models.values(), *paths]).within(extraction.content)
-        (self.directory / "detune.json").write_text(json.dumps(content, indent=1) + "\n")
+        places = Places(self._out, [self._base, *models.values(), *paths, *command_line()])
+        if self._card:
+            self._write_cards(extraction, places)
+        content = json.dumps(places.within(extraction.content), indent=1) + "\n"
+        (self.directory / "detune.json").write_text(content)
         return extraction
+
+    def _write_cards(self, extraction: Extraction, places: Places) -> None:
+        # PEFT loads no adapter without a LoRA, and none is written.
+        written = {self._names[i] for i, _ in self._writers if any(self._adapter(i).rglob("adapter_config.json"))}
+        cards = adapter_cards(
+            {name: figures for name, figures in extraction.summary.items() if name in written},
+            extraction.rows,
+            dict(zip(self._names, map(read_card, self._models), strict=True)),
+            self._base_card,
+            Path(self._base).name if self._base_card is None else self._base_card.name,
+            self._out.name,
+            places,
+        )
+        for file, content in cards.items():
+            inside(self.directory, file).write_bytes(content)
+
+    def _adapter(self, model: int) -> Path:
+        return inside(self.directory, self._names[model])
 
     def _read(self, model: int, name: str) -> Tensor:
         """A tensor of a model, or of the layout where the model does not have it."""

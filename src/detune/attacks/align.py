@@ -63,7 +63,7 @@ class Align:
         with temporary_directory("align", parent) as folder:
             aligned = align(models, folder)
             if all(release.is_exact for release in aligned):
-                recover([release.path for release in aligned], out)
+                recover([release.path for release in aligned], out, card=False)
             else:
                 rebuild([release.path for release in aligned], out, self.min_models, _solve)
 

@@ -35,7 +35,7 @@ class Recover:
 
     def run(self, models: Sequence[Path], out: Path) -> None:
         """Recover; see `Attack.run`."""
-        recover(models, out)
+        recover(models, out, card=False)
 
 
 @dataclass(frozen=True)
@@ -48,4 +48,4 @@ class Bits:
 
     def run(self, models: Sequence[Path], out: Path) -> None:
         """Recover with `lattice`; see `Attack.run`."""
-        recover(models, out, "lattice")
+        recover(models, out, "lattice", card=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 from detune.checkpoints.headers import PICKLE_SUFFIXES
 from detune.checkpoints.layout import component_dirs, is_index, pick_weights, weight_map
-from detune.checkpoints.side_files import MAX_SIDE_FILE_BYTES, is_side_file
+from detune.checkpoints.side_files import CARD, MAX_CARD_BYTES, MAX_SIDE_FILE_BYTES, is_side_file
 from detune.errors import InputError, reason_of
 
 __all__ = ["HubFile", "Repository", "cached_snapshot", "fetch", "find_repository", "is_hub_id", "is_on_hub", "locate"]
@@ -183,7 +183,7 @@ def fetch(hub_id: str) -> Path:
     """Download the needed files of a repository, or find them in the local cache.
 
     `HF_HUB_OFFLINE`, `HF_HOME` and the other variables of huggingface_hub are honoured. Only the weights that
-    `pick_weights` would choose are downloaded, with the files that travel with them.
+    `pick_weights` would choose are downloaded, with the files that travel with them and the card.
 
     Args:
         hub_id: `org/name` or `org/name@revision`.
@@ -200,7 +200,8 @@ def fetch(hub_id: str) -> Path:
         return cached_snapshot(hub_id, why)
     root = repository.download_side_files()
     weights = repository.weights(root)
-    return repository.download(weights) if weights else root
+    card = [CARD for file in repository.files if file == CARD and repository.files[file].size_bytes <= MAX_CARD_BYTES]
+    return repository.download([*weights, *card]) if weights else root
 
 
 def locate(spec: str) -> Path:

@@ -13,10 +13,24 @@ from typing import IO
 from detune.checkpoints.blocks import open_regular
 from detune.errors import InputError, parsing
 
-__all__ = ["MAX_SIDE_FILE_BYTES", "is_side_file", "read_side_file", "require_own", "side_files"]
+__all__ = [
+    "CARD",
+    "MAX_CARD_BYTES",
+    "MAX_SIDE_FILE_BYTES",
+    "is_side_file",
+    "read_side_file",
+    "require_own",
+    "side_files",
+]
 
 MAX_SIDE_FILE_BYTES = 256 * 2**20
 """The largest tokenizers take a tenth of it."""
+
+CARD = "README.md"
+"""What a model says of itself. It does not travel: what is made of a model has a card of its own."""
+
+MAX_CARD_BYTES = 2**20
+"""Cards of popular models have some 50 kB."""
 
 _NAMES = frozenset(
     {

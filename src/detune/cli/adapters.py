@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 import detune
-from detune.cli.options import device_of, device_option, json_option, models_argument, rank_option
+from detune.cli.options import card_option, device_of, device_option, json_option, models_argument, rank_option
 from detune.cli.recovery import progress
 from detune.cli.terminal import say_json
 
@@ -16,13 +16,18 @@ from detune.cli.terminal import say_json
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to make.")
 @rank_option
 @device_option
+@card_option
 @json_option
-def extract(models: tuple[str, ...], base: str, out: Path, rank: int | None, device: str, as_json: bool) -> None:
+def extract(
+    models: tuple[str, ...], base: str, out: Path, rank: int | None, device: str, card: bool, as_json: bool
+) -> None:
     """Write the LoRA of each merged model as a PEFT adapter of BASE, OUT/MODEL."""
     from detune.cli.tables import show_extraction
 
     with progress(quiet=as_json) as on_tensor:
-        extraction = detune.extract(models, out, base=base, rank=rank, device=device_of(device), on_tensor=on_tensor)
+        extraction = detune.extract(
+            models, out, base=base, rank=rank, device=device_of(device), card=card, on_tensor=on_tensor
+        )
     say_json(extraction.to_json()) if as_json else show_extraction(extraction, out)
 
 

@@ -12,6 +12,9 @@ METHODS = tuple(CLASSES)
 
 models_argument = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
+card_option = click.option(
+    "--card/--no-card", default=True, help="Write README.md, a card with metadata for the Hub; by default it is."
+)
 device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 merge_option = click.option(
     "--merge-dtype",

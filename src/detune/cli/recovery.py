@@ -12,6 +12,7 @@ from detune.cli.execution import Sectioned, device_at, execution_options, execut
 from detune.cli.loading import load_torch
 from detune.cli.options import (
     METHODS,
+    card_option,
     device_of,
     device_option,
     dtype_of,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=Sectioned,
     sections={
-        "More results": ("adapters", "mask", "check", "as_json"),
+        "More results": ("adapters", "mask", "check", "card", "as_json"),
         "Where to compute": ("device", "workers", "scheduler", "slurm"),
     },
 )
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @dtype_option
 @click.option("--mask", type=click.Path(path_type=Path), help="A .npz file to make: where each tensor is certain.")
 @click.option("--check", is_flag=True, help="Recover from parts of the models too: do they agree? From four models on.")
+@card_option
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if recover wrote it and nothing was added or changed.")
 @execution_options
 @json_option
@@ -62,6 +64,7 @@ def recover(
     dtype: str,
     mask: Path | None,
     check: bool,
+    card: bool,
     overwrite: bool,
     workers: int | None,
     scheduler: str | None,
@@ -89,6 +92,7 @@ def recover(
             dtype=dtype_of(dtype),
             mask=mask,
             check=check,
+            card=card,
             on_tensor=on_tensor,
             executor=executor,
         )

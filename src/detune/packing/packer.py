@@ -161,7 +161,7 @@ def _base_of(
         return
     # Beside what becomes the pack, in a directory that goes with it.
     recovered = partial.with_name(f".{partial.name}.base")
-    recover(models, recovered, rank=rank, device=device)
+    recover(models, recovered, rank=rank, device=device, card=False)
     with open_checkpoint(recovered) as opened:
         yield opened
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from detune._runtime import command_line
 from detune.certificate.verdict import Verdict
 from detune.checkpoints import CheckpointFiles, Places, Target, absolute, claim, identity, resolved
+from detune.checkpoints.cards import read_card
 from detune.compatibility.groups import Selection, select
 from detune.compatibility.model_set import Models, ModelSet
 from detune.errors import InputError
@@ -94,6 +95,7 @@ def recover(
     dtype: torch.dtype | None = None,
     mask: str | Path | None = None,
     check: bool = False,
+    card: bool = True,
     on_tensor: OnTensor | None = None,
     executor: Executor | None = None,
 ) -> Report:
@@ -102,8 +104,8 @@ def recover(
     Tensors are solved side by side, as many as memory and threads allow, while the next is read and the last is
     written. Tensors that are identical in all models are copied byte for byte. The output has the layout that most of
     the models have, of several the first one's: its files, names, dtypes, metadata, config and tokenizer, and
-    `detune.json` beside them. It appears in one step when it is whole. Until then completed tensors are kept in a
-    hidden directory beside it; a run that is cut off is finished by calling it again.
+    `detune.json` and a card beside them. It appears in one step when it is whole. Until then completed tensors are kept
+    in a hidden directory beside it; a run that is cut off is finished by calling it again.
 
     Models that do not share a source with most are left out, and the report says so. A tensor is recovered from the
     models that have it. `mean`, `single`, `lokr`, `dora`, `shira` and `vera` take the models as they are.
@@ -124,6 +126,7 @@ def recover(
         mask: A file to make, as `numpy.load` reads it: for each tensor on a grid, where its bits are certain, bool.
         check: Whether to recover from parts of more than three models too, and see whether they agree: with four or
             five models that many recoveries more, from six on two of half as many models.
+        card: Whether to write README.md, with metadata for the Hub, and keep the models' own under other names.
         on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
         executor: Whose workers compute: `detune.recovery.execution.Processes`, Dask's `Client.get_executor()`, or any
             other of `concurrent.futures`. They see the models and `out` by the same paths. None computes in this
@@ -205,7 +208,8 @@ def recover(
         report = Report(command, inputs, rows, time.perf_counter() - started)
         named = (target.out, like or "", adapters or "", mask or "")
         places = Places(target.out, [*models, *given.paths, *named, *command_line()])
-        report = results.write(run_directory, completed, files, report, family, places)
+        cards = tuple(map(read_card, given.models)) if card else None
+        report = results.write(run_directory, completed, files, report, family, places, cards)
         run_directory.remove()
     return report
 

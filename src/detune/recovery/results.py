@@ -7,7 +7,7 @@ finished by the same command, which knows its own results again by their hashes.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -29,9 +29,11 @@ from detune.checkpoints import (
     write_masks,
 )
 from detune.checkpoints.blocks import file_hash
+from detune.checkpoints.cards import InputCard
 from detune.checkpoints.mark import MARK
 from detune.compatibility.model_set import ModelSet
 from detune.errors import OutputError
+from detune.recovery.card import recovery_cards
 from detune.recovery.execution import CompletedTensor, read_changes, read_masks
 from detune.recovery.report import Report
 
@@ -100,6 +102,7 @@ class Results:
         report: Report,
         family: ModelSet,
         places: Places,
+        cards: Sequence[InputCard] | None,
     ) -> Report:
         """Put what is complete together, and everything in its place.
 
@@ -110,6 +113,7 @@ class Results:
             report: The report, but for adapters.
             family: The models.
             places: What paths become in the report.
+            cards: The models given, and what their own cards say; None writes no card.
 
         Returns:
             The report, with what the adapters give back.
@@ -125,7 +129,7 @@ class Results:
                     summary = json.loads((self.adapters / MARK).read_bytes())["summary"]
                 else:
                     base = str(self.target.out)
-                    extractor = made.enter_context(extracting(family, self.adapters, base=base))
+                    extractor = made.enter_context(extracting(family, self.adapters, base=base, card=cards is not None))
                     for name in family.names:
                         extractor.add(name, read_changes(run_directory, completed[name], extractor.kind(name)))
                     summary = extractor.finish().summary
@@ -138,9 +142,14 @@ class Results:
                     partial = made.enter_context(new_file(self.mask))
                     write_masks(partial, read_masks(run_directory, completed, family.names))
                     results[str(self.mask)] = _hash(partial)
-            files.finish({})
+            content = places.within(report.content)
+            files.finish(
+                {}
+                if cards is None
+                else recovery_cards(Report.of_json(content), cards, files.side_files, self.target.out.name, places)
+            )
             with reported(self.target.out, files.needed_bytes):
-                write_mark(run_directory.checkpoint, places.within(report.content))
+                write_mark(run_directory.checkpoint, content)
             results[str(self._mark)] = _hash(run_directory.checkpoint / MARK)
             run_directory.note_results(results)
         run_directory.place(self.target.out, self.target.check)

@@ -1,0 +1,128 @@
+"""The card of a recovered model."""
+
+from collections.abc import Collection, Sequence
+
+from detune._runtime import command_line
+from detune.certificate.verdict import Verdict
+from detune.checkpoints import Places
+from detune.checkpoints.cards import (
+    CARD,
+    InputCard,
+    agreed_licence,
+    command_block,
+    kept_cards,
+    library_of,
+    licence_section,
+    models_table,
+    render_card,
+)
+from detune.markdown import code, table, text
+from detune.recovery.report import Report
+from detune.recovery.summary import doubts, report_table
+
+__all__ = ["recovery_cards"]
+
+# A family of a thousand kinds of tensors, or of reasons, is for `detune.json`.
+MOST_LINES = 100
+
+WORTH = {
+    Verdict.SHARED: "No model changed it: the same bytes in all, copied. Taken for the base's.",
+    Verdict.EXACT: "The base's own bits.",
+    Verdict.FLOOR: "The answer is unique, and storage rounding of the models is all that is left: the W-Error is a "
+    "prediction, good to 0.3.",
+    Verdict.APPROXIMATE: "The error is known to a range only; the reason is below.",
+    Verdict.AVERAGED: "The mean of the models, with the mean of their deltas in it: a vector has no low rank to use.",
+    Verdict.NOT_DETERMINED: "The models do not hold the answer, or a part of it; what stands there is no recovery.",
+}
+
+
+def recovery_cards(
+    report: Report, inputs: Sequence[InputCard], files: Collection[str], title: str, places: Places
+) -> dict[str, bytes]:
+    """The card of a recovery, and those of its models under other names.
+
+    Args:
+        report: The report, without places of this machine.
+        inputs: The models as given, those that were left out too.
+        files: What else the model's directory has.
+        title: The model's name.
+        places: What paths of this machine become in the models' own cards.
+
+    Returns:
+        Content by file name.
+    """
+    used = [card for card, row in zip(inputs, report.inputs, strict=True) if row.left_out is None]
+    left_out = [(card.name, row.left_out) for card, row in zip(inputs, report.inputs, strict=True) if row.left_out]
+    licence = agreed_licence(used)
+    kept = kept_cards(used, places)
+    hub_ids = [card.hub_id for card in used if card.hub_id is not None]
+    columns, lines = report_table(report)
+    body = f"""\
+# {text(title)}
+
+The weights that {len(used)} fine-tuned model{"s" * (len(used) != 1)} came from, recovered from the fine-tunes alone by
+detune {text(report.versions["detune"])}. This is no release of the base's authors: how close each tensor is to theirs
+is said [below](#how-far-it-can-be-trusted).
+
+## Recovered from
+
+{models_table(used)}
+{_left_out(left_out)}
+{_own_cards(kept)}
+{command_block(command_line(), "detune.recover", places)}
+## How far it can be trusted
+
+{_shortened(table(columns, lines[:MOST_LINES]), len(lines)) if lines else ""}
+{_verdicts(report)}
+{_doubts(report)}
+*W-Error* is log10 of the mean squared error of a tensor against the true base, predicted without having it: lower is
+better. *residual* is the share of the spread between the models that the answer does not explain, *× noise* the same in
+units of their storage rounding, where 1 is the floor. {code("detune.json")} has all of it for each tensor.
+
+{licence_section(licence, "the base's owner")}
+## Method
+
+Spectral DeTuning, Horwitz, Kahana & Hoshen, *Recovering the Pre-Fine-Tuning Weights of Generative Models*, ICML 2024,
+[arXiv 2402.10208](https://arxiv.org/abs/2402.10208); this recovery is by detune's {code(_method(report))}.
+"""
+    card = render_card(
+        body,
+        licence,
+        # What the weights were computed from. Of the Hub's relations, "merge" is the one of several models.
+        base_model=hub_ids,
+        base_model_relation="merge" if hub_ids else None,
+        library_name=library_of(files),
+        tags=["detune", "weight-recovery"],
+    )
+    return {**kept, CARD: card}
+
+
+def _left_out(models: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"Left out: {text(name)}, because {text(why)}.\n\n" for name, why in models)
+
+
+def _own_cards(kept: Collection[str]) -> str:
+    if not kept:
+        return ""
+    return f"The fine-tunes' own cards are {', '.join(map(code, kept))}: they speak of those, not of this model.\n"
+
+
+def _verdicts(report: Report) -> str:
+    counted = [(str(verdict), str(count), WORTH[verdict]) for verdict, count in report.counts.items()]
+    return table(("verdict", "tensors", "what it means"), counted)
+
+
+def _doubts(report: Report) -> str:
+    found = doubts(report)
+    listed = "".join(f"- {text(str(doubt))}\n" for doubt in found[:MOST_LINES])
+    return _shortened(listed, len(found))
+
+
+def _shortened(shown: str, lines: int) -> str:
+    left = lines - MOST_LINES
+    return f"{shown}\n{left} more lines are in {code('detune.json')}.\n" if left > 0 else shown
+
+
+def _method(report: Report) -> str:
+    """The method by its name, without its settings, which are in `detune.json`."""
+    return str(report.command["method"]).partition("(")[0].lower()
