@@ -14,7 +14,7 @@ DOCS_STAMP := $(VENV)/.docs-installed
 LPIPS_VENV := .venv-lpips
 LPIPS_STAMP := $(LPIPS_VENV)/.detune-installed
 
-.PHONY: test test-lpips demo docs lint bench fuzz crash lowra clean
+.PHONY: test test-lpips demo docs schemas lint bench fuzz crash lowra clean
 
 # A process for each core, and a thread in each; a file's tests stay together, for what they share.
 test: $(STAMP)
@@ -34,6 +34,10 @@ demo: $(STAMP)
 # Into site/; any warning is an error.
 docs: $(DOCS_STAMP)
 	$(BIN)/python .ci/site.py
+
+# What commands print with --json, into docs/schemas: after a change of a report.
+schemas: $(STAMP)
+	$(BIN)/python -m tests.schemas
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "detune"
 # From low to high. Packages and modules of one row do not know each other.
 LAYERS = (
     {"errors"},
-    {"_runtime", "markdown"},
+    {"_runtime", "documents", "markdown"},
     {"numerics", "checkpoints", "metrics", "symmetries"},
     {"problem"},
     {"fitting"},

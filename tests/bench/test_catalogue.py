@@ -1,10 +1,11 @@
+from detune.bench.catalogue import Catalogue
 from detune.bench.recipes import RECIPES
 from detune.bench.subsets import PUBLISHED
 from detune.cli.tables import show_catalogue
 
 
 def test_layers_and_rank_of_everything_and_where_it_is_from(capsys):
-    show_catalogue()
+    show_catalogue(Catalogue.now())
     out = capsys.readouterr().out
     rows = {words[0]: words[1:] for words in map(str.split, out.splitlines()) if words}
     expected = {name: (subset.layers, subset.rank) for name, subset in PUBLISHED.items()} | {

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.bench.conftest import LORAS
+from tests.schemas import require_valid
 
 COMMAND = [sys.executable, "-c", "from detune.cli import main; main()", "bench"]
 
@@ -19,6 +20,13 @@ def test_list_names_every_subset_and_recipe(command):
     for name in ("vit", "stable-diffusion-1.5", "mistral-7b-v0.1-dpo", "sd-mini", "minilm"):
         assert f"\n{name} " in f"\n{ran.out}"
     assert "hf download Eliahu/LoWRA-Bench" in ran.out
+
+
+def test_list_as_json(command):
+    ran = command("bench", "list", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    listed = require_valid("bench-list", ran.out)
+    assert listed["published"]["vit"]["layers"] == listed["recipes"]["vit-mini"]["layers"] == 24
 
 
 def test_build_run_table_study_and_merge(command, bert_base, loras, tmp_path):
@@ -35,6 +43,20 @@ def test_build_run_table_study_and_merge(command, bert_base, loras, tmp_path):
     lines = [line.split()[:2] for line in ran.out.splitlines() if line.startswith(("mean", "auto"))]
     assert lines == [["mean", "3"], ["auto", "3"], ["mean", "4"], ["auto", "4"]]
     assert {file.name for file in results.iterdir()} >= {"table.md", "table.csv", "w-error.png", "w-error.svg"}
+    printed = [
+        command("bench", *words, "--json")
+        for words in (
+            ("run", subset, "--methods", "mean,auto", "--models", "3-4", "--out", results),
+            ("table", results),
+        )
+    ]
+    assert [(ran.code, ran.err) for ran in printed] == [(0, "")] * 2
+    run, table = (require_valid("bench-table", ran.out) for ran in printed)
+    assert run == table
+    assert [(row["method"], row["models"], row["layers"]) for row in table["rows"]] == [
+        (method, models, 4) for method in ("auto", "mean") for models in (3, 4)
+    ]
+    assert "behaviour was not compared: no base at hand" in " ".join(table["remarks"])
     ran = command("bench", "study", "models", subset, "--models", "3,4", "--out", results)
     assert ran.code == 0
     assert f"wrote {results / 'studies' / 'models.mine.csv'}" in ran.out

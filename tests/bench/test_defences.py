@@ -6,10 +6,11 @@ import pytest
 
 from detune.bench.defences import Cell, Row, RowResult, bench_defences, run_rows, verdict
 from detune.bench.defences.families import trained_families
-from detune.bench.defences.table import draw, markdown
+from detune.bench.defences.table import draw, markdown, to_json
 from detune.demo.texts import DOMAINS
 from detune.demo.train import Cloze, base_model, cloze
 from detune.errors import InputError, OutputError
+from tests.schemas import require_valid
 
 
 def result(name: str = "noise", w_error: float = -6.0, embeddings: float = 1.0, **changes) -> RowResult:
@@ -46,6 +47,20 @@ def test_the_table_has_a_line_for_each_defence_and_the_best_in_bold():
         "| defence | n | average | recover | denoise | embeddings | times closer | task accuracy | verdict |"
     )
     assert line == "| noise | 5 | -6.00 | none | **-8.25** | 5.0e-01 | 13.3 | 0.500 (-3.8%) | broken |"
+
+
+def test_json_says_what_follows():
+    (row,) = require_valid("bench-defences", to_json([result(w_error=-8.25, embeddings=0.5)]))["rows"]
+    assert (row["verdict"], len(row["cells"])) == ("broken", 3)
+    assert row["times_closer"] == pytest.approx(13.3, abs=0.05)
+    assert row["cost"] == pytest.approx(1 - 0.5 / 0.52)
+
+
+def test_the_command_prints_it_alone(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("detune.bench.defences.bench_defences", lambda *_, **__: (result(),))
+    ran = command("bench", "defences", "--out", tmp_path, "--json")
+    assert ran.code == 0
+    assert [row["name"] for row in require_valid("bench-defences", ran.out)["rows"]] == ["noise"]
 
 
 def test_the_figure_is_drawn_and_the_same_each_time(tmp_path):

@@ -9,9 +9,10 @@ from detune.bench.methods import find_method
 from detune.bench.results import ResultStore
 from detune.bench.run import plan, run
 from detune.bench.studies import STUDIES, Bench, run_study
-from detune.bench.table import PAPER, markdown, tables, write_table
+from detune.bench.table import PAPER, markdown, tables, to_json, write_table
 from detune.errors import InputError
 from tests.bench.conftest import save_lora
+from tests.schemas import require_valid
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,17 @@ def test_the_papers_figures_stand_beside_ours_and_are_marked(store):
         figure.w_error for figure in PAPER if figure.subset == "vit"
     )
     assert "second-hand note" in markdown(store.read_all())
+
+
+def test_json_has_the_figures_in_full(store):
+    rows = require_valid("bench-table", to_json(store.read_all()))["rows"]
+    published = [row for row in rows if row["source"] != "detune"]
+    assert sorted(row["w_error"] for row in published) == sorted(f.w_error for f in PAPER if f.subset == "vit")
+    assert all(row["draws"] is None and row["seconds"] is None for row in published)
+    (row,) = (row for row in rows if (row["method"], row["models"], row["rank"]) == ("auto", 3, "told"))
+    errors = [r.w_error for r in store.read_all() if r.cell.method == "auto" and len(r.cell.loras) == 3]
+    assert row["draws"] == 2
+    assert min(errors) < row["w_error"] < max(errors)
 
 
 def test_table_and_plot_are_written(store):

@@ -110,7 +110,7 @@ def test_what_was_added_or_changed_stays(fine: Fine, out: Path, change: Callable
         ("x.safetensors",),
     ],
 )
-@pytest.mark.parametrize("mark", ["[]", "{}", "{", '{"format": "detune recovery/1"}', '{"format": 1, "files": {}}'])
+@pytest.mark.parametrize("mark", ["[]", "{}", "{", '{"format": "detune-recover/1"}', '{"format": 1, "files": {}}'])
 def test_what_recover_did_not_write_stays(fine: Fine, tmp_path: Path, names: tuple[str, ...], mark: str) -> None:
     out = tmp_path / "out"
     save(*names)(out)
@@ -198,4 +198,4 @@ def test_the_mark_names_every_file(fine: Fine, out: Path) -> None:
         if path.name != "detune.json"
     }
     assert content["files"] == expected
-    assert content["format"] == "detune recovery/1"
+    assert content["format"] == "detune-recover/1"

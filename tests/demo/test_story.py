@@ -7,6 +7,7 @@ import pytest
 from detune.demo.language_model import FINE_TUNES
 from detune.demo.story import QUESTIONS, tell
 from detune.errors import OutputError
+from tests.schemas import require_valid
 
 METHOD = "intersect"  # the fastest
 
@@ -49,6 +50,20 @@ class TestTheStory:
             assert f"{100 * comparison.summary['bit_identical']:.1f} %" in text
         assert "recovered: 3 of 3 answers are the base's, word for word" in text
         assert "The LoRAs come with detune; --train trains them again." in text
+
+    def test_is_json_as_well(self, told):
+        content = require_valid("demo", told[0].to_json())
+        assert list(content["fine_tunes"]) == [f"merged-{domain}" for domain in FINE_TUNES]
+        assert list(content["methods"]) == ["mean", "spectral", METHOD]
+        assert all(len(given) == len(QUESTIONS) for given in content["answers"].values())
+
+
+def test_prints_json_alone_where_it_is_told_to(command, monkeypatch):
+    monkeypatch.setattr("detune.demo.story._attack", lambda *_: {})
+    monkeypatch.setattr("detune.demo.story._ask", lambda *_: {})
+    ran = command("demo", "--json")
+    assert ran.code == 0
+    assert list(require_valid("demo", ran.out)["fine_tunes"]) == [f"merged-{domain}" for domain in FINE_TUNES]
 
 
 def test_trains_where_it_is_told_to(tmp_path, monkeypatch, capsys):

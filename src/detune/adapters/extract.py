@@ -1,6 +1,5 @@
 """Each model's LoRA, as a PEFT adapter of a base that is known."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from detune.compatibility.groups import STRANGER, group_by_base, why_foreign
 from detune.compatibility.model_set import ModelSet
 from detune.compatibility.shared import is_shared
 from detune.compatibility.views import Fit
+from detune.documents import document, to_json
 from detune.errors import InputError, OutputError
 
 
@@ -75,11 +75,11 @@ class Extraction:
     @property
     def content(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
-        return {"versions": versions()} | asdict(self) | {"summary": self.summary}
+        return document("detune-extract/1", {"versions": versions(), **asdict(self), "summary": self.summary})
 
     def to_json(self) -> str:
         """All of it as JSON."""
-        return json.dumps(self.content, indent=1) + "\n"
+        return to_json(self.content)
 
 
 def extract(
@@ -274,8 +274,8 @@ class Extractor:
         places = Places(self._out, [self._base, *models.values(), *paths, *command_line()])
         if self._card:
             self._write_cards(extraction, places)
-        content = json.dumps(places.within(extraction.content), indent=1) + "\n"
-        (self.directory / "detune.json").write_text(content)
+        content = to_json(places.within(extraction.content))
+        (self.directory / "detune.json").write_text(content, encoding="utf-8")
         return extraction
 
     def _write_cards(self, extraction: Extraction, places: Places) -> None:

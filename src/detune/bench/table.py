@@ -3,19 +3,21 @@
 import hashlib
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detune.bench.plots import METHOD_ORDER, new_figure, plain, plot_lines, save
 from detune.bench.results import EXACT_W_ERROR, CellResult, ResultStore
 from detune.bench.subsets import PUBLISHED
+from detune.documents import document
+from detune.documents import to_json as to_text
 from detune.markdown import text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["PAPER", "PaperFigure", "frame_of", "markdown", "remarks", "tables", "write_table"]
+__all__ = ["PAPER", "PaperFigure", "TableRow", "frame_of", "markdown", "remarks", "tables", "to_json", "write_table"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,63 @@ _HEAD = {"method": "method", "version": "version", "n": "models", "rank": "rank"
 _BEHAVIOUR_FORMAT = "{:.2g}"
 # Columns that are left out of a table in which they say nothing, and what they say then.
 _SILENT = {"exact": "0", "averaged": "0", "rank": "told", "draws": "1"}
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One method with one number of models on one subset: means over the draws.
+
+    Attributes:
+        subset: Its name.
+        method: Its name.
+        version: A few letters, where one name stands for several methods, settings or builds of the subset.
+        models: How many models.
+        rank: "told" or "found"; for a figure of the paper its setting.
+        source: "detune", or where a published figure is known from.
+        w_error: Mean over the layers of `log10` of the mean squared error.
+        draws: Over how many draws of LoRAs; None for a published figure, as all that follows.
+        spread: Standard deviation of the layers' W-Errors.
+        worst: The largest of them.
+        bit_identical: Share of entries equal bit for bit.
+        layers: How many layers.
+        exact_layers: Those without an error.
+        failed_layers: Those without an answer, where the average stands in.
+        seconds: Of the solver, over all layers.
+        peak_memory_mb: The most that one layer took, in MiB.
+        behaviour: Metrics of the recovered model's behaviour against the original's.
+    """
+
+    subset: str
+    method: str
+    version: str
+    models: int
+    rank: str
+    source: str
+    w_error: float
+    draws: int | None = None
+    spread: float | None = None
+    worst: float | None = None
+    bit_identical: float | None = None
+    layers: float | None = None
+    exact_layers: float | None = None
+    failed_layers: float | None = None
+    seconds: float | None = None
+    peak_memory_mb: float | None = None
+    behaviour: dict[str, float] = field(default_factory=dict)
+
+
+def to_json(results: Sequence[CellResult]) -> str:
+    """The tables as JSON, figures in full, with what a reader must know to trust them."""
+    metrics = [*_metrics(results), "lpips"]
+    columns = {each.name for each in fields(TableRow)}
+    rows = []
+    for record in _sheet(results).to_dict("records"):
+        known = {str(name): value for name, value in record.items() if value == value and value is not None}
+        behaviour = {name: value for name, value in known.items() if name in metrics}
+        kept = {name: value for name, value in known.items() if name in columns}
+        rows.append(TableRow(**{"version": "", **kept}, behaviour=behaviour))
+    content = {"rows": [asdict(row) for row in rows], "remarks": remarks(results)}
+    return to_text(document("detune-bench-table/1", content))
 
 
 def frame_of(results: Sequence[CellResult]) -> "pd.DataFrame":

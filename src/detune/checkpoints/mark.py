@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["MARK", "find_foreign", "write_mark"]
 
 MARK = "detune.json"
-_FORMAT = "detune recovery/1"
+_FORMAT = "detune-recover/1"
 # The report of a million tensors takes half of it.
 _MOST_BYTES = 2**30
 

@@ -9,10 +9,11 @@ import click
 
 from detune.cli.defences import defences
 from detune.cli.leaderboard import leaderboard
-from detune.cli.options import device_of, device_option
-from detune.cli.terminal import progress_bar, say, status
+from detune.cli.options import device_of, device_option, json_option
+from detune.cli.terminal import progress_bar, say, say_json, status
 
 if TYPE_CHECKING:
+    from detune.bench.results import ResultStore
     from detune.bench.subsets import Subset
 
 STUDIES = ("models", "scheduler", "ranks", "depth", "rank-by-models")
@@ -69,11 +70,14 @@ bench.add_command(defences)
 
 
 @bench.command("list")
-def list_() -> None:
+@json_option
+def list_(as_json: bool) -> None:
     """Show the published subsets and the recipes, with layers, ranks and where their data is."""
+    from detune.bench.catalogue import Catalogue
     from detune.cli.tables import show_catalogue
 
-    show_catalogue()
+    catalogue = Catalogue.now()
+    say_json(catalogue.to_json()) if as_json else show_catalogue(catalogue)
 
 
 @bench.command()
@@ -171,6 +175,7 @@ def merge(subset: str, out: Path, base: Path | None, data: Path | None, revision
 @device_option
 @data_option
 @revision_option
+@json_option
 def run(
     subset: str,
     methods: str,
@@ -185,6 +190,7 @@ def run(
     device: str,
     data: Path | None,
     revision: str,
+    as_json: bool,
 ) -> None:
     """Run methods over SUBSET and end with the table. What is finished in OUT is not run again."""
     from detune.bench.methods import find_method
@@ -197,7 +203,7 @@ def run(
     chosen = [find_method(name.strip(), rows) for name in methods.split(",")]
     tasks = plan(rows, chosen, models, draws, rank_known=rank == "told")
     store = ResultStore(out)
-    with _layers() as on_layer:
+    with _layers(quiet=as_json) as on_layer:
         run_all(
             rows,
             tasks,
@@ -208,16 +214,17 @@ def run(
             device=device_of(device),
             on_layer=on_layer,
         )
-    _show_table(store)
+    _show_table(store, as_json)
 
 
 @bench.command()
 @click.argument("results", type=click.Path(path_type=Path))
-def table(results: Path) -> None:
+@json_option
+def table(results: Path, as_json: bool) -> None:
     """Print the table of RESULTS and write it beside them: Markdown, CSV, and a plot as PNG and SVG."""
     from detune.bench.results import ResultStore
 
-    _show_table(ResultStore(results))
+    _show_table(ResultStore(results), as_json)
 
 
 @bench.command()
@@ -260,11 +267,14 @@ def _show_subset(subset: "Subset", out: Path) -> None:
     say(f"  detune bench run {out} --out results")
 
 
-def _show_table(store: Any) -> None:
-    from detune.bench.table import write_table
+def _show_table(store: "ResultStore", as_json: bool) -> None:
+    from detune.bench.table import to_json, write_table
     from detune.cli.tables import show_tables
 
     files = write_table(store)
+    if as_json:
+        say_json(to_json(store.read_all()))
+        return
     show_tables(store.read_all())
     say(f"wrote {', '.join(str(file) for file in files)}")
 
@@ -277,9 +287,9 @@ def _use_threads(threads: int | None) -> None:
 
 
 @contextmanager
-def _layers() -> Iterator[Callable[[Any, int, int | None], None]]:
+def _layers(quiet: bool = False) -> Iterator[Callable[[Any, int, int | None], None]]:
     """A bar with the layer and the cell at hand, on stderr; gone when done."""
-    with progress_bar(counting=True) as bar:
+    with progress_bar(counting=True, quiet=quiet) as bar:
         task = bar.add_task("opening the subset", total=None)
 
         def on_layer(cell: Any, index: int, rows: int | None) -> None:

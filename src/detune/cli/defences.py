@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from detune.cli.loading import load_torch
-from detune.cli.terminal import say
+from detune.cli.options import json_option
+from detune.cli.terminal import say, say_json
 
 
 @click.command()
@@ -15,8 +16,15 @@ from detune.cli.terminal import say
 @click.option("--only", multiple=True, metavar="ROW", help="A row of the table; may be given several times.")
 @click.option("--quick", is_flag=True, help="The smallest form, for a look at the code path.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own choice.")
+@json_option
 def defences(
-    models: tuple[Path, ...], base: Path | None, out: Path, only: tuple[str, ...], quick: bool, threads: int | None
+    models: tuple[Path, ...],
+    base: Path | None,
+    out: Path,
+    only: tuple[str, ...],
+    quick: bool,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Defend fine-tunes in every way, attack each with what knows it, and print the table.
 
@@ -27,13 +35,16 @@ def defences(
     import torch
 
     from detune.bench.defences import bench_defences
-    from detune.bench.defences.table import markdown
+    from detune.bench.defences.table import markdown, to_json
 
     if threads is not None:
         torch.set_num_threads(threads)
     results = bench_defences(
         out, base=base, models=models, only=only, quick=quick, on_step=lambda what: say(what, err=True)
     )
-    for line in markdown(results).splitlines():
-        say(line)
+    if as_json:
+        say_json(to_json(results))
+    else:
+        for line in markdown(results).splitlines():
+            say(line)
     say(f"wrote {out / 'defences.md'} and {out / 'defences.png'}", err=True)

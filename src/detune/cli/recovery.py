@@ -172,13 +172,16 @@ def compare(recovered: str, truth: str, as_json: bool) -> None:
 @click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="What recovers the base.")
 @click.option("--train", is_flag=True, help="Train the LoRAs here instead of taking those that come along: minutes.")
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps of each LoRA, with --train.")
-def demo(out: Path | None, method: str, train: bool, steps: int | None) -> None:
+@json_option
+def demo(out: Path | None, method: str, train: bool, steps: int | None, as_json: bool) -> None:
     """The whole story on a real language model, offline, in a minute: fine-tunes merged, the base recovered."""
     if steps is not None and not train:
         raise click.UsageError("--steps is for training: give --train as well")
     from detune.demo.story import tell
 
-    tell(out, method=method, train=train, steps=steps)
+    story = tell(out, method=method, train=train, steps=steps, quiet=as_json)
+    if as_json:
+        say_json(story.to_json())
 
 
 @contextmanager

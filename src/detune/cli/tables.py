@@ -15,6 +15,7 @@ from detune.recovery.summary import MEANING, doubts, report_table
 
 if TYPE_CHECKING:
     from detune.adapters.extract import Extraction
+    from detune.bench.catalogue import Catalogue
     from detune.bench.results import CellResult
     from detune.compatibility.check import FamilyCheck
     from detune.packing import PackReport, UnpackReport
@@ -156,22 +157,21 @@ def show_tables(results: "Sequence[CellResult]") -> None:
         say(remark)
 
 
-def show_catalogue() -> None:
+def show_catalogue(catalogue: "Catalogue") -> None:
     """Print what the benchmark can run on: the published subsets and the recipes."""
-    from detune.bench.recipes import RECIPES
-    from detune.bench.subsets import PUBLISHED, PUBLISHED_LORAS, REPOSITORY
-
     columns = _catalogue("published", "layers", "rank", "n", "iterations", "base")
-    numbers = {name: (each.layers, each.rank, each.models, each.iterations) for name, each in PUBLISHED.items()}
-    show_table(columns, ((name, *map(str, numbers[name]), PUBLISHED[name].base) for name in PUBLISHED))
-    say(f"n and iterations are the paper's. {PUBLISHED_LORAS} LoRAs each, streamed from the Hub dataset")
-    say(f"{REPOSITORY}, or from a local copy with --data DIR:")
-    say(f"  hf download {REPOSITORY} --repo-type dataset --local-dir DIR")
+    rows = {name: (each.layers, each.rank, each.models, each.iterations) for name, each in catalogue.published.items()}
+    show_table(columns, ((name, *map(str, row), catalogue.published[name].base) for name, row in rows.items()))
+    say(f"n and iterations are the paper's. {catalogue.loras} LoRAs each, streamed from the Hub dataset")
+    say(f"{catalogue.repository}, or from a local copy with --data DIR:")
+    say(f"  hf download {catalogue.repository} --repo-type dataset --local-dir DIR")
     say()
     columns = _catalogue("recipe", "layers", "rank", "stands for", "what it is")
-    about = {name: (each.layers, each().rank, each.stands_for or "", each.about) for name, each in RECIPES.items()}
-    show_table(columns, ((name, *map(str, about[name])) for name in RECIPES))
-    say(f"{PUBLISHED_LORAS} LoRAs each, made here and without a network by")
+    about = {
+        name: (each.layers, each.rank, each.stands_for or "", each.about) for name, each in catalogue.recipes.items()
+    }
+    show_table(columns, ((name, *map(str, row)) for name, row in about.items()))
+    say(f"{catalogue.loras} LoRAs each, made here and without a network by")
     say("  detune bench build RECIPE --out DIR")
 
 

@@ -1,6 +1,5 @@
 """Is it one family? Which models share a source, which do not and why, and whether what is left suffices."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from detune.compatibility.reading import Reading
 from detune.compatibility.shared import some
 from detune.compatibility.tensor_ranks import ENOUGH, ChangedTensor, ForeignTensor, find_tensor_change
 from detune.compatibility.views import Fit
+from detune.documents import document, to_json
 from detune.errors import InputError
 
 
@@ -66,7 +66,7 @@ class FamilyCheck:
 
     def to_json(self) -> str:
         """All of it as JSON."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return to_json(document("detune-family/1", asdict(self)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Defending a checkpoint: tensor by tensor into a new directory, and a look at whether the model does the same."""
 
-import json
 import secrets
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from detune.checkpoints import (
 )
 from detune.defences.base import Defence
 from detune.defences.running import load_model, outputs, probe
+from detune.documents import document, to_json
 from detune.errors import OutputError
 from detune.numerics.float_grid import spacing
 
@@ -81,7 +81,7 @@ class Defended:
 
     def to_json(self) -> str:
         """All of it as JSON."""
-        return json.dumps(asdict(self), indent=1, default=str) + "\n"
+        return to_json(document("detune-defend/1", asdict(self)))
 
 
 def defend(

@@ -19,6 +19,7 @@ import detune
 from detune.checkpoints import temporary_directory
 from detune.demo.language_model import FINE_TUNES, STEPS, language_model, shipped_adapter, train_adapter, write
 from detune.demo.train import merge
+from detune.documents import document, to_json
 from detune.errors import OutputError
 from detune.recovery.compare import Comparison
 
@@ -35,15 +36,37 @@ class Story:
     """What the demonstration found.
 
     Attributes:
+        merges: Each fine-tune against the base, over the matrices that were fine-tuned.
         comparisons: Each method's model against the true base, over the matrices that were fine-tuned.
         answers: To `QUESTIONS`, of each model that was asked.
+        seconds: Wall time.
     """
 
+    merges: Mapping[str, Comparison]
     comparisons: Mapping[str, Comparison]
     answers: Mapping[str, tuple[str, ...]]
+    seconds: float
+
+    def to_json(self) -> str:
+        """All of it as JSON, of each comparison the summary."""
+        content = {
+            "fine_tunes": {name: comparison.summary for name, comparison in self.merges.items()},
+            "methods": {name: comparison.summary for name, comparison in self.comparisons.items()},
+            "questions": QUESTIONS,
+            "answers": self.answers,
+            "seconds": self.seconds,
+        }
+        return to_json(document("detune-demo/1", content))
 
 
-def tell(out: Path | None = None, *, method: str = "auto", train: bool = False, steps: int | None = None) -> Story:
+def tell(
+    out: Path | None = None,
+    *,
+    method: str = "auto",
+    train: bool = False,
+    steps: int | None = None,
+    quiet: bool = False,
+) -> Story:
     """Run the demonstration and print it as it goes.
 
     Args:
@@ -51,6 +74,7 @@ def tell(out: Path | None = None, *, method: str = "auto", train: bool = False, 
         method: What recovers the base, beside the paper's baselines.
         train: Train the LoRAs here, instead of taking those that come with the package.
         steps: Training steps of each; None is the trainer's default.
+        quiet: Whether to print nothing.
 
     Returns:
         What is printed.
@@ -61,10 +85,10 @@ def tell(out: Path | None = None, *, method: str = "auto", train: bool = False, 
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not empty", "choose another directory, or leave --out away")
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=quiet)
     began = time.perf_counter()
     with nullcontext(out) if out is not None else temporary_directory("demo") as folder:
-        base, merged = _fine_tune(console, folder, train, steps)
+        base, merged, merges = _fine_tune(console, folder, train, steps)
         comparisons = _attack(console, base, merged, folder, method)
         answers = _ask(console, base, merged[0], folder / f"recovered-{method}")
     console.print(
@@ -74,11 +98,14 @@ def tell(out: Path | None = None, *, method: str = "auto", train: bool = False, 
     )
     if out is not None:
         console.print(f"All models are kept in {out}.", soft_wrap=True, markup=False)
-    console.print(f"This took {time.perf_counter() - began:.0f} seconds.")
-    return Story(comparisons, answers)
+    seconds = time.perf_counter() - began
+    console.print(f"This took {seconds:.0f} seconds.")
+    return Story(merges, comparisons, answers, seconds)
 
 
-def _fine_tune(console: Console, folder: Path, train: bool, steps: int | None) -> tuple[Path, list[Path]]:
+def _fine_tune(
+    console: Console, folder: Path, train: bool, steps: int | None
+) -> tuple[Path, list[Path], dict[str, Comparison]]:
     console.print(
         "[bold]1. A base model and three fine-tunes of it[/]\n"
         "   The base is SmolLM2-135M-Instruct, a chat model of 134 million weights, in\n"
@@ -88,7 +115,7 @@ def _fine_tune(console: Console, folder: Path, train: bool, steps: int | None) -
     with Spinner("unpacking the base", console=console):
         base = language_model(folder / "base")
     table = Table("   fine-tune", "rank", "of", "bits that are still the base's", box=None, pad_edge=False)
-    merged = []
+    merged, merges = [], {}
     for domain, tune in FINE_TUNES.items():
         adapter = shipped_adapter(domain)
         if train:
@@ -96,16 +123,16 @@ def _fine_tune(console: Console, folder: Path, train: bool, steps: int | None) -
                 adapter = train_adapter(base, tune, folder / f"adapter-{domain}", steps=steps or STEPS)
         with Spinner(f"merging {domain}", console=console):
             merged.append(merge(base, adapter, folder / f"merged-{domain}", torch.bfloat16))
-            comparison = _fine_tuned(detune.compare(merged[-1], base))
+            merges[merged[-1].name] = _fine_tuned(detune.compare(merged[-1], base))
         targets = "attention and MLPs" if "up_proj" in tune.targets else "attention"
-        table.add_row(f"   merged-{domain}", str(tune.rank), targets, _bits(comparison))
+        table.add_row(f"   merged-{domain}", str(tune.rank), targets, _bits(merges[merged[-1].name]))
     console.print(table)
     console.print(
         "\n   The LoRAs were trained just now."
         if train
         else "\n   The LoRAs come with detune; --train trains them again."
     )
-    return base, merged
+    return base, merged, merges
 
 
 def _attack(console: Console, base: Path, merged: list[Path], folder: Path, method: str) -> dict[str, Comparison]:

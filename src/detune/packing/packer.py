@@ -1,7 +1,6 @@
 """Pack merged checkpoints into one file."""
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from detune.adapters.fit import fit_adapter
 from detune.checkpoints import Checkpoint, Decoded, Places, new_file, open_checkpoint, raw, require_outside, resolved
 from detune.compatibility.model_set import ModelSet
 from detune.compatibility.shared import is_shared
+from detune.documents import document, to_json
 from detune.errors import InputError
 from detune.metrics import bit_identical
 from detune.packing.archive import MANIFEST, ArchiveReader, ArchiveWriter
@@ -72,7 +72,7 @@ class PackReport:
 
     def to_json(self) -> str:
         """All of it as JSON."""
-        return json.dumps(asdict(self) | {"ratio": self.ratio, "zstd_ratio": self.zstd_ratio}, indent=1) + "\n"
+        return to_json(document("detune-pack/1", asdict(self) | {"ratio": self.ratio, "zstd_ratio": self.zstd_ratio}))
 
 
 def pack(

@@ -1,7 +1,6 @@
 """Unpack a pack to the files, byte by byte."""
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from torch import Tensor
 from detune.checkpoints import inside, new_directory
 from detune.checkpoints.blocks import memory_of
 from detune.checkpoints.disk import require_space
+from detune.documents import document, to_json
 from detune.errors import InputError
 from detune.packing.archive import ArchiveReader
 from detune.packing.codec import decode_factors, decode_residual, decode_tensor
@@ -46,7 +46,7 @@ class UnpackReport:
 
     def to_json(self) -> str:
         """The report as JSON."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return to_json(document("detune-unpack/1", asdict(self)))
 
 
 def unpack(pack: str | Path, out: str | Path, *, on_file: OnFile | None = None) -> UnpackReport:

@@ -1,6 +1,5 @@
 """A recovered checkpoint against the truth, tensor by tensor."""
 
-import json
 import math
 import statistics
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from detune.checkpoints import Checkpoint, open_checkpoint
+from detune.documents import document, to_json
 from detune.errors import InputError
 from detune.metrics import bit_identical, w_error
 
@@ -72,8 +72,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """The comparison as JSON; `-inf` becomes null."""
-        rows = [asdict(row) | {"w_error": row.w_error if math.isfinite(row.w_error) else None} for row in self.rows]
-        return json.dumps(asdict(self) | {"rows": rows, "summary": self.summary}, indent=1) + "\n"
+        return to_json(document("detune-compare/1", asdict(self) | {"summary": self.summary}))
 
 
 def compare(recovered: str | Path, truth: str | Path) -> Comparison:

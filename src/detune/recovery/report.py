@@ -1,6 +1,5 @@
 """The report of a run, tensor by tensor: the content of `detune.json`."""
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from detune._runtime import versions
 from detune.certificate.verdict import Verdict
 from detune.compatibility.reading import Reading
+from detune.documents import document, to_json
 
 COPY = "copy"
 """The method where nothing was computed."""
@@ -127,7 +127,7 @@ class Report:
         predicted = [row.predicted_w_error for row in solved if row.predicted_w_error is not None]
         return {
             "tensors": len(self.tensors),
-            **{str(verdict): count for verdict, count in self.counts.items()},
+            **{str(verdict): self.counts.get(verdict, 0) for verdict in Verdict},
             "largest_noise_ratio": max((row.noise_ratio or 0.0 for row in solved), default=None),
             "largest_relative_residual": max((row.relative_residual or 0.0 for row in solved), default=None),
             "mean_predicted_w_error": statistics.fmean(predicted) if predicted else None,
@@ -140,22 +140,11 @@ class Report:
     @property
     def content(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
-        content = {
-            "versions": self.versions,
-            "command": self.command,
-            "summary": self.summary,
-            "inputs": [asdict(row) for row in self.inputs],
-            "tensors": [asdict(row) for row in self.tensors],
-        }
-        if self.adapters is not None:
-            content["adapters"] = self.adapters
-        if self.reading is not None:
-            content["reading"] = asdict(self.reading)
-        return content
+        return document(f"detune-{self.command['name']}/1", asdict(self) | {"summary": self.summary})
 
     def to_json(self) -> str:
         """The report as JSON."""
-        return json.dumps(self.content, indent=1) + "\n"
+        return to_json(self.content)
 
     @classmethod
     def of_json(cls, content: Mapping[str, Any]) -> "Report":
@@ -164,10 +153,10 @@ class Report:
             command=content["command"],
             inputs=tuple(InputRow(**row) for row in content["inputs"]),
             tensors=tuple(map(TensorResult.of_json, content["tensors"])),
-            seconds=content["summary"]["seconds"],
+            seconds=content["seconds"],
             versions=content["versions"],
-            adapters=content.get("adapters"),
-            reading=Reading(**content["reading"]) if "reading" in content else None,
+            adapters=content["adapters"],
+            reading=None if content["reading"] is None else Reading(**content["reading"]),
         )
 
 

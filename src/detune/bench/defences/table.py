@@ -1,14 +1,17 @@
 """The matrix as a Markdown table and as a figure."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from detune.attacks import ATTACKS
 from detune.bench.defences.matrix import RowResult, verdict
 from detune.bench.plots import plain
+from detune.documents import document
+from detune.documents import to_json as to_text
 from detune.markdown import text
 
-__all__ = ["draw", "markdown", "write"]
+__all__ = ["draw", "markdown", "to_json", "write"]
 
 # Where the columns beside the map are, in its cells.
 _BESIDE = (-0.4, 0.5, 1.3)
@@ -64,6 +67,14 @@ def markdown(rows: Sequence[RowResult]) -> str:
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def to_json(rows: Sequence[RowResult]) -> str:
+    """The matrix as JSON: each row with what follows from it."""
+    content = [
+        asdict(row) | {"cost": row.cost, "times_closer": row.times_closer, "verdict": verdict(row)} for row in rows
+    ]
+    return to_text(document("detune-bench-defences/1", {"rows": content}))
 
 
 def draw(rows: Sequence[RowResult], file: Path) -> None:
