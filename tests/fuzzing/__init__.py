@@ -3,7 +3,6 @@
 | module | what it knows |
 | --- | --- |
 | `mutation` | how bytes and JSON are changed |
-| `samples` | sound files to start from, and how each format is taken apart |
-| `targets` | the formats: what is changed in them, how they are read, and what the right answer is |
+| `targets` | the formats: a sound sample of each, what is changed in it, how it is read, and what the right answer is |
 | `runner` | one mutation under limits of time and memory, and what became of it |
 """

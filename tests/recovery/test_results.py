@@ -1,7 +1,9 @@
 """The last steps of a run, cut off between any two of them: the same call does the rest."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 import detune
 from detune.certificate.verdict import Verdict
-from detune.checkpoints import RunDirectory
+from detune.checkpoints import RunDirectory, run_directory
 from detune.errors import OutputError
 from detune.recovery.execution import job
 from detune.recovery.report import Report
@@ -120,15 +122,15 @@ def test_what_was_to_be_replaced_is_put_back_by_the_next_run(fine, cut_off, tmp_
     recover(fine, tmp_path, adapters=None, mask=None, method="mean")
     old = tree(tmp_path / "out")
     cut_off("place", fine, tmp_path, adapters=None, mask=None, overwrite=True)
-    (run_directory,) = tmp_path.glob(".out.recovering-*")
-    (tmp_path / "out").rename(run_directory / "replaced")
+    (left,) = tmp_path.glob(".out.recovering-*")
+    (tmp_path / "out").rename(left / "replaced")
     # Of another command, which is refused for what it finds there.
     with pytest.raises(OutputError, match="out exists and is not empty"):
         recover(fine, tmp_path, adapters=None, mask=None, method="intersect", executor=None)
     assert tree(tmp_path / "out") == old
     cut_off("place", fine, tmp_path, adapters=None, mask=None, overwrite=True)
-    (run_directory,) = tmp_path.glob(".out.recovering-*")
-    (tmp_path / "out").rename(run_directory / "replaced")
+    (left,) = tmp_path.glob(".out.recovering-*")
+    (tmp_path / "out").rename(left / "replaced")
     recover(fine, tmp_path, adapters=None, mask=None, overwrite=True)
     assert tree(tmp_path / "out") != old
     assert names(tmp_path) == {"models", "out"}
@@ -137,13 +139,81 @@ def test_what_was_to_be_replaced_is_put_back_by_the_next_run(fine, cut_off, tmp_
 def test_what_was_to_be_replaced_is_kept_where_something_else_stands_now(fine, cut_off, tmp_path):
     recover(fine, tmp_path, adapters=None, mask=None, method="mean")
     cut_off("place", fine, tmp_path, adapters=None, mask=None, overwrite=True)
-    (run_directory,) = tmp_path.glob(".out.recovering-*")
-    (tmp_path / "out").rename(run_directory / "replaced")
+    (left,) = tmp_path.glob(".out.recovering-*")
+    (tmp_path / "out").rename(left / "replaced")
     recover(fine, tmp_path / "elsewhere", adapters=None, mask=None, method="mean")
     (tmp_path / "elsewhere" / "out").rename(tmp_path / "out")
     with pytest.raises(OutputError, match=r"replaced is what stood in .*out until .*; something else .*; move one"):
         recover(fine, tmp_path, adapters=None, mask=None, overwrite=True)
-    assert (run_directory / "replaced" / "detune.json").is_file()
+    assert (left / "replaced" / "detune.json").is_file()
+
+
+def names_exchanged(monkeypatch: pytest.MonkeyPatch, out: Path, can: bool) -> list[bool]:
+    """Whether `out` was there after each renaming, where the file system can exchange names or not."""
+    seen, rename, exchange = list[bool](), os.rename, run_directory.exchange
+
+    def look(function: Callable[..., Any], *places: Path) -> Any:
+        result = function(*places)
+        seen.append(out.exists())
+        return result
+
+    monkeypatch.setattr(os, "rename", lambda *places: look(rename, *places))
+    monkeypatch.setattr(run_directory, "exchange", lambda *places: can and look(exchange, *places))
+    return seen
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_the_new_checkpoint_takes_the_place_of_the_old_one(fine, tmp_path, monkeypatch, can):
+    recover(fine, tmp_path, adapters=None, mask=None, method="mean")
+    old = tree(tmp_path / "out")
+    seen = names_exchanged(monkeypatch, tmp_path / "out", can)
+    recover(fine, tmp_path, adapters=None, mask=None, overwrite=True)
+    assert seen == ([True] if can else [False, True])
+    assert tree(tmp_path / "out") != old
+    assert names(tmp_path) == {"models", "out"}
+
+
+DAMAGE: dict[str, Callable[[Path, Path], object]] = {
+    "a bit": lambda path, _: path.write_bytes(path.read_bytes()[:-9] + b"\7" + path.read_bytes()[-8:]),
+    "its end": lambda path, _: path.write_bytes(path.read_bytes()[:-9]),
+    "all of it": lambda path, _: path.write_bytes(b""),
+    "gone": lambda path, _: path.unlink(),
+    "a directory": lambda path, _: (path.unlink(), (path / "x").mkdir(parents=True)),
+    "a pipe": lambda path, _: (path.unlink(), os.mkfifo(path)),
+    "a link": lambda path, victim: (path.unlink(), path.symlink_to(victim)),
+    "a hard link": lambda path, victim: (path.unlink(), os.link(victim, path)),
+}
+
+
+@pytest.mark.parametrize(
+    "files", [("checkpoint/*.safetensors", "parts/*.lora", "results"), ("journal/*", "results.copy")]
+)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_is_finished_whatever_has_become_of_its_files(fine, cut_off, tmp_path, caplog, files, damage):
+    cut_off("place", fine, tmp_path)
+    (tmp_path / "models" / "victim").write_bytes(b"mine" * 100)
+    before = tree(tmp_path / "ad"), (tmp_path / "m.npz").read_bytes(), tree(tmp_path / "models")
+    for file in files:
+        DAMAGE[damage](next(tmp_path.glob(f".out.recovering-*/{file}")), tmp_path / "models" / "victim")
+    recover(fine, tmp_path)
+    assert (tree(tmp_path / "ad"), (tmp_path / "m.npz").read_bytes(), tree(tmp_path / "models")) == before
+    assert names(tmp_path) == {"models", "out", "ad", "m.npz"}
+    # Of a journal that is gone, or empty, there is nothing to tell.
+    assert "computed again" in caplog.text or ("journal/*" in files and damage in ("gone", "all of it"))
+    assert "results has been damaged: its copy is used" in caplog.text or damage == "gone" or "results" not in files
+
+
+def test_where_both_notes_are_damaged_nothing_is_taken_for_a_result(fine, cut_off, tmp_path, caplog):
+    cut_off("place", fine, tmp_path)
+    for path in tmp_path.glob(".out.recovering-*/results*"):
+        path.write_bytes(b"{}")
+    with pytest.raises(OutputError, match="ad exists; expected a new or empty directory"):
+        recover(fine, tmp_path)
+    shutil.rmtree(tmp_path / "ad")
+    (tmp_path / "m.npz").unlink()
+    recover(fine, tmp_path)
+    assert "results has been damaged: what is in its place already is not known any more" in caplog.text
+    assert names(tmp_path) == {"models", "out", "ad", "m.npz"}
 
 
 def test_a_report_comes_back_from_its_json(fine, tmp_path):

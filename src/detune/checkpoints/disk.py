@@ -1,5 +1,6 @@
-"""Errors of a disk: what it may answer to a write, and how that is told."""
+"""The disk: what is to be on it, what has no place there, and its errors, told as what they mean for the target."""
 
+import ctypes
 import errno
 import os
 import shutil
@@ -9,10 +10,14 @@ from pathlib import Path
 
 from detune.errors import OutputError
 
-__all__ = ["FULL", "reported", "require_space", "sync", "sync_tree"]
+__all__ = ["FULL", "discard", "exchange", "reported", "require_space", "sync", "sync_tree"]
 
 # What a full disk or quota says.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of <fcntl.h> and <linux/fs.h>: paths from where the process is, and a flag of `renameat2`.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# What systems and file systems say that cannot exchange names.
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def sync(path: Path) -> None:
@@ -29,6 +34,38 @@ def sync_tree(root: Path) -> None:
     for directory, _, files in os.walk(root):
         for path in (*(Path(directory) / file for file in files), Path(directory)):
             sync(path)
+
+
+def discard(path: Path) -> None:
+    """Remove whatever stands in a place, a link as itself; nothing may."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Have two names change places in one step.
+
+    Args:
+        one: A file or directory.
+        other: Another, on the same file system.
+
+    Returns:
+        Whether they have: only Linux can, and not on every file system.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
 def require_space(out: Path, needed_bytes: int) -> None:

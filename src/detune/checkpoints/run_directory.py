@@ -7,8 +7,8 @@ A hidden directory beside the target, named after the run's inputs and options:
         checkpoint/   the weight files, data at their final offsets, no headers yet
         parts/        what else tensors leave behind, one file each
         journal/      a file for each process that writes, a line for each tensor, behind its checksum
-        results       what the run is about to put in its places, by its hash
-        replaced/     what stood in the target's place, until the checkpoint does
+        results       what the run is about to put in its places, by its hash; and again in results.copy
+        replaced/     what stood in the target's place, until the checkpoint does, where names cannot be exchanged
 
 A line is written when the tensor's bytes are on the disk, so that what a line speaks of is there; and it carries the
 checksums of all that it speaks of, so that the next run finds out what has changed since. They are CRC-32: against
@@ -23,6 +23,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,18 +31,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from detune.checkpoints.blocks import file_hash
-from detune.checkpoints.disk import reported, sync, sync_tree
+from detune.checkpoints.blocks import file_hash, open_regular
+from detune.checkpoints.disk import discard, exchange, reported, sync, sync_tree
 from detune.checkpoints.mark import MARK
 from detune.checkpoints.staging import is_ours, locked, remove, siblings, taken
-from detune.errors import OutputError
+from detune.errors import InputError, OutputError
 
 __all__ = ["RunDirectory", "claim", "known_results", "remove_spent"]
 
 logger = logging.getLogger(__name__)
 
 _PARTS = ("journal", "parts", "checkpoint")
-_RESULTS, _NEW_RESULTS, _REPLACED = "results", "results.new", "replaced"
+# Twice: without it nobody could tell a result that is in its place from what somebody else has put there.
+_RESULTS = ("results", "results.copy")
+_NEW_RESULTS, _REPLACED = "results.new", "replaced"
 _KIND = "recovering"
 _AGAIN = "run the same command again: it computes again what has changed"
 
@@ -174,23 +177,50 @@ class RunDirectory:
     def clear(self) -> None:
         """Forget all that is complete."""
         for part in _PARTS:
-            _discard(self.directory / part)
+            discard(self.directory / part)
             (self.directory / part).mkdir()
         sync(self.directory)
 
     @property
     def is_spent(self) -> bool:
         """Whether nothing in it is of use: nothing is complete, or its removal was cut off."""
-        kept = (self.directory / name for name in (_RESULTS, _REPLACED))
+        kept = (self.directory / name for name in (*_RESULTS, _REPLACED))
         return not any(path.exists() for path in kept) and not any(path.stat().st_size for path in self._journals())
 
+    def mend(self) -> None:
+        """Remove what no run has made, and the notes that have been damaged; another copy takes their place.
+
+        Raises:
+            OutputError: The disk refuses.
+        """
+        with reported(self.directory):
+            flat = [path for part in ("journal", "parts") for path in (self.directory / part).iterdir()]
+            for path in (
+                *flat,
+                *(path for path in self.checkpoint.rglob("*") if path.is_symlink() or not path.is_dir()),
+            ):
+                status = path.lstat()
+                # Read or written to, it would be something elsewhere, or never end.
+                if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                    logger.warning("removing %s: it is no file of a run; what it stood for is computed again", path)
+                    discard(path)
+            damaged = [path for path in self._notes if os.path.lexists(path) and _read_note(path) is None]
+            if damaged:
+                results = self.results()
+                known = "its copy is used" if results else "what is in its place already is not known any more"
+                logger.warning("%s has been damaged: %s", damaged[0], known)
+                for path in damaged:
+                    discard(path)
+                if results:
+                    self.note_results(results)
+
+    @property
+    def _notes(self) -> list[Path]:
+        return [self.directory / name for name in _RESULTS]
+
     def results(self) -> dict[str, str]:
-        """Read what `note_results` wrote down; nothing where that has been damaged."""
-        with suppress(OSError):
-            checksum, _, text = (self.directory / _RESULTS).read_bytes().strip().partition(b" ")
-            if checksum == _checksum(text):
-                return dict(json.loads(text))
-        return {}
+        """Read what `note_results` wrote down; nothing where both copies have been damaged."""
+        return next((note for note in map(_read_note, self._notes) if note is not None), {})
 
     def note_results(self, results: Mapping[str, str]) -> None:
         """Write down what will be put in its place, so that the next run knows it where this one is cut off.
@@ -202,15 +232,17 @@ class RunDirectory:
             OutputError: The disk refuses.
         """
         new = self.directory / _NEW_RESULTS
-        with reported(new):
-            _write_new(new, _line(results))
-            os.replace(new, self.directory / _RESULTS)
-            sync(self.directory)
+        for path in self._notes:
+            with reported(path):
+                _write_new(new, _line(results))
+                os.replace(new, path)
+                sync(self.directory)
 
     def place(self, out: Path, check: Callable[[Path], None]) -> None:
         """Rename the checkpoint to its place once all of it is on the disk.
 
-        What is there is moved aside in between, and put back by whoever claims `out` next, where this is cut off.
+        What is there changes places with it, in one step. Where the file system has no such step, it is moved aside in
+        between, and put back by whoever claims `out` next, where this is cut off.
 
         Args:
             out: Its place.
@@ -223,9 +255,11 @@ class RunDirectory:
             sync_tree(self.checkpoint)
             check(out)
             try:
-                if _is_filled(out):
+                if not _is_filled(out):
+                    os.rename(self.checkpoint, out)
+                elif not exchange(self.checkpoint, out):
                     os.rename(out, self.directory / _REPLACED)
-                os.rename(self.checkpoint, out)
+                    os.rename(self.checkpoint, out)
             except BaseException:
                 self.put_back(out)
                 raise
@@ -264,6 +298,15 @@ class RunDirectory:
         for part in (*_PARTS, _REPLACED):
             shutil.rmtree(self.directory / part, ignore_errors=True)
         remove(self.directory)
+
+
+def _read_note(path: Path) -> dict[str, str] | None:
+    """What a copy of the note on results says; None where there is none, or it does not verify."""
+    with suppress(OSError, InputError), open_regular(path) as file:
+        checksum, _, text = file.read().strip().partition(b" ")
+        if checksum == _checksum(text):
+            return dict(json.loads(text))
+    return None
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -311,6 +354,7 @@ def claim(out: Path, key: str) -> Iterator[RunDirectory]:
         with reported(out):
             if not run_directory.is_complete:
                 run_directory.clear()
+        run_directory.mend()
         yield run_directory
 
 
@@ -341,23 +385,16 @@ def remove_spent(out: Path) -> None:
 
 
 def _is_landed(name: str) -> bool:
-    return name in (*_PARTS, _RESULTS, _NEW_RESULTS, _REPLACED)
+    return name in (*_PARTS, *_RESULTS, _NEW_RESULTS, _REPLACED)
 
 
 def _write_new(path: Path, data: bytes) -> None:
     """Write a file anew, not through a link or into whatever else stands there, and wait until it is on the disk."""
-    _discard(path)
+    discard(path)
     with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _discard(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _is_filled(out: Path) -> bool:

@@ -26,7 +26,7 @@ import torch
 from detune.checkpoints.atomic import new_directory, resolved
 from detune.checkpoints.blocks import memory_of, round_to
 from detune.checkpoints.data_file import DataFile, Read
-from detune.checkpoints.disk import reported, sync
+from detune.checkpoints.disk import discard, reported, sync
 from detune.checkpoints.entries import Entry
 from detune.checkpoints.headers import safetensors_name
 from detune.checkpoints.layout import read_json
@@ -132,13 +132,16 @@ class CheckpointFiles:
         Raises:
             OutputError: The disk refuses.
         """
-        sizes = {inside(self._directory, file): size_bytes for file, size_bytes in self._sizes_bytes.items()}
+        sizes = {self._directory / file: size_bytes for file, size_bytes in self._sizes_bytes.items()}
+        folders = {folder for path in sizes for folder in path.parents}
         with self._report_disk(""):
-            for path in tuple(self._directory.rglob("*")):
-                if path.is_symlink() or (path.is_file() and path.stat().st_size != sizes.get(path)):
-                    path.unlink()
+            # Folders come before what is in them.
+            for path in sorted(self._directory.rglob("*")):
+                is_whole = path.is_file() and path.stat().st_size == sizes.get(path)
+                if path.is_symlink() or not (is_whole or (path.is_dir() and path in folders)):
+                    discard(path)
         for file, size_bytes in self._sizes_bytes.items():
-            path = self._directory / file
+            path = inside(self._directory, file)
             if path.is_file():
                 continue
             with self._report_disk(file):
