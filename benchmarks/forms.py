@@ -136,15 +136,23 @@ def by_blocks(matrix: Tensor) -> Tensor:
     return by_rows(matrix.reshape(-1, 32)).view(matrix.shape)
 
 
-def fp8(state: State, i: int) -> State:
-    stored: State = {}
-    for name, tensor in state.items():
-        if is_matrix(name):
-            scale = tensor.abs().amax(dim=1, keepdim=True) / 448
-            stored |= {name: (tensor / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
-        else:
-            stored[name] = tensor.bfloat16()
-    return stored
+def fp8(rows: int | None, columns: int | None) -> Callable[[State, int], State]:
+    """e4m3 with a scale beside for so many rows and columns; None is all."""
+
+    def change(state: State, i: int) -> State:
+        stored: State = {}
+        for name, tensor in state.items():
+            if is_matrix(name):
+                high, wide = rows or len(tensor), columns or tensor.shape[1]
+                blocks = tensor.view(len(tensor) // high, high, tensor.shape[1] // wide, wide)
+                scale = blocks.abs().amax(dim=(1, 3)) / 448
+                codes = (blocks / scale[:, None, :, None]).view(tensor.shape).to(torch.float8_e4m3fn)
+                stored |= {name: codes, f"{name}_scale": scale}
+            else:
+                stored[name] = tensor.bfloat16()
+        return stored
+
+    return change
 
 
 def gguf_files(kind: str) -> Callable[[Path], list[Path]]:
@@ -247,7 +255,9 @@ ROWS: dict[str, tuple[Callable[[Path], list[Path]], float | None]] = {
     "GGUF F32": (gguf_files("F32"), None),
     "GGUF Q8_0": (gguf_files("Q8_0"), 0.5),
     "GGUF Q4_0": (gguf_files("Q4_0"), 0.0),
-    "fp8 with scales": (each(fp8), 0.0),
+    "fp8, a scale a tensor": (each(fp8(None, None)), 0.0),
+    "fp8, a scale a channel": (each(fp8(1, None)), 0.0),
+    "fp8, a scale a block": (each(fp8(128, 128)), 0.0),
     "Q8_0 in fp16 again": (each(half(by_blocks)), 0.5),
     "int8 in fp16 again": (each(half(by_rows)), 0.5),
     "NF4 in fp16 again": (each(half(to_nf4)), 0.0),
@@ -258,13 +268,13 @@ def main() -> None:
     torch.set_num_threads(1)
     with open_checkpoint(base_model()) as base:
         truth = {name: base.read(name) for name in base.tensors if name.endswith(CHANGED)}
-    print(f"{'form':28} {'plain':>7} {'W-Error':>8} {'predicted':>10} {'verdict':>22} {'time':>6}")
+    print(f"{'form':28} {'plain':>7} {'average':>8} {'W-Error':>8} {'predicted':>10} {'verdict':>22} {'time':>6}")
     with tempfile.TemporaryDirectory() as folder:
         plain, seconds = run(Path(folder), "plain", truth)
         for name in options().only:
             figures, took = (plain, seconds) if name == "plain" else run(Path(folder), name, truth)
             print(
-                f"{name:28} {plain.error:7.2f} {figures.error:8.2f} {figures.predicted:10.2f} "
+                f"{name:28} {plain.error:7.2f} {figures.average:8.2f} {figures.error:8.2f} {figures.predicted:10.2f} "
                 f"{figures.verdict:>22} {took / seconds:6.2f}",
                 flush=True,
             )

@@ -1,10 +1,11 @@
 """Deltas that least squares blew up where they nearly coincide are brought back, and no others."""
 
+import pytest
 import torch
 
 from detune.fitting.ard import fit_ard, shrink_where_run_off
 from detune.fitting.least_squares import w_step
-from detune.methods import Auto
+from detune.methods import Auto, Mean
 from detune.metrics import w_error
 from detune.problem import Recovery, Stack
 from detune.problem.low_rank import LowRank
@@ -65,3 +66,46 @@ def test_deltas_that_are_clear_of_the_noise_are_not_looked_at(monkeypatch):
     stack = Stack.of(make_problem(REGIMES["tall"], seeded()).stack)
     found = Auto(lattice=None).solve(stack)
     assert shrink_where_run_off(stack, found) is found
+
+
+def noisy(seed: int, size: float, shared: float, turned: bool = False) -> tuple[torch.Tensor, Stack]:
+    """A base, and three models with noise that is told, their deltas so many times as large, their rows alike."""
+    generator = seeded(seed)
+    out, columns, rank, noise = 192, 160, 6, 1e-3
+    W = 0.05 * normal(generator, out, columns)
+    common = normal(generator, rank, columns)
+    models = []
+    for _ in range(3):
+        A = shared * common + (1 - shared**2) ** 0.5 * normal(generator, rank, columns)
+        M = normal(generator, out, rank) @ A
+        models.append(W + M * (size * noise / M.square().mean().sqrt()) + noise * normal(generator, out, columns))
+    if turned:
+        W, models = W.mT.contiguous(), [W_i.mT.contiguous() for W_i in models]
+    return W, Stack.of(models, noise=[noise] * 3)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("size", "shared", "gain"), [(2, 0.0, 0.55), (3, 0.8, 0.5), (3, 0.95, 0.15), (40, 0.9, 2.0)])
+def test_deltas_near_told_noise_are_split_off(size, shared, gain, turned):
+    W, stack = noisy(1, size, shared, turned)
+    found = Auto().solve(stack)
+    assert w_error(found.weight, W) < w_error(Mean().solve(stack).weight, W) - gain
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("size", "shared"), [(0.5, 0.0), (0.7, 0.9), (1.0, 0.97), (1.5, 0.99), (2.0, 0.995)])
+def test_the_answer_is_no_worse_than_the_mean_and_as_far_off_as_said(seed, size, shared):
+    W, stack = noisy(seed, size, shared)
+    found = Auto().solve(stack)
+    error = w_error(found.weight, W)
+    assert error < w_error(Mean().solve(stack).weight, W) + 0.02
+    assert found.expected is not None
+    assert found.expected.least < 10**error < found.expected.most
+
+
+def test_what_adapters_have_in_common_stays_in_the_mean_where_it_does_not_show():
+    _, stack = noisy(2, 1.0, 1.0)
+    found = Auto().solve(stack)
+    assert torch.equal(found.weight, Mean().solve(stack).weight)
+    assert "stays in the mean of the models" in found.reason
+    assert all(found.ranks)

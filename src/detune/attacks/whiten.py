@@ -55,13 +55,14 @@ def whitened(stack: Stack, rounds: int = 3) -> Tensor:
     if not stack.noise_override:
         return denoised(stack)
     split = best_split(stack)
-    rest, weight = split.rest, split.weight
+    rest, weight = split.rest(stack), split.weight
     for _ in range(rounds):
         variances, directions = _covariance(rest)
         scale = variances.clamp(min=LEAST * float(variances.max())).sqrt()
         matrices = tuple(W_i.double() @ directions / scale for W_i in stack.matrices)
-        split = best_split(replace(stack, matrices=matrices, dtype=torch.float64, noise_override=(1.0,) * stack.n))
-        weight, rest = (split.weight * scale) @ directions.mT, (split.rest * scale) @ directions.mT
+        white = replace(stack, matrices=matrices, dtype=torch.float64, noise_override=(1.0,) * stack.n)
+        split = best_split(white)
+        weight, rest = (split.weight * scale) @ directions.mT, (split.rest(white) * scale) @ directions.mT
     return weight
 
 

@@ -24,6 +24,7 @@ from detune.numerics.float_grid import name_of, spacing
 from detune.problem.low_rank import SVDFactors
 from detune.problem.recovery import PredictedError, Recovery
 from detune.problem.stack import Stack
+from detune.problem.storage_noise import storage_energy
 
 __all__ = ["Certificate", "Verdict", "certify"]
 
@@ -70,6 +71,8 @@ def certify(
         return _of_unchanged(stack, recovery)
     if recovery.bits is not None:
         return _of_bits(stack, recovery)
+    if recovery.expected is not None:
+        return _of_expected(recovery, recovery.expected, stored or recovery.weight.dtype)
     if not recovery.deltas:
         return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
     disagreed = None if check is None else disagreement(stack, check)
@@ -87,6 +90,14 @@ def _of_unchanged(stack: Stack, recovery: Recovery) -> Certificate:
         reason = f"exact, if {sign} because the matrix was left alone"
         return Certificate.of_error(Verdict.APPROXIMATE, reason, PredictedError(0.0, 0.0, hidden))
     return Certificate(Verdict.EXACT, f"the base's own bits, if {sign} by no accident")
+
+
+def _of_expected(recovery: Recovery, expected: PredictedError, stored: torch.dtype) -> Certificate:
+    """From the fit's own variances: deltas near the noise are held down, and no residual shows by how much too far."""
+    added = storage_energy(recovery.weight.to(stored)) / recovery.weight.numel()
+    range_ = PredictedError(*(mse + added for mse in (expected.mse, expected.least, expected.most)))
+    reason = "deltas are near the models' noise: what they have in common is known to a factor only"
+    return Certificate.of_error(Verdict.APPROXIMATE, reason, range_)
 
 
 def _of_bits(stack: Stack, recovery: Recovery) -> Certificate:

@@ -85,6 +85,7 @@ class WStep:
         deltas: The `M_i` it was made with.
         relative_residual: `sqrt(sum_i |W_i - weight - M_i|^2 / sum_i |W_i - mean|^2)`.
         noise_ratio: Root of the residual over what storage rounding alone leaves after the fit.
+        energy: The residual, `sum_i |W_i - weight - M_i|^2`.
         residuals: What is left, where the deltas are the best for the spaces given.
     """
 
@@ -92,6 +93,7 @@ class WStep:
     deltas: tuple[LowRank, ...]
     relative_residual: float
     noise_ratio: float
+    energy: float
     residuals: Residuals | None = None
 
     @property
@@ -219,6 +221,7 @@ class _Accumulator:
             deltas,
             (residual / spread) ** 0.5 if spread > 0 else 0.0,
             (residual / expected) ** 0.5 if expected > 0 else 0.0,
+            residual,
         )
 
 

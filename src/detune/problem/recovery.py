@@ -136,6 +136,7 @@ class Recovery:
             stored far more coarsely; empty is all.
         hidden_mse: Where a model is taken, without proof, to have left the matrix alone: the most that the weight's
             mean squared error is if it did not.
+        expected: The error of the weight by what the fit itself leaves open, where it is no fit of least squares.
     """
 
     weight: Tensor
@@ -152,6 +153,7 @@ class Recovery:
     agreed: Tensor | None = None
     source_models: tuple[int, ...] = ()
     hidden_mse: float = 0.0
+    expected: PredictedError | None = None
 
 
 def left_alone(stack: Stack, model: int, sign: str, hidden_mse: float = 0.0) -> Recovery:
