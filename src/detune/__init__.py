@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detune.adapters.extract import Extraction as Extraction
     from detune.adapters.extract import extract as extract
+    from detune.checkpoints.push import Pushed as Pushed
+    from detune.checkpoints.push import push as push
     from detune.compatibility.check import FamilyCheck as FamilyCheck
     from detune.compatibility.check import check_family as check_family
     from detune.errors import DetuneError as DetuneError
@@ -44,6 +46,7 @@ _HOMES = {
     "NotRecoverable": "problem",
     "OutputError": "errors",
     "PackReport": "packing",
+    "Pushed": "checkpoints.push",
     "Recovery": "problem",
     "Report": "recovery.report",
     "TensorResult": "recovery.report",
@@ -53,6 +56,7 @@ _HOMES = {
     "extract": "adapters.extract",
     "inspect": "recovery.inspect",
     "pack": "packing",
+    "push": "checkpoints.push",
     "recover": "recovery.api",
     "recover_matrix": "recovery.api",
     "unpack": "packing",

@@ -19,6 +19,7 @@ from detune.checkpoints.paths import inside
 from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, pack_layers, peft_layer, unpack_layers
 from detune.checkpoints.places import Places, from_out
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
+from detune.checkpoints.push import Publication, Pushed, check_repository, push, what_to_push
 from detune.checkpoints.quantised import Decoded
 from detune.checkpoints.run_directory import RunDirectory, claim, known_results, remove_spent
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
@@ -44,6 +45,8 @@ __all__ = [
     "PeftWriter",
     "Place",
     "Places",
+    "Publication",
+    "Pushed",
     "RunDirectory",
     "Target",
     "TensorInfo",
@@ -52,6 +55,7 @@ __all__ = [
     "WeightFile",
     "absolute",
     "check_new",
+    "check_repository",
     "claim",
     "find_places",
     "from_out",
@@ -69,6 +73,7 @@ __all__ = [
     "pack_layers",
     "pack_mask",
     "peft_layer",
+    "push",
     "raw",
     "remove_abandoned",
     "remove_spent",
@@ -78,6 +83,7 @@ __all__ = [
     "round_to",
     "temporary_directory",
     "unpack_layers",
+    "what_to_push",
     "write_mark",
     "write_masks",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MARK", "find_foreign", "write_mark"]
+__all__ = ["MARK", "find_foreign", "missing_files", "write_mark"]
 
 MARK = "detune.json"
 _FORMAT = "detune-recover/1"
@@ -49,6 +49,12 @@ def find_foreign(directory: Path) -> str | None:
         if name != MARK and (_state(path) is None or known[name] != _state(path)):
             return f"{name} has changed since the recovery"
     return None
+
+
+def missing_files(directory: Path) -> list[str]:
+    """The files that a recovery made in a directory and that are not there any more; none where there is no mark."""
+    known = _read_mark(directory) or {}
+    return [name for name in known if not os.path.lexists(directory / name)]
 
 
 def _read_mark(directory: Path) -> Mapping[str, Any] | None:

@@ -17,12 +17,16 @@ from detune.cli.audit import audit
 from detune.cli.bench import bench
 from detune.cli.defend import defend
 from detune.cli.options import METHODS
+from detune.cli.publish import push
 from detune.cli.recovery import compare, demo, family, inspect, recover
 from detune.cli.signals import Interrupted, leave, signals_raised
 from detune.cli.terminal import Formatter, say
 from detune.errors import DetuneError
 
 __all__ = ["METHODS", "cli", "main"]
+
+CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3")
+"""What the Hub is asked through."""
 
 INTERRUPTED = "detune: interrupted, nothing unfinished passes for a result"
 
@@ -39,13 +43,16 @@ def cli(verbose: int) -> None:
     levels = (logging.WARNING, logging.INFO, logging.DEBUG)
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(levelname)s %(name)s: %(message)s"))
+    for library in CLIENTS:
+        # They log addresses with signatures in them.
+        logging.getLogger(library).setLevel(logging.WARNING)
     logging.basicConfig(level=levels[min(verbose, 2)], handlers=[handler])
     if not verbose:
         # It tells of every retry, twice; what counts comes in the one line at the end.
         os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
 
 
-for command in (recover, inspect, family, compare, audit, extract, pack, unpack, demo, defend, bench):
+for command in (recover, inspect, family, compare, audit, extract, pack, unpack, push, demo, defend, bench):
     cli.add_command(command)
 
 

@@ -6,6 +6,7 @@ import click
 
 import detune
 from detune.cli.options import card_option, device_of, device_option, json_option, models_argument, rank_option
+from detune.cli.publish import publishing, push_options
 from detune.cli.recovery import progress
 from detune.cli.terminal import say_json
 
@@ -17,18 +18,28 @@ from detune.cli.terminal import say_json
 @rank_option
 @device_option
 @card_option
+@push_options
 @json_option
 def extract(
-    models: tuple[str, ...], base: str, out: Path, rank: int | None, device: str, card: bool, as_json: bool
+    models: tuple[str, ...],
+    base: str,
+    out: Path,
+    rank: int | None,
+    device: str,
+    card: bool,
+    repository: str | None,
+    public: bool,
+    as_json: bool,
 ) -> None:
     """Write the LoRA of each merged model as a PEFT adapter of BASE, OUT/MODEL."""
     from detune.cli.tables import show_extraction
 
-    with progress(quiet=as_json) as on_tensor:
-        extraction = detune.extract(
-            models, out, base=base, rank=rank, device=device_of(device), card=card, on_tensor=on_tensor
-        )
-    say_json(extraction.to_json()) if as_json else show_extraction(extraction, out)
+    with publishing(out, repository, public, quiet=as_json):
+        with progress(quiet=as_json) as on_tensor:
+            extraction = detune.extract(
+                models, out, base=base, rank=rank, device=device_of(device), card=card, on_tensor=on_tensor
+            )
+        say_json(extraction.to_json()) if as_json else show_extraction(extraction, out)
 
 
 @click.command()

@@ -24,6 +24,7 @@ from detune.cli.options import (
     rank_option,
     rows_option,
 )
+from detune.cli.publish import publishing, push_options
 from detune.cli.terminal import progress_bar, say_json
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=Sectioned,
     sections={
-        "More results": ("adapters", "mask", "check", "card", "as_json"),
+        "More results": ("adapters", "mask", "check", "card", "repository", "public", "as_json"),
         "Where to compute": ("device", "workers", "scheduler", "slurm"),
     },
 )
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 @click.option("--check", is_flag=True, help="Recover from parts of the models too: do they agree? From four models on.")
 @card_option
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if recover wrote it and nothing was added or changed.")
+@push_options
 @execution_options
 @json_option
 def recover(
@@ -66,6 +68,8 @@ def recover(
     check: bool,
     card: bool,
     overwrite: bool,
+    repository: str | None,
+    public: bool,
     workers: int | None,
     scheduler: str | None,
     slurm: int | None,
@@ -78,27 +82,28 @@ def recover(
     """
     from detune.cli.tables import show_adapters, show_report
 
-    with executor_of(workers, scheduler, slurm, device) as executor, progress(quiet=as_json) as on_tensor:
-        report = detune.recover(
-            models,
-            out,
-            method,
-            rank=rank,
-            device=device_at(device, elsewhere=bool(scheduler or slurm)),
-            overwrite=overwrite,
-            merge_dtype=merge_dtype_of(merge_dtype),
-            like=like,
-            adapters=adapters,
-            dtype=dtype_of(dtype),
-            mask=mask,
-            check=check,
-            card=card,
-            on_tensor=on_tensor,
-            executor=executor,
-        )
-    say_json(report.to_json()) if as_json else show_report(report, out)
-    if report.adapters is not None and adapters is not None and not as_json:
-        show_adapters(report.adapters, adapters)
+    with publishing(out, repository, public, quiet=as_json):
+        with executor_of(workers, scheduler, slurm, device) as executor, progress(quiet=as_json) as on_tensor:
+            report = detune.recover(
+                models,
+                out,
+                method,
+                rank=rank,
+                device=device_at(device, elsewhere=bool(scheduler or slurm)),
+                overwrite=overwrite,
+                merge_dtype=merge_dtype_of(merge_dtype),
+                like=like,
+                adapters=adapters,
+                dtype=dtype_of(dtype),
+                mask=mask,
+                check=check,
+                card=card,
+                on_tensor=on_tensor,
+                executor=executor,
+            )
+        say_json(report.to_json()) if as_json else show_report(report, out)
+        if report.adapters is not None and adapters is not None and not as_json:
+            show_adapters(report.adapters, adapters)
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, Task
     from rich.table import Column
 
-__all__ = ["Formatter", "progress_bar", "say", "say_json", "show_table", "status"]
+__all__ = ["Formatter", "clients_bars", "progress_bar", "say", "say_json", "show_table", "status"]
 
 
 def say(text: str = "", *, err: bool = False, bold: bool = False) -> None:
@@ -83,6 +84,25 @@ def status(first: str) -> Iterator[Callable[[str], None]]:
         return
     with console.status(Text(printable(first))) as shown:
         yield lambda text: shown.update(Text(printable(text)))
+
+
+@contextmanager
+def clients_bars(*, quiet: bool) -> Iterator[None]:
+    """Bars of the Hub's client in the block, on stderr, of a terminal only.
+
+    Args:
+        quiet: Whether there are to be none.
+    """
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled() or (sys.stderr.isatty() and not quiet):
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 class Formatter(logging.Formatter):
