@@ -20,6 +20,7 @@ from detune.audit.record import AuditReport
 from detune.bench.catalogue import Catalogue
 from detune.bench.defences.matrix import RowResult
 from detune.bench.table import TableRow
+from detune.checkpoints.push import Pushed
 from detune.compatibility.check import FamilyCheck
 from detune.defences.release import Defended
 from detune.packing.packer import PackReport
@@ -204,6 +205,7 @@ OUTPUTS = {
     "extract": Output(Extraction, {"versions": dict[str, str], "summary": dict[str, AdapterSummary]}),
     "pack": Output(PackReport, {"ratio": float, "zstd_ratio": float}),
     "unpack": Output(UnpackReport),
+    "push": Output(Pushed),
     "audit": Output(AuditReport),
     "defend": Output(Defended, {"settings": dict[str, JsonValue]}),
     "demo": Output(Demonstration),

@@ -1,6 +1,5 @@
 """Models and adapters pushed to a Hub on this machine: what arrives, who sees it, and what is refused."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from benchmarks.hub_server import Hub
 from detune.checkpoints import open_checkpoint, what_to_push
 from detune.errors import InputError, OutputError
 from tests.families import Fine, plain_family, plain_state, save_plain, shard, tree
+from tests.schemas import require_valid
 
 # The client's own way to send a file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
@@ -184,7 +184,7 @@ class TestFromTheCommandLine:
         assert (ran.code, ran.err) == (0, "")
         assert "not pushed, as no loader reads it: notes.txt" in ran.out
         assert "(private): 5 files, 0.1 MB" in ran.out
-        shown = json.loads(command("push", recovered, "org/base", "--json").out)
+        shown = require_valid("push", command("push", recovered, "org/base", "--json").out)
         assert (shown["repository"], shown["private"], shown["files"]) == ("org/base", True, 5)
 
     def test_recover_and_extract_push_what_they_made(self, command, writable: Hub, fine: Fine, tmp_path: Path) -> None:

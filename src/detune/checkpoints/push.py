@@ -4,7 +4,6 @@ Repositories are made private unless it is said otherwise. One commit puts every
 been uploaded. Those that the Hub has already are not sent again: a push that was cut off is finished by the same call.
 """
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from detune.checkpoints.layout import read_json
 from detune.checkpoints.mark import MARK, missing_files
 from detune.checkpoints.opening import open_checkpoint
 from detune.checkpoints.side_files import CARD, is_side_file, require_own
+from detune.documents import document, to_json
 from detune.errors import DetuneError, InputError, OutputError, parsing, reason_of
 
 __all__ = ["Publication", "Pushed", "check_repository", "push", "what_to_push"]
@@ -81,8 +81,8 @@ class Pushed:
     seconds: float
 
     def to_json(self) -> str:
-        """All of it as JSON."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        """The report as JSON."""
+        return to_json(document("detune-push/1", asdict(self)))
 
 
 def what_to_push(directory: str | Path) -> Publication:
