@@ -14,8 +14,10 @@ from detune.defences import (
     Bf16,
     Defence,
     Dither,
+    Fp8,
     Fp16,
     Int8,
+    LoREnc,
     Nf4,
     Noise,
     Padding,
@@ -32,7 +34,9 @@ from tests.families import edit, plain_state, save_plain, tree
 SEED = 8_211_093_547_716_253  # long enough to be found, were it anywhere in the files
 
 
-def made(name: str, texts: Path) -> Defence:
+def made(name: str, bert: Path, texts: Path) -> Defence:
+    if name == "lorenc":
+        return DEFENCES[name](bert, rank=4)
     return DEFENCES[name](texts) if name in ("quiet-noise", "padding") else DEFENCES[name]()
 
 
@@ -49,7 +53,7 @@ def linear(path: Path) -> list[str]:
 class TestEveryDefence:
     def test_writes_a_model_of_the_same_layout_and_nothing_else(self, bert, texts, tmp_path, name):
         before = tree(bert)
-        report = defend(made(name, texts), bert, tmp_path / "out", SEED)
+        report = defend(made(name, bert, texts), bert, tmp_path / "out", SEED)
         assert tree(bert) == before
         assert set(tree(tmp_path / "out")) == set(before)
         assert all(tree(tmp_path / "out")[file] == before[file] for file in before if file != "model.safetensors")
@@ -61,7 +65,7 @@ class TestEveryDefence:
         load_model(tmp_path / "out", torch.float32)
 
     def test_tells_neither_its_name_nor_its_seed(self, bert, texts, tmp_path, name):
-        defend(made(name, texts), bert, tmp_path / "out", SEED)
+        defend(made(name, bert, texts), bert, tmp_path / "out", SEED)
         # All other files are the model's own, see above; of this one only the numbers may differ.
         header_bytes, data = 8 + int.from_bytes((bert / "model.safetensors").read_bytes()[:8], "little"), {}
         for path in (bert, tmp_path / "out"):
@@ -72,14 +76,14 @@ class TestEveryDefence:
 
     def test_one_seed_gives_one_release(self, bert, texts, tmp_path, name):
         for out in "ab":
-            defend(made(name, texts), bert, tmp_path / out, SEED, verify=False)
+            defend(made(name, bert, texts), bert, tmp_path / out, SEED, verify=False)
         assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", sorted(set(DEFENCES) - {"bf16", "fp16", "int8", "nf4"}))
+@pytest.mark.parametrize("name", sorted(set(DEFENCES) - {"bf16", "fp16", "int8", "nf4", "fp8", "lorenc"}))
 def test_another_seed_gives_another_release(bert, texts, tmp_path, name):
     for seed in (1, 2):
-        defend(made(name, texts), bert, tmp_path / str(seed), seed, verify=False)
+        defend(made(name, bert, texts), bert, tmp_path / str(seed), seed, verify=False)
     assert tree(tmp_path / "1") != tree(tmp_path / "2")
 
 
@@ -126,6 +130,65 @@ def test_nf4_has_sixteen_levels_a_block_and_takes_the_nearest(bert, tmp_path):
     table = torch.cat([table, torch.tensor([0.4407, 0.5626, 0.723, 1])])
     nearest = table[(W[:, None] / scale - table).abs().argmin(dim=1)]
     torch.testing.assert_close(released / scale, nearest, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", ["float8_e4m3fn", "float8_e5m2"])
+def test_fp8_goes_to_one_of_the_two_points_beside_each_weight(bert, tmp_path, grid):
+    defend(Fp8(grid), bert, tmp_path / "out")
+    dtype = getattr(torch, grid)
+    for name in linear(bert):
+        W, released = weights(bert)[name], weights(tmp_path / "out")[name]
+        assert lies_on(released, dtype)
+        assert ((released - W).abs() < spacing(released, dtype)).all()
+
+
+def test_the_dither_of_fp8_is_the_tensors_name(bert, tmp_path):
+    """Two releases, whatever their seeds, are rounded by the same numbers; and two tensors by others."""
+    for seed in (1, 2):
+        defend(Fp8(), bert, tmp_path / str(seed), seed)
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
+    query, key = (f"bert.encoder.layer.0.attention.self.{part}.weight" for part in ("query", "key"))
+    with open_checkpoint(bert) as model:
+        change = Fp8().prepare(model, 0)
+        W = model.read(query)
+    assert not torch.equal(change(query, W), change(key, W))
+
+
+class TestLoREnc:
+    def test_the_largest_singular_values_are_gone_and_no_others(self, bert, tmp_path):
+        defend(LoREnc(bert, rank=5), bert, tmp_path / "out")
+        for name in linear(bert):
+            before, after = (torch.linalg.svdvals(weights(path)[name].double()) for path in (bert, tmp_path / "out"))
+            torch.testing.assert_close(after[:-5], before[5:], rtol=1e-5, atol=0)
+            assert after[-5:].max() < 1e-5 * before[0]
+
+    def test_what_is_gone_is_the_bases(self, bert, tmp_path):
+        """A fine-tune loses what its base does, not its own largest singular values."""
+        defend(Noise(0.1), bert, tmp_path / "tuned", 1)
+        for path, out in ((bert, "public"), (tmp_path / "tuned", "release")):
+            defend(LoREnc(bert, rank=5), path, tmp_path / out)
+        for name in linear(bert):
+            lost, own = (
+                weights(one)[name].double() - weights(tmp_path / other)[name].double()
+                for one, other in ((bert, "public"), (tmp_path / "tuned", "release"))
+            )
+            torch.testing.assert_close(lost, own, rtol=0, atol=1e-7)
+
+    def test_with_its_adapter_a_model_is_what_it_was(self, bert, tmp_path):
+        report = defend(LoREnc(bert, rank=5, adapter=True), bert, tmp_path / "out", 1)
+        assert report.relative_change < 2e-7
+
+    @pytest.mark.parametrize("rank", [0, 24])
+    def test_a_rank_that_does_not_fit(self, bert, tmp_path, rank):
+        with pytest.raises(
+            InputError, match=rf"{rank} singular values cannot be taken out of .*; it is 24x24, .* --rank"
+        ):
+            defend(LoREnc(bert, rank=rank), bert, tmp_path / "out")
+
+    def test_another_base(self, bert, tmp_path):
+        other = save_plain(tmp_path / "other", plain_state())
+        with pytest.raises(InputError, match=r"other has no tensor .* like that of .*; give the base of the fine-tune"):
+            defend(LoREnc(other), bert, tmp_path / "out")
 
 
 @pytest.mark.parametrize("size", [0.01, 0.3])

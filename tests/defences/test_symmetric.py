@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from detune.checkpoints import open_checkpoint
+from detune.defences.invertible import Invertible
 from detune.defences.permutation import Permutation
+from detune.defences.rearrangement import Rearrangement
 from detune.defences.rescaling import Rescaling
 from detune.defences.rotation import Rotation
 from detune.errors import InputError
@@ -13,6 +15,8 @@ DEFENCES = {
     "permutation": (Permutation(),),
     "rotation": (Rotation(),),
     "rescaling": (Rescaling(),),
+    "rearrangement": (Rearrangement(),),
+    "invertible": (Invertible(),),
     "rescaling by powers of two": (Rescaling(exact=True),),
     "all": (Permutation(), Rotation(), Rescaling()),
 }
@@ -63,16 +67,19 @@ def test_parts_can_be_left_alone(tmp_path):
     }
     assert "attention.output.dense.weight" not in changed(Rotation(values=False))
     assert "attention.self.key.weight" not in changed(Rotation(keys=False))
+    assert not {name for name in changed(Invertible()) if not name.startswith("attention.")}
+    assert {"intermediate.dense.weight", "attention.self.key.weight"} <= changed(Rearrangement())
     # After a sum no norm can be rescaled, and GELU takes no scale.
     assert not {name for name in changed(Rescaling()) if "LayerNorm" in name or "intermediate" in name}
 
 
 class TestBadInput:
+    @pytest.mark.parametrize("defence", [Rescaling, Rearrangement, Invertible])
     @pytest.mark.parametrize("spread", [1.0, 0.0, float("nan"), 1e9])
-    def test_spread(self, tmp_path, spread):
+    def test_spread(self, tmp_path, defence, spread):
         build("bert").save_pretrained(tmp_path)
         with pytest.raises(InputError, match="expected more than 1 and at most 1024"):
-            Rescaling(spread=spread).prepare(open_checkpoint(tmp_path), 0)
+            defence(spread=spread).prepare(open_checkpoint(tmp_path), 0)
 
     def test_an_architecture_that_is_not_known(self, tmp_path):
         save_plain(tmp_path / "model", {"layer.weight": torch.zeros(4, 4)})

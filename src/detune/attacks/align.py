@@ -65,7 +65,7 @@ class Align:
             if all(release.is_exact for release in aligned):
                 recover([release.path for release in aligned], out, card=False)
             else:
-                rebuild([release.path for release in aligned], out, self.min_models, _solve)
+                rebuild([release.path for release in aligned], out, self.min_models, lambda name, stack: _solve(stack))
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ def _with_fewer_ranks(stack: Stack, more: float, found: Recovery) -> Recovery:
     """The answer for more noise still, if with fewer directions the models determine it far better.
 
     What is left of a basis that few rows tell is one more direction in each model, just above the noise. It does no
-    harm, unless adapters with such directions can hardly be told apart.
+    harm, unless adapters with such directions can hardly be told apart, or unless a part of one model's delta went into
+    the base and so, with the other sign, into the deltas of all others: one rank is smaller then, and the sum larger.
     """
     noisier = _told(stack, _CLEAR * more)
     try:
@@ -164,6 +165,8 @@ def _with_fewer_ranks(stack: Stack, more: float, found: Recovery) -> Recovery:
         return found
     if sum(plain.ranks) >= sum(found.ranks) or (plain.noise_ratio or 0.0) > _EXPLAINED:
         return found
+    if min(plain.ranks) > min(found.ranks):
+        return plain
     before, now = _predicted(_told(stack, more), found), _predicted(noisier, plain) - 2 * math.log10(_CLEAR)
     return plain if now < before - _FAR_BETTER else found
 

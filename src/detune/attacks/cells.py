@@ -23,7 +23,7 @@ from detune.lattice.estimate import Estimate, means
 from detune.lattice.message_passing import sweep
 from detune.problem import Stack
 
-__all__ = ["CellEntries", "Cells", "between_levels", "within_cells"]
+__all__ = ["CellEntries", "Cells", "between_cells", "between_levels", "within_cells"]
 
 # The cell that stands for what is known of W before: thin against the spread of a row's weights.
 THIN = 1e-4
@@ -51,7 +51,7 @@ class Cells:
 
     def run(self, models: Sequence[Path], out: Path) -> None:
         """Recover; see `Attack.run`."""
-        rebuild(models, out, self.min_models, lambda stack: between_levels(stack, self.sweeps))
+        rebuild(models, out, self.min_models, lambda name, stack: between_levels(stack, self.sweeps))
 
 
 def between_levels(stack: Stack, sweeps: int = 4) -> Tensor:
@@ -66,7 +66,20 @@ def between_levels(stack: Stack, sweeps: int = 4) -> Tensor:
     """
     cells = [levels_of(W_i) for W_i in stack.matrices]
     low, high = torch.stack([cell.low for cell in cells]), torch.stack([cell.high for cell in cells])
-    entries = CellEntries(low.cpu(), high.cpu())
+    return between_cells(stack, CellEntries(low.cpu(), high.cpu()), sweeps)
+
+
+def between_cells(stack: Stack, entries: "CellEntries", sweeps: int = 4) -> Tensor:
+    """One matrix, of which the cells are known.
+
+    Args:
+        stack: The middle of each cell, or what else is near: where the fit starts.
+        entries: The cells.
+        sweeps: How often rows and columns are fitted.
+
+    Returns:
+        W, `(out, in)`, float64.
+    """
     measured = with_measured_noise(stack)
     if not measured.noise_override:
         # Releases that hardly differ: as far as anybody knows, by no more than their cells.

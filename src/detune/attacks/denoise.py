@@ -50,7 +50,7 @@ class Denoise:
 
     def run(self, models: Sequence[Path], out: Path) -> None:
         """Recover; see `Attack.run`."""
-        rebuild(models, out, self.min_models, denoised)
+        rebuild(models, out, self.min_models, lambda name, stack: denoised(stack))
 
 
 def denoised(stack: Stack) -> Tensor:

@@ -41,7 +41,7 @@ class Prior:
 
     def run(self, models: Sequence[Path], out: Path) -> None:
         """Recover; see `Attack.run`."""
-        rebuild(models, out, self.min_models, guessed)
+        rebuild(models, out, self.min_models, lambda name, stack: guessed(stack))
 
 
 def guessed(stack: Stack) -> Tensor:

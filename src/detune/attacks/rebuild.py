@@ -18,14 +18,14 @@ __all__ = ["rebuild"]
 
 
 @full_precision()
-def rebuild(models: Sequence[Path], out: Path, min_models: int, solve: Callable[[Stack], Tensor]) -> None:
+def rebuild(models: Sequence[Path], out: Path, min_models: int, solve: Callable[[str, Stack], Tensor]) -> None:
     """Write a base: what all releases agree on as it is, matrices as solved, everything else averaged.
 
     Args:
         models: The releases.
         out: The directory to make, in the layout of the first.
         min_models: The fewest that the attack needs.
-        solve: From a matrix of every release to the base's, `(out, in)`.
+        solve: From a tensor's name, and its matrix of every release, to the base's, `(out, in)`.
 
     Raises:
         InputError: Too few models, or they do not fit together.
@@ -48,5 +48,5 @@ def rebuild(models: Sequence[Path], out: Path, min_models: int, solve: Callable[
                 weight = torch.stack([matrix.double() for matrix in matrices]).mean(dim=0)
             else:
                 with computing_threads(matrices[0].numel()):
-                    weight = solve(Stack.of(matrices))
+                    weight = solve(name, Stack.of(matrices))
             writer.write(name, weight.reshape(info.shape))

@@ -22,7 +22,7 @@ class Average:
 
     def run(self, models: Sequence[Path], out: Path) -> None:
         """Average; see `Attack.run`."""
-        rebuild(models, out, self.min_models, lambda stack: Mean().solve(stack).weight)
+        rebuild(models, out, self.min_models, lambda name, stack: Mean().solve(stack).weight)
 
 
 @dataclass(frozen=True)

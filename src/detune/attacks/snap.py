@@ -36,7 +36,7 @@ class Snap:
     def run(self, models: Sequence[Path], out: Path) -> None:
         """Recover; see `Attack.run`."""
 
-        def solve(stack: Stack) -> Tensor:
+        def solve(name: str, stack: Stack) -> Tensor:
             return snapped(denoised(stack), torch.bfloat16)
 
         rebuild(models, out, self.min_models, solve)

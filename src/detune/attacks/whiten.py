@@ -41,7 +41,7 @@ class Whiten:
 
     def run(self, models: Sequence[Path], out: Path) -> None:
         """Recover; see `Attack.run`."""
-        rebuild(models, out, self.min_models, lambda stack: whitened(stack, self.rounds))
+        rebuild(models, out, self.min_models, lambda name, stack: whitened(stack, self.rounds))
 
 
 def whitened(stack: Stack, rounds: int = 3) -> Tensor:

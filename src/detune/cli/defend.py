@@ -17,6 +17,7 @@ ABOUT = {
     "fp16": "round every weight to float16",
     "int8": "quantise linear layers to 8 bits, a scale for each output channel",
     "nf4": "quantise linear layers to 4 bits, the NF4 of QLoRA",
+    "fp8": "round linear layers to fp8 stochastically, the dither seeded by the tensor's name",
     "noise": "add Gaussian noise to the weights of linear layers",
     "quiet-noise": "add Gaussian noise in the input directions that cost the model least",
     "padding": "add a matrix of more than half the full rank in the input directions that cost least",
@@ -24,6 +25,9 @@ ABOUT = {
     "permutation": "neurons and heads in another order in each release",
     "rotation": "keys and values of each head in another orthonormal basis in each release",
     "rescaling": "channels in other units in each release",
+    "rearrangement": "neurons in another order, channels of heads in other units in each release (PaRaMS)",
+    "invertible": "queries and keys, values and output in another invertible basis in each release (MergeLock)",
+    "lorenc": "take the base's largest singular values out of linear layers; adapters bring them back",
     "frozen-a": "write the adapter that all fine-tunes of a base must start from, with its A frozen",
 }
 """What `detune.defences.DEFENCES` has, and the one that comes before the training; a test holds them together."""
@@ -43,6 +47,12 @@ SETTINGS: dict[str, tuple[Callable[..., Any], ...]] = {
     "dither": (
         click.option("--grid", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of the base."),
         click.option("--steps", type=click.FloatRange(min=0), help="Width in steps of the grid."),
+    ),
+    "fp8": (click.option("--grid", type=click.Choice(["float8_e4m3fn", "float8_e5m2"]), help="Which fp8."),),
+    "lorenc": (
+        click.option("--base", required=True, type=click.Path(path_type=Path), help="What IN was fine-tuned from."),
+        click.option("--rank", type=click.IntRange(min=1), help="How many singular values, in each layer."),
+        click.option("--adapter", is_flag=True, default=None, help="As an authorised user has it, merged."),
     ),
     "nf4": (click.option("--block", type=click.IntRange(min=2), help="Weights with one scale."),),
 }

@@ -1,18 +1,15 @@
 """Channels in other units in each release."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor
 
 from detune.checkpoints import Checkpoint
 from detune.defences.base import Change
-from detune.defences.symmetric import change_of
-from detune.errors import InputError
-from detune.symmetries import Actions, HeadFrame, Layer, NeuronFrame, NormFrame, join
+from detune.defences.symmetric import change_of, check_spread, scaled_channels, scales
+from detune.symmetries import Actions, Layer, NeuronFrame, NormFrame, join
 
 __all__ = ["Rescaling"]
 
@@ -38,21 +35,15 @@ class Rescaling:
 
     def prepare(self, model: Checkpoint, seed: int) -> Change:
         """Draw the scales; see `Defence.prepare`."""
-        if not 1 < self.spread <= 2**10:
-            raise InputError(f"scales up to {self.spread}", "expected more than 1 and at most 1024", "4 is the default")
+        check_spread(self.spread)
         return change_of(model, seed, self._draw)
 
     def _draw(self, layer: Layer, generator: Callable[[str], Generator]) -> Actions:
         heads, neurons = layer.attention, layer.feed_forward
-        keys = self._scales(generator("keys"), heads.groups, heads.width // (1 + heads.rotary))
-        # Of two channels that rotary positions turn into one another, one scale.
-        keys = keys.repeat(1, 1 + heads.rotary)
-        values = self._scales(generator("values"), heads.groups, heads.width)
-        frame = HeadFrame(keys=torch.diag_embed(keys), values=torch.diag_embed(values))
+        frame = scaled_channels(heads, self.spread, generator, exact=self.exact)
         scale = self._scales(generator("neurons"), neurons.width) if neurons.gate is not None else None
         norms = [NormFrame(self._scales(generator(part.norm), part.channels)).actions(part) for part in layer.norms]
         return join((frame.actions(heads), NeuronFrame(scale=scale).actions(neurons), *norms))
 
     def _scales(self, generator: Generator, *shape: int) -> Tensor:
-        exponents = (2 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 1) * math.log2(self.spread)
-        return torch.exp2(exponents.round() if self.exact else exponents)
+        return scales(self.spread, generator, *shape, exact=self.exact)

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from detune.checkpoints import Checkpoint
 from detune.defences.base import Change
-from detune.defences.symmetric import change_of
-from detune.symmetries import Actions, Attention, HeadFrame, Layer, complex_blocks
+from detune.defences.symmetric import change_of, complex_numbers, orthogonal
+from detune.symmetries import Actions, HeadFrame, Layer
 
 __all__ = ["Rotation"]
 
@@ -40,22 +39,8 @@ class Rotation:
 
     def _draw(self, layer: Layer, generator: Callable[[str], Generator]) -> Actions:
         heads = layer.attention
-        turn = _angles if heads.rotary else _orthogonal
+        turn = complex_numbers if heads.rotary else orthogonal
         return HeadFrame(
             keys=turn(heads, generator("keys")) if self.keys else None,
-            values=_orthogonal(heads, generator("values")) if self.values else None,
+            values=orthogonal(heads, generator("values")) if self.values else None,
         ).actions(heads)
-
-
-def _orthogonal(heads: Attention, generator: Generator) -> Tensor:
-    """Uniform over the orthogonal matrices, one for each group (Mezzadri 2007, arXiv math-ph/0609050)."""
-    gaussian = torch.randn(heads.groups, heads.width, heads.width, generator=generator, dtype=torch.float64)
-    Q, R = torch.linalg.qr(gaussian)
-    signs: Tensor = R.diagonal(dim1=1, dim2=2).sign()
-    signed: Tensor = Q * signs.unsqueeze(1)
-    return signed
-
-
-def _angles(heads: Attention, generator: Generator) -> Tensor:
-    angles = 2 * torch.pi * torch.rand(heads.groups, heads.width // 2, generator=generator, dtype=torch.float64)
-    return complex_blocks(torch.polar(torch.ones_like(angles), angles))

@@ -1,6 +1,7 @@
 """The core of defences by symmetry: a frame drawn for every layer, and its action on each tensor."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -10,9 +11,11 @@ from torch import Tensor
 from detune.checkpoints import Checkpoint, round_to
 from detune.defences.base import Change
 from detune.errors import InputError
-from detune.symmetries import Actions, Layer, act, read_layers
+from detune.symmetries import Actions, Attention, HeadFrame, Layer, act, complex_blocks, read_layers
 
-__all__ = ["Draw", "change_of"]
+__all__ = ["Draw", "change_of", "check_spread", "complex_numbers", "orthogonal", "scaled_channels", "scales"]
+
+LARGEST_SPREAD = 2.0**10
 
 Draw = Callable[[Layer, Callable[[str], torch.Generator]], Actions]
 """From a layer, and a source of random numbers for each purpose by its name, to what is done to the layer's tensors."""
@@ -53,6 +56,64 @@ def change_of(model: Checkpoint, seed: int, draw: Draw) -> Change:
         return round_to(act(actions, tensor), tensor.dtype)
 
     return change
+
+
+def orthogonal(heads: Attention, generator: torch.Generator) -> Tensor:
+    """Uniform over the orthogonal matrices, one for each group (Mezzadri 2007, arXiv math-ph/0609050)."""
+    gaussian = torch.randn(heads.groups, heads.width, heads.width, generator=generator, dtype=torch.float64)
+    Q, R = torch.linalg.qr(gaussian)
+    signs: Tensor = R.diagonal(dim1=1, dim2=2).sign()
+    signed: Tensor = Q * signs.unsqueeze(1)
+    return signed
+
+
+def complex_numbers(heads: Attention, generator: torch.Generator, sizes: Tensor | None = None) -> Tensor:
+    """A complex number for each rotary frequency of each group, of any angle.
+
+    Args:
+        heads: With rotary positions.
+        generator: Draws the angles.
+        sizes: The absolute values, `(groups, width / 2)`, float64; None makes them 1.
+
+    Returns:
+        Their matrices, see `complex_blocks`.
+    """
+    angles = 2 * torch.pi * torch.rand(heads.groups, heads.width // 2, generator=generator, dtype=torch.float64)
+    return complex_blocks(torch.polar(torch.ones_like(angles) if sizes is None else sizes, angles))
+
+
+def scales(spread: float, generator: torch.Generator, *shape: int, exact: bool = False) -> Tensor:
+    """Numbers between `1 / spread` and `spread`, uniform in their logarithm, float64; exact ones are powers of two."""
+    exponents = (2 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 1) * math.log2(spread)
+    return torch.exp2(exponents.round() if exact else exponents)
+
+
+def scaled_channels(
+    heads: Attention, spread: float, generator: Callable[[str], torch.Generator], *, exact: bool = False
+) -> HeadFrame:
+    """A scale for each channel of keys and of values; queries and the output have the inverse.
+
+    Args:
+        heads: Their widths.
+        spread: See `scales`.
+        generator: Draws for "keys" and "values".
+        exact: See `scales`.
+    """
+    keys = scales(spread, generator("keys"), heads.groups, heads.width // (1 + heads.rotary), exact=exact)
+    # Of two channels that rotary positions turn into one another, one scale.
+    keys = keys.repeat(1, 1 + heads.rotary)
+    values = scales(spread, generator("values"), heads.groups, heads.width, exact=exact)
+    return HeadFrame(keys=torch.diag_embed(keys), values=torch.diag_embed(values))
+
+
+def check_spread(spread: float) -> None:
+    """Refuse scales that are none, or that cost a third of float32's digits.
+
+    Raises:
+        InputError: The spread is 1 or less, or more than 1024.
+    """
+    if not 1 < spread <= LARGEST_SPREAD:
+        raise InputError(f"scales up to {spread}", "expected more than 1 and at most 1024", "4 is the default")
 
 
 def _generator(*key: object) -> torch.Generator:

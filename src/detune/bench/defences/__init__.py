@@ -7,6 +7,7 @@ from detune.bench.defences.families import FAMILIES, given_family, trained_famil
 from detune.bench.defences.matrix import MODELS, Cell, Row, RowResult, rows_of, run_rows, verdict
 from detune.bench.defences.table import write
 from detune.demo.texts import DOMAINS, passages
+from detune.demo.train import base_model
 from detune.errors import InputError
 
 __all__ = ["Cell", "Row", "RowResult", "bench_defences", "run_rows", "verdict", "write"]
@@ -54,20 +55,26 @@ def bench_defences(
         "\n".join(t for domain in DOMAINS for t in passages(domain)[:CALIBRATION]) + "\n", encoding="utf-8"
     )
     releases = min(MODELS, len(models)) if base is not None else 3 if quick else MODELS
-    rows = rows_of(FAMILIES if base is None else ("given",), texts, releases)
+    rows = rows_of(FAMILIES if base is None else ("given",), base or base_model(), texts, releases)
     wanted = only or (_QUICK if quick else [row.name for row in rows])
     unknown = set(wanted) - {row.name for row in rows}
     if unknown:
         raise InputError(
             f"no row {min(unknown)!r}", f"expected some of {', '.join(row.name for row in rows)}", "see --only"
         )
+    rows = tuple(row for row in rows if row.name in wanted)
+    # Rows are measured against ordinary fine-tunes, whatever they are of.
+    needed = {"ordinary", *(row.family for row in rows)}
+    releases = max(row.models for row in rows)
     if base is not None:
         families = {"given": given_family(base, models)}
     elif quick:
-        families = trained_families(out / "models", domains=DOMAINS[:3], steps=2, held_out=16, on_step=on_step)
+        families = trained_families(
+            out / "models", needed, releases, domains=DOMAINS[:3], steps=2, held_out=16, on_step=on_step
+        )
     else:
-        families = trained_families(out / "models", on_step=on_step)
-    results = run_rows([row for row in rows if row.name in wanted], families, out, on_cell=on_step)
+        families = trained_families(out / "models", needed, releases, on_step=on_step)
+    results = run_rows(rows, families, out, on_cell=on_step)
     write(results, out)
     return results
 

@@ -5,7 +5,7 @@ base whose weights lie on the grid of bf16.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,7 @@ class Family:
         name: One of `FAMILIES`, or "given".
         base: The truth.
         models: The fine-tunes, merged.
-        texts: For each, passages of its task that it was not trained on.
+        texts: For each, passages of its task that it was not trained on; then of tasks that no model is for.
     """
 
     name: str
@@ -51,6 +51,8 @@ class Family:
 
 def trained_families(
     out: Path,
+    families: Collection[str] = FAMILIES,
+    models: int | None = None,
     *,
     domains: Sequence[str] = DOMAINS,
     steps: int = STEPS,
@@ -61,13 +63,15 @@ def trained_families(
 
     Args:
         out: The folder to fill.
+        families: Which of `FAMILIES`; the base on a grid takes the ordinary family's adapters.
+        models: How many of each to train, the first ones; None trains one for each domain.
         domains: Of `detune.demo.texts.DOMAINS`, one for each model.
         steps: Of training.
         held_out: Passages of each domain that are not trained on.
         on_step: Called with what is being made.
 
     Returns:
-        The three families by name.
+        The families by name.
 
     Raises:
         OutputError: `out` holds fine-tunes that were made otherwise.
@@ -76,20 +80,23 @@ def trained_families(
     say = on_step or (lambda what: None)
     _claim(out, {"domains": list(domains), "steps": steps, "held_out": held_out})
     base, on_grid, start = base_model(), out / "bf16-base" / "base", out / "frozen-a" / "start"
-    with whole(start) as partial:
-        if partial:
-            FROZEN.start(base, partial, seed=0)
-    with whole(on_grid) as partial:
-        if partial:
-            _round_base(base, partial)
-    trainings: dict[str, dict[str, Any]] = {"ordinary": {}, "frozen-a": {"start": start, "lr": FROZEN_LR}}
-    for domain in domains:
+    trainings: dict[str, dict[str, Any]] = {"ordinary": {}} if {"ordinary", "bf16-base"} & set(families) else {}
+    if "frozen-a" in families:
+        trainings["frozen-a"] = {"start": start, "lr": FROZEN_LR}
+        with whole(start) as partial:
+            if partial:
+                FROZEN.start(base, partial, seed=0)
+    if "bf16-base" in families:
+        with whole(on_grid) as partial:
+            if partial:
+                _round_base(base, partial)
+    for domain in domains[:models]:
         for family, options in trainings.items():
             with whole(out / family / f"adapter-{domain}") as partial:
                 if partial:
                     say(f"training on {domain}, {family}")
                     train_lora(base, _passages(domain)[:-held_out], partial, steps=steps, **options)
-        for family in FAMILIES:
+        for family in families:
             trained = out / ("frozen-a" if family == "frozen-a" else "ordinary") / f"adapter-{domain}"
             with whole(out / family / domain) as partial:
                 if partial:
@@ -99,10 +106,10 @@ def trained_families(
         family: Family(
             family,
             on_grid if family == "bf16-base" else base,
-            tuple(out / family / domain for domain in domains),
+            tuple(out / family / domain for domain in domains[:models]),
             texts,
         )
-        for family in FAMILIES
+        for family in families
     }
 
 

@@ -23,13 +23,17 @@ from detune.defences import (
     Bf16,
     Defence,
     Dither,
+    Fp8,
     Fp16,
     Int8,
+    Invertible,
+    LoREnc,
     Nf4,
     Noise,
     Padding,
     Permutation,
     QuietNoise,
+    Rearrangement,
     Rescaling,
     Rotation,
     defend,
@@ -56,6 +60,7 @@ _NOISE = ("average", "recover", "denoise")
 _QUANTISED = (*_NOISE, "cells")
 _ANISOTROPIC = (*_NOISE, "whiten")
 _GRID = ("average", "recover", "denoise", "snap")
+_SYMMETRIC = ("average", "recover", "align")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Row:
         defence: What is done to each release; None does nothing.
         family: Of which fine-tunes; frozen A and a base on a grid have their own.
         models: Number of releases.
+        public: What is done to the base, which then everybody has beside the releases; None publishes none.
     """
 
     name: str
@@ -75,6 +81,7 @@ class Row:
     defence: Defence | None = None
     family: str = "ordinary"
     models: int = MODELS
+    public: Defence | None = None
 
 
 @dataclass(frozen=True)
@@ -160,11 +167,12 @@ def verdict(row: RowResult) -> str:
     return "broken partly" if row.times_closer >= PARTLY else "survives"
 
 
-def rows_of(families: Collection[str], texts: Path, models: int = MODELS) -> tuple[Row, ...]:
+def rows_of(families: Collection[str], base: Path, texts: Path, models: int = MODELS) -> tuple[Row, ...]:
     """The rows that some families allow.
 
     Args:
         families: Their names; "ordinary" or "given" is needed.
+        base: Their base, for the defences that look at it.
         texts: A file with texts for the defences that look at activations.
         models: Number of releases.
     """
@@ -177,12 +185,17 @@ def rows_of(families: Collection[str], texts: Path, models: int = MODELS) -> tup
         Row("fp16", _NOISE, Fp16(), plain, models),
         Row("int8", _QUANTISED, Int8(), plain, models),
         Row("nf4", _QUANTISED, Nf4(), plain, models),
+        Row("fp8", (*_NOISE, "known-dither"), Fp8(), plain, models),
         *(Row(f"noise {size:.1%}", _NOISE, Noise(size), plain, models) for size in (0.001, 0.01, 0.1)),
         Row("quiet noise 10.0%", _ANISOTROPIC, QuietNoise(texts, 0.1), plain, models),
         Row("padding 3.0%", _ANISOTROPIC, Padding(texts, 0.03), plain, models),
-        Row("permutation", ("average", "recover", "align"), Permutation(), plain, models),
-        Row("rotation", ("average", "recover", "align"), Rotation(), plain, models),
-        Row("rescaling", ("average", "recover", "align"), Rescaling(), plain, models),
+        Row("permutation", _SYMMETRIC, Permutation(), plain, models),
+        Row("rotation", _SYMMETRIC, Rotation(), plain, models),
+        Row("rescaling", _SYMMETRIC, Rescaling(), plain, models),
+        Row("rearrangement", _SYMMETRIC, Rearrangement(), plain, models),
+        Row("invertible", _SYMMETRIC, Invertible(), plain, models),
+        Row("LoREnc, no adapter", ("average", "recover"), LoREnc(base), plain, models, LoREnc(base)),
+        Row("LoREnc, one adapter", ("average", "complete"), LoREnc(base, adapter=True), plain, 1, LoREnc(base)),
     ]
     if "frozen-a" in families:
         rows.append(Row("frozen A", ("average", "recover", "prior"), None, "frozen-a", models))
@@ -304,9 +317,11 @@ def _undefended_accuracy(models: tuple[Path, ...], texts: tuple[tuple[str, ...],
 
 def _settings(row: Row) -> str:
     text = repr(row.defence) if row.defence else "nothing"
-    # Where the texts lie on this machine is nobody's concern.
-    texts = getattr(row.defence, "texts", None)
-    return text.replace(repr(texts), repr(texts.name)) if texts else text
+    # Where texts and base lie on this machine is nobody's concern.
+    places = [place for place in vars(row.defence).values() if isinstance(place, Path)] if row.defence else []
+    for place in places:
+        text = text.replace(repr(place), repr(place.name))
+    return text
 
 
 def _run_row(row: Row, stick: _Yardstick, work: Path, say: Callable[[str], None]) -> RowResult:
@@ -326,6 +341,10 @@ def _run_row(row: Row, stick: _Yardstick, work: Path, say: Callable[[str], None]
         if row.defence.preserves_function:
             truth = folder / "truth"
             defend(row.defence, family.base, truth, seed=0, verify=False)
+    shown = releases
+    if row.public is not None:
+        shown = (folder / "public", *releases)
+        defend(row.public, family.base, shown[0], seed=0, verify=False)
     texts = tuple(own[:: max(1, len(own) // QUALITY_TEXTS)] for own in family.texts[: row.models])
     cells = []
     for name in row.attacks:
@@ -333,7 +352,7 @@ def _run_row(row: Row, stick: _Yardstick, work: Path, say: Callable[[str], None]
         started = time.perf_counter()
         recovered = folder / name
         try:
-            ATTACKS[name]().run(releases, recovered)
+            ATTACKS[name]().run(shown, recovered)
         except DetuneError as error:
             # Where the releases lay for a while is nobody's concern.
             reason = str(error).replace(f"{folder}/", "")

@@ -36,9 +36,14 @@ _V1 = {
     "prior": "Prior()",
 }
 
+_V2 = _V1 | {"cells": "Cells(sweeps=4)"}
+
 ATTACK_SETS = {
     "detune-attacks-v1": AttackSet("0.1.0", _TASK, _V1),
-    "detune-attacks-v2": AttackSet("0.1.0", _TASK, _V1 | {"cells": "Cells(sweeps=4)"}),
+    "detune-attacks-v2": AttackSet("0.1.0", _TASK, _V2),
+    "detune-attacks-v3": AttackSet(
+        "0.1.0", _TASK, _V2 | {"known-dither": "KnownDither(sweeps=4)", "complete": "Complete()"}
+    ),
 }
 
-LATEST = "detune-attacks-v2"
+LATEST = "detune-attacks-v3"
