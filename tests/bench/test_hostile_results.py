@@ -1,12 +1,17 @@
 """Pages of hostile results are as harmless as text."""
 
+import csv
 import json
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
 
+import detune
 from detune.bench.leaderboard import build_page, read_entries
 from detune.bench.leaderboard.page import BEGIN, END
 from detune.bench.results import ResultStore
@@ -57,7 +62,6 @@ def test_results_cannot_write_the_table(tmp_path: Path, name: str) -> None:
     def change(result: dict[str, Any]) -> None:
         result["cell"] |= {"subset": name, "method": name}
         result["notes"] = [name]
-        result["behaviour"] = {name: 0.5}
 
     results = stored(tmp_path, change).read_all()
     tokens = MarkdownIt("commonmark").enable("table").parse(markdown(results))
@@ -84,11 +88,30 @@ def test_results_cannot_write_the_table(tmp_path: Path, name: str) -> None:
         ("peak_memory_bytes", -5),
         ("noise_ratio", float("nan")),
         ("index", -1),
+        ("index", 10**400),
+        ("seconds", 1e301),
+        ("shape", [10**400, 2]),
+        ("shape", [2**62] * 20),
+        ("peak_memory_bytes", 10**400),
     ],
 )
 def test_numbers_are_validated(tmp_path: Path, field: str, value: object) -> None:
     with pytest.raises(InputError, match=rf"is no result of `detune bench run`; layers.0.{field}"):
         stored(tmp_path, lambda result: result["layers"][0].update({field: value})).read_all()
+
+
+@pytest.mark.parametrize("name", ["w_error", "subset", "draws", "=1+1", "<b>", ""])
+def test_metrics_are_known(tmp_path: Path, name: str) -> None:
+    """One with the name of a column would take its place: that of the W-Error, for instance."""
+    with pytest.raises(InputError, match=rf"is no result of `detune bench run`; behaviour.{re.escape(name)}"):
+        stored(tmp_path, lambda result: result.update(behaviour={name: -30.0})).read_all()
+
+
+@pytest.mark.parametrize("read", [lambda folder: ResultStore(folder).read_all(), read_entries])
+def test_a_pipe_keeps_nobody_waiting(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "one.json")
+    with pytest.raises(InputError, match=r"one.json is no regular file"):
+        read(tmp_path)
 
 
 def test_figures_of_behaviour_are_validated(tmp_path: Path) -> None:
@@ -115,3 +138,33 @@ def test_names_in_figures_are_no_formulas(tmp_path: Path) -> None:
 
     store = stored(tmp_path, lambda result: result["cell"].update(subset=r"$\frac", method=r"a$\nope{$"))
     assert all(file.is_file() for file in write_table(store))
+
+
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1+1", "\r=1+1", "a;=1+1", "a\n=1+1", '"=1+1', "＝1+1"]
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_sheets_compute_nothing(tmp_path: Path, name: str) -> None:
+    from detune.bench.table import write_table
+
+    store = stored(tmp_path, lambda result: result["cell"].update(subset=name, method=name))
+    sheet = next(file for file in write_table(store) if file.suffix == ".csv").read_text(encoding="utf-8")
+    head, *rows = csv.reader(sheet.splitlines(keepends=True))
+    assert all(len(row) == len(head) for row in rows)
+    assert not [cell for cell in (*head, *rows[0]) if cell.lstrip()[:1] in tuple("=+@＝") or not cell.isprintable()]
+    # In the languages whose spreadsheets separate cells by semicolons too.
+    assert f'"{rows[0][0].replace(chr(34), 2 * chr(34))}"' in sheet
+    # A negative number is one.
+    assert float(rows[0][head.index("w_error")]) == -9
+
+
+def test_sheets_are_written_in_one_place() -> None:
+    source = Path(detune.__file__).parent
+    assert [file.name for file in source.rglob("*.py") if ".to_csv(" in file.read_text()] == ["sheets.py"]
+
+
+def test_a_page_that_is_no_text(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"page.md is damaged; UnicodeDecodeError: .*; run this in a checkout"):
+        build_page({}, page)

@@ -254,14 +254,14 @@ class Distance:
             return model.read("encoder.layer.1.attention.self.value.weight")
 
     def compare(self, original: torch.Tensor, recovered: torch.Tensor) -> Differences:
-        return Differences({"largest": float((original - recovered).abs().max())}, {"other": "cannot be had"})
+        return Differences({"activation": float((original - recovered).abs().max())}, {"lpips": "cannot be had"})
 
 
 def test_the_recovered_model_is_judged_whole(subset, store, bert_base):
     tasks = plan(subset, methods(subset, "mean", "auto"), [3])
     mean, auto = run(subset, tasks, store, judge=Judge(bert_base, Distance()))
-    assert auto.behaviour["largest"] < 1e-7 < 1e-3 < mean.behaviour["largest"]
-    assert auto.notes == ("other: cannot be had",)
+    assert auto.behaviour["activation"] < 1e-7 < 1e-3 < mean.behaviour["activation"]
+    assert auto.notes == ("lpips: cannot be had",)
 
 
 def test_behaviour_is_compared_later_if_it_was_not_at_first(subset, store, bert_base):
@@ -269,7 +269,7 @@ def test_behaviour_is_compared_later_if_it_was_not_at_first(subset, store, bert_
     assert run(subset, tasks, store)[0].behaviour == {}
     judge = Judge(bert_base, Distance(), "inputs")
     (judged,) = run(subset, tasks, store, judge=judge)
-    assert judged.behaviour["largest"] > 1e-3
+    assert judged.behaviour["activation"] > 1e-3
     assert judged.judged_on == judge.digest
     assert run(subset, tasks, store) == [judged], "what is known is not forgotten"
     other = Judge(bert_base, Distance(), "other inputs")

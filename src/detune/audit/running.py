@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from detune.audit.record import Behaviour
 from detune.errors import DetuneError, reason_of
 
+if TYPE_CHECKING:
+    from detune.bench.behaviour import Metric
+
 __all__ = ["Request", "main"]
 
 # The metric that stands for each, in words.
-MEANINGS = {
+MEANINGS: "dict[Metric, str]" = {
     "activation": "mean cosine distance of the hidden states, over inputs and blocks",
     "sbert": "mean distance of the sentence embeddings of the texts written",
     "lpips": "mean perceptual distance of the images drawn",
@@ -76,7 +80,7 @@ def _compare(request: Request) -> Behaviour:
     return _distances(values, len(inputs))
 
 
-def _distances(values: Mapping[str, Mapping[str, float]], inputs: int) -> Behaviour:
+def _distances(values: "Mapping[str, Mapping[Metric, float]]", inputs: int) -> Behaviour:
     metric = next(name for name in MEANINGS if name in values["release"])
     release = values["release"][metric]
     recovered = values["recovered"][metric] if "recovered" in values else None

@@ -1,5 +1,6 @@
 """How figures look, the same everywhere: a colour for each method, PNG and SVG side by side."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,9 @@ def save(figure: "Figure", stem: Path) -> list[Path]:
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")]
-    with mpl.rc_context({"svg.hashsalt": "detune"}):
+    with mpl.rc_context({"svg.hashsalt": "detune"}), warnings.catch_warnings():
+        # Names are in any script, and the font is not.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(files[0], dpi=150)
         figure.savefig(files[1], metadata={"Date": None})
     return files

@@ -26,7 +26,8 @@ from torch import Tensor
 
 import detune
 from detune._runtime import versions
-from detune.checkpoints import reported
+from detune.bench.behaviour import Metric
+from detune.checkpoints import read_regular, reported
 from detune.errors import InputError, OutputError
 
 __all__ = ["EXACT_W_ERROR", "Cell", "CellResult", "Environment", "LayerResult", "ResultStore"]
@@ -36,9 +37,12 @@ EXACT_W_ERROR = 2 * math.log10(sys.float_info.epsilon)
 """What a layer without any error counts as, log10 of float64's epsilon squared: lower than any error there can be."""
 
 
-Size = Annotated[float, Field(ge=0)]
+# A hundred thousand layers take a fifth of it.
+_MOST_BYTES = 2**28
+# Far beyond what can be measured, and their sums are numbers still.
+Size = Annotated[float, Field(ge=0, le=1e300)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Record(BaseModel):
@@ -67,7 +71,7 @@ class Cell(_Record):
     settings: str
     method_sha256: str | None
     loras: Annotated[tuple[Count, ...], Field(min_length=1)]
-    seed: int
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     rank_known: bool
 
     @property
@@ -103,7 +107,7 @@ class LayerResult(_Record):
     name: str
     kind: str
     depth: Count | None
-    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, lt=2**63)], ...], Field(max_length=8)]
     mse: Size
     bit_identical: Share
     seconds: Size
@@ -132,7 +136,7 @@ class Environment(_Record):
     versions: dict[str, str]
     code_sha256: str
     system: str
-    threads: int
+    threads: Count
     device: str
 
     @classmethod
@@ -164,7 +168,7 @@ class CellResult(_Record):
     source: str
     environment: Environment
     layers: tuple[LayerResult, ...] = Field(min_length=1)
-    behaviour: dict[str, float]
+    behaviour: dict[Metric, float]
     notes: tuple[str, ...] = ()
     judged_on: str | None = None
 
@@ -290,7 +294,7 @@ class ResultStore:
 
 def _parse(file: Path) -> CellResult:
     try:
-        return CellResult.model_validate_json(file.read_bytes())
+        return CellResult.model_validate_json(read_regular(file, _MOST_BYTES))
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from detune.bench.behaviour import Behaviour, Differences, behaviour_of
+from detune.bench.behaviour import Behaviour, Differences, Metric, behaviour_of
 from detune.bench.checkpoints import tensor_name, write_with
 from detune.bench.layers import Layer
 from detune.bench.methods import Method
@@ -341,7 +341,7 @@ def _finish(
     places = Places(store.folder.resolve(), [subset.source, store.folder, *([judge.base] if judge else ())])
     layers = store.layers(cell)
     assert [layer.index for layer in layers] == list(names), "every row is there once"
-    behaviour, notes = {}, [f"behaviour was not compared: {unjudged}"]
+    behaviour, notes = dict[Metric, float](), [f"behaviour was not compared: {unjudged}"]
     if judge is not None:
         weights = {names[layer.index]: partial(_read_weight, store.weight_file(cell, layer.index)) for layer in layers}
         # Below the results, where there is room for the weights, not in a small /tmp.

@@ -18,6 +18,7 @@ from detune.bench.methods import Method, find_method
 from detune.bench.plots import colour_of, new_figure, plain, plot_lines, save
 from detune.bench.results import CellResult, LayerResult, ResultStore
 from detune.bench.run import OnLayer, draw, plan, run
+from detune.bench.sheets import write_sheet
 from detune.bench.subsets import Subset
 from detune.bench.table import frame_of
 from detune.errors import InputError
@@ -115,7 +116,7 @@ def run_study(name: str, bench: Bench) -> StudyResult:
     stem = bench.store.folder / "studies" / f"{name}.{'+'.join(names)}"
     files = save(figure, stem)
     sheet = stem.with_name(f"{stem.name}.csv")
-    frame.to_csv(sheet, index=False)
+    write_sheet(frame, sheet)
     return StudyResult(name, frame, (sheet, *files))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from detune.bench.plots import METHOD_ORDER, new_figure, plain, plot_lines, save
 from detune.bench.results import EXACT_W_ERROR, CellResult, ResultStore
+from detune.bench.sheets import write_sheet
 from detune.bench.subsets import PUBLISHED
 from detune.documents import document
 from detune.documents import to_json as to_text
@@ -183,7 +184,7 @@ def write_table(store: ResultStore) -> list[Path]:
     results = store.read_all()
     page, sheet = store.folder / "table.md", store.folder / "table.csv"
     page.write_text(markdown(results), encoding="utf-8")
-    _sheet(results).to_csv(sheet, index=False)
+    write_sheet(_sheet(results), sheet)
     return [page, sheet, *_plot(results, store.folder / "w-error")]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from detune.errors import InputError, parsing
 
-__all__ = ["copy_block", "file_hash", "memory_of", "new_block", "open_regular", "read_into", "round_to"]
+__all__ = ["copy_block", "file_hash", "memory_of", "new_block", "open_regular", "read_into", "read_regular", "round_to"]
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
@@ -73,6 +73,24 @@ def open_regular(path: Path) -> BufferedReader:
         return file
     file.close()
     raise InputError(f"{path} is no regular file", "expected bytes on a disk", "remove it from the model")
+
+
+def read_regular(path: Path, most_bytes: int) -> bytes:
+    """Read a small file that anybody may have written.
+
+    Args:
+        path: The file.
+        most_bytes: Its largest sensible size.
+
+    Raises:
+        InputError: It is no regular file, or larger.
+        OSError: It cannot be read.
+    """
+    with open_regular(path) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise InputError(f"{path} is too large", f"expected at most {most_bytes} bytes", "do not trust its source")
+    return content
 
 
 def file_hash(path: Path) -> str:

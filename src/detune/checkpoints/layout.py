@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from detune.checkpoints.blocks import open_regular
+from detune.checkpoints.blocks import read_regular
 from detune.checkpoints.entries import is_text
 from detune.checkpoints.paths import is_plain_path
 from detune.errors import InputError, parsing
@@ -119,10 +119,8 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: The file cannot be read or is not JSON.
     """
-    with parsing(path), open_regular(path) as file:
-        content = file.read(MAX_JSON_BYTES + 1)
-    if len(content) > MAX_JSON_BYTES:
-        raise InputError(f"{path} is too large", f"expected at most {MAX_JSON_BYTES} bytes", "do not trust this model")
+    with parsing(path):
+        content = read_regular(path, MAX_JSON_BYTES)
     try:
         return json.loads(content.decode())
     except (ValueError, RecursionError) as error:

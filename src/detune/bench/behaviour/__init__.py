@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from detune.bench.behaviour.base import Behaviour, Differences, images_in, prompts_in
+from detune.bench.behaviour.base import Behaviour, Differences, Metric, images_in, prompts_in
 from detune.bench.behaviour.images import DrawnImages
 from detune.bench.behaviour.states import ImageStates, TextStates
 from detune.bench.behaviour.texts import WrittenTexts
@@ -19,6 +19,7 @@ __all__ = [
     "Differences",
     "DrawnImages",
     "ImageStates",
+    "Metric",
     "TextStates",
     "WrittenTexts",
     "behaviour_of",

@@ -4,15 +4,18 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from detune.errors import InputError
 
-__all__ = ["Behaviour", "Differences", "images_in", "prompts_in"]
+__all__ = ["Behaviour", "Differences", "Metric", "images_in", "prompts_in"]
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 Observation = TypeVar("Observation")
+
+Metric = Literal["activation", "equal_texts", "levels", "lpips", "sbert", "sbert_log10"]
+"""The names of what is measured; results are held to them, as another could be that of a column of their table."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Differences:
         notes: By the name of a metric that could not be had, the reason.
     """
 
-    values: Mapping[str, float]
-    notes: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[Metric, float]
+    notes: Mapping[Metric, str] = field(default_factory=dict)
 
 
 class Behaviour(Protocol[Observation]):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detune._runtime import needs_extra, quiet, seeded
-from detune.bench.behaviour.base import Differences
+from detune.bench.behaviour.base import Differences, Metric
 from detune.bench.behaviour.loading import load, loading
 from detune.checkpoints import load_pretrained
 from detune.errors import DetuneError, InputError
@@ -76,7 +76,7 @@ class DrawnImages:
         """
         from detune.metrics.images import largest_level_difference, lpips_distance
 
-        values: dict[str, float] = {"levels": largest_level_difference(original, recovered)}
+        values: dict[Metric, float] = {"levels": largest_level_difference(original, recovered)}
         try:
             values["lpips"] = lpips_distance(original, recovered)
         except InputError:

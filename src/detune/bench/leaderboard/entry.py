@@ -13,11 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from detune.bench.leaderboard.attack_sets import ATTACK_SETS
 from detune.bench.results import EXACT_W_ERROR, Environment
+from detune.checkpoints import read_regular
 from detune.errors import InputError, OutputError
 
 __all__ = ["FORMAT", "Attacked", "Entry", "Making", "Utility", "file_name", "read_entries", "read_entry", "write_entry"]
 
 FORMAT: Literal["detune-leaderboard/1"] = "detune-leaderboard/1"
+
+_MOST_BYTES = 2**20
 
 Line = Annotated[str, Field(min_length=1, pattern=r"^[^\n|]*$")]
 """What goes into a cell of a table."""
@@ -169,7 +172,7 @@ def read_entry(file: Path) -> Entry:
         InputError: No such file, or it is no entry.
     """
     try:
-        return Entry.model_validate_json(file.read_bytes())
+        return Entry.model_validate_json(read_regular(file, _MOST_BYTES))
     except OSError as error:
         raise InputError(f"cannot read {file}", str(error.strerror), "give an entry's name or JSON file") from None
     except ValidationError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from detune.bench.leaderboard.attack_sets import ATTACK_SETS
 from detune.bench.leaderboard.entry import Entry
-from detune.errors import InputError, OutputError
+from detune.errors import InputError, OutputError, parsing
 from detune.markdown import link, text
 
 __all__ = ["BEGIN", "END", "LOSS_BOUND", "build_page", "ranked", "write_page"]
@@ -45,10 +45,8 @@ def build_page(entries: Mapping[Path, Entry], page: Path) -> str:
     Raises:
         InputError: It cannot be read, or lacks the marks.
     """
-    try:
+    with parsing(page, "run this in a checkout, or give --page"):
         before = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {page}", str(error.strerror), "run this in a checkout, or give --page") from None
     before, begin, rest = before.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
