@@ -54,7 +54,26 @@ def test_of_several_vocabularies_the_smallest_counts(fine):
     for i, count in enumerate((8, 2, 1, 2)):
         edit(fine.models[i], lambda state, count=count: rows_more(state, count))
     with ModelSet(fine.models) as family:
-        assert (family.layout.spec, family.shape(EMBED)) == (str(fine.models[2]), (51, 16))
+        assert family.layout.spec == str(fine.models[2])
+        assert {name: family.shape(name) for name in family.names if EMBED in name} == {
+            f"{EMBED}[0:50]": (50, 16),
+            f"{EMBED}[50:51]": (1, 16),
+        }
+
+
+def test_rows_that_every_model_has_added_are_no_rows_of_the_base(fine):
+    for i, model in enumerate(fine.models):
+        edit(model, lambda state, i=i: state.update({EMBED: torch.cat([state[EMBED], torch.full((3, 16), float(i))])}))
+    with ModelSet(fine.models) as family:
+        copied = {name: family.copied(name) for name in family.names if EMBED in name}
+        assert copied == {f"{EMBED}[0:50]": Why.SHARED, f"{EMBED}[50:53]": None}
+
+
+def test_rows_that_were_trained_are_no_added_ones(fine):
+    for i, model in enumerate(fine.models):
+        edit(model, lambda state, i=i: state.update({EMBED: state[EMBED] + i}))
+    with ModelSet(fine.models) as family:
+        assert family.shape(EMBED) == (50, 16)
 
 
 def test_what_most_have_is_the_vocabulary_and_is_cut(fine):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from detune._runtime import needs_extra
@@ -54,8 +55,9 @@ def read_gguf(path: Path, file: IO[bytes]) -> Header:
         """Refuses to read beyond the end, where the library would go on with nothing."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-            if count < 0 or offset + int(count) > size:
-                raise ValueError(f"it ends at byte {size} and should go on to {offset + int(count)} at least")
+            stop = offset + int(count) * np.dtype(dtype).itemsize
+            if count < 0 or stop > size:
+                raise ValueError(f"it ends at byte {size} and should go on to {stop} at least")
             return super()._get(offset, dtype, count, override_order)
 
     try:

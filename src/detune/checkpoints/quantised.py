@@ -19,8 +19,8 @@ from detune.checkpoints.source import Checkpoint, TensorInfo
 
 __all__ = ["Coding", "Decoded", "rows_of_heads"]
 
-# Rows that the noise of a matrix is judged by.
-NOISE_ROWS = 64
+# Rows that the noise of a matrix is judged by: so many neighbours at so many places.
+NOISE_ROWS, NOISE_PLACES = 8, 8
 
 
 class Coding(Protocol):
@@ -80,6 +80,8 @@ class Decoded(Checkpoint):
         self.spec, self.root, self.index_files = stored.spec, stored.root, stored.index_files
         self.stored = stored
         self._codings, self._heads, self._made = dict(codings), dict(heads), made
+        # By name, first and last row: families ask for it, and recoveries again.
+        self._noise: dict[tuple[str, int, int], float | None] = {}
         shown = {own: names.get(own, own) for own in stored.tensors if own not in hidden}
         self._own = {name: own for own, name in shown.items()}
         self.tensors = MappingProxyType({name: self._info(name, own) for own, name in shown.items()})
@@ -138,11 +140,14 @@ class Decoded(Checkpoint):
         if coding is None:
             return self.stored.noise(self._own[name], rows)
         start, stop, _ = (slice(None) if rows is None else rows).indices(coding.shape[0])
-        step = -(-(stop - start) // NOISE_ROWS) or 1
-        squares = [
-            coding.steps(self.stored, slice(row, row + 1)).double().square().mean() for row in range(start, stop, step)
-        ]
-        return float(torch.stack(squares).mean() / 12) ** 0.5 if squares else None
+        if (name, start, stop) not in self._noise:
+            step = max(NOISE_ROWS, -(-(stop - start) // NOISE_PLACES))
+            steps = [
+                coding.steps(self.stored, slice(row, min(row + NOISE_ROWS, stop))).double().square().mean()
+                for row in range(start, stop, step)
+            ]
+            self._noise[name, start, stop] = float(torch.stack(steps).mean() / 12) ** 0.5 if steps else None
+        return self._noise[name, start, stop]
 
     def content_key(self, name: str) -> Hashable | None:
         """See `Checkpoint.content_key`."""

@@ -35,6 +35,9 @@ LARGE_PART = 1 / 3
 # Squares of singular values up to these, in units of the noise, leave it some digits: three of float32's, nine of
 # float64's.
 SQUARABLE = {torch.float32: 3e3, torch.float64: 1e6}
+# Squares of singular values down to this share of the largest are known well enough to say that these are not noise:
+# some hundred times what rounding adds to them (derived: eps of the dtype, times a few hundred rows).
+SEEN = {torch.float32: 3e-2, torch.float64: 1e-6}
 # A singular value is signal from this multiple of the noise's largest: finite matrices scatter by some per cent.
 EDGE = 1.1
 # More than 7/8 of the singular values over the noise are no low rank.
@@ -188,12 +191,17 @@ def _spectrum(
 
 
 def _singular_values(scaled: Tensor) -> Tensor:
-    """Descending, float64; by the Gram matrix, several times faster, where its rounding is far below a noise of 1."""
+    """Descending, float64; by the Gram matrix, several times faster, where its rounding is far below a noise of 1.
+
+    So it is, too, where next to all stand so far over the noise that rounding does not matter.
+    """
     wide = scaled if scaled.shape[0] <= scaled.shape[1] else scaled.mT
     for dtype, most in SQUARABLE.items():
         rounded = wide.to(dtype)
         values: Tensor = torch.linalg.eigvalsh(product(rounded, rounded.mT)).clamp(min=0).sqrt().flip(0)
-        if float(values[0]) < most:
+        least = float(values[min(len(values) - 1, int(FULL_SHARE * len(values)))])
+        is_full = least > max(SEEN[dtype] * float(values[0]), 2 * EDGE * sum(size**0.5 for size in wide.shape))
+        if is_full or float(values[0]) < most:
             return values.double()
     values = torch.linalg.svdvals(scaled)
     return values

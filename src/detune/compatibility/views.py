@@ -13,6 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+import torch
+from torch import Tensor
+
 from detune.checkpoints import Checkpoint, Excerpt, Part, TensorInfo, View, raw
 from detune.compatibility.names import TwoWays, align_names, bare
 from detune.compatibility.shared import LISTED, is_shared, some
@@ -27,6 +30,8 @@ SAME_ARCHITECTURE = 1 / 2
 VOCABULARY = ("embed", "wte", "lm_head", "decoder", "predictions")
 # What stacks `(experts, out, in)` or `(experts, in, out)` are called in transformers: kernels can have that shape too.
 STACK = re.compile(r"expert|(^|[._])moe[._]")
+# So many rows at the end are looked at for tokens that every model has added; if more differ, they were trained.
+LOOKED_AT = (1, 32, 1024)
 # Models without which a vocabulary is not the base's: matrices cannot be split with fewer.
 ENOUGH = 3
 
@@ -128,8 +133,10 @@ def align(models: Sequence[Checkpoint], like: int | None = None) -> Alignment:
         found[i].parts.update(_tied(whole, found, fitting, i))
     pieces = {}
     for name, info in reference.items():
-        holders = [whole[i].tensors[found[i].parts[name].tensor] for i in fitting if name in found[i].parts]
-        pieces[name] = _cut(info, [holder.shape for holder in holders])
+        holders = [View(whole[i], {name: found[i].parts[name]}) for i in fitting if name in found[i].parts]
+        looked_at = not any(isinstance(models[i], Excerpt) for i in fitting)
+        own = _first_own_row(holders, name) if looked_at and _is_vocabulary(name) else None
+        pieces[name] = _cut(info, [holder.tensors[name].shape for holder in holders], own)
     fits = [_fit(whole[layout], model, each, pieces) for model, each in zip(whole, found, strict=True)]
     return Alignment(
         layout,
@@ -282,20 +289,46 @@ def _misfit(layout: Checkpoint, model: Checkpoint, found: _Found) -> InputError:
     )
 
 
-def _cut(info: TensorInfo, shapes: Sequence[Sequence[int]]) -> dict[str, Part]:
+def _first_own_row(holders: Sequence[View], name: str) -> int | None:
+    """The row from which on each model has its own, of those that all have; None where there are none such, or many.
+
+    Tokens that every model has added by itself are no rows of the base's, and need not be looked at with the others.
+    """
+    rows = min((holder.tensors[name].shape[0] for holder in holders), default=0)
+    alike = {(holder.tensors[name].shape[1:], holder.tensors[name].dtype) for holder in holders}
+    if len(holders) < 2 or len(alike) != 1 or len(holders[0].tensors[name].shape) != 2:
+        return None
+    for count in LOOKED_AT:
+        start = max(0, rows - count)
+        shared = _equal_rows(holders, name, slice(start, rows)).nonzero()
+        if len(shared):
+            first = start + int(shared[-1]) + 1
+            return first if first < rows else None
+    return None
+
+
+def _equal_rows(holders: Sequence[View], name: str, rows: slice) -> Tensor:
+    """Which of some rows have the same bytes in all models, `(rows,)`, bool."""
+    first, *others = (holder.read_rows(name, [rows]).contiguous().view(torch.uint8).flatten(1) for holder in holders)
+    return torch.stack([first.eq(other).all(dim=1) for other in others]).all(dim=0)
+
+
+def _cut(info: TensorInfo, shapes: Sequence[Sequence[int]], own: int | None) -> dict[str, Part]:
     """The parts of a tensor of the layout, by name.
 
     Args:
         info: The tensor.
         shapes: Its shape in each model.
+        own: The row from which on each has its own; None where there is no such.
     """
     name = info.name
     if is_stack(name, info.shape):
         return {f"{name}[{k}]": Part(name, k, k + 1, alone=True) for k in range(info.shape[0])}
     fewer = sorted({shape[0] for shape in shapes if shape and shape[0] < info.shape[0] and shape[1:] == info.shape[1:]})
-    if not fewer:
+    starts = sorted({*fewer, own or 0} - {0})
+    if not starts:
         return {name: Part(name)}
-    cuts = (0, *fewer, info.shape[0])
+    cuts = (0, *starts, info.shape[0])
     return {f"{name}[{start}:{stop}]": Part(name, start, stop) for start, stop in pairwise(cuts)}
 
 
