@@ -356,7 +356,7 @@ class AuditReport(_Record):
         Args:
             closeness: What counts. "exact": a tensor comes back to the last bit. "floor": so it does, or as closely as
                 the releases were rounded, or a recovered model does what the base does; all that has the level "error".
-            "approximate": a matrix comes back in part, too.
+                "approximate": a matrix comes back in part, too.
         """
         if closeness == "exact":
             outcomes = (outcome for entry in self.tensors for outcome in entry.outcomes if outcome.given_away)
