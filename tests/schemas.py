@@ -25,6 +25,7 @@ from detune.compatibility.check import FamilyCheck
 from detune.defences.release import Defended
 from detune.packing.packer import PackReport
 from detune.packing.unpacker import UnpackReport
+from detune.plan import Plan
 from detune.recovery.compare import Comparison
 from detune.recovery.report import Report
 
@@ -206,6 +207,7 @@ OUTPUTS = {
     "pack": Output(PackReport, {"ratio": float, "zstd_ratio": float}),
     "unpack": Output(UnpackReport),
     "push": Output(Pushed),
+    "plan": Output(Plan, {"seconds": float}),
     "audit": Output(AuditReport),
     "defend": Output(Defended, {"settings": dict[str, JsonValue]}),
     "demo": Output(Demonstration),

@@ -32,6 +32,7 @@ LAYERS = (
     {"adapters"},
     {"recovery"},
     {"packing"},
+    {"plan"},
     {"__init__"},
     {"attacks", "defences"},
     {"demo"},

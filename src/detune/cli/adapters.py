@@ -1,11 +1,21 @@
 """The commands that need a known base: `extract`, `pack` and `unpack`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 import detune
-from detune.cli.options import card_option, device_of, device_option, json_option, models_argument, rank_option
+from detune.cli.loading import load_torch
+from detune.cli.options import (
+    card_option,
+    device_of,
+    device_option,
+    dry_run_option,
+    json_option,
+    models_argument,
+    rank_option,
+)
 from detune.cli.publish import publishing, push_options
 from detune.cli.recovery import progress
 from detune.cli.terminal import say_json
@@ -19,6 +29,7 @@ from detune.cli.terminal import say_json
 @device_option
 @card_option
 @push_options
+@dry_run_option
 @json_option
 def extract(
     models: tuple[str, ...],
@@ -29,16 +40,22 @@ def extract(
     card: bool,
     repository: str | None,
     public: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Write the LoRA of each merged model as a PEFT adapter of BASE, OUT/MODEL."""
-    from detune.cli.tables import show_extraction
+    from detune.cli.tables import show_extraction, show_plan
 
+    load_torch()
+    options: Any = {"base": base, "rank": rank, "device": device_of(device), "card": card}
+    if dry_run:
+        from detune.plan import plan_extraction
+
+        show_plan(plan_extraction(models, out, **options), as_json)
+        return
     with publishing(out, repository, public, quiet=as_json):
         with progress(quiet=as_json) as on_tensor:
-            extraction = detune.extract(
-                models, out, base=base, rank=rank, device=device_of(device), card=card, on_tensor=on_tensor
-            )
+            extraction = detune.extract(models, out, on_tensor=on_tensor, **options)
         say_json(extraction.to_json()) if as_json else show_extraction(extraction, out)
 
 
@@ -48,16 +65,32 @@ def extract(
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to make.")
 @rank_option
 @device_option
+@dry_run_option
 @json_option
-def pack(models: tuple[str, ...], base: str | None, out: Path, rank: int | None, device: str, as_json: bool) -> None:
+def pack(
+    models: tuple[str, ...],
+    base: str | None,
+    out: Path,
+    rank: int | None,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Pack merged models into one base, their adapters and what rounding left over, without losing a bit.
 
     The pack is unpacked in memory and every hash checked before it appears. The models stay as they are.
     """
-    from detune.cli.tables import show_pack
+    from detune.cli.tables import show_pack, show_plan
 
+    load_torch()
+    options: Any = {"base": base, "rank": rank, "device": device_of(device)}
+    if dry_run:
+        from detune.plan import plan_pack
+
+        show_plan(plan_pack(models, out, **options), as_json)
+        return
     with progress(quiet=as_json) as on_tensor:
-        report = detune.pack(models, out, base=base, rank=rank, device=device_of(device), on_tensor=on_tensor)
+        report = detune.pack(models, out, on_tensor=on_tensor, **options)
     say_json(report.to_json()) if as_json else show_pack(report)
 
 

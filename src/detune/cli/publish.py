@@ -9,7 +9,7 @@ import click
 
 import detune
 from detune.cli.loading import load_torch
-from detune.cli.options import json_option
+from detune.cli.options import dry_run_option, json_option
 from detune.cli.terminal import clients_bars, say, say_json
 
 if TYPE_CHECKING:
@@ -31,13 +31,20 @@ def push_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("repository", metavar="REPO")
 @public_option
 @click.option("--message", help="Of the commit.")
+@dry_run_option
 @json_option
-def push(directory: Path, repository: str, public: bool, message: str | None, as_json: bool) -> None:
+def push(directory: Path, repository: str, public: bool, message: str | None, dry_run: bool, as_json: bool) -> None:
     """Publish what recover or extract made in DIR on the Hub, as the private repository REPO, org/name.
 
     Any model or PEFT adapter will do. Its card, detune.json and what a loader reads go along, and nothing else.
     """
     load_torch()
+    if dry_run:
+        from detune.cli.tables import show_plan
+        from detune.plan import plan_push
+
+        show_plan(plan_push(directory, repository, public=public), as_json)
+        return
     with clients_bars(quiet=as_json):
         pushed = detune.push(directory, repository, public=public, message=message)
     say_json(pushed.to_json()) if as_json else show_pushed(pushed)

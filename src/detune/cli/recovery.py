@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,6 +15,7 @@ from detune.cli.options import (
     card_option,
     device_of,
     device_option,
+    dry_run_option,
     dtype_of,
     dtype_option,
     json_option,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 @card_option
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if recover wrote it and nothing was added or changed.")
 @push_options
+@dry_run_option
 @execution_options
 @json_option
 def recover(
@@ -70,6 +72,7 @@ def recover(
     overwrite: bool,
     repository: str | None,
     public: bool,
+    dry_run: bool,
     workers: int | None,
     scheduler: str | None,
     slurm: int | None,
@@ -80,27 +83,29 @@ def recover(
     A run that is cut off is finished by the same command. --scheduler and --slurm need a file system that all machines
     share, and pip install 'detune[cluster]'.
     """
-    from detune.cli.tables import show_adapters, show_report
+    from detune.cli.tables import show_adapters, show_plan, show_report
 
+    load_torch()
+    options: Any = {
+        "rank": rank,
+        "device": device_at(device, elsewhere=bool(scheduler or slurm)),
+        "overwrite": overwrite,
+        "merge_dtype": merge_dtype_of(merge_dtype),
+        "like": like,
+        "adapters": adapters,
+        "dtype": dtype_of(dtype),
+        "mask": mask,
+        "check": check,
+        "card": card,
+    }
+    if dry_run:
+        from detune.plan import plan_recovery
+
+        show_plan(plan_recovery(models, out, method, **options), as_json)
+        return
     with publishing(out, repository, public, quiet=as_json):
         with executor_of(workers, scheduler, slurm, device) as executor, progress(quiet=as_json) as on_tensor:
-            report = detune.recover(
-                models,
-                out,
-                method,
-                rank=rank,
-                device=device_at(device, elsewhere=bool(scheduler or slurm)),
-                overwrite=overwrite,
-                merge_dtype=merge_dtype_of(merge_dtype),
-                like=like,
-                adapters=adapters,
-                dtype=dtype_of(dtype),
-                mask=mask,
-                check=check,
-                card=card,
-                on_tensor=on_tensor,
-                executor=executor,
-            )
+            report = detune.recover(models, out, method, on_tensor=on_tensor, executor=executor, **options)
         say_json(report.to_json()) if as_json else show_report(report, out)
         if report.adapters is not None and adapters is not None and not as_json:
             show_adapters(report.adapters, adapters)

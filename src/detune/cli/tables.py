@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column
 
 from detune.adapters.summary import adapter_sentence, adapter_table
-from detune.cli.terminal import say, show_table
+from detune.cli.terminal import duration, say, say_json, show_table
 from detune.compatibility.kinds import by_kind, pattern_of, spans
 from detune.compatibility.reading import Reading
 from detune.recovery.report import Report
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from detune.bench.results import CellResult
     from detune.compatibility.check import FamilyCheck
     from detune.packing import PackReport, UnpackReport
+    from detune.plan import Plan
     from detune.recovery.compare import Comparison
 
 
@@ -143,6 +144,35 @@ def show_unpack(report: "UnpackReport", out: Path) -> None:
         f"restored {len(report.models)} models, {report.files} files, {report.size_bytes / 1e6:.1f} MB, below {out} in "
         f"{report.seconds:.1f} s: every file has the hash that it was packed with",
     )
+
+
+def show_plan(plan: "Plan", as_json: bool) -> None:
+    """Print what a command would do."""
+    if as_json:
+        say_json(plan.to_json())
+        return
+    lines = [
+        (
+            read.spec,
+            str(read.files),
+            str(read.tensors),
+            f"{read.size_bytes / 1e6:.1f}",
+            f"{read.download_bytes / 1e6:.1f}" if read.download_bytes else "",
+            f"left out: {read.left_out}" if read.left_out else "",
+        )
+        for read in plan.reads
+    ]
+    if lines:
+        show_table(("would read", "files", "tensors", "MB", "MB to download", ""), lines)
+        say(f"{plan.changed} tensors to compute, {plan.copied} to copy, by the rows that were looked at")
+    for made in plan.writes:
+        size = f"{made.how_sure} {made.size_bytes / 1e6:.1f} MB"
+        say(f"would write {made.what} {made.path}: {made.files} file{'s' * (made.files != 1)}, {size}")
+    if plan.free_bytes is not None:
+        say(f"{plan.free_bytes / 1e6:.1f} MB are free there")
+    say(f"about {duration(plan.seconds)}, to a factor of two or so; nothing was written")
+    for part in plan.time:
+        say(f"  {part.what} {duration(part.seconds)}: {part.source}")
 
 
 def show_tables(results: "Sequence[CellResult]") -> None:

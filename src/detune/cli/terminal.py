@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, Task
     from rich.table import Column
 
-__all__ = ["Formatter", "clients_bars", "progress_bar", "say", "say_json", "show_table", "status"]
+__all__ = ["Formatter", "clients_bars", "duration", "progress_bar", "say", "say_json", "show_table", "status"]
 
 
 def say(text: str = "", *, err: bool = False, bold: bool = False) -> None:
@@ -48,6 +48,20 @@ def show_table(columns: "Sequence[str | Column]", rows: Iterable[Sequence[str]],
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     Console(markup=False, highlight=False, emoji=False).print(table)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    Example:
+        >>> [duration(seconds) for seconds in (0.2, 42, 150, 7300, 200_000)]
+        ['0.2 s', '42 s', '2.5 min', '2 h 2 min', '55 h 33 min']
+    """
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.2g} min"
+    return f"{int(seconds // 3600)} h {round(seconds % 3600 / 60)} min"
 
 
 @contextmanager

@@ -72,8 +72,8 @@ def recover_matrix(
     """
     solver = make_solver(method)
     prepared = Stack.of(stack, dtype, device)
-    _check_count(solver, prepared.n)
-    _check_rank(rank)
+    require_enough(solver, prepared.n)
+    check_rank(rank)
     if min(prepared.shape) == 1 and not isinstance(solver, Mean | Single):
         raise NotRecoverable(
             f"a {prepared.shape[0]}x{prepared.shape[1]} matrix is a vector", "it cannot be low-rank", "use mean"
@@ -147,18 +147,18 @@ def recover(
     """
     started = time.perf_counter()
     solver = make_solver(method)
-    _check_rank(rank)
+    check_rank(rank)
     if not models:
-        _check_count(solver, 0)
+        require_enough(solver, 0)
     with ExitStack() as opened:
         given = opened.enter_context(Models(models, merge_dtype, like=like))
         if not given.has_base:
-            _check_count(solver, len(models))
+            require_enough(solver, len(models))
         target = Target(resolved(out), overwrite, tuple(given.paths))
         results = Results(target, _resolved(adapters), _resolved(mask))
         results.check()
         hashes = opened.enter_context(hashing(given.models, merge_dtype, executor))
-        selection = _select(given, solver)
+        selection = select_models(given, solver)
         layout = None if like is None else given.reference
         family = opened.enter_context(ModelSet([given.models[i] for i in selection.members], like=layout))
         job = Job(
@@ -231,7 +231,7 @@ def make_solver(method: str | Solver) -> Solver:
     return SOLVERS[method]()
 
 
-def _select(given: Models, solver: Solver) -> Selection:
+def select_models(given: Models, solver: Solver) -> Selection:
     """The models that share a base; all, where the method asks for no low ranks to tell."""
     if len(given.models) < 2 or not solver.low_rank:
         return Selection(tuple(range(len(given.models))))
@@ -253,7 +253,12 @@ def _refuse_if_hopeless(rows: Sequence[TensorResult], n: int) -> None:
         )
 
 
-def _check_count(solver: Solver, n: int) -> None:
+def require_enough(solver: Solver, n: int) -> None:
+    """Refuse fewer models than a method needs.
+
+    Raises:
+        InputError: They are too few.
+    """
     if n >= solver.min_models:
         return
     name = type(solver).__name__.lower()
@@ -266,6 +271,11 @@ def _check_count(solver: Solver, n: int) -> None:
     raise InputError(f"{n} model{'s' * (n != 1)} given, {name} needs at least {solver.min_models}", "add a model")
 
 
-def _check_rank(rank: int | None) -> None:
+def check_rank(rank: int | None) -> None:
+    """Refuse a rank that is none.
+
+    Raises:
+        InputError: It is not positive.
+    """
     if rank is not None and rank < 1:
         raise InputError(f"rank {rank}: expected a positive number, or none to find it")

@@ -54,10 +54,13 @@ class Results:
     adapters: Path | None
     mask: Path | None
 
-    def check(self) -> None:
+    def check(self, *, clean: bool = True) -> None:
         """Refuse what could not be written in the end, before anything is computed; clean up after runs that died.
 
         What such a run has put in its place is let pass: whether it was the same command is not known yet.
+
+        Args:
+            clean: Whether to remove what such runs have left; otherwise nothing on the disk changes.
 
         Raises:
             OutputError: There is something in the place of a result.
@@ -66,10 +69,11 @@ class Results:
         for one, other in permutations(places, 2):
             if one.is_relative_to(other):
                 raise OutputError(f"{one} lies inside {other}", "each result needs its own place", "choose another")
-        remove_spent(self.target.out)
-        for path in (self.adapters, self.mask):
-            if path is not None:
-                remove_abandoned(path)
+        if clean:
+            remove_spent(self.target.out)
+            for path in (self.adapters, self.mask):
+                if path is not None:
+                    remove_abandoned(path)
         known = known_results(self.target.out)
         if not _is_known(self._mark, known):
             self.target.check(self.target.out)
