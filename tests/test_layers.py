@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "detune"
 # From low to high. Packages and modules of one row do not know each other.
 LAYERS = (
     {"errors"},
-    {"_runtime", "documents", "markdown"},
+    {"_runtime", "documents", "files", "markdown"},
     {"numerics", "checkpoints", "metrics", "symmetries"},
     {"problem"},
     {"fitting"},

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from detune import files
 from detune.audit import behaviour
-from detune.checkpoints import entries, layout, module_patterns, pickles, safetensors_file, side_files, torch_archive
+from detune.checkpoints import entries, module_patterns, pickles, safetensors_file, side_files, torch_archive
 from detune.checkpoints.pretrained import MOST
 from detune.packing import archive, unpacker
 
@@ -23,7 +24,7 @@ ROWS = dict(
     ("what", "stated"),
     [
         ("header of a safetensors file", f"{safetensors_file.MAX_HEADER_BYTES // MIB} MiB"),
-        ("index of shards, adapter configuration", f"{layout.MAX_JSON_BYTES // MIB} MiB"),
+        ("index of shards, configuration of a model or an adapter", f"{files.MAX_JSON_BYTES // MIB} MiB"),
         (
             "pickle in an archive",
             f"{torch_archive.MAX_PICKLE_BYTES // MIB} MiB, {pickles.MAX_OPERATIONS:,} operations",

@@ -37,8 +37,8 @@ def test_entries_cannot_write_the_page(tmp_path: Path, name: str) -> None:
     assert [token.content for token in tokens if token.type == "html_block"] == [BEGIN + "\n"]
     kinds = {child.type for token in tokens for child in token.children or ()}
     assert kinds <= {"text", "text_special", "link_open", "link_close", "strong_open", "strong_close"}
-    rows = [line.replace("\\|", "").count("|") for line in ours.splitlines() if line.startswith("|")]
-    assert set(rows) == {11}
+    for rows in (part.splitlines() for part in ours.split("\n\n") if part.startswith("|")):
+        assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
 
 
 def a_result() -> dict[str, Any]:

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from detune.checkpoints import open_checkpoint, open_lora
-from detune.checkpoints.layout import MAX_JSON_BYTES
 from detune.errors import InputError
+from detune.files import MAX_JSON_BYTES
 from tests.checkpoints.loras import Mixed, train
 
 NOT_REGULAR = "is no regular file; expected bytes on a disk; remove it from the model"

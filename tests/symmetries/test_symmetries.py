@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -62,6 +63,12 @@ def test_no_config(tmp_path):
 def test_a_damaged_config(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"cannot read .*config\.json"):
+        read_layers(tmp_path, {})
+
+
+def test_a_config_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputError, match=r"config\.json is no regular file"):
         read_layers(tmp_path, {})
 
 

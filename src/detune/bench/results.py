@@ -27,8 +27,9 @@ from torch import Tensor
 import detune
 from detune._runtime import versions
 from detune.bench.behaviour import Metric
-from detune.checkpoints import read_regular, reported
+from detune.checkpoints import reported
 from detune.errors import InputError, OutputError
+from detune.files import read_regular
 
 __all__ = ["EXACT_W_ERROR", "Cell", "CellResult", "Environment", "LayerResult", "ResultStore"]
 

@@ -5,7 +5,7 @@ This layer knows files only. Nothing here computes with weights, except for the 
 
 from detune.checkpoints.adapters import MergedCheckpoint
 from detune.checkpoints.atomic import check_new, new_directory, new_file, resolved
-from detune.checkpoints.blocks import read_regular, round_to
+from detune.checkpoints.blocks import round_to
 from detune.checkpoints.disk import reported
 from detune.checkpoints.excerpt import Excerpt
 from detune.checkpoints.hub import is_on_hub
@@ -75,7 +75,6 @@ __all__ = [
     "peft_layer",
     "push",
     "raw",
-    "read_regular",
     "remove_abandoned",
     "remove_spent",
     "reported",

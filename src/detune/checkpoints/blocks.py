@@ -7,15 +7,14 @@ ours for as long as the system likes, and the memory a recovery needs could not 
 import ctypes
 import hashlib
 import os
-import stat
-from io import BufferedReader
 from pathlib import Path
 
 import torch
 
 from detune.errors import InputError, parsing
+from detune.files import open_regular
 
-__all__ = ["copy_block", "file_hash", "memory_of", "new_block", "open_regular", "read_into", "read_regular", "round_to"]
+__all__ = ["copy_block", "file_hash", "memory_of", "new_block", "read_into", "round_to"]
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
@@ -58,39 +57,6 @@ def copy_block(tensor: torch.Tensor, start: int, stop: int, out: memoryview | No
     block = new_block(stop - start, out)
     block[:] = memory_of(tensor)[start:stop]
     return block
-
-
-def open_regular(path: Path) -> BufferedReader:
-    """Open a file of a model for reading.
-
-    Raises:
-        InputError: It is a pipe, a device or a socket, which can keep a reader waiting or never end.
-        OSError: It cannot be opened.
-    """
-    # Without waiting for the other end of a pipe; and what was opened is asked, not what is there now.
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return file
-    file.close()
-    raise InputError(f"{path} is no regular file", "expected bytes on a disk", "remove it from the model")
-
-
-def read_regular(path: Path, most_bytes: int) -> bytes:
-    """Read a small file that anybody may have written.
-
-    Args:
-        path: The file.
-        most_bytes: Its largest sensible size.
-
-    Raises:
-        InputError: It is no regular file, or larger.
-        OSError: It cannot be read.
-    """
-    with open_regular(path) as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise InputError(f"{path} is too large", f"expected at most {most_bytes} bytes", "do not trust its source")
-    return content
 
 
 def file_hash(path: Path) -> str:

@@ -5,12 +5,12 @@ Every format ends in the same table of `Entry`, so that everything after this mo
 
 from pathlib import Path, PurePosixPath
 
-from detune.checkpoints.blocks import open_regular
 from detune.checkpoints.entries import Header
 from detune.checkpoints.gguf_header import GGUF_SUFFIX, read_gguf
 from detune.checkpoints.safetensors_file import read_safetensors
 from detune.checkpoints.torch_archive import read_torch_archive
 from detune.errors import parsing
+from detune.files import open_regular
 
 __all__ = ["PICKLE_SUFFIXES", "read_header", "safetensors_name"]
 

@@ -6,15 +6,12 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from detune.checkpoints.blocks import read_regular
 from detune.checkpoints.entries import is_text
 from detune.checkpoints.paths import is_plain_path
 from detune.errors import InputError, parsing
+from detune.files import MAX_JSON_BYTES, read_regular
 
 __all__ = ["component_dirs", "is_index", "pick_weights", "read_json", "weight_map"]
-
-# The index of some 300,000 tensors.
-MAX_JSON_BYTES = 32 * 2**20
 
 # <stem>.<format> or <stem>.<variant>.<format>, and the same with .index for shards: model.safetensors,
 # model.fp16.safetensors, model.safetensors.index.json, model.safetensors.index.fp16.json

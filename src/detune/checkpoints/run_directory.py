@@ -31,11 +31,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from detune.checkpoints.blocks import file_hash, open_regular
+from detune.checkpoints.blocks import file_hash
 from detune.checkpoints.disk import discard, exchange, reported, sync, sync_tree
 from detune.checkpoints.mark import MARK
 from detune.checkpoints.staging import is_ours, locked, remove, siblings, taken
 from detune.errors import InputError, OutputError
+from detune.files import open_regular
 
 __all__ = ["RunDirectory", "claim", "known_results", "remove_spent"]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from detune.checkpoints.blocks import open_regular
 from detune.errors import InputError, parsing
+from detune.files import open_regular
 
 __all__ = [
     "CARD",

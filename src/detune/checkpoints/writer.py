@@ -6,7 +6,6 @@ it is given; `CheckpointWriter` makes a hidden one beside the target, and one re
 leaves nothing that could be mistaken for a model.
 """
 
-import json
 import logging
 import math
 import os
@@ -15,7 +14,6 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
 from types import TracebackType
@@ -27,13 +25,11 @@ from detune.checkpoints.atomic import new_directory, resolved
 from detune.checkpoints.blocks import memory_of, round_to
 from detune.checkpoints.data_file import DataFile, Read
 from detune.checkpoints.disk import discard, reported, sync
-from detune.checkpoints.entries import Entry
 from detune.checkpoints.headers import safetensors_name
-from detune.checkpoints.layout import read_json
+from detune.checkpoints.output_plan import OutputPlan
 from detune.checkpoints.paths import inside
-from detune.checkpoints.safetensors_file import encode_safetensors_header
 from detune.checkpoints.side_files import read_side_file
-from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
+from detune.checkpoints.source import Checkpoint
 from detune.checkpoints.target import Target
 from detune.checkpoints.view import Part, View
 from detune.errors import InputError, OutputError
@@ -45,14 +41,6 @@ logger = logging.getLogger(__name__)
 # Rounding takes several copies of what it rounds.
 _ROUNDED_BYTES = 16 * 2**20
 _READ_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The place of a tensor: its output file and the first byte there."""
-
-    file: str
-    offset: int
 
 
 class CheckpointFiles:
@@ -93,18 +81,13 @@ class CheckpointFiles:
         self._directory = directory
         self._shared = shared
         self._buffers: deque[mmap] = deque()
-        self._infos = {name: _stored(info, dtype) for name, info in like.tensors.items()}
-        self._headers: dict[str, bytes] = {}
-        self._sizes_bytes: dict[str, int] = {}
-        self._places: dict[str, _Place] = {}
-        for file in like.weight_files:
-            self._plan(file)
-        self.needed_bytes = sum(self._sizes_bytes.values())
+        self._plan = OutputPlan.like(like, dtype)
+        self.needed_bytes = sum(self._plan.sizes_bytes.values())
         self.side_files = tuple(path.as_posix() for path in like.side_files())
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that a part is stored in."""
-        return self._infos[self._view.parts[name].tensor].dtype
+        return self._plan.tensors[self._view.parts[name].tensor].dtype
 
     def as_stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Round a tensor to the dtype that it is stored in.
@@ -132,7 +115,7 @@ class CheckpointFiles:
         Raises:
             OutputError: The disk refuses.
         """
-        sizes = {self._directory / file: size_bytes for file, size_bytes in self._sizes_bytes.items()}
+        sizes = {self._directory / file: size_bytes for file, size_bytes in self._plan.sizes_bytes.items()}
         folders = {folder for path in sizes for folder in path.parents}
         with self._report_disk(""):
             # Folders come before what is in them.
@@ -140,7 +123,7 @@ class CheckpointFiles:
                 is_whole = path.is_file() and path.stat().st_size == sizes.get(path)
                 if path.is_symlink() or not (is_whole or (path.is_dir() and path in folders)):
                     discard(path)
-        for file, size_bytes in self._sizes_bytes.items():
+        for file, size_bytes in self._plan.sizes_bytes.items():
             path = inside(self._directory, file)
             if path.is_file():
                 continue
@@ -205,7 +188,7 @@ class CheckpointFiles:
         return self._put(name, info.nbytes, read)
 
     def _put(self, name: str, length: int, read: Read) -> int:
-        with self._opened(self._places[self._view.parts[name].tensor].file) as file:
+        with self._opened(self._plan.places[self._view.parts[name].tensor].file) as file:
             return file.write(self._offset(name), length, read)
 
     def checksum(self, name: str) -> int:
@@ -217,7 +200,7 @@ class CheckpointFiles:
         Raises:
             OutputError: It cannot be read.
         """
-        file, left = self._places[self._view.parts[name].tensor].file, self.stored_bytes([name])
+        file, left = self._plan.places[self._view.parts[name].tensor].file, self.stored_bytes([name])
         checksum = 0
         with self._report_disk(file), (self._directory / file).open("rb", buffering=0) as opened:
             opened.seek(self._offset(name))
@@ -229,9 +212,9 @@ class CheckpointFiles:
     def _offset(self, name: str) -> int:
         """The first byte of a part in its file."""
         part = self._view.parts[name]
-        info = self._infos[part.tensor]
+        info = self._plan.tensors[part.tensor]
         before = part.start * (info.nbytes // max(1, info.shape[0])) if part.start else 0
-        return self._places[part.tensor].offset + before
+        return self._plan.places[part.tensor].offset + before
 
     def stored_bytes(self, names: Iterable[str]) -> int:
         """The bytes that some parts take."""
@@ -243,7 +226,7 @@ class CheckpointFiles:
         Raises:
             OutputError: The disk refuses.
         """
-        for file in {self._places[self._view.parts[name].tensor].file for name in names}:
+        for file in {self._plan.places[self._view.parts[name].tensor].file for name in names}:
             with self._report_disk(file):
                 sync(self._directory / file)
 
@@ -256,12 +239,12 @@ class CheckpointFiles:
         Raises:
             OutputError: The disk refuses.
         """
-        for file, header in self._headers.items():
+        for file, header in self._plan.headers.items():
             # Not past the cache: readers look at it first, and it shares a page with the first tensor.
             with self._report_disk(file), inside(self._directory, file).open("r+b") as opened:
                 opened.write(header)
         with self._report_disk(""):
-            indices = {safetensors_name(file): self._index(file) for file in self._like.index_files}
+            indices = {safetensors_name(file): self._plan.index(self._like, file) for file in self._like.index_files}
         made = {**self._like.made_files(), **indices}
         small: dict[str, bytes | None] = {**dict.fromkeys(self.side_files), **made, **extra}
         for name, content in small.items():
@@ -269,49 +252,6 @@ class CheckpointFiles:
                 path = inside(self._directory, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(read_side_file(self._like.root, name) if content is None else content)
-
-    def _plan(self, file: WeightFile) -> None:
-        output = safetensors_name(file.file)
-        prefix = file.file[: file.file.rfind("/") + 1]
-        infos = [self._infos[name] for name in file.names]
-        metadata = dict(file.metadata)
-        as_it_was = file.header is not None and infos == [self._like.tensors[name] for name in file.names]
-        if not as_it_was:
-            # Largest elements first keeps every tensor aligned, as the safetensors library does.
-            infos.sort(key=lambda info: -info.dtype.itemsize)
-            metadata = metadata or {"format": "pt"}
-        entries = [Entry(info.name.removeprefix(prefix), info.dtype, info.shape, 0) for info in infos]
-        header = file.header if as_it_was and file.header else encode_safetensors_header(entries, metadata)
-        if output in self._headers:
-            raise OutputError(
-                f"two weight files of {self._like.spec} clash",
-                f"both would become {output}",
-                "rename one of them",
-            )
-        self._headers[output] = header
-        offset = len(header)
-        for info in infos:
-            self._places[info.name] = _Place(output, offset)
-            offset += info.nbytes
-        self._sizes_bytes[output] = offset
-
-    def _index(self, file: str) -> bytes:
-        path = self._like.root / file
-        unchanged = self._infos == dict(self._like.tensors) and all(
-            weight_file.header is not None for weight_file in self._like.weight_files
-        )
-        if unchanged and safetensors_name(file) == file:
-            return read_side_file(self._like.root, file)
-        content = read_json(path)
-        prefix = file[: file.rfind("/") + 1]
-        files = {prefix + shard for shard in content["weight_map"].values()}
-        within = [name.removeprefix(prefix) for name, info in self._like.tensors.items() if info.file in files]
-        # In the order of the index, but for names that it does not have.
-        names = list(dict.fromkeys([name for name in content["weight_map"] if name in set(within)] + within))
-        total_bytes = sum(self._infos[prefix + name].nbytes for name in names)
-        content["metadata"] = {**(content.get("metadata") or {}), "total_size": total_bytes}
-        content["weight_map"] = {name: self._places[prefix + name].file.removeprefix(prefix) for name in names}
-        return (json.dumps(content, indent=2) + "\n").encode()
 
     def _report_disk(self, file: str) -> AbstractContextManager[None]:
         return reported(self._directory / file, self.needed_bytes)
@@ -424,11 +364,3 @@ class CheckpointWriter:
             if name in self._written:
                 raise OutputError(f"tensor {name!r} was written twice", "expected once", "report this")
             self._written.add(name)
-
-
-def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    """A tensor as it will be stored."""
-    dtype = dtype or (torch.bfloat16 if info.quantised else info.dtype)
-    if not info.dtype.is_floating_point or info.dtype == dtype:
-        return info
-    return replace(info, dtype=dtype, nbytes=math.prod(info.shape) * dtype.itemsize)

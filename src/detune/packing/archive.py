@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from detune._runtime import needs_extra
-from detune.checkpoints.blocks import open_regular
 from detune.errors import InputError, parsing
+from detune.files import open_regular
 from detune.packing.layout import Compressor
 
 LEVEL = 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from detune.errors import InputError, parsing
+from detune.files import MAX_JSON_BYTES, read_regular
 from detune.symmetries import bert, llama, vit
 from detune.symmetries.action import Action, act
 from detune.symmetries.base import Attention, Describe, FeedForward, Layer, NormInto
@@ -82,7 +83,7 @@ def read_layers(directory: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[L
     """
     path = directory / "config.json"
     try:
-        config = dict(json.loads(path.read_bytes()))
+        config = dict(json.loads(read_regular(path, MAX_JSON_BYTES)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"cannot read {path}",

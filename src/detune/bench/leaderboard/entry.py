@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from detune.bench.leaderboard.attack_sets import ATTACK_SETS
 from detune.bench.results import EXACT_W_ERROR, Environment
-from detune.checkpoints import read_regular
 from detune.errors import InputError, OutputError
+from detune.files import read_regular
 
 __all__ = ["FORMAT", "Attacked", "Entry", "Making", "Utility", "file_name", "read_entries", "read_entry", "write_entry"]
 
