@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from detune._runtime import needs_extra
+from detune.adapters.denoise import denoise_change
 from detune.adapters.extract import require_base
 from detune.adapters.fit import fit_adapter
 from detune.checkpoints import (
@@ -229,6 +230,7 @@ def plan_extraction(
     *,
     base: str | Path,
     rank: int | None = None,
+    denoise: bool = False,
     device: torch.device | str | None = None,
     card: bool = True,
 ) -> Plan:
@@ -240,9 +242,9 @@ def plan_extraction(
     """
     check_new(resolved(out))
     with open_checkpoint(base, rows=ROWS_ON_HUB) as opened, ModelSet(models, rows=ROWS_ON_HUB, like=opened) as family:
-        require_base(family.reference, family.models)
+        require_base(family.reference, family.models, full=denoise)
         changed = _changed_from(family.reference, family)
-        fitted = _probe_fit(family.reference, family, changed, rank, device)
+        fitted = _probe_fit(family.reference, family, changed, rank, device, denoise=denoise)
         spent = [] if fitted is None else [fitted.spent("fitting adapters", family, changed, family.n)]
         found = max(() if fitted is None else fitted.ranks, default=0)
         writes = (_adapters(out, family, changed, rank or found, card),)
@@ -351,17 +353,35 @@ def _probe(family: ModelSet, names: Sequence[str], compute: Callable[[str], Sequ
 
 
 def _probe_fit(
-    base: Checkpoint, family: ModelSet, changed: Sequence[str], rank: int | None, device: torch.device | str | None
+    base: Checkpoint,
+    family: ModelSet,
+    changed: Sequence[str],
+    rank: int | None,
+    device: torch.device | str | None,
+    *,
+    denoise: bool = False,
 ) -> _Timed | None:
     """The time that one model's adapter takes in one tensor."""
-    return _probe(family, changed, lambda name: _fit(base.read(name), family.held(name).tensors[-1], rank, device))
+
+    def fit(name: str) -> Sequence[int]:
+        return _fit(base.read(name), family.held(name).tensors[-1], rank, device, denoise=denoise)
+
+    return _probe(family, changed, fit)
 
 
-def _fit(W: torch.Tensor, W_i: torch.Tensor, rank: int | None, device: torch.device | str | None) -> Sequence[int]:
+def _fit(
+    W: torch.Tensor,
+    W_i: torch.Tensor,
+    rank: int | None,
+    device: torch.device | str | None,
+    *,
+    denoise: bool = False,
+) -> Sequence[int]:
+    W, W_i = matricise(W), matricise(W_i)
     try:
-        return (fit_adapter(matricise(W), matricise(W_i), rank, device).rank,)
+        return (fit_adapter(W, W_i, rank, device).rank,)
     except NotLowRank:
-        return ()
+        return (denoise_change(W, W_i, rank, device).change.rank,) if denoise else ()
 
 
 def _cards(family: ModelSet) -> int:

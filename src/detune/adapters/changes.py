@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detune.adapters.denoise import denoise_change
 from detune.adapters.fit import fit_adapter
 from detune.checkpoints import (
     Checkpoint,
@@ -55,7 +56,7 @@ class AdapterRow:
         largest_ulps: The largest deviation of the others, in units in the last place of the model's entry.
             It is large in entries near zero, whose units are small.
         largest_deviation: The largest as a number.
-        reason: Why it was not kept as a LoRA; empty where it was.
+        reason: Why it was not kept as a LoRA, or which part of it was; empty where all of it was.
     """
 
     model: str
@@ -113,6 +114,7 @@ class ChangeFitter:
         base: What the adapters will be loaded onto.
         rank: The most that an adapter's rank can be; None finds it.
         device: Where to compute; None is the CPU.
+        denoise: Whether of a change at full rank the part is kept that stands over its noise, see `denoise_change`.
     """
 
     def __init__(
@@ -121,6 +123,8 @@ class ChangeFitter:
         base: str,
         rank: int | None = None,
         device: torch.device | str | None = None,
+        *,
+        denoise: bool = False,
     ) -> None:
         self._models = family.models
         self._specs = tuple(model.spec for model in family.models)
@@ -129,6 +133,7 @@ class ChangeFitter:
         self._base = base
         self._rank = rank
         self._device = device
+        self._denoise = denoise
 
     def fit(self, name: str, base: Tensor, held: Held) -> tuple[AdapterChange, ...]:
         """Find what one tensor becomes.
@@ -181,7 +186,7 @@ class ChangeFitter:
     def _change(self, i: int, name: str, base: Tensor, tensor: Tensor) -> AdapterChange:
         places = self._places.of(name)
         kind = places.takes_low_rank(name)
-        M_i = self._fit(i, name, base, tensor) if kind and tensor.is_floating_point() else None
+        fitted = self._fit(i, name, base, tensor) if kind and tensor.is_floating_point() else None
         as_base = AdapterRow(
             self._names[i],
             name,
@@ -191,7 +196,7 @@ class ChangeFitter:
             *_deviation(base, tensor),
             "PEFT has no place for it",
         )
-        if kind is None or M_i is None:
+        if kind is None or fitted is None:
             if not places.takes(name):
                 return AdapterChange(i, as_base)
             reason = "no low rank" if kind else "no matrix"
@@ -200,26 +205,31 @@ class ChangeFitter:
             return AdapterChange(
                 i, AdapterRow(self._names[i], name, as_base.shape, Kept.WHOLE, 0, *loaded, reason), as_base
             )
+        M_i, how = fitted
         if M_i.rank == 0:
-            return AdapterChange(i, replace(as_base, kept=Kept.NOISE, reason="storage noise alone"))
+            return AdapterChange(i, replace(as_base, kept=Kept.NOISE, reason=how or "storage noise alone"))
         layer = peft_layer(kind, M_i.left, M_i.right, as_base.shape)
         # What PEFT will make of it, from the very factors that will be written.
         merged = _deviation(layer.merged(base), tensor)
-        row = AdapterRow(self._names[i], name, as_base.shape, Kept.LORA, layer.rank, *merged)
+        row = AdapterRow(self._names[i], name, as_base.shape, Kept.LORA, layer.rank, *merged, how)
         return AdapterChange(i, row, layer=layer)
 
-    def _fit(self, i: int, name: str, base: Tensor, tensor: Tensor) -> LowRank | None:
-        """The change at low rank; None where factors would be no smaller than the tensor."""
+    def _fit(self, i: int, name: str, base: Tensor, tensor: Tensor) -> tuple[LowRank, str] | None:
+        """The change at low rank, and how it came to that; None where factors would be no smaller than the tensor."""
         W, W_i = matricise(base), matricise(tensor)
         if min(W.shape) == 1:
             return None
+        how = ""
         try:
             M_i = fit_adapter(W, W_i, self._rank, self._device)
         except NotLowRank:
-            return None
+            if not self._denoise:
+                return None
+            found = denoise_change(W, W_i, self._rank, self._device)
+            M_i, how = found.change, f"denoised: {found.kept:.0%} of the change stands over its noise"
         except NonFinite as error:
             raise damaged(name, (self._base, self._specs[i])[error.model]) from None
-        return M_i if M_i.rank * sum(W.shape) < W.numel() else None
+        return (M_i, how) if M_i.rank * sum(W.shape) < W.numel() else None
 
 
 def adapter_names(specs: Sequence[str]) -> tuple[str, ...]:

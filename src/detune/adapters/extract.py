@@ -29,6 +29,7 @@ from detune.checkpoints import (
 )
 from detune.checkpoints.cards import InputCard, read_card
 from detune.compatibility.groups import STRANGER, group_by_base, why_foreign
+from detune.compatibility.mismatch import Cause
 from detune.compatibility.model_set import ModelSet
 from detune.compatibility.shared import is_shared
 from detune.compatibility.views import Fit
@@ -88,6 +89,7 @@ def extract(
     *,
     base: str | Path,
     rank: int | None = None,
+    denoise: bool = False,
     device: torch.device | str | None = None,
     card: bool = True,
     on_tensor: Callable[[str, None], None] | None = None,
@@ -103,6 +105,8 @@ def extract(
         out: The directory to make.
         base: What they were fine-tuned from, or what `recover` made of them.
         rank: The most that an adapter's rank can be; None finds the rank of each.
+        denoise: Whether models may be fine-tuned in full: of each change at full rank the part is kept that stands over
+            its noise, by a hard threshold on its singular values. The merge is then near the model, and not it.
         device: Where to compute; None is the CPU.
         card: Whether to write README.md, one for all and one for each adapter, with metadata for the Hub.
         on_tensor: For progress: called with the name of each tensor when it is begun.
@@ -119,8 +123,8 @@ def extract(
         >>> PeftModel.from_pretrained(model, "adapters/ft-a")  # doctest: +SKIP
     """
     with open_checkpoint(base) as opened, ModelSet(models, like=opened) as family:
-        require_base(family.reference, family.models)
-        fitter = ChangeFitter(family, _reference(base), rank, device)
+        require_base(family.reference, family.models, full=denoise)
+        fitter = ChangeFitter(family, _reference(base), rank, device, denoise=denoise)
         base_card = read_card(opened) if card else None
         with extracting(family, out, base=_reference(base), card=card, base_card=base_card) as extractor:
             for name in family.names:
@@ -142,12 +146,13 @@ def extract(
     return extraction
 
 
-def require_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
+def require_base(base: Checkpoint, models: Sequence[Checkpoint], *, full: bool = False) -> None:
     """Refuse a base from which a model differs at full rank.
 
     Args:
         base: By the names of the models; it may have more tensors than they, or fewer.
         models: The models.
+        full: Whether models may be fine-tuned in full.
 
     Raises:
         InputError: It is not the base of a model.
@@ -159,6 +164,8 @@ def require_base(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
             continue
         foreign = found.foreign(1, (0,))
         resemblance = why_foreign(pair, 1, 0, foreign[len(foreign) // 2])
+        if full and resemblance.cause is Cause.FULL:
+            continue
         raise InputError(
             f"{base.spec} is not the base of {model.spec}",
             f"they differ at full rank in {len(foreign)} of {len(found.splits)} matrices, first {foreign[0]!r}",

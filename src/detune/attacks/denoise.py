@@ -8,7 +8,6 @@ the size. What stands over the bulk's edge are the adapters.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import ClassVar
@@ -21,6 +20,7 @@ from detune.fitting.ard import ARDFit, fit_ard
 from detune.fitting.differences import ring
 from detune.methods import Auto, Intersect, Mean
 from detune.numerics.linalg import orthonormal
+from detune.numerics.noise_spectrum import noise_singular_value
 from detune.problem import NotRecoverable, Stack
 
 # Differences whose noise is measured; one would do, were all noise alike.
@@ -107,7 +107,7 @@ def noise_size(difference: Tensor) -> float:
         difference: `(out, in)`, adapters of low rank and all.
     """
     values = torch.linalg.svdvals(difference)
-    return float(values.median()) / (_singular_value(0.5, *sorted(difference.shape)) * 2**0.5)
+    return float(values.median()) / (noise_singular_value(0.5, *sorted(difference.shape)) * 2**0.5)
 
 
 def is_white(difference: Tensor) -> bool:
@@ -121,22 +121,7 @@ def is_white(difference: Tensor) -> bool:
     """
     values = torch.linalg.svdvals(difference)
     middle, upper = (float(values.quantile(share)) for share in (0.5, 0.75))
-    expected = _singular_value(0.75, *sorted(difference.shape)) / _singular_value(0.5, *sorted(difference.shape))
+    expected = noise_singular_value(0.75, *sorted(difference.shape)) / noise_singular_value(
+        0.5, *sorted(difference.shape)
+    )
     return middle > 0 and abs(upper / middle / expected - 1) < UNEVEN
-
-
-@cache
-def _singular_value(share: float, short: int, long: int) -> float:
-    """The singular value below which so many are, of independent entries of variance one (Marchenko & Pastur).
-
-    The density of the squares over `long`, with `b = short / long`, is `sqrt((x_+ - x)(x - x_-)) / (2 pi b x)` between
-    `x_± = (1 ± sqrt b)^2`.
-    """
-    b = short / long
-    low, high = (1 - b**0.5) ** 2, (1 + b**0.5) ** 2
-    # Evenly spaced angles: their density has no pole where the law's has one.
-    angle = torch.linspace(0, torch.pi, 20001, dtype=torch.float64)
-    x = (low + high) / 2 - (high - low) / 2 * angle.cos()
-    density = angle.sin().square() / x.clamp(min=1e-12)
-    mass = density.cumsum(dim=0)
-    return float((x[int(torch.searchsorted(mass, share * mass[-1]))] * long).sqrt())

@@ -26,6 +26,7 @@ from detune.cli.terminal import say_json
 @click.option("--base", required=True, help="What they were fine-tuned from, or what recover made of them.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to make.")
 @rank_option
+@click.option("--denoise", is_flag=True, help="Of models fine-tuned in full, keep what stands over the change's noise.")
 @device_option
 @card_option
 @push_options
@@ -36,6 +37,7 @@ def extract(
     base: str,
     out: Path,
     rank: int | None,
+    denoise: bool,
     device: str,
     card: bool,
     repository: str | None,
@@ -47,7 +49,7 @@ def extract(
     from detune.cli.tables import show_extraction, show_plan
 
     load_torch()
-    options: Any = {"base": base, "rank": rank, "device": device_of(device), "card": card}
+    options: Any = {"base": base, "rank": rank, "denoise": denoise, "device": device_of(device), "card": card}
     if dry_run:
         from detune.plan import plan_extraction
 
