@@ -21,6 +21,7 @@ from detune.checkpoints import (
     find_places,
     own_name,
     peft_layer,
+    plain_name,
     raw,
 )
 from detune.compatibility.model_set import Held, ModelSet, damaged
@@ -240,7 +241,7 @@ def adapter_names(specs: Sequence[str]) -> tuple[str, ...]:
         ('final-1', 'final-2', 'model', 'one')
     """
     paths = [Path(spec if Path(spec).exists() else spec.partition("@")[0]) for spec in specs]
-    names = [path.resolve().name.removesuffix(".safetensors") for path in paths]
+    names = [plain_name(path.resolve().name.removesuffix(".safetensors")) for path in paths]
     given: list[str] = []
     for name in names:
         numbered = (f"{name}-{k}" for k in count(1))

@@ -6,12 +6,14 @@ level and a message, and lie in a tensor. Beside them stand the figures that the
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from detune.certificate.verdict import Verdict
 from detune.checkpoints import Places
+from detune.checkpoints.entries import is_text
+from detune.errors import printable
 from detune.recovery.report import w_error_range
 
 __all__ = [
@@ -47,6 +49,16 @@ AS_CLOSE = 0.301
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """Paths need be no text, and JSON is: bytes that are none stand as Python writes them."""
+        if isinstance(value, str):
+            return value if is_text(value) else printable(value)
+        if isinstance(value, dict):
+            return {cls._as_text(key): cls._as_text(each) for key, each in value.items()}
+        return type(value)(map(cls._as_text, value)) if type(value) in (list, tuple) else value
 
 
 class Tool(_Record):

@@ -15,7 +15,7 @@ from detune.checkpoints.mark import write_mark
 from detune.checkpoints.masks import pack_mask, write_masks
 from detune.checkpoints.modules import Kind, Place, find_places
 from detune.checkpoints.opening import absolute, open_checkpoint
-from detune.checkpoints.paths import inside
+from detune.checkpoints.paths import inside, plain_name
 from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, pack_layers, peft_layer, unpack_layers
 from detune.checkpoints.places import Places, from_out
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
@@ -73,6 +73,7 @@ __all__ = [
     "pack_layers",
     "pack_mask",
     "peft_layer",
+    "plain_name",
     "push",
     "raw",
     "remove_abandoned",

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from detune.checkpoints.hub import is_on_hub
+from detune.checkpoints.paths import plain_name
 from detune.checkpoints.places import Places
 from detune.checkpoints.side_files import CARD, MAX_CARD_BYTES, read_side_file
 from detune.checkpoints.source import Checkpoint
@@ -145,7 +146,7 @@ def kept_cards(cards: Sequence[InputCard], places: Places) -> dict[str, bytes]:
     """
     kept: dict[str, bytes] = {}
     for card in cards:
-        stem = re.sub(r"[^\w.-]+", "-", card.name.rpartition("/")[2]).strip(".-") or "model"
+        stem = plain_name(re.sub(r"[^\w.-]+", "-", card.name.rpartition("/")[2]).strip(".-") or "model")
         for text in card.texts:
             names = (f"README.{stem}{f'-{k}' * (k > 1)}.md" for k in range(1, len(cards) * len(card.texts) + 2))
             file = next(name for name in names if name not in kept)

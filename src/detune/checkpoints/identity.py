@@ -35,10 +35,10 @@ def identity(model: Checkpoint) -> str:
     """
     digest = hashlib.sha256()
     for name, info in model.tensors.items():
-        digest.update(f"{name}\0{info.shape}\0{info.dtype}\0{info.file}\n".encode())
+        digest.update(_bytes(f"{name}\0{info.shape}\0{info.dtype}\0{info.file}\n"))
     for path in model.paths:
         # The directory of a Hub snapshot has its commit for a name.
-        digest.update(path.resolve().name.encode())
+        digest.update(_bytes(path.resolve().name))
     for path in _files(model):
         try:
             _add_file(digest, path)
@@ -61,9 +61,14 @@ def _add_file(digest: "hashlib._Hash", path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         status = os.fstat(descriptor)
-        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(_bytes(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n"))
         step = max(status.st_size // _SAMPLES, _SAMPLE_BYTES)
         for start in range(0, status.st_size, step):
             digest.update(os.pread(descriptor, _SAMPLE_BYTES, start))
     finally:
         os.close(descriptor)
+
+
+def _bytes(text: str) -> bytes:
+    """Names of files may hold bytes that are no text."""
+    return text.encode(errors="surrogateescape")

@@ -7,7 +7,10 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from detune.errors import InputError
 
-__all__ = ["inside", "is_plain_path"]
+__all__ = ["inside", "is_plain_path", "plain_name"]
+
+# File systems take 255, and what is made of a name adds to it.
+_MOST_BYTES = 200
 
 
 def is_plain_path(path: str) -> bool:
@@ -19,6 +22,18 @@ def is_plain_path(path: str) -> bool:
     """
     names = path.split("/")
     return path.isprintable() and "\\" not in path and not {"", ".", ".."}.intersection(names)
+
+
+def plain_name(text: str) -> str:
+    r"""A text as the name of a file or directory: hyphens for what no name should hold, and not too long.
+
+    Example:
+        >>> plain_name("my model"), plain_name("a/b\\c\x1b[1m"), plain_name(".."), len(plain_name("x" * 300))
+        ('my model', 'a-b-c-[1m', '--', 200)
+    """
+    shown = "".join(each if each.isprintable() and each not in "/\\" else "-" for each in text)
+    shown = shown.encode()[:_MOST_BYTES].decode(errors="ignore") or "-"
+    return shown.replace(".", "-") if shown in (".", "..") else shown
 
 
 def inside(directory: Path, relative: str | PurePath) -> Path:

@@ -10,6 +10,7 @@ from typing import IO, Protocol
 from detune.checkpoints import Checkpoint, MergedCheckpoint
 from detune.checkpoints.entries import Entry
 from detune.checkpoints.headers import read_header
+from detune.checkpoints.paths import is_plain_path
 from detune.checkpoints.side_files import require_own
 from detune.errors import InputError
 from detune.packing.manifest import Span
@@ -57,7 +58,8 @@ def all_files(model: Checkpoint) -> tuple[str, ...]:
     """Every file of a model, weights or not, relative to its root.
 
     Raises:
-        InputError: It is merged on the fly, has a link to a directory or out of the model, or a pipe or device.
+        InputError: It is merged on the fly, has a link to a directory or out of the model, a pipe or device, or a
+            file whose name is not printable.
     """
     if isinstance(model, MergedCheckpoint):
         raise InputError(f"{model.spec} is no merged checkpoint", "it is merged on the fly", "pack base and adapter")
@@ -73,6 +75,13 @@ def all_files(model: Checkpoint) -> tuple[str, ...]:
                 "replace the link by what it points to, or leave it out",
             )
         found += [(Path(directory) / file).relative_to(model.root).as_posix() for file in files]
+    strange = next((file for file in found if not is_plain_path(file)), None)
+    if strange is not None:
+        raise InputError(
+            f"{model.spec} has a file that no pack can hold",
+            f"its name is {strange!r}, expected characters that are printed, and no backslash",
+            "rename it, or leave it out",
+        )
     # Weights may lie elsewhere: on a larger disk.
     for file in set(found) - {weights.file for weights in model.weight_files}:
         require_own(model.root, file)

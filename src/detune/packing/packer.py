@@ -19,7 +19,7 @@ from detune.checkpoints import Checkpoint, Decoded, Places, new_file, open_check
 from detune.compatibility.model_set import ModelSet
 from detune.compatibility.shared import is_shared
 from detune.documents import document, to_json
-from detune.errors import InputError
+from detune.errors import InputError, printable
 from detune.metrics import bit_identical
 from detune.packing.archive import MANIFEST, ArchiveReader, ArchiveWriter
 from detune.packing.codec import PREDICTABLE, encode_factors, encode_residual, encode_tensor
@@ -284,7 +284,7 @@ class _Packer:
         models = []
         for model, name, files, tensors in zip(self._models, names, self._files, self._tensors, strict=True):
             packed = tuple(self._add_file(model, file) for file in files)
-            models.append(PackedModel(name, places.within(model.spec), packed, tensors))
+            models.append(PackedModel(name, printable(places.within(model.spec)), packed, tensors))
         return Manifest(tuple(self._base_tensors), tuple(models))
 
     def _add_file(self, model: Checkpoint, file: str) -> PackedFile:
