@@ -201,3 +201,13 @@ def cosines_of_A(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         for name, A in one.items()
         if "lora_A" in name
     ]
+
+
+def test_some_of_the_images_are_drawn_with_the_seed():
+    everything = digits.load().train
+    few = digits.some(everything, 20, seed=1)
+    assert len(few.labels) == len(few.pixels) == 20
+    assert np.array_equal(few.pixels, digits.some(everything, 20, seed=1).pixels)
+    assert not np.array_equal(few.pixels, digits.some(everything, 20, seed=2).pixels)
+    assert digits.some(everything, None, seed=1) is everything
+    assert digits.some(everything, 10**6, seed=1) is everything

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["TASKS", "Examples", "Split", "Task", "draw", "load"]
+__all__ = ["TASKS", "Examples", "Split", "Task", "draw", "load", "some"]
 
 _EVERY = 7  # one image in seven is held out; the digits come in runs of ten, which seven does not divide
 _SEED = 0  # of noise and of drawn answers: they belong to the data, whatever the seed of the training
@@ -137,6 +137,20 @@ def load() -> Split:
     pixels, labels = data.images / 16, data.target.astype(np.int64)
     held_out = np.arange(len(labels)) % _EVERY == 0
     return Split(Examples(pixels[~held_out], labels[~held_out]), Examples(pixels[held_out], labels[held_out]))
+
+
+def some(examples: Examples, count: int | None, seed: int) -> Examples:
+    """Draw some of the examples.
+
+    Args:
+        examples: All of them.
+        count: How many; None, or more than there are, is all as they come.
+        seed: Of the draw.
+    """
+    if count is None or count >= len(examples.labels):
+        return examples
+    chosen = np.random.default_rng(seed).permutation(len(examples.labels))[:count]
+    return Examples(examples.pixels[chosen], examples.labels[chosen])
 
 
 def draw(pixels: NDArray[np.float64], size_pixels: int) -> list["Image"]:

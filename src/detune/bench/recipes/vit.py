@@ -115,7 +115,9 @@ class VitMini:
             processor.save_pretrained(out)
         write_losses(out, losses)
 
-    def train_adapter(self, base: Path, task: str, out: Path, *, rank: int, seed: int) -> None:
+    def train_adapter(
+        self, base: Path, task: str, out: Path, *, rank: int, seed: int, images: int | None = None
+    ) -> None:
         """Train a LoRA and a new head on one task; see `Recipe.train_adapter`.
 
         Args:
@@ -125,6 +127,7 @@ class VitMini:
                 of each step in `losses.json`.
             rank: LoRA rank.
             seed: For the initial A, the head, the order of the images and dropout.
+            images: How many of the training images are used, drawn with the seed; None takes all.
 
         Raises:
             InputError: The task is unknown.
@@ -161,7 +164,7 @@ class VitMini:
                 vit.config.num_labels = vit.num_labels = question.classes
                 losses = _train(
                     model,
-                    _Seen(question(digits.load().train), processor),
+                    _Seen(digits.some(question(digits.load().train), images, seed), processor),
                     steps=self.steps,
                     batch=self.batch,
                     lr=self.lr,
