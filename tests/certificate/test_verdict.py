@@ -1,5 +1,7 @@
 """Certificates say an error as a range of W-Error."""
 
+import math
+
 import pytest
 
 from detune.certificate.verdict import BAND, Certificate, Verdict
@@ -27,3 +29,29 @@ def test_an_error_that_may_be_none_has_no_lower_end():
     assert certificate.predicted_w_error is None
     assert certificate.best_w_error is None
     assert certificate.worst_w_error == pytest.approx(-9)
+
+
+def test_scales_with_the_weight():
+    certificate = Certificate.of_error(Verdict.APPROXIMATE, "why", PredictedError(1e-8, 0.0, 1e-6))
+    scaled = certificate.times_power_of_two(-600)
+    shift = 1200 * math.log10(2)
+    assert scaled.predicted_w_error == pytest.approx(-8 - shift)
+    assert scaled.best_w_error is None
+    assert scaled.worst_w_error == pytest.approx(-6 - shift)
+
+
+@pytest.mark.parametrize(
+    ("certificate", "verdict", "worst"),
+    [
+        (Certificate(Verdict.EXACT, "why"), Verdict.APPROXIMATE, -6.0),
+        (Certificate.of_error(Verdict.FLOOR, "why", 1e-16), Verdict.APPROXIMATE, -6.0),
+        (Certificate.of_error(Verdict.APPROXIMATE, "why", PredictedError(0.0, 0.0, 1e-6)), Verdict.APPROXIMATE, -5.7),
+        (Certificate(Verdict.NOT_DETERMINED, "why", 3), Verdict.NOT_DETERMINED, None),
+    ],
+)
+def test_one_more_doubt_adds_to_the_upper_end(certificate, verdict, worst):
+    doubted = certificate.but("and more", -6.0)
+    assert doubted.verdict is verdict
+    assert doubted.reason == "why; and more"
+    assert doubted.predicted_w_error == certificate.predicted_w_error
+    assert doubted.worst_w_error == (None if worst is None else pytest.approx(worst, abs=0.01))

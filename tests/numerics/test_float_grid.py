@@ -1,10 +1,12 @@
 """A grid's points are its dtype's bit patterns: neighbours are one apart, and casts round to the nearest."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from detune.numerics.float_grid import interval, lies_on, nearest, spacing
+from detune.numerics.float_grid import interval, lies_on, nearest, spacing, times_power_of_two
 from tests.cases import normal, seeded
 
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -118,3 +120,12 @@ def test_a_finer_grid_holds_the_coarser_of_its_exponents():
     assert lies_on(numbers, torch.float32)
     assert not lies_on(nearest(numbers * 1.001, torch.float16), torch.bfloat16)
     assert not lies_on(numbers * 2.0**-20, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_times_a_power_that_has_no_float(dtype):
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    values = torch.tensor([smallest, 3 * smallest], dtype=dtype)
+    exponent = -round(math.log2(smallest))
+    assert times_power_of_two(values, exponent).tolist() == [1, 3]
+    assert torch.equal(times_power_of_two(times_power_of_two(values, exponent), -exponent), values)

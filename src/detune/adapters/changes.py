@@ -26,7 +26,8 @@ from detune.checkpoints import (
 )
 from detune.compatibility.model_set import Held, ModelSet, damaged
 from detune.metrics import bit_identical, ulps
-from detune.problem import LowRank, NonFinite, NotLowRank
+from detune.problem import LowRank, NonFinite, NotLowRank, Stack
+from detune.problem.solving import wild_entries_of
 from detune.problem.stack import matricise
 
 
@@ -220,9 +221,9 @@ class ChangeFitter:
         W, W_i = matricise(base), matricise(tensor)
         if min(W.shape) == 1:
             return None
-        how = ""
         try:
             M_i = fit_adapter(W, W_i, self._rank, self._device)
+            how = wild_entries_of(Stack((W, W_i), torch.float64, W.device), ("the base", "the model"))
         except NotLowRank:
             if not self._denoise:
                 return None

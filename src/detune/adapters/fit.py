@@ -11,10 +11,11 @@ from torch import Tensor
 from detune.compatibility.low_rank_test import PRODUCT_ROUNDING
 from detune.fitting.differences import Difference, find_differences
 from detune.numerics.device import full_precision
-from detune.numerics.float_grid import interval
+from detune.numerics.float_grid import interval, times_power_of_two
 from detune.numerics.linalg import orthonormal, thin_svd
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import NotLowRank
+from detune.problem.solving import Prepared
 from detune.problem.stack import Stack
 
 # A singular value counts from this multiple of the noise's estimated norm. Less than where models are split from each
@@ -48,14 +49,36 @@ def fit_adapter(W: Tensor, W_i: Tensor, rank: int | None = None, device: torch.d
         NotLowRank: They differ at full rank.
         NonFinite: One holds NaN or Inf.
     """
-    stack = Stack.of([W, W_i], device=device)
+    prepared = Prepared.of(Stack.of([W, W_i], device=device))
+    exponent = prepared.scale.exponent
+
+    def split(part: Stack) -> tuple[LowRank, LowRank]:
+        return _nothing(part), _fit(part, exponent, rank)
+
+    return _fit(prepared.foretold(split).stack, exponent, rank).times_power_of_two(exponent)
+
+
+def _nothing(stack: Stack) -> LowRank:
+    return LowRank(stack.zeros(stack.shape[0], 0), stack.zeros(stack.shape[1], 0))
+
+
+def _fit(stack: Stack, exponent: int, rank: int | None) -> LowRank:
+    """The `M_i` of a stack of W and `W_i`.
+
+    Args:
+        stack: On its unit scale.
+        exponent: The matrices as stored are `2^exponent` times as large: small ones may have longer steps there.
+        rank: The most that `M_i` can have.
+    """
     difference = find_differences(stack, signal=SIGNAL).of(0, 1)
     if difference.full_rank:
         raise NotLowRank((difference.pair,), stack.shape)
     if not difference.rank:
-        return LowRank(stack.zeros(stack.shape[0], 0), stack.zeros(stack.shape[1], 0))
+        return _nothing(stack)
+    W, W_i = (times_power_of_two(matrix, exponent) if exponent else matrix for matrix in stack.matrices)
     base = W.to(stack.device, torch.float64)
-    low, high = (bound.sub_(base).to(stack.dtype) for bound in interval(W_i.to(stack.device)))
+    bounds = [bound.sub_(base) for bound in interval(W_i.to(stack.device))]
+    low, high = ((times_power_of_two(bound, -exponent) if exponent else bound).to(stack.dtype) for bound in bounds)
     start = _least_squares(low + (high - low) / 2, difference, W_i.dtype, rank)
     return _balanced(_into_intervals(start, low, high))
 

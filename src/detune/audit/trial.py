@@ -22,6 +22,7 @@ from detune.metrics import bit_identical
 from detune.metrics.w_error import squared_error
 from detune.numerics.float_grid import lies_on, name_of, spacing
 from detune.problem import Recovery, Solver, Stack
+from detune.problem.solving import solve
 from detune.problem.stack import matricise
 from detune.problem.storage_noise import storage_variance
 from detune.recovery.report import COPY, TensorResult
@@ -126,7 +127,8 @@ class Trial:
     def _average(self, name: str, held: Held, reason: str) -> RecoveredTensor:
         """The average, where the search for a grid is known to fail: it can take seconds to say so."""
         solver = Single() if len(held.tensors) == 1 else Mean()
-        found = solver.solve(Stack.of([matricise(tensor) for tensor in held.tensors], device=self.device))
+        stack = Stack.of([matricise(tensor) for tensor in held.tensors], device=self.device)
+        found = solver.solve(stack) if isinstance(solver, Single) else solve(solver, stack)
         result = result_of(name, held, Verdict.NOT_DETERMINED, found.method, reason)
         return RecoveredTensor(result, _stored(found.weight, held.tensors[0]))
 

@@ -23,6 +23,7 @@ from detune.methods.mixed_precision import finest_part
 from detune.numerics.float_grid import name_of, spacing
 from detune.problem.low_rank import SVDFactors
 from detune.problem.recovery import PredictedError, Recovery
+from detune.problem.solving import Prepared
 from detune.problem.stack import Stack
 from detune.problem.storage_noise import storage_energy
 
@@ -61,12 +62,29 @@ def certify(
     Returns:
         The certificate.
     """
-    structured = certify_structured(stack, recovery, stored, check, certify)
+    prepared, stored = Prepared.of(stack), stored or recovery.weight.dtype
+    unit, as_solved = prepared.as_solved(recovery)
+    scale, wild = prepared.scale, prepared.wild
+    found = _certify(unit, as_solved.with_plain_errors(), stored, check).times_power_of_two(scale.exponent)
+    if scale.fixed_step:
+        # Where the answer will be stored, no step is shorter than that of the smallest number.
+        step = torch.finfo(stored).tiny * torch.finfo(stored).eps
+        reason = "some entries are below the smallest normal number, and what storing makes of them is not known"
+        found = found.but(reason, 2 * math.log10(step) - math.log10(12))
+    if wild is not None and bool(wild.everywhere.any()):
+        reason = "what all models hold far above the typical size is known to its rounding at best"
+        found = found.but(reason, wild.log10_unknown - math.log10(recovery.weight.numel()))
+    return found
+
+
+def _certify(stack: Stack, recovery: Recovery, stored: torch.dtype | None, check: Solve | None) -> Certificate:
+    """Judge an answer as it was solved."""
+    structured = certify_structured(stack, recovery, stored, check, _certify)
     if structured is not None:
         return structured
     if recovery.source_models:
         part, of_part = finest_part(stack, recovery)
-        return certify(part, of_part, stored, check)
+        return _certify(part, of_part, stored, check)
     if recovery.method == "unchanged":
         return _of_unchanged(stack, recovery)
     if recovery.bits is not None:

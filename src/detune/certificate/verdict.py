@@ -1,7 +1,7 @@
 """Verdict and certificate of an answer."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -77,6 +77,28 @@ class Certificate:
             best = None if best is None else min(best, predicted - BAND)
             worst = max(predicted if worst is None else worst, predicted + BAND)
         return cls(verdict, reason, 0, predicted, best, worst, _log10(agreement))
+
+    def times_power_of_two(self, exponent: int) -> "Certificate":
+        """The certificate for a weight that is `2^exponent` times as large."""
+        if not exponent:
+            return self
+        by = 2 * exponent * math.log10(2)
+        names = ("predicted_w_error", "best_w_error", "worst_w_error", "agreement")
+        figures = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: value + by for name, value in figures.items() if value is not None})
+
+    def but(self, reason: str, log10_mse: float) -> "Certificate":
+        """The certificate with one more doubt, which may add to the mean squared error.
+
+        Args:
+            reason: Why.
+            log10_mse: What it may add at most.
+        """
+        if self.verdict not in (Verdict.EXACT, Verdict.FLOOR, Verdict.APPROXIMATE):
+            return replace(self, reason=f"{self.reason}; {reason}")
+        most = [log10_mse] if self.worst_w_error is None else [log10_mse, self.worst_w_error]
+        worst = max(most) + math.log10(sum(10 ** (each - max(most)) for each in most))
+        return replace(self, verdict=Verdict.APPROXIMATE, reason=f"{self.reason}; {reason}", worst_w_error=worst)
 
 
 def _log10(value: float) -> float | None:

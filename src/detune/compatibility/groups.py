@@ -180,9 +180,16 @@ def split_tensor(models: Sequence[Checkpoint], name: str) -> Groups:
 
 
 def why_foreign(models: Sequence[Checkpoint], model: int, member: int, name: str) -> Mismatch:
-    """How a model's tensor resembles that of a member of the family, all of it: rows may have changed places."""
+    """How a model's tensor resembles that of a member of the family, all of it: rows may have changed places.
+
+    Raises:
+        InputError: One of them holds NaN or Inf in it.
+    """
     stranger, reference = (matricise(models[i].read_whole(name)) for i in (model, member))
-    return find_mismatch(stranger, reference)
+    try:
+        return find_mismatch(stranger, reference)
+    except NonFinite as error:
+        raise damaged(name, models[(model, member)[error.model]].spec) from None
 
 
 def why_left_out(models: Sequence[Checkpoint], found: BaseGroups, model: int) -> str:

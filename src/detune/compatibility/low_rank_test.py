@@ -22,7 +22,8 @@ from torch import Tensor
 
 from detune.numerics.linalg import product
 from detune.numerics.random import seeded
-from detune.problem.stack import NonFinite
+from detune.problem.solving import told_by_others
+from detune.problem.stack import Stack
 from detune.problem.storage_noise import storage_variance
 
 # Smaller matrices are full after a few ranks and tell nothing.
@@ -97,9 +98,15 @@ def relate(first: Tensor, second: Tensor, seed: int = 0, noise: float = 0.0) -> 
     Raises:
         NonFinite: One holds NaN or Inf where it was looked at.
     """
+    pair = _seen((first, second), (0.0, noise))
+    return _relate_seen(pair.matrices, seed, math.hypot(*pair.noise_override))
+
+
+def _relate_seen(pair: Sequence[Tensor], seed: int, noise: float) -> Relation:
+    shape = pair[0].shape
     for size in (FIRST_SAMPLE, MIDDLE_SAMPLE, LAST_SAMPLE):
-        relation = _relate([sample(matrix, size, seed) for matrix in (first, second)], noise)
-        if relation.rank <= LARGE_PART * min(size, *first.shape) or max(first.shape) <= size:
+        relation = _relate([sample(matrix, size, seed) for matrix in pair], noise)
+        if relation.rank <= LARGE_PART * min(size, *shape) or max(shape) <= size:
             break
     return relation
 
@@ -121,16 +128,14 @@ def split(matrices: Sequence[Tensor], seed: int = 0, noise: Sequence[float | Non
     Raises:
         NonFinite: One holds NaN or Inf where it was looked at.
     """
-    for i, matrix in enumerate(matrices):
-        if not bool(torch.isfinite(sample(matrix, FIRST_SAMPLE, seed).double()).all()):
-            raise NonFinite(i)
+    seen = _seen(matrices, [each or 0.0 for each in noise])
+    matrices, told = seen.matrices, seen.noise_override or (0.0,) * seen.n
     groups: list[list[int]] = []
     # Versions with little storage noise first: a coarse one could hide what sets two fine ones apart.
     eps = [torch.finfo(rounded_to(sample(matrix, FIRST_SAMPLE, seed))).eps for matrix in matrices]
-    told = [each or 0.0 for each in noise] or [0.0] * len(matrices)
     for i in sorted(range(len(matrices)), key=lambda i: (told[i], eps[i])):
         related = [
-            (relate(matrices[group[0]], matrices[i], seed, math.hypot(told[group[0]], told[i])), group)
+            (_relate_seen((matrices[group[0]], matrices[i]), seed, math.hypot(told[group[0]], told[i])), group)
             for group in groups
         ]
         low = [pair for pair in related if pair[0].kind is not Kind.FULL_RANK]
@@ -139,6 +144,12 @@ def split(matrices: Sequence[Tensor], seed: int = 0, noise: Sequence[float | Non
         else:
             groups.append([i])
     return tuple(sorted((tuple(sorted(group)) for group in groups), key=lambda group: (-len(group), group)))
+
+
+def _seen(matrices: Sequence[Tensor], noise: Sequence[float]) -> Stack:
+    """The versions of a matrix as numbers of the order of one, none of them wild."""
+    told = tuple(noise) if any(noise) else ()
+    return told_by_others(Stack(tuple(matrices), torch.float64, matrices[0].device, told))
 
 
 def sample(matrix: Tensor, size: int, seed: int = 0) -> Tensor:
@@ -153,9 +164,6 @@ def sample(matrix: Tensor, size: int, seed: int = 0) -> Tensor:
 
 def _relate(samples: Sequence[Tensor], noise: float) -> Relation:
     first, second = (matrix.double() for matrix in samples)
-    for i, matrix in enumerate((first, second)):
-        if not bool(torch.isfinite(matrix).all()):
-            raise NonFinite(i)
     difference = second - first
     if not bool(difference.any()):
         return Relation(Kind.SAME)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from detune.compatibility.levels import to_nf4
 from detune.compatibility.low_rank_test import LAST_SAMPLE, sample
+from detune.problem.solving import told_by_others
+from detune.problem.stack import Stack
 
 # Above this cosine two matrices are versions of one: matrices of two bases have one of about `1 / sqrt(out in)`.
 CLOSE = 0.5
@@ -69,7 +71,12 @@ def find_mismatch(stranger: Tensor, member: Tensor) -> Mismatch:
 
     Returns:
         The resemblance. Permutations are told from 64 rows or columns.
+
+    Raises:
+        NonFinite: One holds NaN or Inf.
     """
+    seen = told_by_others(Stack((stranger, member), torch.float64, member.device))
+    stranger, member = seen.matrices
     one, other = (sample(matrix, LAST_SAMPLE).double() for matrix in (stranger, member))
     cosine = _cosine(one, other)
     relative = float((one - other).norm() / other.norm().clamp(min=torch.finfo(other.dtype).tiny))

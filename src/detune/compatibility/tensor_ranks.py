@@ -14,9 +14,11 @@ from detune.compatibility.model_set import damaged, noise_of
 from detune.compatibility.shared import is_shared
 from detune.fitting.differences import find_differences
 from detune.fitting.subspaces import check_conditions
+from detune.methods import Intersect
 from detune.methods.agreement import unchanged
 from detune.numerics.device import full_precision
 from detune.problem import NonFinite, NotLowRank, NotRecoverable, Stack
+from detune.problem.solving import Prepared, told_by_others
 from detune.problem.stack import matricise
 
 Known = TypeVar("Known")
@@ -166,8 +168,8 @@ def _find_ranks(models: Sequence[Checkpoint], name: str, device: torch.device | 
     stack = Stack.of([matricise(tensor) for tensor in tensors], device=device, noise=noise)
     try:
         if min(stack.shape) == 1:
-            return _vector(stack)
-        return _matrix(stack)
+            return _vector(told_by_others(stack))
+        return _matrix(Prepared.of(stack).foretold(lambda part: Intersect().solve(part).deltas).stack)
     except NonFinite as error:
         raise damaged(name, models[error.model].spec) from None
 
@@ -176,7 +178,6 @@ def _vector(stack: Stack) -> _Outcome:
     untouched = unchanged(stack) if stack.n >= ENOUGH else None
     if untouched is not None:
         return _Outcome((), True, untouched.reason)
-    stack.require_finite(torch.stack([W_i.double().sum() for W_i in stack.matrices]))
     return _Outcome((), False, "a vector cannot be low-rank: it can only be averaged")
 
 

@@ -27,6 +27,7 @@ from detune.fitting.gauss_newton import GaussNewton
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import find_spaces
 from detune.methods.auto import Auto
+from detune.numerics.float_grid import times_power_of_two
 from detune.numerics.linalg import orthonormal, thin_svd
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import NotRecoverable, Recovery
@@ -68,6 +69,11 @@ class Scaled(LowRank):
         """The matrix itself, `(out, in)`."""
         scaled = (self.weight + super().dense()) * (self.scale if self.columns else self.scale[:, None])
         return scaled - self.weight
+
+    def times_power_of_two(self, exponent: int) -> "Scaled":
+        """The matrix times `2^exponent`: so is the weight that it is relative to."""
+        M_i = super().times_power_of_two(exponent)
+        return replace(self, left=M_i.left, right=M_i.right, weight=times_power_of_two(self.weight, exponent))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ with Levenberg's damping; W Q and b_i are eliminated, row by row, so that n r un
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from detune.fitting.differences import find_differences
 from detune.fitting.least_squares import w_step
+from detune.numerics.float_grid import times_power_of_two
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
@@ -56,6 +57,11 @@ class Frozen(LowRank):
     c: Tensor
     A: Tensor
     B: Tensor
+
+    def times_power_of_two(self, exponent: int) -> "Frozen":
+        """The matrix times `2^exponent`, which b takes up."""
+        left, b = (times_power_of_two(factor, exponent) for factor in (self.left, self.b))
+        return replace(self, left=left, b=b)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,14 @@ def w_error(recovered: Tensor, truth: Tensor) -> float:
         Horwitz, Kahana & Hoshen 2024 (arXiv 2402.10208), Section 5.1.
     """
     error = squared_error(recovered, truth)
-    return math.log10(error) if error > 0 else -math.inf
+    if 0 < error < math.inf:
+        return math.log10(error)
+    # The squares of very small and very large numbers have no float.
+    difference = recovered.double() - truth.double()
+    largest = float(difference.abs().max()) if difference.numel() else 0.0
+    if not largest:
+        return -math.inf
+    return 2 * math.log10(largest) + math.log10(squared_error(difference / largest, torch.zeros_like(difference)))
 
 
 def bit_identical(recovered: Tensor, truth: Tensor) -> float:

@@ -84,3 +84,14 @@ def _binade(values: Tensor, dtype: torch.dtype) -> Tensor:
     magnitude = values.abs().clamp_(min=torch.finfo(dtype).tiny)
     # A float64 whose fraction is cut off; `frexp` does the same in ten times the time.
     return magnitude.view(torch.int64).bitwise_and_(EXPONENT).view(torch.float64)
+
+
+def times_power_of_two(values: Tensor, exponent: int) -> Tensor:
+    """`2^exponent x` in the dtype of x: exact for numbers that stay in its normal range, copied.
+
+    Args:
+        values: Any shape, a float dtype.
+        exponent: Of any size: in two steps, because the power itself may have no float.
+    """
+    half = exponent // 2
+    return values.mul(2.0**half).mul_(2.0 ** (exponent - half))

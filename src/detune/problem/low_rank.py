@@ -1,10 +1,11 @@
 """Low-rank matrices: by two factors, and by their singular value decomposition."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from detune.numerics.float_grid import times_power_of_two
 from detune.numerics.linalg import gram, product, qr
 
 __all__ = ["LowRank", "SVDFactors"]
@@ -42,6 +43,12 @@ class LowRank:
     def to(self, device: torch.device) -> "LowRank":
         """The same matrix on another device."""
         return LowRank(self.left.to(device), self.right.to(device))
+
+    def times_power_of_two(self, exponent: int) -> "LowRank":
+        """The matrix times `2^exponent`, which both factors share."""
+        half = exponent // 2
+        left, right = times_power_of_two(self.left, exponent - half), times_power_of_two(self.right, half)
+        return replace(self, left=left, right=right)
 
     @property
     def energy(self) -> float:

@@ -12,13 +12,15 @@ Notation, as in the paper (arXiv 2402.10208):
 | `s` | joint width, the sum of the ranks | |
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from detune.errors import DetuneError
+from detune.numerics.float_grid import times_power_of_two
 from detune.problem.low_rank import LowRank
 from detune.problem.stack import Stack
 
@@ -60,6 +62,10 @@ class PredictedError:
     mse: float
     least: float
     most: float
+
+    def times_power_of_two(self, exponent: int) -> "PredictedError":
+        """The error times `2^exponent`."""
+        return PredictedError(*(math.ldexp(mse, exponent) for mse in (self.mse, self.least, self.most)))
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,8 @@ class Recovery:
         hidden_mse: Where a model is taken, without proof, to have left the matrix alone: the most that the weight's
             mean squared error is if it did not.
         expected: The error of the weight by what the fit itself leaves open, where it is no fit of least squares.
+        mse_exponent: The mean squared errors here and in `bits` are to be multiplied by `2^mse_exponent`: what they are
+            then may have no float.
     """
 
     weight: Tensor
@@ -154,6 +162,33 @@ class Recovery:
     source_models: tuple[int, ...] = ()
     hidden_mse: float = 0.0
     expected: PredictedError | None = None
+    mse_exponent: int = 0
+
+    def times_power_of_two(self, exponent: int) -> "Recovery":
+        """The answer for models that are `2^exponent` times as large."""
+        if not exponent:
+            return self
+        return replace(
+            self,
+            weight=times_power_of_two(self.weight, exponent),
+            deltas=tuple(M_i.times_power_of_two(exponent) for M_i in self.deltas),
+            residuals=None,
+            mse_exponent=self.mse_exponent + 2 * exponent,
+        )
+
+    def with_plain_errors(self) -> "Recovery":
+        """The answer with mean squared errors that are the weight's."""
+        exponent = self.mse_exponent
+        if not exponent:
+            return self
+        return replace(
+            self,
+            bits=self.bits and replace(self.bits, expected=self.bits.expected.times_power_of_two(exponent)),
+            expected=self.expected and self.expected.times_power_of_two(exponent),
+            mse_reduction=math.ldexp(self.mse_reduction, exponent),
+            hidden_mse=math.ldexp(self.hidden_mse, exponent),
+            mse_exponent=0,
+        )
 
 
 def left_alone(stack: Stack, model: int, sign: str, hidden_mse: float = 0.0) -> Recovery:

@@ -198,19 +198,41 @@ class Stack:
         return torch.bfloat16
 
     @cached_property
+    def extremes(self) -> Tensor:
+        """The least and the largest entry of each model, `(n, 2)`, float64: a quick pass, in the stored dtypes.
+
+        Raises:
+            NonFinite: A model holds NaN or Inf.
+        """
+        ends = torch.stack([torch.stack(torch.aminmax(_comparable(W_i))).double().cpu() for W_i in self.matrices])
+        self.require_finite(ends)
+        return ends
+
+    @cached_property
+    def typical(self) -> Tensor:
+        """The size of a typical entry of each model, `(n,)`, float64: the median of some that are not zero.
+
+        The largest is taken where all of these are zero.
+
+        Raises:
+            NonFinite: A model holds NaN or Inf.
+        """
+        sizes = [_median_size(W_i) for W_i in self.matrices]
+        largest = self.extremes.abs().amax(dim=1).tolist()
+        return torch.tensor([size or most for size, most in zip(sizes, largest, strict=True)], dtype=torch.float64)
+
+    @cached_property
     def versions(self) -> tuple[tuple[int, ...], ...]:
         """Models that agree in every bit, by the first of each group.
 
         Raises:
             NonFinite: A model holds NaN or Inf.
         """
-        sums = torch.stack([W_i.sum(dtype=torch.float64) for W_i in self.matrices])
-        self.require_finite(sums)
+        ends = [tuple(pair) for pair in self.extremes.tolist()]
         groups: list[list[int]] = []
-        # Most differ in their sums, and need no closer look.
-        for i, total in enumerate(sums.tolist()):
-            alike = [group for group in groups if float(sums[group[0]]) == total]
-            same = next((group for group in alike if _same_bits(self.matrices[group[0]], self.matrices[i])), None)
+        for i, W_i in enumerate(self.matrices):
+            alike = [group for group in groups if ends[group[0]] == ends[i]]
+            same = next((group for group in alike if _same_bits(self.matrices[group[0]], W_i)), None)
             if same is None:
                 groups.append([i])
             else:
@@ -316,9 +338,26 @@ def matricise(tensor: Tensor) -> Tensor:
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(tensor.shape[0], -1)
 
 
+def _comparable(matrix: Tensor) -> Tensor:
+    """A matrix in a dtype that has an order: the eighths have none."""
+    return matrix if matrix.dtype.itemsize > 1 else matrix.float()
+
+
+def _median_size(matrix: Tensor) -> float:
+    """The median of the magnitudes of some entries, of those that are not zero; 0 where all are."""
+    sizes = sample_rows(sample_rows(matrix).mT).double().abs().flatten()
+    sizes = sizes[sizes > 0]
+    return float(sizes.median()) if len(sizes) else 0.0
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Bytes are compared: some float dtypes know no equality, and zeros have signs."""
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    # Most differ in the first row already.
+    return a.dtype == b.dtype and torch.equal(_bytes(a[:1]), _bytes(b[:1])) and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(matrix: Tensor) -> Tensor:
+    return matrix.contiguous().view(torch.uint8)
 
 
 def _compute_dtype(matrices: tuple[Tensor, ...]) -> torch.dtype:

@@ -20,6 +20,7 @@ from detune.errors import InputError
 from detune.methods import SOLVERS, Mean, Single
 from detune.numerics.device import full_precision
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
+from detune.problem.solving import solve
 from detune.recovery.execution import (
     Job,
     Processes,
@@ -78,7 +79,7 @@ def recover_matrix(
         raise NotRecoverable(
             f"a {prepared.shape[0]}x{prepared.shape[1]} matrix is a vector", "it cannot be low-rank", "use mean"
         )
-    return solver.solve(prepared, rank)
+    return solver.solve(prepared, rank) if isinstance(solver, Single) else solve(solver, prepared, rank)
 
 
 def recover(

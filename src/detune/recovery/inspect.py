@@ -20,6 +20,7 @@ from detune.errors import InputError
 from detune.fitting.differences import find_differences
 from detune.methods import Auto
 from detune.problem import NotLowRank, Stack
+from detune.problem.solving import told_by_others
 from detune.problem.stack import matricise
 from detune.recovery.loop import OnTensor, map_tensors
 from detune.recovery.report import InputRow, Report, TensorResult
@@ -113,11 +114,11 @@ def _look(name: str, held: Held, rank: int | None, device: torch.device | str | 
     if not all(tensor.is_floating_point() for tensor in held.tensors):
         return result_of(name, held, Verdict.NOT_DETERMINED, "none", "not floating point")
     stack = Stack.of([matricise(tensor) for tensor in held.tensors], device=device, noise=held.noise)
+    seen = told_by_others(stack)
     if min(stack.shape) == 1:
-        stack.require_finite(torch.stack([W_i.double().sum() for W_i in stack.matrices]))
         reason = "a vector cannot be low-rank: it can only be averaged"
         return result_of(name, held, Verdict.AVERAGED, "mean", reason)
-    difference = find_differences(stack, rank).of(0, 1)
+    difference = find_differences(seen, rank).of(0, 1)
     reason = f"the difference has rank {difference.rank}; a third model is needed to split it"
     if difference.full_rank:
         reason = str(NotLowRank((difference.pair,), stack.shape))

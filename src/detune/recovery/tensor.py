@@ -15,6 +15,7 @@ from detune.methods import Lattice, Mean, Single
 from detune.methods.agreement import unchanged
 from detune.numerics.float_grid import name_of
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
+from detune.problem.solving import Prepared, solve, wild_entries_of
 from detune.problem.stack import matricise
 from detune.recovery.report import TensorResult
 
@@ -74,7 +75,8 @@ def solve_tensor(
 def _solve(stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype, check: bool) -> RecoveredTensor:
     """Recover a matrix or a vector, from the models that agree on it."""
     if isinstance(solver, Mean | Single):
-        return _recovered(solver.solve(stack), Verdict.AVERAGED)
+        averaged = solver.solve(stack) if isinstance(solver, Single) else solve(solver, stack)
+        return _recovered(averaged, Verdict.AVERAGED)
     if min(stack.shape) == 1:
         return _solve_vector(stack, solver, stored)
     found = _solve_matrix(stack, solver, rank, stored, check)
@@ -111,22 +113,29 @@ def _solve_group(
 def _solve_matrix(stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype, check: bool) -> RecoveredTensor:
     """The solver's answer, and whether it explains the data."""
     try:
-        recovery = solver.solve(stack, rank)
+        recovery = solve(solver, stack, rank)
     except NotRecoverable as why:
-        return _recovered(Mean().solve(stack), Verdict.NOT_DETERMINED).but(reason=str(why))
+        reason = _joined(str(why), wild_entries_of(stack))
+        return _recovered(solve(Mean(), stack), Verdict.NOT_DETERMINED).but(reason=reason)
     return _certified(stack, recovery, stored, (lambda part: solver.solve(part, rank)) if check else None)
 
 
 def _solve_vector(stack: Stack, solver: Solver, stored: torch.dtype) -> RecoveredTensor:
     """A vector has no low rank: only models that did not change it give it away."""
+    prepared = Prepared.of(stack).foretold(lambda part: ())
     if stack.n >= 3:
-        untouched = unchanged(stack)
+        untouched = unchanged(prepared.stack)
     else:
-        untouched = solver.lattice.untouched(stack) if isinstance(solver, Lattice) else None
+        untouched = solver.lattice.untouched(prepared.stack) if isinstance(solver, Lattice) else None
     if untouched is not None:
-        return _certified(stack, untouched, stored)
-    averaged = _recovered(Mean().solve(stack), Verdict.AVERAGED)
-    return averaged.but(reason=f"a vector cannot be low-rank: the average of {stack.n} models")
+        return _certified(stack, prepared.restored(untouched), stored)
+    reason = f"a vector cannot be low-rank: the average of {stack.n} models"
+    return _recovered(solve(Mean(), stack), Verdict.AVERAGED).but(reason=_joined(reason, wild_entries_of(stack)))
+
+
+def _joined(*sentences: str) -> str:
+    """Sentences, of which some may be empty."""
+    return "; ".join(filter(None, sentences))
 
 
 def _certified(stack: Stack, recovery: Recovery, stored: torch.dtype, check: Solve | None = None) -> RecoveredTensor:
