@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -92,7 +92,8 @@ def extract(
     denoise: bool = False,
     device: torch.device | str | None = None,
     card: bool = True,
-    on_tensor: Callable[[str, None], None] | None = None,
+    on_start: Callable[[Mapping[str, int]], None] | None = None,
+    on_tensor: Callable[[str, tuple[AdapterRow, ...] | None], None] | None = None,
 ) -> Extraction:
     """Write the LoRA of each model as a PEFT adapter of the base, `out/MODEL`.
 
@@ -109,7 +110,8 @@ def extract(
             its noise, by a hard threshold on its singular values. The merge is then near the model, and not it.
         device: Where to compute; None is the CPU.
         card: Whether to write README.md, one for all and one for each adapter, with metadata for the Hub.
-        on_tensor: For progress: called with the name of each tensor when it is begun.
+        on_start: For progress: called once with the tensors, and what is read of each in bytes.
+        on_tensor: Called with a tensor's name and None when it is begun, and with what it became when it is done.
 
     Returns:
         A row for each tensor that a model changed, also written to `out/detune.json`.
@@ -127,13 +129,19 @@ def extract(
         fitter = ChangeFitter(family, _reference(base), rank, device, denoise=denoise)
         base_card = read_card(opened) if card else None
         with extracting(family, out, base=_reference(base), card=card, base_card=base_card) as extractor:
+            if on_start:
+                on_start({name: family.read_bytes(name) for name in family.names})
             for name in family.names:
                 if on_tensor:
                     on_tensor(name, None)
+                changes: tuple[AdapterChange, ...] = ()
                 holders = [family.models[i] for i in family.holders(name)]
                 if holders and not is_shared((family.reference, *holders), name):
-                    extractor.add(name, fitter.fit(name, family.reference.read(name), family.held(name)))
-                extractor.add(name, fitter.saved(name))
+                    changes = fitter.fit(name, family.reference.read(name), family.held(name))
+                changes += fitter.saved(name)
+                extractor.add(name, changes)
+                if on_tensor:
+                    on_tensor(name, tuple(change.row for change in changes))
             for i, fit in enumerate(family.alignment.fits[: family.n]):
                 extractor.leave_out(i, fit)
             extraction = extractor.finish()

@@ -14,10 +14,11 @@ from detune.cli.options import (
     dry_run_option,
     json_option,
     models_argument,
+    quiet_option,
     rank_option,
 )
+from detune.cli.progress import progress, say_longest
 from detune.cli.publish import publishing, push_options
-from detune.cli.recovery import progress
 from detune.cli.terminal import say_json
 
 
@@ -31,6 +32,7 @@ from detune.cli.terminal import say_json
 @card_option
 @push_options
 @dry_run_option
+@quiet_option
 @json_option
 def extract(
     models: tuple[str, ...],
@@ -43,6 +45,7 @@ def extract(
     repository: str | None,
     public: bool,
     dry_run: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Write the LoRA of each merged model as a PEFT adapter of BASE, OUT/MODEL."""
@@ -55,10 +58,14 @@ def extract(
 
         show_plan(plan_extraction(models, out, **options), as_json)
         return
-    with publishing(out, repository, public, quiet=as_json):
-        with progress(quiet=as_json) as on_tensor:
-            extraction = detune.extract(models, out, on_tensor=on_tensor, **options)
-        say_json(extraction.to_json()) if as_json else show_extraction(extraction, out)
+    with publishing(out, repository, public, quiet or as_json):
+        with progress(quiet or as_json) as shown:
+            extraction = detune.extract(models, out, on_start=shown.start, on_tensor=shown, **options)
+        if as_json:
+            say_json(extraction.to_json())
+        elif not quiet:
+            show_extraction(extraction, out)
+            say_longest(shown)
 
 
 @click.command()
@@ -68,6 +75,7 @@ def extract(
 @rank_option
 @device_option
 @dry_run_option
+@quiet_option
 @json_option
 def pack(
     models: tuple[str, ...],
@@ -76,6 +84,7 @@ def pack(
     rank: int | None,
     device: str,
     dry_run: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Pack merged models into one base, their adapters and what rounding left over, without losing a bit.
@@ -91,19 +100,27 @@ def pack(
 
         show_plan(plan_pack(models, out, **options), as_json)
         return
-    with progress(quiet=as_json) as on_tensor:
-        report = detune.pack(models, out, on_tensor=on_tensor, **options)
-    say_json(report.to_json()) if as_json else show_pack(report)
+    with progress(quiet or as_json) as shown:
+        report = detune.pack(models, out, on_start=shown.start, on_tensor=shown, **options)
+    if as_json:
+        say_json(report.to_json())
+    elif not quiet:
+        show_pack(report)
+        say_longest(shown)
 
 
 @click.command()
 @click.argument("pack", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to make.")
+@quiet_option
 @json_option
-def unpack(pack: Path, out: Path, as_json: bool) -> None:
+def unpack(pack: Path, out: Path, quiet: bool, as_json: bool) -> None:
     """Restore the models of PACK, every file byte for byte, each in a directory of its own below OUT."""
     from detune.cli.tables import show_unpack
 
-    with progress(quiet=as_json) as on_tensor:
-        report = detune.unpack(pack, out, on_file=lambda name: on_tensor(name, None))
-    say_json(report.to_json()) if as_json else show_unpack(report, out)
+    with progress(quiet or as_json) as shown:
+        report = detune.unpack(pack, out, on_file=shown.at)
+    if as_json:
+        say_json(report.to_json())
+    elif not quiet:
+        show_unpack(report, out)

@@ -18,7 +18,7 @@ from detune.cli.options import (
     models_argument,
     rank_option,
 )
-from detune.cli.recovery import progress
+from detune.cli.progress import progress
 from detune.cli.terminal import say, say_json, show_table
 
 if TYPE_CHECKING:

@@ -289,7 +289,7 @@ def _use_threads(threads: int | None) -> None:
 @contextmanager
 def _layers(quiet: bool = False) -> Iterator[Callable[[Any, int, int | None], None]]:
     """A bar with the layer and the cell at hand, on stderr; gone when done."""
-    with progress_bar(counting=True, quiet=quiet) as bar:
+    with progress_bar(unit="steps", quiet=quiet) as bar:
         task = bar.add_task("opening the subset", total=None)
 
         def on_layer(cell: Any, index: int, rows: int | None) -> None:

@@ -9,7 +9,7 @@ import click
 
 import detune
 from detune.cli.loading import load_torch
-from detune.cli.options import dry_run_option, json_option
+from detune.cli.options import dry_run_option, json_option, quiet_option
 from detune.cli.terminal import clients_bars, say, say_json
 
 if TYPE_CHECKING:
@@ -32,8 +32,11 @@ def push_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @public_option
 @click.option("--message", help="Of the commit.")
 @dry_run_option
+@quiet_option
 @json_option
-def push(directory: Path, repository: str, public: bool, message: str | None, dry_run: bool, as_json: bool) -> None:
+def push(
+    directory: Path, repository: str, public: bool, message: str | None, dry_run: bool, quiet: bool, as_json: bool
+) -> None:
     """Publish what recover or extract made in DIR on the Hub, as the private repository REPO, org/name.
 
     Any model or PEFT adapter will do. Its card, detune.json and what a loader reads go along, and nothing else.
@@ -45,9 +48,12 @@ def push(directory: Path, repository: str, public: bool, message: str | None, dr
 
         show_plan(plan_push(directory, repository, public=public), as_json)
         return
-    with clients_bars(quiet=as_json):
+    with clients_bars(quiet=quiet or as_json):
         pushed = detune.push(directory, repository, public=public, message=message)
-    say_json(pushed.to_json()) if as_json else show_pushed(pushed)
+    if as_json:
+        say_json(pushed.to_json())
+    elif not quiet:
+        show_pushed(pushed)
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """The main job: `recover`, `inspect`, `family`, `compare`, and the demonstration."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,14 +20,16 @@ from detune.cli.options import (
     merge_dtype_of,
     merge_option,
     models_argument,
+    quiet_option,
     rank_option,
     rows_option,
 )
+from detune.cli.progress import progress, say_longest
 from detune.cli.publish import publishing, push_options
-from detune.cli.terminal import progress_bar, say_json
+from detune.cli.terminal import say_json
 
 if TYPE_CHECKING:
-    from detune.recovery.report import TensorResult
+    pass
 
 
 @click.command(
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 @push_options
 @dry_run_option
 @execution_options
+@quiet_option
 @json_option
 def recover(
     models: tuple[str, ...],
@@ -76,6 +77,7 @@ def recover(
     workers: int | None,
     scheduler: str | None,
     slurm: int | None,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Write the base model of merged LoRA fine-tunes to OUT: of three or more, or fewer with --method lattice.
@@ -103,12 +105,18 @@ def recover(
 
         show_plan(plan_recovery(models, out, method, **options), as_json)
         return
-    with publishing(out, repository, public, quiet=as_json):
-        with executor_of(workers, scheduler, slurm, device) as executor, progress(quiet=as_json) as on_tensor:
-            report = detune.recover(models, out, method, on_tensor=on_tensor, executor=executor, **options)
-        say_json(report.to_json()) if as_json else show_report(report, out)
-        if report.adapters is not None and adapters is not None and not as_json:
-            show_adapters(report.adapters, adapters)
+    still = quiet or as_json
+    with publishing(out, repository, public, still):
+        with executor_of(workers, scheduler, slurm, device) as executor, progress(still) as shown:
+            options |= {"executor": executor, "on_start": shown.start, "on_tensor": shown}
+            report = detune.recover(models, out, method, **options)
+        if as_json:
+            say_json(report.to_json())
+        elif not quiet:
+            show_report(report, out)
+            if report.adapters is not None and adapters is not None:
+                show_adapters(report.adapters, adapters)
+            say_longest(shown)
 
 
 @click.command()
@@ -129,14 +137,15 @@ def inspect(
     """Show what changed between models, at which rank, and what can be recovered. Writes nothing."""
     from detune.cli.tables import show_report
 
-    with progress(quiet=as_json) as on_tensor:
+    with progress(quiet=as_json) as shown:
         report = detune.inspect(
             models,
             rank=rank,
             device=device_of(device),
             merge_dtype=merge_dtype_of(merge_dtype),
             rows=rows,
-            on_tensor=on_tensor,
+            on_start=shown.start,
+            on_tensor=shown,
         )
     say_json(report.to_json()) if as_json else show_report(report)
 
@@ -153,13 +162,13 @@ def family(
     """Show which models share a source, which do not and why, and whether that is enough. Writes nothing."""
     from detune.cli.tables import show_family
 
-    with progress(quiet=as_json) as on_tensor:
+    with progress(quiet=as_json) as shown:
         check = detune.check_family(
             models,
             device=device_of(device),
             merge_dtype=merge_dtype_of(merge_dtype),
             rows=rows,
-            on_tensor=lambda name: on_tensor(name, None),
+            on_tensor=shown.at,
         )
     say_json(check.to_json()) if as_json else show_family(check)
 
@@ -192,19 +201,3 @@ def demo(out: Path | None, method: str, train: bool, steps: int | None, as_json:
     story = tell(out, method=method, train=train, steps=steps, quiet=as_json)
     if as_json:
         say_json(story.to_json())
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator["Callable[[str, TensorResult | None], None]"]:
-    """A bar with the current tensor, on stderr; gone when done."""
-    load_torch()
-    with progress_bar(counting=False, quiet=quiet) as bar:
-        task = bar.add_task("opening the models", total=None)
-
-        def on_tensor(name: str, row: "TensorResult | None") -> None:
-            if row is None:
-                bar.update(task, description=name)
-            else:
-                bar.advance(task)
-
-        yield on_tensor

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rich.table import Column
 
 __all__ = ["Formatter", "clients_bars", "duration", "progress_bar", "say", "say_json", "show_table", "status"]
+
+# How much of the past an estimate of the time left looks at.
+AVERAGED_SECONDS = 1800
 
 
 def say(text: str = "", *, err: bool = False, bold: bool = False) -> None:
@@ -65,11 +68,11 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bar(*, counting: bool, quiet: bool = False) -> "Iterator[Progress]":
+def progress_bar(*, unit: Literal["steps", "bytes"], quiet: bool = False) -> "Iterator[Progress]":
     """A bar on stderr, of a terminal only; gone when done. Descriptions pass through `printable`.
 
     Args:
-        counting: Whether the number of steps is known, so that a bar shows how many are done.
+        unit: What it counts. A task in bytes has a field `describe`, which is called whenever the bar is drawn.
         quiet: Whether there is to be none.
     """
     from rich.console import Console
@@ -78,12 +81,33 @@ def progress_bar(*, counting: bool, quiet: bool = False) -> "Iterator[Progress]"
 
     class Description(TextColumn):
         def render(self, task: "Task") -> Text:
-            return Text(printable(task.description))
+            describe = task.fields.get("describe")
+            return Text(printable(describe() if describe else task.description))
 
+    class Amount(TextColumn):
+        def render(self, task: "Task") -> Text:
+            return Text("" if task.total is None else f"{_size(task.completed)} of {_size(task.total)}")
+
+    class Left(TextColumn):
+        def render(self, task: "Task") -> Text:
+            left = task.time_remaining
+            return Text("" if left is None or task.finished else f"about {duration(left)} left")
+
+    columns = {
+        "steps": (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Description("")),
+        "bytes": (SpinnerColumn(), BarColumn(20), Amount(""), TimeElapsedColumn(), Left(""), Description("")),
+    }[unit]
     console = Console(stderr=True)
-    columns = (BarColumn() if counting else SpinnerColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Description(""))
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    shown = not quiet and console.is_terminal
+    # The estimate is by the average: tensors that are copied and tensors that are computed take turns.
+    with Progress(
+        *columns, console=console, transient=True, disable=not shown, speed_estimate_period=AVERAGED_SECONDS
+    ) as bar:
         yield bar
+
+
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
 
 
 @contextmanager

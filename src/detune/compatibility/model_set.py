@@ -178,6 +178,10 @@ class ModelSet(Models):
         holders = [self.models[i] for i in self.holders(name)] or [self.reference]
         return tuple(model.tensors[name].dtype for model in holders)
 
+    def read_bytes(self, name: str) -> int:
+        """How much is read of a tensor, of all models that have it."""
+        return sum(self.models[i].shown_bytes(name) for i in self.holders(name))
+
     def view(self, model: Checkpoint) -> Checkpoint:
         """Another model by the family's names.
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from detune.packing.unpacker import Contents
 from detune.problem import NonFinite, NotLowRank
 from detune.problem.stack import matricise
 from detune.recovery.api import recover
-from detune.recovery.loop import OnTensor
+from detune.recovery.loop import OnStart, OnTensor
 
 # A prediction that leaves more than this share of the bytes is held against no prediction at all.
 POOR = 1 / 2
@@ -82,7 +82,8 @@ def pack(
     base: str | Path | None = None,
     rank: int | None = None,
     device: torch.device | str | None = None,
-    on_tensor: OnTensor | None = None,
+    on_start: OnStart | None = None,
+    on_tensor: Callable[[str, Any], None] | None = None,
 ) -> PackReport:
     """Pack merged fine-tunes of one base into one file, without losing a bit.
 
@@ -96,7 +97,9 @@ def pack(
         base: What they were fine-tuned from, or a recovery of it; None recovers it, from three models or more.
         rank: The most that a LoRA's rank can be; None finds the rank of each.
         device: Where to compute the factors; None is the CPU.
-        on_tensor: For progress: called with the name of each tensor when it is begun.
+        on_start: For progress: called with the tensors, and what is read of each in bytes; where the base is recovered
+            first, for that too.
+        on_tensor: Called with a tensor's name and None when it is begun, and with what it became when it is done.
 
     Returns:
         The sizes.
@@ -121,15 +124,20 @@ def pack(
         target = resolved(out)
         require_outside(target, places)
         partial = opened.enter_context(new_file(out))
-        known = opened.enter_context(_base_of(models, base, partial, rank, device))
+        known = opened.enter_context(_base_of(models, base, partial, rank, device, on_start, on_tensor))
         _require_alike(known, family)
         require_base(known, family.models)
         with ArchiveWriter(partial) as archive:
             packer = _Packer(archive, family, known, rank, device)
-            for index, name in enumerate(family.layout.tensors):
+            names = list(family.layout.tensors)
+            if on_start:
+                on_start({name: sum(model.tensors[name].nbytes for model in family.models) for name in names})
+            for index, name in enumerate(names):
                 if on_tensor:
                     on_tensor(name, None)
-                packer.add_tensor(index, name)
+                packed = packer.add_tensor(index, name)
+                if on_tensor:
+                    on_tensor(name, packed)
             manifest = packer.finish(Places(target.parent, [*models, *places]))
             archive.add(MANIFEST, manifest.to_json())
         _verify(partial, manifest)
@@ -153,6 +161,8 @@ def _base_of(
     partial: Path,
     rank: int | None,
     device: torch.device | str | None,
+    on_start: OnStart | None,
+    on_tensor: OnTensor | None,
 ) -> Iterator[Checkpoint]:
     """The base that is given, or one recovered beside the pack for as long as it is needed."""
     if base is not None:
@@ -161,7 +171,7 @@ def _base_of(
         return
     # Beside what becomes the pack, in a directory that goes with it.
     recovered = partial.with_name(f".{partial.name}.base")
-    recover(models, recovered, rank=rank, device=device, card=False)
+    recover(models, recovered, rank=rank, device=device, card=False, on_start=on_start, on_tensor=on_tensor)
     with open_checkpoint(recovered) as opened:
         yield opened
 
@@ -228,8 +238,8 @@ class _Packer:
         self._members: dict[str, str] = {}
         self.zstd_bytes = 0
 
-    def add_tensor(self, index: int, name: str) -> None:
-        """Add the base's tensor, and what sets each model's apart."""
+    def add_tensor(self, index: int, name: str) -> tuple[PackedTensor, ...]:
+        """Add the base's tensor, and what sets each model's apart; says how each is told."""
         shared = is_shared(self._models, name)
         # What all models share is their base here, whatever BASE has there.
         base = self._models[0].read(name) if shared else self._base.read(name)
@@ -239,9 +249,10 @@ class _Packer:
             packed = PackedTensor(index, Coding.SAME, base.dtype)
             for tensors in self._tensors:
                 tensors[name] = packed
-            return
+            return (packed,) * len(self._models)
         for i, model in enumerate(self._models):
             self._tensors[i][name] = self._told(f"{i}/{index}", index, base, model.read(name))
+        return tuple(tensors[name] for tensors in self._tensors)
 
     def _told(self, place: str, index: int, base: Tensor, tensor: Tensor) -> PackedTensor:
         """How one model's tensor is told, with the members for it."""

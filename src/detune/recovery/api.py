@@ -30,7 +30,7 @@ from detune.recovery.execution import (
     kept_for_later,
     require_unchanged,
 )
-from detune.recovery.loop import OnTensor
+from detune.recovery.loop import OnStart, OnTensor
 from detune.recovery.report import NOT_SOLVED, InputRow, Report, TensorResult
 from detune.recovery.results import Results
 
@@ -97,6 +97,7 @@ def recover(
     mask: str | Path | None = None,
     check: bool = False,
     card: bool = True,
+    on_start: OnStart | None = None,
     on_tensor: OnTensor | None = None,
     executor: Executor | None = None,
 ) -> Report:
@@ -128,6 +129,7 @@ def recover(
         check: Whether to recover from parts of more than three models too, and see whether they agree: with four or
             five models that many recoveries more, from six on two of half as many models.
         card: Whether to write README.md, with metadata for the Hub, and keep the models' own under other names.
+        on_start: For progress: called once with the tensors that are to come, and what is read of each in bytes.
         on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
         executor: Whose workers compute: `detune.recovery.execution.Processes`, Dask's `Client.get_executor()`, or any
             other of `concurrent.futures`. They see the models and `out` by the same paths. None computes in this
@@ -185,9 +187,8 @@ def recover(
             return report
         job = replace(job, run_directory=run_directory.directory)
         files = CheckpointFiles(family.layout, run_directory.checkpoint, dtype, parts=family.parts)
-        completed = complete(
-            job, family, run_directory, completed_before(run_directory, files, target, family), executor, on_tensor
-        )
+        before = completed_before(run_directory, files, target, family)
+        completed = complete(job, family, run_directory, before, executor, on_tensor, on_start)
         rows = tuple(completed[name].row for name in family.names)
         if not isinstance(solver, Mean | Single) and not family.has_base:
             _refuse_if_hopeless(rows, family.n)

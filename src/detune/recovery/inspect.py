@@ -22,7 +22,7 @@ from detune.methods import Auto
 from detune.problem import NotLowRank, Stack
 from detune.problem.solving import told_by_others
 from detune.problem.stack import matricise
-from detune.recovery.loop import OnTensor, map_tensors
+from detune.recovery.loop import OnStart, OnTensor, map_tensors
 from detune.recovery.report import InputRow, Report, TensorResult
 from detune.recovery.tensor import result_of, solve_tensor
 
@@ -34,6 +34,7 @@ def inspect(
     device: torch.device | str | None = None,
     merge_dtype: torch.dtype | None = None,
     rows: int | Literal["auto", "all"] = "auto",
+    on_start: OnStart | None = None,
     on_tensor: OnTensor | None = None,
 ) -> Report:
     """Look at what differs between models, without writing anything.
@@ -46,6 +47,7 @@ def inspect(
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
         rows: Rows of each matrix to look at; what the report says is then of these. "auto" is 1024 if a model is on the
             Hub, of which no more is fetched, and all otherwise.
+        on_start: For progress: called once with the tensors, and what is read of each in bytes.
         on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
 
     Returns:
@@ -68,6 +70,9 @@ def inspect(
         family = ModelSet([given.models[i] for i in selection.members])
 
         closer = some_of_each_kind({name: family.shape(name) for name in family.names})
+
+        if on_start:
+            on_start({name: family.read_bytes(name) for name in family.names})
 
         def look(name: str, held: Held) -> tuple[TensorResult, None]:
             if not any(held.noise) and is_light([matricise(tensor) for tensor in held.tensors]):

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -22,6 +22,8 @@ from detune.recovery.scheduler import TensorLoad, TensorScheduler
 logger = logging.getLogger(__name__)
 
 OnTensor = Callable[[str, TensorResult | None], None]
+# Called with the tensors that are to come, and what is read of each in bytes.
+OnStart = Callable[[Mapping[str, int]], None]
 Found = TypeVar("Found")
 Solved = tuple[TensorResult, Found | None]
 # What solvers hold for each model beyond three, in copies of a matrix: mostly its folded rows.

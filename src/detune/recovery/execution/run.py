@@ -3,19 +3,19 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
 from detune.adapters.changes import ChangeFitter
 from detune.checkpoints import Checkpoint, CheckpointFiles, RunDirectory, Target, identity
 from detune.compatibility.model_set import ModelSet
-from detune.errors import InputError
+from detune.errors import DetuneError, InputError
 from detune.recovery.execution.completed import CompletedTensor, verify
 from detune.recovery.execution.dispatch import dispatch, hashed_by
 from detune.recovery.execution.job import Job, Performer
 from detune.recovery.execution.units import make_units
-from detune.recovery.loop import OnTensor
+from detune.recovery.loop import OnStart, OnTensor
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,19 @@ def kept_for_later(run_directory: RunDirectory) -> Iterator[None]:
         # An error with a cause is that of a disk, a network or a worker, and may be gone the next time.
         useless = isinstance(error, InputError) and error.__cause__ is None
         if not run_directory.is_spent and not useless:
-            error.add_note(f"what is complete stays in {run_directory.directory}: the same command does the rest")
+            kept = f"what is complete stays in {run_directory.directory}{_count(run_directory)}"
+            error.add_note(f"{kept}: the same command does the rest")
         else:
             run_directory.remove()
         raise
+
+
+def _count(run_directory: RunDirectory) -> str:
+    """How many tensors that is, where it can still be told."""
+    with suppress(DetuneError, OSError, ValueError):
+        names = {row["row"]["name"] for row in run_directory.rows()}
+        return f", {len(names)} tensor{'s' * (len(names) != 1)}"
+    return ""
 
 
 def completed_before(
@@ -71,6 +80,7 @@ def complete(
     completed: dict[str, CompletedTensor],
     executor: Executor | None,
     on_tensor: OnTensor | None,
+    on_start: OnStart | None,
 ) -> dict[str, CompletedTensor]:
     """Recover what is not complete yet.
 
@@ -81,6 +91,7 @@ def complete(
         completed: What was complete before, by tensor.
         executor: Whose workers do it; None does it here.
         on_tensor: As in `recover`.
+        on_start: As in `recover`.
 
     Returns:
         All that is complete, by tensor.
@@ -97,6 +108,8 @@ def complete(
     for found in completed.values():
         tell(found)
     missing = [name for name in family.names if name not in completed]
+    if on_start:
+        on_start({name: family.read_bytes(name) for name in missing})
     if executor is None:
         fitter = ChangeFitter(family, job.adapters, job.rank, job.device) if job.adapters else None
         done = Performer(job, family, run_directory, fitter).perform(missing, on_tensor)

@@ -23,7 +23,7 @@ def make_units(family: ModelSet, names: Iterable[str]) -> list[tuple[str, ...]]:
     Returns:
         The names of each piece, in file order: whoever takes one reads each of its files once, from front to back.
     """
-    read_bytes = {name: sum(family.models[i].tensors[name].nbytes for i in family.holders(name)) for name in names}
+    read_bytes = {name: family.read_bytes(name) for name in names}
     wanted_bytes = min(max(sum(read_bytes.values()) // PIECES, SMALLEST_BYTES), LARGEST_BYTES)
     units = []
     for _, group in groupby(read_bytes, key=lambda name: family.reference.tensors[name].file):

@@ -1,0 +1,120 @@
+"""How far a command is: a bar in bytes on stderr, gone when done, and in the end what has taken longest."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from detune.cli.loading import load_torch
+from detune.cli.terminal import duration, progress_bar, say
+
+__all__ = ["Progress", "progress", "say_longest"]
+
+OPENING, FINISHING = "opening the models", "finishing"
+# So many are named in the end, where the whole took that long.
+LONGEST = 3
+WORTH_TELLING_SECONDS = 10.0
+
+
+class Bar(Protocol):
+    """The part of a bar of `progress_bar` that is used here."""
+
+    def add_task(self, description: str, *, total: None, **fields: Any) -> Any:
+        """Add a task of a size that is not known yet."""
+
+    def reset(self, task_id: Any, *, total: float, **fields: Any) -> None:
+        """Begin the task anew, with its size."""
+
+    def advance(self, task_id: Any, advance: float) -> None:
+        """Take it that so much more is done."""
+
+
+class Progress:
+    """What a command tells of its tensors, as a bar. Called with a name when one is begun, and with what it became.
+
+    Args:
+        bar: The bar.
+    """
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._sizes_bytes: Mapping[str, int] = {}
+        self._left: set[str] = set()
+        # Those in work, by when they were begun.
+        self._began: dict[str, float] = {}
+        self._stage, self._stage_began = OPENING, time.monotonic()
+        self._seconds: dict[str, float] = {}
+        # Last: it is drawn at once.
+        self._task = bar.add_task("", total=None, describe=self._describe)
+
+    def start(self, sizes_bytes: Mapping[str, int]) -> None:
+        """Take the tensors that are still to come, with what is read of each."""
+        self._end_stage(FINISHING)
+        self._sizes_bytes, self._left = sizes_bytes, set(sizes_bytes)
+        self._bar.reset(self._task, total=sum(sizes_bytes.values()), describe=self._describe)
+
+    def __call__(self, name: str, became: object = None) -> None:
+        """Take it that a tensor was begun, or what became of it: with the time, if that is known."""
+        if became is None:
+            self._began[name] = time.monotonic()
+            return
+        since = time.monotonic() - self._began.pop(name, time.monotonic())
+        # What was complete before is told before the start.
+        if name in self._left:
+            self._left.remove(name)
+            self._seconds[name] = self._seconds.get(name, 0.0) + (getattr(became, "seconds", None) or since)
+            self._bar.advance(self._task, self._sizes_bytes[name])
+            if not self._left:
+                self._stage_began = time.monotonic()
+
+    def at(self, name: str) -> None:
+        """Take it that this one is in work now, and no other."""
+        self._began = {name: time.monotonic()}
+
+    def end(self) -> None:
+        """Take it that all is done."""
+        self._end_stage("")
+
+    def _end_stage(self, following: str) -> None:
+        now = time.monotonic()
+        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._stage_began
+        self._stage, self._stage_began = following, now
+
+    def _describe(self) -> str:
+        """What is in work, and for how long: a long one is seen to live."""
+        now, began = time.monotonic(), list(self._began.items())
+        if began:
+            name, since = began[0]
+            others = f" and {len(began) - 1} more" if len(began) > 1 else ""
+            return f"{name}{others}: {duration(round(now - since))}"
+        if self._left or not self._stage:
+            return "computing" if self._left else ""
+        return f"{self._stage}: {duration(round(now - self._stage_began))}"
+
+    @property
+    def longest(self) -> str:
+        """What has taken longest; empty where all of it was quick."""
+        if sum(self._seconds.values()) < WORTH_TELLING_SECONDS:
+            return ""
+        longest = sorted(self._seconds.items(), key=lambda item: -item[1])[:LONGEST]
+        return ", ".join(f"{name} {duration(seconds)}" for name, seconds in longest)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Progress]:
+    """A bar with the current tensor, on stderr; gone when done.
+
+    Args:
+        quiet: Whether there is to be none.
+    """
+    load_torch()
+    with progress_bar(unit="bytes", quiet=quiet) as bar:
+        shown = Progress(bar)
+        yield shown
+        shown.end()
+
+
+def say_longest(shown: Progress) -> None:
+    """Print what has taken longest, if that is worth a line."""
+    if shown.longest:
+        say(f"took longest: {shown.longest}")
