@@ -123,3 +123,13 @@ def test_there_is_one_way_to_the_terminal() -> None:
                 assert ast.unparse(node.func) not in ("click.echo", "click.secho", "print"), file
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rich"):
                 assert (node.module, [alias.name for alias in node.names]) == ("rich.table", ["Column"]), file
+
+
+def test_a_narrow_terminal_folds_names_and_cuts_none(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "model.layers.*.self_attn.query.weight ×10"
+    terminal.show_table(("tensor", "shape", "ranks"), [(name, "192×576", "16, 8, 4"), ("norm", "576", "")])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 40 for line in lines)
+    shown = "".join(line[: lines[0].index("shape")] for line in lines[1:-1])
+    assert shown.replace(" ", "") == name.replace(" ", "")

@@ -42,11 +42,18 @@ def show_table(columns: "Sequence[str | Column]", rows: Iterable[Sequence[str]],
         title: What stands above it.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
+    name, *others = columns
     table = Table(
-        *columns, title=Text(printable(title)) if title else None, title_justify="left", box=None, pad_edge=False
+        # Where a terminal is narrow, what a row is about is folded and not cut.
+        Column(name, overflow="fold") if isinstance(name, str) else name,
+        *others,
+        title=Text(printable(title)) if title else None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
     )
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
