@@ -96,6 +96,13 @@ def test_the_names_are_those_that_most_have(fine, prefix):
         assert note.startswith("7 of its tensors have other names")
 
 
+def test_of_names_that_one_model_has_each_those_without_a_prefix_count(fine):
+    for model, prefix in zip(fine.models[:2], ("module.", "base_model.model."), strict=True):
+        edit(model, lambda state, prefix=prefix: renamed(state, prefix))
+    with Models(fine.models[:3]) as given:
+        assert given.layout.spec == str(fine.models[2])
+
+
 def test_a_model_can_be_named_whose_layout_counts(fine, tmp_path):
     edit(fine.models[2], lambda state: renamed(state, "module."))
     with ModelSet(fine.models, like=fine.models[2]) as family:

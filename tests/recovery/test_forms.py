@@ -81,18 +81,42 @@ def test_it_comes_out_as_the_plain_form_does(fine, tmp_path, changes):
 
 
 def test_fine_tuned_embeddings_beside_added_tokens(fine, tmp_path):
-    """What PEFT's `modules_to_save` trains: rows that nobody trained are the base's."""
+    """What PEFT's `modules_to_save` trains: rows that at most one of three has trained are the base's."""
     base = stored(fine.base)[EMBED]
     for i, model in enumerate(fine.models):
         trained = base.clone()
         trained[10 * i : 10 * i + 5] += normal(seeded(i), 5, 16).float()
+        trained[40:42] += normal(seeded(10 + i), 2, 16).float()
         edit(model, lambda state, trained=trained: state.update({EMBED: trained}))
     edit(fine.models[1], rows_more(2))
-    detune.recover(fine.models, tmp_path / "out")
+    report = detune.recover(fine.models, tmp_path / "out")
     found = stored(tmp_path / "out")
-    untrained = [row for row in range(50) if row % 10 >= 5 or row >= 30]
+    untrained = [row for row in range(50) if row not in (40, 41)]
     assert torch.equal(found[EMBED][untrained], base[untrained])
+    (row,) = (row for row in report.tensors if row.name.startswith(EMBED))
+    assert row.verdict is Verdict.NOT_DETERMINED
+    assert "32 of 800 entries are in no two models; the others are the base's own bits" in row.reason
     assert_close(tmp_path / "out", fine.base)
+
+
+@pytest.mark.parametrize("rank", [2, None], ids=["of low rank", "of full rank"])
+def test_rows_that_all_models_have_trained(fine, tmp_path, rank):
+    """A LoRA on one part of a fused matrix is one; rows that were trained in full are averaged, without the others."""
+    base = normal(seeded(0), 192, 64).float()
+    for i, model in enumerate(fine.models):
+        generator, fused = seeded(i + 1), base.clone()
+        part = normal(generator, 64, 64) if rank is None else normal(generator, 64, 2) @ normal(generator, 2, 64)
+        fused[:64] += part.float()
+        edit(model, lambda state, fused=fused: state.update({"fused.weight": fused}))
+    report = detune.recover(fine.models, tmp_path / "out")
+    found = stored(tmp_path / "out")["fused.weight"]
+    (row,) = (row for row in report.tensors if row.name == "fused.weight")
+    if rank:
+        assert w_error(found, base) < -13
+        assert row.ranks == (2, 2, 2)
+    else:
+        assert torch.equal(found[64:], base[64:])
+        assert row.verdict is Verdict.NOT_DETERMINED
 
 
 def test_the_layout_can_be_told(fine, tmp_path):

@@ -363,19 +363,19 @@ def _fit(layout: Checkpoint, model: Checkpoint, found: _Found, pieces: Mapping[s
 
 
 def _layout(models: Sequence[Checkpoint]) -> int:
-    """The model with the names, then the vocabulary, that most have; of several the smallest, and then the first."""
+    """The model with the names, then the vocabulary, that most have; of several by prefixes, by size, and the first."""
     names = Counter(name for model in models for name in model.tensors)
     shapes = Counter((name, info.shape) for model in models for name, info in model.tensors.items())
     most = len(models) // 2 + 1
     enough = max(most, min(ENOUGH, len(models)))
 
-    def rank(i: int) -> tuple[int, int, int, int]:
+    def rank(i: int) -> tuple[int, int, int, int, int]:
         tensors = models[i].tensors
         named = sum(1 if names[name] >= most else -1 for name in tensors)
         needed = {name: enough if _is_vocabulary(name) else most for name in tensors}
         shaped = sum(1 if shapes[name, tensors[name].shape] >= count else -1 for name, count in needed.items())
         entries = sum(math.prod(info.shape) for info in tensors.values())
-        return named, shaped, -entries, -i
+        return named, shaped, -sum(name.count(".") for name in tensors), -entries, -i
 
     return max(range(len(models)), key=rank)
 

@@ -1,6 +1,7 @@
 """Recovery of one tensor: the solver's answer, and whether it explains the data."""
 
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -11,16 +12,22 @@ from detune.certificate.jackknife import Solve
 from detune.certificate.verdict import Verdict
 from detune.compatibility.low_rank_test import SMALLEST, split
 from detune.compatibility.model_set import Held
-from detune.methods import Lattice, Mean, Single
+from detune.methods import Auto, Lattice, Mean, SHiRA, Single
 from detune.methods.agreement import unchanged
 from detune.numerics.float_grid import name_of
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.problem.solving import Prepared, solve, wild_entries_of
 from detune.problem.stack import matricise
+from detune.problem.storage_noise import sample_rows
 from detune.recovery.report import TensorResult
 
 # What adapters leave of models that they explain, in units of the storage noise.
 EXPLAINED = 1.5
+# Where models have trained rows of their own, most rows are as they were, and most entries of the others are not. Low
+# ranks change all rows; where rounding leaves most entries as they were, it does so in all rows, too.
+FEW_ROWS, MOST_ENTRIES = 0.5, 0.5
+# A low rank in some of the rows differs between any two models.
+MOSTLY_ALONE = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,49 @@ class RecoveredTensor:
     def but(self, **changes: Any) -> "RecoveredTensor":
         """The tensor with other words in its result."""
         return replace(self, result=replace(self.result, **changes))
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """A few rows that differ altogether, as those of tokens do that models have trained, each its own.
+
+    Such changes are of full rank, or nearly so, and what most models have is the base's.
+
+    Attributes:
+        rows: Which rows differ, `(out,)`, bool.
+        alone: The share of these in which two models at least agree.
+    """
+
+    rows: Tensor
+    alone: float
+
+    @classmethod
+    def of(cls, stack: Stack) -> "TrainedRows | None":
+        """Compare the models row by row; None where they do not differ so."""
+        if stack.n < SHiRA.min_models or stack.noise_override or len({W_i.dtype for W_i in stack.matrices}) > 1:
+            return None
+        for matrices in ([sample_rows(W_i) for W_i in stack.matrices], stack.matrices):
+            rows = torch.stack([W_i.ne(matrices[0]).any(dim=1) for W_i in matrices[1:]]).any(dim=0)
+            if float(rows.double().mean()) > FEW_ROWS:
+                return None
+        pairs = torch.stack([one[rows].ne(other[rows]) for one, other in combinations(stack.matrices, 2)])
+        if not bool(rows.any()) or float(pairs.any(dim=0).double().mean()) < MOST_ENTRIES:
+            return None
+        return cls(rows, 1 - float(pairs.any(dim=2).all(dim=0).double().mean()))
+
+    def recovery(self, stack: Stack) -> Recovery:
+        """The rows that nobody trained, and of the others what most models have, or their mean."""
+        part = replace(stack, matrices=tuple(W_i[self.rows] for W_i in stack.matrices))
+        try:
+            found = SHiRA().solve(part)
+        except NotRecoverable:
+            found = Mean().solve(part)
+        weight = stack.matrices[0].to(stack.device, stack.dtype, copy=True)
+        agreed = torch.ones_like(weight, dtype=torch.bool)
+        weight[self.rows] = found.weight
+        agreed[self.rows] = found.agreed if found.agreed is not None else False
+        reason = f"{int(self.rows.sum())} of {stack.shape[0]} rows differ altogether; in these {found.reason}"
+        return Recovery(weight, "shira", reason, agreed=agreed)
 
 
 def solve_tensor(
@@ -112,9 +162,14 @@ def _solve_group(
 
 def _solve_matrix(stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype, check: bool) -> RecoveredTensor:
     """The solver's answer, and whether it explains the data."""
+    trained = TrainedRows.of(stack) if isinstance(solver, Auto | Lattice) else None
+    if trained is not None and trained.alone > MOSTLY_ALONE:
+        return _certified(stack, trained.recovery(stack), stored)
     try:
         recovery = solve(solver, stack, rank)
     except NotRecoverable as why:
+        if trained is not None:
+            return _certified(stack, trained.recovery(stack), stored)
         reason = _joined(str(why), wild_entries_of(stack))
         return _recovered(solve(Mean(), stack), Verdict.NOT_DETERMINED).but(reason=reason)
     return _certified(stack, recovery, stored, (lambda part: solver.solve(part, rank)) if check else None)
