@@ -1,13 +1,16 @@
-"""Files that anybody may have put there: regular ones, of a sensible size."""
+"""Files that anybody may have put there, or an accident changed: regular ones, of a sensible size; sealed lines."""
 
+import json
 import os
 import stat
+import zlib
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from detune.errors import InputError
 
-__all__ = ["MAX_JSON_BYTES", "open_regular", "read_regular"]
+__all__ = ["MAX_JSON_BYTES", "open_regular", "read_regular", "seal", "unseal"]
 
 MAX_JSON_BYTES = 32 * 2**20
 """The largest configuration, or index: that of some 300,000 tensors."""
@@ -44,3 +47,20 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
     if len(content) > most_bytes:
         raise InputError(f"{path} is too large", f"expected at most {most_bytes} bytes", "do not trust its source")
     return content
+
+
+def seal(content: Any) -> bytes:
+    r"""Write a line of JSON behind its CRC-32, by which accidents are found.
+
+    Example:
+        >>> seal({"a": 1}), unseal(seal({"a": 1})), unseal(b'fba18e97 {"a": 2}\n')
+        (b'fba18e97 {"a": 1}\n', {'a': 1}, None)
+    """
+    text = json.dumps(content).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def unseal(line: bytes) -> Any:
+    """Return what a line of `seal` holds; None where it has changed since."""
+    checksum, _, text = line.strip().partition(b" ")
+    return json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else None

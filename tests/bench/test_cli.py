@@ -108,7 +108,7 @@ def test_a_real_kill_loses_no_finished_layer(subset_dir, tmp_path):
     words = [*COMMAND, "run", str(subset_dir), "--methods", f"{method}:slow", "--models", "3"]
     words += ["--out", str(tmp_path / "results")]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(done := list((tmp_path / "results").glob(".partial/*/*.json"))) < 2 and process.poll() is None:
+    while len(done := list((tmp_path / "results").glob(".partial/*/*.txt"))) < 2 and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -132,6 +132,23 @@ def test_what_other_code_left_unfinished_is_dropped(subset, store):
         assert store.has_layer(task.cell, 0, with_weight=False)
 
 
+@pytest.mark.parametrize("what", ["00000.txt", "00000.safetensors"])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-2], lambda data: b"", lambda data: data[:-2] + b"\7" + data[-1:]]
+)
+def test_a_layer_that_was_damaged_since_is_computed_again(subset, store, what, damage):
+    (task,) = plan(subset, methods(subset, "mean"), [3])
+    result, weight = runner.solve_layer(subset.first(), task)
+    with store.claim(task.cell, Environment.now("cpu")):
+        store.keep_layer(task.cell, result, weight)
+        assert store.has_layer(task.cell, 0, with_weight=True)
+        (file,) = store.folder.rglob(what)
+        file.write_bytes(damage(file.read_bytes()))
+        assert not store.has_layer(task.cell, 0, with_weight=True)
+    run(subset, [task], store)
+    assert store.read(task.cell).layers[0].mse == result.mse
+
+
 def test_an_exact_layer_counts_as_better_than_any_error(subset, store):
     (result,) = run(subset, plan(subset, methods(subset, "auto"), [4]), store)
     exact = result.layers[0].model_copy(update={"mse": 0.0})

@@ -7,12 +7,14 @@ when detune's own code changes, what is finished stays, and the table says that 
 
 import hashlib
 import json
+import logging
 import math
 import platform
 import secrets
 import shutil
 import statistics
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +31,11 @@ from detune._runtime import versions
 from detune.bench.behaviour import Metric
 from detune.checkpoints import reported
 from detune.errors import InputError, OutputError
-from detune.files import read_regular
+from detune.files import read_regular, seal, unseal
 
 __all__ = ["EXACT_W_ERROR", "Cell", "CellResult", "Environment", "LayerResult", "ResultStore"]
 
+logger = logging.getLogger(__name__)
 
 EXACT_W_ERROR = 2 * math.log10(sys.float_info.epsilon)
 """What a layer without any error counts as, log10 of float64's epsilon squared: lower than any error there can be."""
@@ -234,10 +237,11 @@ class ResultStore:
             ) from None
         with lock:
             mark = self._partial / cell.name / "environment"
-            if mark.parent.is_dir() and (not mark.is_file() or mark.read_text() != environment.model_dump_json()):
+            made = environment.model_dump_json().encode()
+            if mark.parent.is_dir() and not (mark.is_file() and mark.read_bytes() == made):
                 shutil.rmtree(mark.parent)
             mark.parent.mkdir(exist_ok=True)
-            _write(mark, environment.model_dump_json())
+            _write(mark, made)
             yield
 
     def read(self, cell: Cell) -> CellResult:
@@ -256,20 +260,36 @@ class ResultStore:
         return [_parse(file) for file in files]
 
     def has_layer(self, cell: Cell, index: int, *, with_weight: bool) -> bool:
-        """Whether an earlier, interrupted run got this layer done."""
-        return self._layer_file(cell, index).is_file() and (not with_weight or self.weight_file(cell, index).is_file())
+        """Whether an earlier, interrupted run got this layer done, and what it left is as it was."""
+        kept = self._kept(cell, index)
+        if kept is None:
+            return False
+        return not with_weight or (kept[1] is not None and kept[1] == _checksum(self.weight_file(cell, index)))
 
     def keep_layer(self, cell: Cell, result: LayerResult, weight: Tensor | None) -> None:
         """Keep one layer of an unfinished cell, and its recovered weight where it is needed later."""
-        file = self._layer_file(cell, result.index)
+        checksum = None
         if weight is not None:
-            _write(self.weight_file(cell, result.index), save({"weight": weight.contiguous()}))
-        _write(file, result.model_dump_json())
+            content = save({"weight": weight.contiguous()})
+            checksum = zlib.crc32(content)
+            _write(self.weight_file(cell, result.index), content)
+        _write(self._layer_file(cell, result.index), seal([result.model_dump(mode="json"), checksum]))
 
     def layers(self, cell: Cell) -> tuple[LayerResult, ...]:
         """The layers of an unfinished cell, in order."""
-        files = sorted((self._partial / cell.name).glob("*.json"))
-        return tuple(LayerResult.model_validate_json(file.read_bytes()) for file in files)
+        indices = sorted(int(file.stem) for file in (self._partial / cell.name).glob("*.txt"))
+        return tuple(kept[0] for kept in (self._kept(cell, index) for index in indices) if kept is not None)
+
+    def _kept(self, cell: Cell, index: int) -> tuple[LayerResult, int | None] | None:
+        """A layer and the checksum of its weight; None where there is none, or it has been damaged."""
+        file = self._layer_file(cell, index)
+        if not file.is_file():
+            return None
+        content = unseal(file.read_bytes())
+        if content is None:
+            logger.warning("%s has been damaged: the layer is computed again", file)
+            return None
+        return LayerResult.model_validate(content[0]), content[1]
 
     def weight_file(self, cell: Cell, index: int) -> Path:
         """The file of a layer's recovered weight, safetensors with the one tensor `weight`."""
@@ -290,7 +310,7 @@ class ResultStore:
         return self.folder / f"{cell.name}.json"
 
     def _layer_file(self, cell: Cell, index: int) -> Path:
-        return self._partial / cell.name / f"{index:05}.json"
+        return self._partial / cell.name / f"{index:05}.txt"
 
 
 def _parse(file: Path) -> CellResult:
@@ -314,6 +334,11 @@ def _write(file: Path, content: str | bytes) -> None:
         except OSError:
             partial.unlink(missing_ok=True)
             raise
+
+
+def _checksum(file: Path) -> int | None:
+    """The CRC-32 of a file; None where there is none."""
+    return zlib.crc32(file.read_bytes()) if file.is_file() else None
 
 
 def _code_hash() -> str:

@@ -17,7 +17,6 @@ directories: a process that outlives its run has nowhere to write what another w
 """
 
 import hashlib
-import json
 import logging
 import os
 import secrets
@@ -36,7 +35,7 @@ from detune.checkpoints.disk import discard, exchange, reported, sync, sync_tree
 from detune.checkpoints.mark import MARK
 from detune.checkpoints.staging import is_ours, locked, remove, siblings, taken
 from detune.errors import InputError, OutputError
-from detune.files import open_regular
+from detune.files import open_regular, seal, unseal
 
 __all__ = ["RunDirectory", "claim", "known_results", "remove_spent"]
 
@@ -120,7 +119,7 @@ class RunDirectory:
         Raises:
             OutputError: The disk refuses.
         """
-        lines = b"".join(_line(row) for row in rows)
+        lines = b"".join(map(seal, rows))
         with self._lock, reported(self._journal), self._journal.open("ab", buffering=0) as file:
             start = file.tell()
             try:
@@ -141,11 +140,11 @@ class RunDirectory:
             with reported(path):
                 lines = path.read_bytes().splitlines()
             for line in lines:
-                checksum, _, text = line.partition(b" ")
-                if checksum == _checksum(text):
-                    found.append(json.loads(text))
-                else:
+                row = unseal(line)
+                if row is None:
                     damaged += 1
+                else:
+                    found.append(row)
         if damaged:
             logger.warning(
                 "%d lines of the journal in %s are damaged or cut off: what they spoke of is computed again",
@@ -235,7 +234,7 @@ class RunDirectory:
         new = self.directory / _NEW_RESULTS
         for path in self._notes:
             with reported(path):
-                _write_new(new, _line(results))
+                _write_new(new, seal(results))
                 os.replace(new, path)
                 sync(self.directory)
 
@@ -304,19 +303,9 @@ class RunDirectory:
 def _read_note(path: Path) -> dict[str, str] | None:
     """What a copy of the note on results says; None where there is none, or it does not verify."""
     with suppress(OSError, InputError), open_regular(path) as file:
-        checksum, _, text = file.read().strip().partition(b" ")
-        if checksum == _checksum(text):
-            return dict(json.loads(text))
+        note = unseal(file.read())
+        return note if isinstance(note, dict) else None
     return None
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    text = json.dumps(row).encode()
-    return b"%s %s\n" % (_checksum(text), text)
-
-
-def _checksum(text: bytes) -> bytes:
-    return b"%08x" % zlib.crc32(text)
 
 
 @contextmanager
