@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from detune._runtime import command_line, versions
+from detune.audit.adapters import ADAPTERS, ChangeSpectra, changes_are_known, find_in_adapters, read_references
 from detune.audit.assumptions import ASSUMPTIONS, Evidence, check_assumptions
 from detune.audit.behaviour import Judge
 from detune.audit.findings import FINDINGS, curve_of, find, verdict_of
@@ -45,6 +46,7 @@ def audit(
     weights_only: bool = False,
     device: torch.device | str | None = None,
     merge_dtype: torch.dtype | None = None,
+    trained: str | Path | None = None,
     on_tensor: OnTensor | None = None,
 ) -> AuditReport:
     """Recover the base as an outsider would, from the first release, from the first two, and so on.
@@ -62,6 +64,8 @@ def audit(
         weights_only: Whether not to run the models.
         device: Where to compute; None is the CPU.
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
+        trained: A CSV file of adapters whose training is known, with the columns adapter, examples and group: then the
+            size of each release's training set is estimated by them, see `detune.audit.dataset_size`.
         on_tensor: For progress: called with the name of each tensor and None when it is begun, with its row when done.
 
     Returns:
@@ -88,8 +92,10 @@ def audit(
         viewed = None if given_base is None else family.view(given_base)
         truth = None if viewed is None else base_in_frame(viewed, family.models[0], folder, opened)
         judge = None if weights_only else Judge(family.models[0], truth, Path(inputs) if inputs is not None else None)
+        references = () if trained is None else read_references(Path(trained), family.models[0])
+        spectra = ChangeSpectra(family.n)
         recovered = folder / "recovered" if judge is not None and judge.is_ready else None
-        tensors, unchanged = _try_all(family, truth, trial, recovered, on_tensor)
+        tensors, unchanged = _try_all(family, truth, trial, spectra if references else None, recovered, on_tensor)
         if not tensors:
             raise InputError(
                 f"{family.models[0].spec} is the base", "no tensor differs from it", "give fine-tunes of the base"
@@ -106,6 +112,7 @@ def audit(
         if judge is not None and recovered is not None:
             behaviour = judge.judge(recovered)
     curve = curve_of([entry for entry in tensors if entry.is_matrix], family.n)
+    used = [entry for entry in entries if entry.left_out is None]
     evidence = Evidence(entries, members.groups, [entry for entry in tensors if entry.is_matrix])
     return AuditReport(
         tool=Tool(versions=versions()),
@@ -119,8 +126,12 @@ def audit(
         base=base_entry,
         models=entries,
         verdict=verdict_of(tensors, curve, unchanged, behaviour, truth is not None),
-        rules=(*ASSUMPTIONS, *FINDINGS),
-        results=(*check_assumptions(evidence), *find(tensors, curve, unchanged, entries, behaviour)),
+        rules=(*ASSUMPTIONS, *FINDINGS, *ADAPTERS),
+        results=(
+            *check_assumptions(evidence),
+            *find(tensors, curve, unchanged, entries, behaviour),
+            *find_in_adapters(tensors, used, truth is not None, spectra, references),
+        ),
         curve=curve,
         unchanged=unchanged,
         tensors=tensors,
@@ -132,6 +143,7 @@ def _try_all(
     family: ModelSet,
     base: Checkpoint | None,
     trial: Trial,
+    spectra: ChangeSpectra | None,
     recovered: Path | None,
     on_tensor: OnTensor | None,
 ) -> tuple[tuple[TensorEntry, ...], Unchanged]:
@@ -164,6 +176,9 @@ def _try_all(
             if truth is not None and family.n == 1 and first.dtype == truth.dtype and torch.equal(first, truth):
                 return result_of(name, held, Verdict.SHARED, COPY, "as the base has it"), None
             tried = trial.run(name, place_of[name], held, truth)
+            if spectra is not None and changes_are_known(tried.entry, truth is not None):
+                weight = tried.weight if truth is None else truth
+                spectra.add(name, held.tensors, weight, tried.entry.outcomes[-1].ranks)
             files = tuple(model.tensors[name].file for model in family.models)
             return tried.result, replace(tried, entry=tried.entry.model_copy(update={"files": files}))
 

@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 @click.option("--inputs", type=click.Path(path_type=Path), help="What to run the models on; see docs/bench.md.")
 @click.option("--weights-only", is_flag=True, help="Do not run the models.")
 @click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="From three releases on.")
+@click.option(
+    "--trained",
+    type=click.Path(path_type=Path),
+    help="A CSV file of adapters whose training is known: adapter, examples, group. Estimates each release's.",
+)
 @rank_option
 @device_option
 @merge_option
@@ -55,6 +60,7 @@ def audit(
     inputs: Path | None,
     weights_only: bool,
     method: str,
+    trained: Path | None,
     rank: int | None,
     device: str,
     merge_dtype: str,
@@ -97,6 +103,7 @@ def audit(
             weights_only=weights_only,
             device=device_of(device),
             merge_dtype=merge_dtype_of(merge_dtype),
+            trained=trained,
             on_tensor=on_tensor,
         )
         if folder is not None and out is not None:
@@ -116,6 +123,7 @@ def audit(
 
 def _show(report: "AuditReport", written: Sequence[Path]) -> None:
     """Print the curve, what the recovery rests on, and the verdict."""
+    from detune.audit.adapters import ADAPTERS
     from detune.audit.assumptions import ASSUMPTIONS
 
     columns = ("releases", "given away", *(("W-Error", "identical bits") if report.base else ()), "predicted")
@@ -135,6 +143,9 @@ def _show(report: "AuditReport", written: Sequence[Path]) -> None:
     for result in report.results:
         if result.rule_id in assumed:
             say(f"{marks[result.holds]} {titles[result.rule_id]}: {result.message}")
+    for result in report.results:
+        if result.rule_id in {rule.id for rule in ADAPTERS}:
+            say(result.message)
     for model in report.models:
         if model.left_out is not None:
             say(f"left out {model.spec}: {model.left_out}")
