@@ -191,7 +191,19 @@ def test_names_are_text_in_the_table() -> None:
     assert shown.splitlines()[-1] == "| &lt;b&gt;\\|x | none stated, mit |  |"
 
 
-def test_the_library_is_told_by_files() -> None:
-    assert library_of(["unet/config.json", "model_index.json"]) == "diffusers"
-    assert library_of(["config.json", "modules.json"]) == "sentence-transformers"
-    assert library_of(["unet/config.json"]) is None
+@pytest.mark.parametrize(
+    ("files", "library"),
+    [
+        ({"config.json": '{"model_type": "llama"}'}, "transformers"),
+        ({"config.json": '{"_class_name": "UNet", "_diffusers_version": "0.32"}'}, "diffusers"),
+        ({"config.json": '{"model_type": "bert"}', "modules.json": '[{"path": ""}]'}, "sentence-transformers"),
+        ({"config.json": "{}"}, None),
+        ({"config.json": "["}, None),
+        ({}, None),
+    ],
+)
+def test_the_library_is_told_by_files(model: Path, files: dict[str, str], library: str | None) -> None:
+    (model / "config.json").unlink()
+    for name, content in files.items():
+        (model / name).write_text(content)
+    assert library_of(open_checkpoint(model)) == library

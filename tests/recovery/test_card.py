@@ -56,6 +56,14 @@ def test_it_names_no_place_of_this_machine(command, fine, tmp_path, monkeypatch)
     assert not [content for content in shown if str(tmp_path).encode() in content]
 
 
+def test_an_average_is_called_no_recovery(fine, tmp_path):
+    detune.recover(fine.models, tmp_path / "out", "mean")
+    text = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert "The `mean` of 3 fine-tuned models, made by detune" in text
+    assert "and is no recovery." in text
+    assert "recovered from the fine-tunes alone" not in text
+
+
 def test_without_one(fine, tmp_path):
     say(fine, "mit", "mit", "mit")
     detune.recover(fine.models, tmp_path / "out", adapters=tmp_path / "loras", card=False)

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from detune.checkpoints.hub import is_on_hub
+from detune.checkpoints.layout import read_json
 from detune.checkpoints.paths import plain_name
 from detune.checkpoints.places import Places
 from detune.checkpoints.side_files import CARD, MAX_CARD_BYTES, read_side_file
@@ -45,13 +46,14 @@ _METADATA = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*\r?$", r
 # As the Hub lists them: apache-2.0, cc-by-nc-4.0, bigscience-bloom-rail-1.0.
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# By the file that a library's models have, the more particular first.
+# By the file that a library's models have.
 _LIBRARIES = {
     "model_index.json": "diffusers",
     "modules.json": "sentence-transformers",
     "open_clip_config.json": "open_clip",
-    "config.json": "transformers",
 }
+# By what it writes into config.json.
+_KEYS = {"_diffusers_version": "diffusers", "model_type": "transformers", "architectures": "transformers"}
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,18 @@ def agreed_licence(cards: Iterable[InputCard]) -> Licence | None:
     return licence if licence is not None and licence.is_telling else None
 
 
-def library_of(names: Collection[str]) -> str | None:
-    """The library that loads a model, by its files; None where they do not tell.
-
-    Example:
-        >>> library_of(["config.json", "model.safetensors"])
-        'transformers'
-    """
-    return next((library for file, library in _LIBRARIES.items() if file in names), None)
+def library_of(model: Checkpoint) -> str | None:
+    """The library that loads a model, by its files; None where they do not tell."""
+    names = {path.as_posix() for path in model.side_files()}
+    by_file = next((library for file, library in _LIBRARIES.items() if file in names), None)
+    if by_file is not None or "config.json" not in names:
+        return by_file
+    try:
+        config = read_json(model.root / "config.json")
+    except InputError:
+        return None
+    by_key = (library for key, library in _KEYS.items() if isinstance(config, dict) and key in config)
+    return next(by_key, None)
 
 
 def kept_cards(cards: Sequence[InputCard], places: Places) -> dict[str, bytes]:

@@ -11,13 +11,12 @@ from detune.checkpoints.cards import (
     agreed_licence,
     command_block,
     kept_cards,
-    library_of,
     licence_section,
     models_table,
     render_card,
 )
 from detune.markdown import code, table, text
-from detune.recovery.report import Report
+from detune.recovery.report import NOT_SOLVED, Report
 from detune.recovery.summary import doubts, report_table
 
 __all__ = ["recovery_cards"]
@@ -37,14 +36,14 @@ WORTH = {
 
 
 def recovery_cards(
-    report: Report, inputs: Sequence[InputCard], files: Collection[str], title: str, places: Places
+    report: Report, inputs: Sequence[InputCard], library: str | None, title: str, places: Places
 ) -> dict[str, bytes]:
     """The card of a recovery, and those of its models under other names.
 
     Args:
         report: The report, without places of this machine.
         inputs: The models as given, those that were left out too.
-        files: What else the model's directory has.
+        library: What loads the model.
         title: The model's name.
         places: What paths of this machine become in the models' own cards.
 
@@ -60,9 +59,8 @@ def recovery_cards(
     body = f"""\
 # {text(title)}
 
-The weights that {len(used)} fine-tuned model{"s" * (len(used) != 1)} came from, recovered from the fine-tunes alone by
-detune {text(report.versions["detune"])}. This is no release of the base's authors: how close each tensor is to theirs
-is said [below](#how-far-it-can-be-trusted).
+{_what(report, len(used))} This is no release of the base's authors: how close each tensor is to theirs is said
+[below](#how-far-it-can-be-trusted).
 
 ## Recovered from
 
@@ -91,10 +89,19 @@ Spectral DeTuning, Horwitz, Kahana & Hoshen, *Recovering the Pre-Fine-Tuning Wei
         # What the weights were computed from. Of the Hub's relations, "merge" is the one of several models.
         base_model=hub_ids,
         base_model_relation="merge" if hub_ids else None,
-        library_name=library_of(files),
+        library_name=library,
         tags=["detune", "weight-recovery"],
     )
     return {**kept, CARD: card}
+
+
+def _what(report: Report, models: int) -> str:
+    """What the weights are: where nothing was solved, no recovery."""
+    counted = f"{models} fine-tuned model{'s' * (models != 1)}"
+    made = f"by detune {text(report.versions['detune'])}."
+    if any(row.method not in NOT_SOLVED or row.verdict is Verdict.EXACT for row in report.tensors):
+        return f"The weights that {counted} came from, recovered from the fine-tunes alone {made}"
+    return f"The `{_method(report)}` of {counted}, made {made} It is there to compare with, and is no recovery."
 
 
 def _left_out(models: Sequence[tuple[str, str]]) -> str:

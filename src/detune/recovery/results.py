@@ -29,7 +29,7 @@ from detune.checkpoints import (
     write_masks,
 )
 from detune.checkpoints.blocks import file_hash
-from detune.checkpoints.cards import InputCard
+from detune.checkpoints.cards import InputCard, library_of
 from detune.checkpoints.mark import MARK
 from detune.compatibility.model_set import ModelSet
 from detune.errors import OutputError
@@ -147,11 +147,8 @@ class Results:
                     write_masks(partial, read_masks(run_directory, completed, family.names))
                     results[str(self.mask)] = _hash(partial)
             content = places.within(report.content)
-            files.finish(
-                {}
-                if cards is None
-                else recovery_cards(Report.of_json(content), cards, files.side_files, self.target.out.name, places)
-            )
+            shown, library, title = Report.of_json(content), library_of(family.layout), self.target.out.name
+            files.finish({} if cards is None else recovery_cards(shown, cards, library, title, places))
             with reported(self.target.out, files.needed_bytes):
                 write_mark(run_directory.checkpoint, content)
             results[str(self._mark)] = _hash(run_directory.checkpoint / MARK)
