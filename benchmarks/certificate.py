@@ -1,288 +1,173 @@
-"""Is the certificate right? What it predicts against the truth, on random problems whose truth is known.
+"""Is the certificate right? What it says of problems whose truth is known, by what kind of problem they are.
 
-    python benchmarks/certificate.py [PROBLEMS] [PNG] [FIRST]
+    python benchmarks/certificate.py --fit fit             # makes src/detune/certificate/calibration.json of a split
+    python benchmarks/certificate.py --split sealed        # the table, of a split that nothing was made from
+    python benchmarks/certificate.py --bootstrap 60        # against a parametric bootstrap, on some problems of `check`
 
-Prints for each verdict and dtype in how many problems the truth is in the stated range, within 0.3 of the prediction,
-and on which side of the range it is otherwise; how wide ranges are, in the median and in nine of ten; and how many have
-no lower end, because the weight may be exact. Expected: 95 % in the range; 95 % within 0.3 where the verdict is "to the
-storage floor". All are drawn. Problems have seeds from 13000 on: solvers, thresholds and ranges were made by what was
-seen at those below.
+Needs what `benchmarks/corpus.py` keeps. `in range` is the share of problems whose true W-Error is in the stated
+range, `width` the median length of ranges with two ends, `open` how many have no lower one because the answer may be
+exact, `above` and `below` on which side of the range the truth is otherwise. Expected: 95 % in range in every line of
+50 ranges or more; no "exact" with an entry that is not the base's; of entries called certain one in a million wrong;
+the certificate takes 15 % of the solver's time.
 """
 
+import argparse
+import json
 import math
-import random
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median, stdev
 
 import torch
-from torch import Tensor
+from calibrate import calibration
+from corpus import REFUSED, TOO_SLOW, Outcome, outcomes
+from corpus_problems import SPLITS, draw
 
-from detune.certificate.certify import Verdict, certify
-from detune.methods import Auto, Lattice
-from detune.metrics import w_error
-from detune.numerics.float_grid import name_of
-from detune.problem import NotRecoverable, Solver, Stack
-from detune.problem.storage_noise import storage_variance
+from detune.certificate.calibration import Assessment
+from detune.certificate.certify import calibrated
+from detune.certificate.verdict import Certificate, Verdict
+from detune.methods import Intersect
+from detune.problem import NotRecoverable, Stack
 
-HALVES = (torch.bfloat16, torch.float16)
-DTYPES = (torch.float64, torch.float32, *HALVES)
-BAND = 0.3
-GOAL = 95.0
-COLOURS = {
-    Verdict.NOT_DETERMINED: "tab:red",
-    Verdict.APPROXIMATE: "tab:orange",
-    Verdict.FLOOR: "tab:blue",
-    Verdict.EXACT: "tab:green",
-}
-RANGED = (Verdict.FLOOR, Verdict.APPROXIMATE)
-# Solvers, thresholds and ranges were made by what was seen at seeds below.
-FIRST = 13000
-SIDES = (40, 64, 96, 128)
-MOST_TIMES = 1e4
-SOLVER, ON_GRID = Auto(), Lattice()
+CALIBRATION = Path(__file__).parents[1] / "src" / "detune" / "certificate" / "calibration.json"
+FEWEST = 10
+DRAWS = 8
+# Normal quantile of the central 95 %.
+CENTRAL = 1.96
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What was drawn.
+class Judged:
+    """An outcome with what the certificate says of it."""
 
-    Attributes:
-        W: The base, `(out, in)`, float64.
-        models: `round(W + M_i)`, `(n, out, in)`.
-        times: Size of the deltas, over that of the rounding errors of the base's dtype.
-        about: In words.
-    """
+    outcome: Outcome
+    certificate: Certificate
 
-    W: Tensor
-    models: Tensor
-    times: float
-    about: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A prediction and what came of it; W-Errors are of the weight as stored.
-
-    Attributes:
-        verdict: The certificate's.
-        dtype: Storage dtype of the models.
-        predicted: Predicted W-Error; None where no error is expected, or where there is no telling.
-        best: Lower end of its range; None where the weight may be exact.
-        worst: Upper end; None where no error is expected, or where there is no telling.
-        true: W-Error; `-inf` where every entry is right.
-        wrong: Entries that are not the base's own number.
-        times: Size of the deltas, over that of the rounding errors of the base's dtype.
-        solving_seconds: Time of the recovery.
-        judging_seconds: Time of the certificate.
-        about: The problem.
-    """
-
-    verdict: Verdict
-    dtype: torch.dtype
-    predicted: float | None
-    best: float | None
-    worst: float | None
-    true: float
-    wrong: int
-    times: float
-    solving_seconds: float
-    judging_seconds: float
-    about: str
+    @property
+    def true(self) -> float:
+        return -math.inf if self.outcome.true is None else self.outcome.true
 
     @property
     def low(self) -> float:
-        return -math.inf if self.best is None else self.best
+        return -math.inf if self.certificate.best_w_error is None else self.certificate.best_w_error
 
     @property
     def high(self) -> float:
-        return -math.inf if self.worst is None else self.worst
+        assert self.certificate.worst_w_error is not None
+        return self.certificate.worst_w_error
 
     @property
     def inside(self) -> bool:
-        """Whether the range holds the truth; the range of an exact answer is that alone."""
-        return self.verdict is not Verdict.NOT_DETERMINED and self.low <= self.true <= self.high
-
-    @property
-    def right(self) -> bool:
-        """Whether the prediction is within 0.3 of the truth."""
-        if self.expected is None or math.isinf(self.expected):
-            return self.expected == self.true
-        return abs(self.expected - self.true) <= BAND
-
-    @property
-    def expected(self) -> float | None:
-        """The prediction; `-inf` where no error is expected, None where there is no telling."""
-        return -math.inf if self.predicted is None and self.verdict is not Verdict.NOT_DETERMINED else self.predicted
+        return self.low <= self.true <= self.high
 
 
-def draw(seed: int, coarse: bool = False, sides: Sequence[int] = SIDES, most: float = MOST_TIMES) -> Problem:
-    """A problem: shapes 40 to 256, ranks 1 to 16, 3 to 8 models, or from one on where the bits can come back.
-
-    Half of the bases lie on their dtype's grid, as published ones do; in float64 all do. Deltas are 3 to 10,000 times
-    the storage noise.
-
-    Args:
-        seed: Of everything.
-        coarse: Whether the base is in half precision and the merges in float32: there the bits can come back. Deltas
-            are 0.1 to 1000 times the rounding errors of the base's dtype; to 10 times those of one or two models.
-        sides: For other shapes: the shorter side is one of these, the longer up to twice the longest.
-        most: For larger deltas than 10,000 times the storage noise.
-    """
-    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    side = pick.choice(sides)
-    other = min(2 * max(sides), int(side * pick.choice([1, 1.5, 2, 3])))
-    shape = pick.choice([(side, other), (other, side)])
-    highest = min(16, min(shape) // 3, max(shape) // 4)
-    n = pick.randint(1 if coarse else 3, 8)
-    ranks = [pick.randint(1, highest)] * n if pick.random() < 0.5 else [pick.randint(1, highest) for _ in range(n)]
-    dtype, decay, shared = (
-        pick.choice(HALVES if coarse else DTYPES),
-        pick.choice([0, 2, 4, 7]),
-        pick.choice([0, 0.5, 0.9, 0.97, 0.99]),
-    )
-    W = torch.randn(shape, generator=generator, dtype=torch.float64)
-    on_grid = coarse or pick.random() < 0.5
-    W = W.to(dtype).double() if on_grid else W
-    times = 10 ** (pick.uniform(-1, 3 if n > 2 else 1) if coarse else pick.uniform(math.log10(3), math.log10(most)))
-    size = min(30.0, times * float(storage_variance(W.to(dtype)).mean().sqrt()))
-    common = torch.randn(shape[1], max(ranks), generator=generator, dtype=torch.float64)
-    models = []
-    for r in ranks:
-        own = torch.randn(shape[1], r, generator=generator, dtype=torch.float64)
-        V = torch.linalg.qr(shared**0.5 * common[:, :r] + (1 - shared) ** 0.5 * own)[0]
-        U = torch.linalg.qr(torch.randn(shape[0], r, generator=generator, dtype=torch.float64))[0]
-        M_i = (U * torch.exp(torch.linspace(0, -decay, r, dtype=torch.float64))) @ V.mT
-        models.append((W + M_i * (size * math.sqrt(W.numel() / r))).to(torch.float32 if coarse else dtype))
-    grid = f"on the {name_of(dtype)} grid" if on_grid else "off the grid"
-    about = f"seed {seed} {shape} ranks {ranks} decay {decay} shared {shared} deltas {times:.3g} {grid}"
-    return Problem(W, torch.stack(models), times, about)
+def judged(found: Sequence[Outcome]) -> Iterator[Judged]:
+    """Those outcomes whose certificate has a range."""
+    for o in found:
+        if o.basis is not None and o.predicted is not None:
+            assessment = Assessment(o.basis, 10**o.predicted, o.covariates, o.doubts, o.at_floor, "")
+            yield Judged(o, calibrated(assessment))
 
 
-def outcomes(
-    problems: int,
-    first: int,
-    coarse: bool = False,
-    sides: Sequence[int] = SIDES,
-    most: float = MOST_TIMES,
-    solver: Solver = SOLVER,
-) -> Iterator[Outcome]:
-    refused = 0
-    for seed in range(first, first + problems):
-        problem = draw(seed, coarse, sides, most)
-        stack = Stack.of(problem.models)
-        began = time.perf_counter()
-        try:
-            recovery = (solver if stack.n > 2 else ON_GRID).solve(stack)
-        except NotRecoverable:
-            refused += 1
-            continue
-        solved = time.perf_counter()
-        certificate = certify(stack, recovery, stored=problem.models.dtype)
-        judged = time.perf_counter()
-        weight = recovery.weight.to(problem.models.dtype)
-        true, wrong = w_error(weight, problem.W), int(weight.double().ne(problem.W).sum())
-        print(f"\r{seed + 1 - first} of {problems}", end="", file=sys.stderr, flush=True)
-        yield Outcome(
-            certificate.verdict,
-            problem.models.dtype,
-            certificate.predicted_w_error,
-            certificate.best_w_error,
-            certificate.worst_w_error,
-            true,
-            wrong,
-            problem.times,
-            solved - began,
-            judged - solved,
-            problem.about,
-        )
-    if refused:
-        print(f"{refused} of {problems} refused")
+STRATA: dict[str, Callable[[Judged], str]] = {
+    "verdict": lambda j: str(j.certificate.verdict),
+    "bin": lambda j: str(j.outcome.basis),
+    "kind": lambda j: j.outcome.kind,
+    "dtype": lambda j: j.outcome.dtype,
+    "entries": lambda j: _class(j.outcome.entries, (1e4, 1e5)),
+    "deltas, units in the last place": lambda j: _class(j.outcome.ulps, (0.6, 10, 1000)),
+    "models": lambda j: _class(j.outcome.models, (3, 4, 6)),
+}
 
 
-def print_table(seen: list[Outcome]) -> None:
-    columns = ("problems", "in range", "within 0.3", "too good", "too bad", "width", "9 of 10", "open")
-    print(f"{'verdict':21} {'dtype':8}", *(f"{name:>{max(8, len(name))}}" for name in columns))
-    ranged = [o for o in seen if o.verdict in RANGED]
-    groups = {str(verdict): [o for o in seen if o.verdict is verdict] for verdict in Verdict}
-    for title, group in {**groups, "floor or approximate": ranged}.items():
-        for dtype in (*DTYPES, None):
-            rows = [o for o in group if dtype in (None, o.dtype)]
-            if rows:
-                name = "all" if dtype is None else str(dtype).removeprefix("torch.")
-                print(f"{title:21} {name:8} {_figures(rows)}")
-    judging, solving = (sum(getattr(o, name) for o in seen) for name in ("judging_seconds", "solving_seconds"))
-    print(f"\nmean time: recovery {solving / len(seen):.2f} s, certificate {judging / len(seen):.2f} s")
-    for o in seen:
-        if not o.inside and o.verdict is not Verdict.NOT_DETERMINED:
-            ends = f"{o.low:.2f} to {o.high:.2f}"
-            print(f"missed: {o.verdict}, {ends}, true {o.true:.2f}, {name_of(o.dtype)} {o.about}")
-    inside = _share([o.inside for o in ranged])
-    floor = [o.right for o in seen if o.verdict is Verdict.FLOOR]
-    wrong = [o.right for o in seen if o.verdict is Verdict.EXACT].count(False)
-    met = inside >= GOAL and (not floor or _share(floor) >= GOAL) and not wrong
-    within = f"{_share(floor):.1f} % within {BAND}" if floor else "none"
+def _class(value: float, ends: Sequence[float]) -> str:
+    """The half-open interval that a value is in."""
+    for low, high in zip((0.0, *ends), (*ends, math.inf), strict=True):
+        if low <= value < high:
+            return f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} and more"
+    raise AssertionError
+
+
+def table(split: str) -> None:
+    """Print what the certificate says of a split."""
+    found = outcomes(split)
+    ranged = list(judged(found))
+    print(f"{'':36} {'ranges':>6} {'in range':>8} {'width':>6} {'9 of 10':>7} {'open':>5} {'above':>5} {'below':>5}")
+    print(f"{'all':36} {_figures(ranged)}")
+    for title, of in STRATA.items():
+        print(title)
+        groups: dict[str, list[Judged]] = {}
+        for j in ranged:
+            groups.setdefault(of(j), []).append(j)
+        for name in sorted(groups):
+            if len(groups[name]) >= FEWEST:
+                print(f"  {name:34} {_figures(groups[name])}")
+    others = [o for o in found if o.basis is None]
+    exact = [o for o in others if o.verdict == Verdict.EXACT]
     print(
-        f"in range: {inside:.1f} %, target {GOAL:.0f} %; {Verdict.FLOOR}: {within}, target {GOAL:.0f} %; "
-        f"{Verdict.EXACT}: {wrong} wrong: {'met' if met else 'MISSED'}"
+        f"\n{len(found)} problems; exact: {len(exact)}, {sum(o.wrong > 0 for o in exact)} of them wrong; "
+        "not determined: "
+        f"{sum(o.verdict == Verdict.NOT_DETERMINED for o in others)}; refused: "
+        f"{sum(o.verdict == REFUSED for o in others)}; too slow: {sum(o.verdict == TOO_SLOW for o in others)}"
     )
+    certain, wrong = sum(o.certain for o in found), sum(o.certain_wrong for o in found)
+    on_grid = [o for o in found if o.certain or str(o.basis).startswith("grid")]
+    right = 1 - sum(o.wrong for o in on_grid) / max(1, sum(o.entries for o in on_grid))
+    share = certain / max(1, sum(o.entries for o in on_grid))
+    print(
+        f"on a grid: {100 * right:.3f} % of entries right, {100 * share:.3f} % called certain; of {certain} called "
+        f"certain {wrong} wrong"
+    )
+    solving, judging = sum(o.solving_seconds for o in found), sum(o.judging_seconds for o in found)
+    print(f"core seconds: recovery {solving:.0f}, certificate {judging:.1f} ({100 * judging / solving:.1f} %)")
+    for j in ranged:
+        if not j.inside:
+            o = j.outcome
+            print(
+                f"missed: {j.certificate.verdict}, {j.low:.2f} to {j.high:.2f}, true {j.true:.2f}, {split} {o.seed} ",
+                end="",
+            )
+            print(f"{o.kind} {o.dtype} {o.about} ulps {o.ulps:.3g} {o.method}")
 
 
-def _figures(rows: list[Outcome]) -> str:
+def _figures(rows: Sequence[Judged]) -> str:
     """A line of the table."""
-    told = rows[0].verdict is not Verdict.NOT_DETERMINED
-    inside, right = (_share([getattr(o, name) for o in rows]) for name in ("inside", "right"))
-    good, bad = sum(told and o.true > o.high for o in rows), sum(told and o.true < o.low for o in rows)
-    widths = sorted(o.high - o.low for o in rows if o.best is not None)
-    wide = [f"{widths[int(share * len(widths))]:8.2f}" if widths else f"{'-':>8}" for share in (0.5, 0.9)]
-    shares = [f"{share:{width}.1f} %" if told else f"{'-':>{width + 2}}" for share, width in ((inside, 6), (right, 8))]
-    unbounded = sum(o.best is None and o.worst is not None for o in rows)
-    return f"{len(rows):8} {shares[0]} {shares[1]} {good:8} {bad:8} {' '.join(wide)} {unbounded:8}"
+    inside = 100 * sum(j.inside for j in rows) / len(rows)
+    widths = sorted(j.high - j.low for j in rows if math.isfinite(j.low))
+    wide = [f"{widths[int(share * len(widths))]:.2f}" if widths else "-" for share in (0.5, 0.9)]
+    unbounded, above, below = (
+        len(rows) - len(widths),
+        sum(j.true > j.high for j in rows),
+        sum(j.true < j.low for j in rows),
+    )
+    return f"{len(rows):6} {inside:6.1f} % {wide[0]:>6} {wide[1]:>7} {unbounded:5} {above:5} {below:5}"
 
 
-def _share(held: list[bool]) -> float:
-    """In per cent; of none it is all."""
-    return 100 * sum(held) / len(held) if held else 100.0
-
-
-def plot(seen: list[Outcome], path: Path) -> None:
+def plot(split: str, path: Path) -> None:
+    """Draw true against predicted W-Errors, with the ranges."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.2))
-    panels = ((torch.bfloat16, torch.float16), (torch.float32,), (torch.float64,))
-    for axis, dtypes in zip(axes, panels, strict=True):
-        rows = [o for o in seen if o.dtype in dtypes and o.predicted is not None and math.isfinite(o.true)]
-        for verdict in (Verdict.APPROXIMATE, Verdict.FLOOR):
-            chosen = [o for o in rows if o.verdict is verdict]
-            if verdict is Verdict.APPROXIMATE:
-                # Where the weight may be exact, the range goes on down for ever.
-                lows = [o.predicted - 1 if o.best is None else o.best for o in chosen]
-                axis.vlines(
-                    [o.predicted for o in chosen],
-                    lows,
-                    [o.worst for o in chosen],
-                    color="sandybrown",
-                    linewidth=1,
-                    zorder=1,
-                )
-            outside = [o for o in chosen if not o.inside]
-            axis.scatter([o.predicted for o in outside], [o.true for o in outside], s=60, marker="x", color="black")
-            axis.scatter(
-                [o.predicted for o in chosen],
-                [o.true for o in chosen],
-                s=9,
-                color=COLOURS[verdict],
-                label=verdict,
-                zorder=2,
-            )
-        ends = [min(o.predicted for o in rows) - 0.5, max(o.predicted for o in rows) + 0.5]
-        axis.fill_between(ends, [e - BAND for e in ends], [e + BAND for e in ends], color="0.9", zorder=0)
-        axis.set_title(" and ".join(map(name_of, dtypes)))
+    ranged = [
+        j for j in judged(outcomes(split)) if math.isfinite(j.true) and j.certificate.predicted_w_error is not None
+    ]
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(12, 4.2))
+    for axis, (title, dtypes) in zip(axes, PANELS.items(), strict=True):
+        rows = [j for j in ranged if j.outcome.dtype in dtypes]
+        for verdict, colour in COLOURS.items():
+            chosen = [j for j in rows if j.certificate.verdict is verdict]
+            x = [j.certificate.predicted_w_error for j in chosen]
+            lows = [max(j.low, min(j.true, j.high) - 3) for j in chosen]
+            axis.vlines(x, lows, [j.high for j in chosen], color=colour, alpha=0.4, linewidth=1, zorder=1)
+            axis.scatter(x, [j.true for j in chosen], s=9, color=colour, label=verdict, zorder=2)
+        missed = [j for j in rows if not j.inside]
+        x = [j.certificate.predicted_w_error for j in missed]
+        axis.scatter(x, [j.true for j in missed], s=60, marker="x", color="black", zorder=3)
+        axis.set_title(title)
         axis.set_xlabel("predicted W-Error")
     axes[0].set_ylabel("true W-Error")
     axes[0].legend()
@@ -290,12 +175,79 @@ def plot(seen: list[Outcome], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(problems: int = 200, path: str = "docs/certificate.png", first: int = FIRST) -> None:
+PANELS = {
+    "bfloat16 and float16": ("bfloat16", "float16"),
+    "float32 and mixed": ("float32", "mixed"),
+    "float64": ("float64",),
+}
+COLOURS = {Verdict.APPROXIMATE: "tab:orange", Verdict.FLOOR: "tab:blue"}
+
+
+def bootstrap(problems: int) -> None:
+    """Compare with a parametric bootstrap: fresh roundings added to the recovered models, solved by the closed form."""
+    rows = [j for j in judged(outcomes("check")) if str(j.outcome.basis).startswith("least squares")][:problems]
+    ours, theirs, widths = [], [], []
+    seconds = [0.0, 0.0]
+    for j in rows:
+        problem = draw("check", j.outcome.seed)
+        found = _resampled(Stack.of(problem.models, noise=problem.noise), problem.stored)
+        if found is None:
+            continue
+        middle, spread, taken = found
+        ours.append(j)
+        theirs.append(abs(j.true - middle) <= CENTRAL * spread)
+        widths.append(2 * CENTRAL * spread)
+        seconds = [seconds[0] + taken, seconds[1] + j.outcome.judging_seconds]
+    inside = 100 * sum(j.inside for j in ours) / len(ours)
+    print(f"{len(ours)} least-squares answers of check, {DRAWS} draws")
+    print(f"calibrated: {inside:.1f} % in range, width {median(j.high - j.low for j in ours):.2f}, {seconds[1]:.1f} s")
+    print(
+        f"bootstrap:  {100 * sum(theirs) / len(theirs):.1f} % in range, width {median(widths):.2f}, {seconds[0]:.1f} s"
+    )
+
+
+def _resampled(stack: Stack, stored: torch.dtype) -> tuple[float, float, float] | None:
+    """Mean and spread of log10 of the error of new recoveries, and the seconds that they take."""
+    began = time.process_time()
+    solver = Intersect()
+    try:
+        recovery = solver.solve(stack)
+        W = recovery.weight.double()
+        generator = torch.Generator().manual_seed(0)
+        errors = []
+        for _ in range(DRAWS):
+            # A base within its error of the one found, so that its merges are rounded anew.
+            base = W + float(stack.noise.max()) * torch.randn(W.shape, generator=generator, dtype=torch.float64)
+            base = base.to(stored).double()
+            merges = [
+                (base + M_i.dense().double()).to(W_i.dtype)
+                for M_i, W_i in zip(recovery.deltas, stack.matrices, strict=True)
+            ]
+            again = solver.solve(Stack.of(merges)).weight.to(stored).double()
+            errors.append(math.log10(max(float((again - base).square().mean()), 1e-300)))
+    except NotRecoverable:
+        return None
+    return fmean(errors), stdev(errors), time.process_time() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fit", nargs="+", choices=SPLITS, metavar="SPLIT")
+    parser.add_argument("--split", choices=SPLITS)
+    parser.add_argument("--bootstrap", type=int, metavar="PROBLEMS")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    seen = list(outcomes(problems, first))
-    print_table(seen)
-    plot(seen, Path(path))
+    if options.fit:
+        rows = [o for split in options.fit for o in outcomes(split)]
+        CALIBRATION.write_text(json.dumps(calibration(rows), indent=1) + "\n")
+    if options.split:
+        table(options.split)
+    if options.split and options.plot:
+        plot(options.split, options.plot)
+    if options.bootstrap:
+        bootstrap(options.bootstrap)
 
 
 if __name__ == "__main__":
-    main(*(kind(word) for kind, word in zip((int, str, int), sys.argv[1:], strict=False)))
+    main()

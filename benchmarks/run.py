@@ -24,9 +24,7 @@ COMMANDS = {
     "growth": ["docs/growth.png"],
     "family": [],
     "ranks": [],
-    "certificate": [],
-    "exact": [],
-    "large": [],
+    "certificate": ["--split", "sealed"],
     "bits": [],
 }
 INTRODUCTION = """# Benchmarks

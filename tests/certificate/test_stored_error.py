@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from detune.certificate.stored_error import StoredError, rounded_mse
+from detune.certificate.stored_error import StoredError, quantised_error, stored_error
 from detune.fitting.normal_operator import NormalOperator
-from detune.problem import LowRank, PredictedError, Recovery
+from detune.problem import LowRank, Recovery
+from detune.problem.storage_noise import storage_energy
 from tests.cases import Regime, make_problem, normal, rms, seeded
 from tests.fitting.test_gauss_newton import spaces
 
@@ -29,9 +30,7 @@ def answer(on_grid: bool, share: float) -> tuple[Recovery, NormalOperator, torch
 def rounded(
     recovery: Recovery, operator: NormalOperator, mse: float, averaged: float, stored: torch.dtype = torch.bfloat16
 ) -> StoredError:
-    return rounded_mse(
-        recovery, operator, [torch.bfloat16] * N, stored, PredictedError(mse, mse / 2, mse * 4), averaged
-    )
+    return stored_error(recovery, operator, [torch.bfloat16] * N, stored, mse, averaged)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
@@ -52,16 +51,18 @@ def test_a_base_off_the_grid_loses_by_rounding_and_one_on_it_gains():
 
 def test_a_finer_dtype_changes_nothing():
     recovery, operator, _, averaged = answer(False, 0.3)
-    found = rounded(recovery, operator, averaged, averaged, torch.float32)
-    assert (found.mse, found.least, found.most) == (averaged, averaged / 2, averaged * 4)
+    assert rounded(recovery, operator, averaged, averaged, torch.float32) == StoredError(averaged, 1.0)
 
 
 def test_a_smaller_error_is_undone_more_often():
     """On the grid the error that is left falls faster than the error before; off it, rounding adds the same to both."""
     on, operator, _, averaged = answer(True, 1.0)
-    found = rounded(on, operator, averaged * 2, averaged)
-    assert found.mse > 1.9 * found.if_less
-    assert found.least < found.if_less < found.mse < found.most
+    assert rounded(on, operator, averaged * 2, averaged).slope > 1.3
     off, operator, _, averaged = answer(False, 1.0)
-    found = rounded(off, operator, averaged * 2, averaged)
-    assert found.mse < 1.3 * found.if_less
+    assert rounded(off, operator, averaged * 2, averaged).slope < 0.6
+
+
+def test_no_grid_undoes_what_levels_of_their_own_rounded_off():
+    recovery, _, _, averaged = answer(True, 0.3)
+    added = storage_energy(recovery.weight.bfloat16()) / recovery.weight.numel()
+    assert quantised_error(recovery, torch.bfloat16, averaged) == StoredError(averaged + added)

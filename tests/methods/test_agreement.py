@@ -76,7 +76,7 @@ class TestThreeVersions:
         stack = merged(lora(0), lora(0), lora(1), lora(2))
         recovery = Auto().solve(stack)
         certificate = certify(stack, recovery, torch.float32)
-        assert certificate.verdict is Verdict.FLOOR, certificate.reason
+        assert certificate.verdict in (Verdict.FLOOR, Verdict.APPROXIMATE), certificate.reason
         assert recovery.ranks == (2, 2, 2, 2)
         assert w_error(recovery.weight, W) < -14
         assert in_range(stack, recovery, W)

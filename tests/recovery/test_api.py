@@ -232,7 +232,7 @@ def test_stable_diffusion(stable_diffusion, tmp_path):
 
     report = detune.recover([tmp_path / f"model-{i}" for i in range(3)], tmp_path / "out")
     changed = {row.name: row for row in report.tensors if row.verdict is not Verdict.SHARED}
-    assert {row.verdict for row in changed.values()} == {Verdict.FLOOR}
+    assert {row.verdict for row in changed.values()} <= {Verdict.FLOOR, Verdict.APPROXIMATE}
     assert any("conv1" in name and len(row.shape) == 4 for name, row in changed.items())
     assert {name.partition("/")[0] for name in changed} == {"unet", "text_encoder"}
 

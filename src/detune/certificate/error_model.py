@@ -1,69 +1,55 @@
-"""What the data say of an answer with deltas: the error to expect, what speaks against that, and between what it is."""
+"""The error to expect of a least-squares answer: the point prediction, what says how good that is, and its doubts."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
+from detune.certificate.calibration import Assessment, log_ratio
 from detune.certificate.misfit import Misfit
-from detune.certificate.stored_error import StoredError
+from detune.certificate.stored_error import StoredError, quantised_error, stored_error
 from detune.fitting.normal_operator import NormalOperator
 from detune.identifiability.error_traces import ErrorTraces, error_traces
 from detune.identifiability.undetected import UndetectedDirections, undetected_directions
+from detune.lattice import is_coarse
 from detune.problem.low_rank import LowRank, SVDFactors
-from detune.problem.recovery import PredictedError, Recovery
+from detune.problem.recovery import Recovery
 from detune.problem.stack import Stack
+from detune.problem.storage_noise import FLOOR_RATIO
 
-# Of an error of which more than half is what all models have in common, only the size of that is known: any number does
-# that is well above what finite matrices scatter by.
-MOST_ALIKE = 0.5
-# A misfit of more than this many times the storage noise's (root mean square) is not storage noise.
-MOST_LEFT = 2.0
-# A variance of the misfit that is so many times that of the storage noise, which is seen to a few per cent of it, has
-# directions in it that were not found, where spectra run into the noise; elsewhere a merge that was rounded on its way.
-MOST_EXCESS = 1.2
-# Of more than this the computation is the cause, if it can be.
-MOST_COMPUTED = 1.2
-# Factors are computed to this many units of float64's precision.
+# A part is most of a whole from a half on, and a share of it that counts from a quarter on (definitions of doubts).
+MOST, MUCH = 0.5, 0.25
+# An excess of variance over the storage noise's is one from a fifth on: twice the scatter of its estimate, a few per
+# cent, and of the rounding that a merge adds on its way (definition of a doubt).
+EXCESS = 1.2
+# Factors are computed to 32 units of float64's precision: the square root of a thousand products (derived).
 COMPUTED = 32.0
-# The noise that rounding must leave is known as well as if so many entries had been seen.
+# The noise that rounding must leave is known as well as if 30 entries had been seen: it decides where residuals have
+# few degrees of freedom, and nowhere else (derived).
 PRIOR = 30.0
-# A direction shows from this multiple of the noise's largest singular value.
-NOTICED = 2.0
-# A spectrum whose weakest singular value found is so far above what shows has no more to come.
+# A direction shows from twice the noise's largest singular value: as in `problem.storage_noise`, of a residual.
+NOTICED = FLOOR_RATIO
+# A spectrum whose weakest singular value found is three times what shows has no more to come (definition of a doubt).
 GAP = 3.0
-# Shares of the predicted error that may come from what cannot be predicted.
-MOST_HIDDEN = 0.5
-MOST_DISTANT = 0.25
-# Where rounding leaves less than this share of the error, its rare large values are what counts.
-TAIL = 0.1
-# Entries of deltas below this many times the noise's variance are rounded alike in all models.
-ALIKE = 144.0
-# In half precision an error is known to a factor of 1.6; if to no better than this once it is stored, it is not known.
-STEEP = 2.8
-# Rounding intervals of half precision bound what least squares takes for noise, and save this much more of the error
-# than is accounted for: the median of random problems (seeds as below); not where it is amplified more than so.
-FINER, AMPLIFIED = 0.8, 3.0
-# Intervals leave no less than this share of the error of least squares.
+# Intervals leave no less than a twentieth of the error of least squares: 2 n / ((n + 1) (n + 2)) is 0.1 for the fifteen
+# models that anybody has, and steps may differ (derived, see `docs/method.md`).
 MOST_SAVED = 0.05
-# With fewer directions the error scatters by more than a factor of two (two standard deviations of its logarithm).
+# A step is the square root of twelve times the noise that rounding to it makes: a delta below it is rounded alike in
+# all models in most entries (derived). One of twelve times the noise is so in some, which counts in float64, where it
+# cannot be simulated (definition of a doubt).
+STEP = 12.0**0.5
+ALIKE = 12.0
+# In fewer than sixteen directions a sum of squares scatters by a factor of two: two standard deviations of chi-square's
+# logarithm (derived).
 FEW = 16.0
-# Of an error that lies in few directions the range leaves out one case in forty at either end.
-LIKELY = 0.975
-# Cube root of a hundredth.
-LEAST_ROOT = 0.215
-# What an error before storing was, over the one to expect and all that may hide, in random problems: those of
-# `benchmarks/certificate.py` with seeds from 6000 to 6199, and those outside of earlier ranges, of seeds up to 9199.
-LESS, MORE = 0.7, 1.6
-# Where spectra run into the noise, there is rather more than shows.
-MORE_RUNNING_ON = 4.0
-# If the deltas are wrong altogether, the answer is off by what they moved it from the mean of the models; in these
-# problems by no more than this times as much (mean square), however much seemed to hide.
-WRONG = 2.0
+# Storing is steep where it makes twenty times as much of a hundredth of an error: ranges are then of orders.
+STEEP = 2.0
+
+# Parts of the models disagree by ten times the predicted error (mean square) only if something is wrong: two halves
+# alone have twice its variance (definition of a doubt).
+DISAGREEING = 10.0
 
 
 @dataclass(frozen=True)
@@ -71,33 +57,24 @@ class ErrorModel:
     """What the data say of an answer with deltas.
 
     Attributes:
+        stack: The models.
+        recovery: The answer.
         spaces: Of the deltas.
         operator: The operator at them.
         traces: How noise enters the answer.
         misfit: What it leaves, and how far it is from the best.
         variances: Of the models' storage noise, `(n,)`.
-        excess: Variance found in the misfit over the storage noise's. Directions below the noise are in it.
-        computed: Variance of the rounding errors of the computation.
-        saved: What the answer's mean squared error is below that of least squares.
-        moved: Mean square of the mean of the deltas: how far the answer is from the mean of the models.
-        rounded: Whether the weight is in the dtype it will be stored in.
-        coarse: Whether some model is in half precision.
-        entries: Of the matrix.
+        stored: The dtype that the weight will be stored in.
     """
 
+    stack: Stack
+    recovery: Recovery
     spaces: tuple[SVDFactors, ...]
     operator: NormalOperator
     traces: ErrorTraces
     misfit: Misfit
     variances: Tensor
-    excess: float
-    computed: float
-    saved: float
-    moved: float
-    rounded: bool
-    coarse: bool
-    entries: int
-    told: bool
+    stored: torch.dtype
 
     @classmethod
     def of(
@@ -108,163 +85,85 @@ class ErrorModel:
         spaces: tuple[SVDFactors, ...],
         stored: torch.dtype,
     ) -> "ErrorModel":
-        """Gather it."""
-        traces = error_traces(operator)
+        """Measure misfit and traces."""
         misfit = Misfit.of(stack, recovery, operator, spaces)
         variances = stack.noise.square().to(operator.Q.device)
-        entries = recovery.weight.numel()
-        energy = sum(float(space.S.square().sum()) for space in spaces) / (stack.n * entries)
-        computed = (COMPUTED * torch.finfo(torch.float64).eps) ** 2 * energy
-        return cls(
-            spaces,
-            operator,
-            traces,
-            misfit,
-            variances,
-            _excess(misfit, traces, variances),
-            computed,
-            recovery.mse_reduction,
-            _moved_mse(operator, spaces, entries),
-            torch.finfo(recovery.weight.dtype).eps >= torch.finfo(stored).eps,
-            any(W_i.dtype.itemsize <= 2 for W_i in stack.matrices),
-            entries,
-            bool(stack.noise_override),
+        return cls(stack, recovery, spaces, operator, error_traces(operator), misfit, variances, stored)
+
+    def assessment(self, disagreed: float = 0.0) -> Assessment:
+        """The predicted error of the weight once stored, with what says how good that is.
+
+        Args:
+            disagreed: Mean squared error by the disagreement of parts of the models, before storing.
+        """
+        after = self._once_stored
+        doubts = tuple(why for holds, why in self._doubts(after, disagreed) if holds)
+        at_floor = self.excess <= FLOOR_RATIO**2 and self.distance <= MUCH * self.noise
+        reason = (
+            f"the only answer in which no part is common to all adapters; storage noise, {self.amplified:.2g} times "
+            "that of an average, is all that is left"
+        )
+        # What storing undoes altogether is as good as one entry in the last place.
+        least = float(self.stack.noise.square().mean()) / self.entries
+        return Assessment(
+            self._basis(after, at_floor, len(doubts)),
+            after.mse or least,
+            self._covariates(after),
+            doubts,
+            at_floor,
+            reason,
+            # Storing takes or adds the same share, whichever way the error was found.
+            after.mse * disagreed / self.mse if self.mse else 0.0,
         )
 
-    @property
+    @cached_property
+    def entries(self) -> int:
+        """Of the matrix."""
+        return self.recovery.weight.numel()
+
+    @cached_property
+    def excess(self) -> float:
+        """Variance found in the misfit over the storage noise's. Directions below the noise are in it."""
+        return self._excess_over(self.variances)
+
+    @cached_property
     def averaged(self) -> float:
         """Mean squared error of the mean of n rounding errors: the least that least squares can do."""
-        return self.excess * float(self.variances.sum()) / len(self.variances) ** 2
+        return self.excess * float(self.variances.sum()) / self.stack.n**2
 
-    @property
-    def rounding(self) -> float:
-        """The part of it that is rounding to the models' dtypes: an excess of noise, or one told, is something else."""
-        return 0.0 if self.told else self.averaged / max(1.0, self.excess)
-
-    @property
+    @cached_property
     def noise(self) -> float:
         """Mean squared error that the noise leaves at the most likely answer."""
         least_squares = self.excess * float((self.variances * self.traces.weight).sum()) / self.entries
-        return max(least_squares - self.saved, least_squares * MOST_SAVED) + self.alike
+        return max(least_squares - self.recovery.mse_reduction, least_squares * MOST_SAVED) + self.alike
 
-    @property
+    @cached_property
     def alike(self) -> float:
         """Mean square of what quantisation has rounded off all models alike, which no residual shows."""
-        return max(0.0, 1 - self.excess) * float(self.variances.mean()) if self.told else 0.0
+        return max(0.0, 1 - self.excess) * float(self.variances.mean()) if self.stack.noise_override else 0.0
 
-    @property
+    @cached_property
     def distance(self) -> float:
         """Mean square of the step to that answer.
 
         A weight that was rounded as coarsely as it will be stored may already be the base's own: then the step is as
         long as the noise.
         """
-        if self.saved:
+        if self.recovery.mse_reduction:
             # Least squares is not the aim.
             return 0.0
         distance = self.misfit.distance / self.entries
-        return max(0.0, distance - self.noise) if self.rounded else distance
+        return max(0.0, distance - self.noise) if self._is_rounded else distance
 
     @property
     def mse(self) -> float:
-        """Mean squared error to expect of the weight."""
-        mse = self.noise + self.distance
-        # Least squares alone has saved nothing.
-        finer = self.saved and not self._runs_into_noise and self.amplified < AMPLIFIED
-        return mse * FINER if finer else mse
+        """Mean squared error to expect of the weight before it is stored."""
+        return self.noise + self.distance
 
     @property
     def amplified(self) -> float:
         """Root of the error over the least that there can be."""
         return math.sqrt(self.noise / self.averaged) if self.averaged else 1.0
-
-    @property
-    def expected(self) -> PredictedError:
-        """The error of the weight before it is stored, and between what it is."""
-        mse, directions, runs_on = self.mse, self.traces.directions, self._runs_into_noise
-        most = (mse + self.could_hide) * (MORE_RUNNING_ON if runs_on else MORE)
-        most *= max(1.0, _at_quantile(LIKELY, directions))
-        wrong = WRONG * (self.moved + mse)
-        # A weight in the dtype that it will be stored in was rounded while it was computed, too: no less is left.
-        sure = min(mse, self.rounding) if self.rounded else 0.0
-        least = sure + (mse - sure) * LESS * _at_quantile(1 - LIKELY, directions)
-        if self.excess > MOST_LEFT**2:
-            # What is left may be in the deltas alone.
-            least = min(least, self.noise / self.excess)
-        return PredictedError(mse, least, min(most, wrong) if self.traces.solved else wrong)
-
-    def doubts(self, rounded: StoredError) -> list[str]:
-        """All reasons for which the prediction may be wrong; none where nothing speaks against it.
-
-        Args:
-            rounded: The error of the weight as it will be stored.
-        """
-        mse, noise = rounded.mse, float(self.variances.mean())
-        few, runs_on = round(self.traces.directions), self._runs_into_noise
-        computed = _excess(self.misfit, self.traces, self.variances + self.computed) <= MOST_LEFT**2
-        unexplained = not computed and self.excess > MOST_LEFT**2
-        mostly_undone = mse < TAIL * self.mse and runs_on
-        table = (
-            (
-                self.alike > MOST_ALIKE * self.noise,
-                "deltas are small beside the levels of quantisation: the models were rounded alike",
-            ),
-            (
-                computed and self.excess > MOST_COMPUTED**2 and self.computed > MOST_DISTANT * noise,
-                "the rounding of the computation, not of the models, is what limits the answer",
-            ),
-            (
-                unexplained,
-                f"{self.excess**0.5:.2g} times the storage noise is left: adapters of these ranks do not explain the "
-                "data",
-            ),
-            (
-                self.hidden > MOST_HIDDEN * mse,
-                "directions as strong as the weakest found would not show where the adapters' spaces are close to each "
-                "other",
-            ),
-            (self.distance > MOST_DISTANT * self.noise, "the solver stopped short of the most likely answer"),
-            (
-                mostly_undone,
-                "rounding brings most entries to the base's own numbers; how many it does not, depends on directions "
-                "that do not show",
-            ),
-            (
-                # Intervals may have saved more than is known; directions that do not show cost as much.
-                not mostly_undone and (self.coarse or runs_on) and mse > STEEP * rounded.if_less,
-                "rounding brings many entries to the base's own numbers; how many, cannot be predicted that closely",
-            ),
-            (
-                self.rounded and self._weakest_delta < ALIKE * noise,
-                "deltas hardly exceed a unit in the last place: the models round alike, and that cannot be simulated",
-            ),
-            (
-                self.excess > MOST_EXCESS and runs_on and not unexplained,
-                "more is left than storage noise: directions of the adapters that were not found may be in it",
-            ),
-            (not self.traces.solved, "the equations are too ill-conditioned to tell how the noise enters"),
-            (
-                self.traces.directions < FEW,
-                f"the error lies in some {few} directions: its size is known to a factor only",
-            ),
-        )
-        return [why for holds, why in table if holds]
-
-    @property
-    def _noticed(self) -> float:
-        """Singular value from which a direction shows."""
-        noise = math.sqrt(self.excess * float(self.variances.mean()))
-        return NOTICED * noise * (math.sqrt(self.operator.Q.shape[0]) + math.sqrt(self.operator.P.shape[0]))
-
-    @property
-    def _weakest_delta(self) -> float:
-        """Mean square of the weakest delta's entries, of those that there are."""
-        return min((float(space.S.square().sum()) / self.entries for space in self.spaces if len(space.S)), default=0.0)
-
-    @property
-    def _runs_into_noise(self) -> bool:
-        """Whether some spectrum may go on below what shows."""
-        return any(not len(space.S) or float(space.S[-1]) < GAP * self._noticed for space in self.spaces)
 
     @cached_property
     def hidden(self) -> float:
@@ -275,10 +174,143 @@ class ErrorModel:
         """
         return max(self._hidden_by_side(GAP))
 
-    @property
+    @cached_property
     def could_hide(self) -> float:
         """The same, if spectra that run into the noise may go on by any step: each with one direction more."""
         return max(self.hidden, sum(self._hidden_by_side(math.inf)) if self._runs_into_noise else 0.0)
+
+    @cached_property
+    def weakest_direction(self) -> float:
+        """The weakest singular value of any delta over what shows."""
+        return min((float(space.S[-1]) / self._noticed if len(space.S) else 0.0 for space in self.spaces), default=0.0)
+
+    @cached_property
+    def weakest_delta(self) -> float:
+        """Root mean square of the weakest delta's entries over that of rounding; of those deltas that there are."""
+        energies = [float(space.S.square().sum()) for space in self.spaces if len(space.S)]
+        return math.sqrt(min(energies, default=0.0) / self.entries / float(self.variances.mean()))
+
+    @cached_property
+    def _once_stored(self) -> StoredError:
+        if self.stack.noise_override:
+            return quantised_error(self.recovery, self.stored, self.mse)
+        dtypes = [W_i.dtype for W_i in self.stack.matrices]
+        # An excess of noise is something else than rounding to the models' dtypes.
+        averaged = min(self.mse, self.averaged / max(1.0, self.excess))
+        return stored_error(self.recovery, self.operator, dtypes, self.stored, self.mse, averaged)
+
+    def _basis(self, after: StoredError, at_floor: bool, doubts: int) -> str:
+        """The bin of the calibration: by the gravest of the doubts."""
+        if self._is_coarse:
+            return "least squares, deltas below a step"
+        if not at_floor or doubts > self._is_steep(after):
+            return "least squares, in doubt"
+        return "least squares, steep storing" if doubts else "least squares"
+
+    @cached_property
+    def _is_coarse(self) -> bool:
+        """Whether rounding to the models' dtypes hides the deltas in most entries."""
+        return not self.stack.noise_override and (self.weakest_delta < STEP or is_coarse(self.stack))
+
+    def _is_steep(self, after: StoredError) -> bool:
+        """Whether storing makes orders of magnitude of what the error before it is not known by."""
+        return not self.stack.noise_override and after.slope > STEEP
+
+    def _covariates(self, after: StoredError) -> dict[str, float]:
+        """What says how good the prediction is; ratios as log10."""
+        finest = min(torch.finfo(W_i.dtype).eps for W_i in self.stack.matrices)
+        return {
+            "amplification": log_ratio(self.amplified),
+            "directions of the error": log_ratio(self.traces.directions),
+            "excess of noise": log_ratio(self.excess),
+            "distance from the best": log_ratio(1 + self.distance / self.noise) if self.noise else 0.0,
+            "weakest direction": log_ratio(self.weakest_direction),
+            "weakest delta": log_ratio(self.weakest_delta),
+            "could hide": log_ratio(1 + self.could_hide / self.mse) if self.mse else 0.0,
+            "slope of storing": min(after.slope, 100.0),
+            "bits of the models": -math.log2(finest),
+        }
+
+    def _doubts(self, after: StoredError, disagreed: float) -> tuple[tuple[bool, str], ...]:
+        """Each reason for which the prediction may be wrong, with whether it holds."""
+        few, runs_on, noise = round(self.traces.directions), self._runs_into_noise, float(self.variances.mean())
+        computed = (COMPUTED * torch.finfo(torch.float64).eps) ** 2 * self._energy
+        explained = self._excess_over(self.variances + computed) <= FLOOR_RATIO**2
+        unexplained = not explained and self.excess > FLOOR_RATIO**2
+        told = bool(self.stack.noise_override)
+        times = math.sqrt(disagreed / self.mse) if self.mse else math.inf
+        return (
+            (
+                self._is_coarse,
+                "deltas are below a step of the models' rounding, which then leaves most entries as they were",
+            ),
+            (
+                told and (self.weakest_delta < STEP or self.alike > MOST * self.noise),
+                "deltas are small beside the levels of quantisation: the models were rounded alike",
+            ),
+            (
+                explained and self.excess > EXCESS and computed > MUCH * noise,
+                "the rounding of the computation, not of the models, is what limits the answer",
+            ),
+            (
+                unexplained,
+                f"{self.excess**0.5:.2g} times the storage noise is left: adapters of these ranks do not explain the "
+                "data",
+            ),
+            (
+                self.hidden > MOST * after.mse,
+                "directions as strong as the weakest found would not show where the adapters' spaces are close to each "
+                "other",
+            ),
+            (self.distance > MUCH * self.noise, "the solver stopped short of the most likely answer"),
+            (
+                self._is_steep(after),
+                "rounding brings many entries to the base's own numbers; how many, cannot be predicted closely",
+            ),
+            (
+                self._is_rounded and STEP <= self.weakest_delta < ALIKE,
+                "deltas hardly exceed a unit in the last place: the models round alike, and that cannot be simulated",
+            ),
+            (
+                self.excess > EXCESS and runs_on and not unexplained,
+                "more is left than storage noise: directions of the adapters that were not found may be in it",
+            ),
+            (
+                self.traces.directions < FEW,
+                f"the error lies in some {few} directions: its size is known to a factor only",
+            ),
+            (
+                disagreed > DISAGREEING * self.mse,
+                f"recoveries from parts of the models disagree {times:.2g} times as much as predicted",
+            ),
+        )
+
+    def _excess_over(self, variances: Tensor) -> float:
+        """The variance found in the misfit over the one expected."""
+        prior = PRIOR * float(variances.mean())
+        expected = float((variances * self.traces.residual).sum())
+        return (self.misfit.energy + prior) / (expected + prior) if prior else 1.0
+
+    @property
+    def _energy(self) -> float:
+        """Mean square of the deltas' entries."""
+        return sum(float(space.S.square().sum()) for space in self.spaces) / (self.stack.n * self.entries)
+
+    @property
+    def _is_rounded(self) -> bool:
+        """Whether the weight is in the dtype that it will be stored in."""
+        return torch.finfo(self.recovery.weight.dtype).eps >= torch.finfo(self.stored).eps
+
+    @property
+    def _noticed(self) -> float:
+        """Singular value from which a direction shows."""
+        noise = math.sqrt(self.excess * float(self.variances.mean()))
+        return NOTICED * noise * (math.sqrt(self.operator.Q.shape[0]) + math.sqrt(self.operator.P.shape[0]))
+
+    @property
+    def _runs_into_noise(self) -> bool:
+        """Whether some spectrum may go on below what shows."""
+        return self.weakest_direction < GAP
 
     def _hidden_by_side(self, gap: float) -> list[float]:
         """From directions of the rows and of the columns that are less than so many times weaker than those found."""
@@ -309,26 +341,3 @@ def moved_mse(recovery: Recovery) -> float:
     deltas = recovery.deltas
     total = LowRank(torch.cat([M_i.left for M_i in deltas], dim=1), torch.cat([M_i.right for M_i in deltas], dim=1))
     return total.energy / len(deltas) ** 2 / recovery.weight.numel()
-
-
-def _moved_mse(operator: NormalOperator, spaces: Sequence[SVDFactors], entries: int) -> float:
-    """The same, of deltas in the coordinates of the core."""
-    total = sum((a_i * space.S) @ b_i.mT for a_i, b_i, space in zip(operator.a, operator.b, spaces, strict=True))
-    return float(torch.as_tensor(total).square().sum()) / len(spaces) ** 2 / entries
-
-
-def _excess(misfit: Misfit, traces: ErrorTraces, variances: Tensor) -> float:
-    """The variance found in the misfit over the one expected."""
-    prior = PRIOR * float(variances.mean())
-    expected = float((variances * traces.residual).sum())
-    return (misfit.energy + prior) / (expected + prior) if prior else 1.0
-
-
-def _at_quantile(quantile: float, directions: float) -> float:
-    """An error in so many directions, over its mean: the quantile of chi-square.
-
-    By the cube of a normal number (Wilson & Hilferty 1931, doi 10.1073/pnas.17.12.684). Of one or two directions that
-    falls below zero; a hundredth is as good.
-    """
-    spread = 2 / (9 * directions)
-    return max(1 - spread + NormalDist().inv_cdf(quantile) * math.sqrt(spread), LEAST_ROOT) ** 3

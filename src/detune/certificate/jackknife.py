@@ -13,7 +13,7 @@ import torch
 from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
-# From so many models on, halves are enough to be solved.
+# The closed form needs three models: halves have them from six on, all but one from four on (derived).
 HALVES_FROM = 6
 FEWEST = 4
 

@@ -14,12 +14,14 @@ from detune.problem.recovery import Recovery, Residuals
 from detune.problem.stack import Stack
 from detune.problem.storage_noise import storage_energy
 
-# An average leaves residuals that sum to zero but for its rounding: a sum of less than this share of their energy is
-# not looked at closer.
+# An average leaves residuals that sum to zero but for its rounding: a sum of less than a millionth of their energy has
+# no part in the step (derived).
 NEGLIGIBLE = 1e-6
-# Conjugate gradients for the step stop at this share of the right-hand side.
+# Conjugate gradients for the step stop at this share of the right-hand side: a hundred-thousandth of a distance that is
+# compared with a quarter (derived).
 PRECISION = 1e-5
-# A delta whose singular values span more than this is looked at in directions of its own.
+# Products in float32, with its precision of 1e-7, hold to a ten-thousandth for singular values that span three orders;
+# a delta whose values span more is looked at in directions of its own (derived).
 LEAST_SCALE = 1e-3
 
 
@@ -84,18 +86,18 @@ class _Side:
 
     @classmethod
     def zeros(cls, Q: Tensor, P: Tensor) -> "_Side":
-        """Of an X that is zero, in the coordinates of Q."""
+        """The sides of an X that is zero, in the coordinates of Q."""
         s = Q.shape[1]
         return cls(*(Q.new_zeros(s, width, dtype=torch.float64) for width in (s, P.shape[1])))
 
     @classmethod
     def of(cls, X: Tensor, P: Tensor) -> "_Side":
-        """Of any X, by products in its dtype."""
+        """The side of any X, by products in its dtype."""
         inner = product(X, P.to(X)).double()
         return cls(product(X, X.mT).double() - inner @ inner.mT, inner)
 
     def times(self, c: Tensor) -> "_Side":
-        """Of `c X`."""
+        """The side of `c X`."""
         return _Side(c @ self.gram @ c.mT, c @ self.inner)
 
     def weighed(self, weights: Tensor) -> float:
@@ -111,8 +113,8 @@ class _Sums:
         energy: `sum_i |e_i|^2`, less what the M_i can take up by moving in their tangent spaces.
         outside: `|sum_i e_i|^2` outside both joint spans.
         rounding: Expected energy of the rounding of W_star to its dtype.
-        left: Of `Q^T sum_i P_i e_i`.
-        right: Of `P^T sum_i R_i e_i^T`.
+        left: The side of `Q^T sum_i P_i e_i`.
+        right: The side of `P^T sum_i R_i e_i^T`.
         common: `Q^T (sum_i e_i - U_i U_i^T e_i V_i V_i^T) P`, which is in both.
     """
 
@@ -150,48 +152,77 @@ class _Sums:
     def measured(
         cls, stack: Stack, recovery: Recovery, operator: NormalOperator, spaces: Sequence[SVDFactors]
     ) -> "_Sums":
-        """In one pass over the models, block by block."""
-        energy = all_energy = 0.0
-        right = [M_i.right.to(stack.device, stack.dtype).mT for M_i in recovery.deltas]
-        left = [M_i.left.to(stack.device, stack.dtype) for M_i in recovery.deltas]
-        U, V = [space.U.to(stack.dtype) for space in spaces], [space.V.to(stack.dtype) for space in spaces]
-        Q, P = operator.Q.to(stack.dtype), operator.P.to(stack.dtype)
-        out, columns = stack.shape
-        E, F = [stack.zeros(U_i.shape[1], columns) for U_i in U], [stack.zeros(out, V_i.shape[1]) for V_i in V]
-        total_left, total_right = stack.zeros(Q.shape[1], columns), stack.zeros(out, P.shape[1])
-        height = stack.block_height
-        runs = [slice(start, start + height) for start in range(0, out, height)]
-        for rows, stored in zip(runs, upload(stack.matrices, runs, stack.device), strict=True):
-            weight = recovery.weight[rows].to(stack.device, stack.dtype)
-            total = torch.zeros_like(weight)
-            here = 0.0
-            for i, W_i in enumerate(stored):
-                e_i = (W_i.to(stack.dtype) - weight).sub_(product(left[i][rows], right[i]))
-                here += _energy(e_i)
-                total += e_i
-                E[i] += product(U[i][rows].mT, e_i)
-                F[i][rows] = product(e_i, V[i])
-            total_here = _energy(total)
-            energy += here
-            all_energy += total_here
-            if total_here > NEGLIGIBLE * here:
-                total_left += product(Q[rows].mT, total)
-                total_right[rows] = product(total, P)
+        """Take the sums in one pass over the models."""
+        seen = _Pass.over(stack, recovery, operator, spaces)
         dtype = stack.factor_dtype
-        Q, P, L, R = (matrix.to(dtype) for matrix in (operator.Q, operator.P, total_left, total_right))
-        E_all, F_all = torch.cat(E).to(dtype), torch.cat(F, dim=1).to(dtype)
+        Q, P, L, R = (matrix.to(dtype) for matrix in (operator.Q, operator.P, seen.left, seen.right))
         a_all, b_all = (coordinates.to(dtype) for coordinates in operator.joint)
+        E_all, F_all = torch.cat(seen.E).to(dtype), torch.cat(seen.F, dim=1).to(dtype)
         common = product(Q.mT, R).double()
-        outside = all_energy - _energy(L) - _energy(R) + _energy(common)
-        energy -= _energy(E_all) + _energy(F_all)
-        onto_Q = torch.split(product(Q.mT, F_all).double(), [V_i.shape[1] for V_i in V], dim=1)
+        outside = seen.total_energy - _energy(L) - _energy(R) + _energy(common)
+        energy = seen.energy - _energy(E_all) - _energy(F_all)
+        onto_Q = torch.split(product(Q.mT, F_all).double(), [F_i.shape[1] for F_i in seen.F], dim=1)
         for a_i, b_i, QF_i in zip(operator.a, operator.b, onto_Q, strict=True):
             both = a_i.mT @ QF_i
             energy += _energy(both)
             common = common - a_i @ both @ b_i.mT
-        left_side = _Side.of(L - product(a_all, E_all), P)
-        right_side = _Side.of((R - product(F_all, b_all.mT)).mT, Q)
-        return cls(energy, max(0.0, outside), storage_energy(recovery.weight), left_side, right_side, common)
+        left = _Side.of(L - product(a_all, E_all), P)
+        right = _Side.of((R - product(F_all, b_all.mT)).mT, Q)
+        return cls(energy, max(0.0, outside), storage_energy(recovery.weight), left, right, common)
+
+
+@dataclass
+class _Pass:
+    """What a pass over the models adds up, block by block, compute dtype.
+
+    Attributes:
+        E: `U_i^T e_i`, `(r_i, in)` each.
+        F: `e_i V_i`, `(out, r_i)` each.
+        left: `Q^T sum_i e_i`, `(s_U, in)`.
+        right: `sum_i e_i P`, `(out, s_V)`.
+        energy: `sum_i |e_i|^2`.
+        total_energy: `|sum_i e_i|^2`.
+    """
+
+    E: list[Tensor]
+    F: list[Tensor]
+    left: Tensor
+    right: Tensor
+    energy: float = 0.0
+    total_energy: float = 0.0
+
+    @classmethod
+    def over(cls, stack: Stack, recovery: Recovery, operator: NormalOperator, spaces: Sequence[SVDFactors]) -> "_Pass":
+        """Read the models once."""
+        U, V = ([basis.to(stack.dtype) for basis in side] for side in zip(*((s.U, s.V) for s in spaces), strict=True))
+        Q, P = operator.Q.to(stack.dtype), operator.P.to(stack.dtype)
+        deltas = [
+            (M_i.left.to(stack.device, stack.dtype), M_i.right.to(stack.device, stack.dtype).mT)
+            for M_i in recovery.deltas
+        ]
+        out, columns = stack.shape
+        seen = cls(
+            [stack.zeros(U_i.shape[1], columns) for U_i in U],
+            [stack.zeros(out, V_i.shape[1]) for V_i in V],
+            stack.zeros(Q.shape[1], columns),
+            stack.zeros(out, P.shape[1]),
+        )
+        runs = [slice(start, start + stack.block_height) for start in range(0, out, stack.block_height)]
+        for rows, stored in zip(runs, upload(stack.matrices, runs, stack.device), strict=True):
+            weight = recovery.weight[rows].to(stack.device, stack.dtype)
+            total, energy = torch.zeros_like(weight), 0.0
+            for i, (W_i, (left, right)) in enumerate(zip(stored, deltas, strict=True)):
+                e_i = (W_i.to(stack.dtype) - weight).sub_(product(left[rows], right))
+                energy += _energy(e_i)
+                total += e_i
+                seen.E[i] += product(U[i][rows].mT, e_i)
+                seen.F[i][rows] = product(e_i, V[i])
+            seen.energy += energy
+            seen.total_energy += _energy(total)
+            if _energy(total) > NEGLIGIBLE * energy:
+                seen.left += product(Q[rows].mT, total)
+                seen.right[rows] = product(total, P)
+        return seen
 
 
 def _energy(values: Tensor) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from detune.certificate.error_model import MOST_LEFT, WRONG, moved_mse
+from detune.certificate.error_model import moved_mse
 from detune.certificate.jackknife import Solve
 from detune.certificate.verdict import Certificate, Verdict
 from detune.methods.dora import Scaled, as_one_scale
@@ -14,12 +14,13 @@ from detune.methods.vera import Frozen, expected_mse
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import PredictedError, Recovery
 from detune.problem.stack import Stack
+from detune.problem.storage_noise import FLOOR_RATIO
 
-Certify = Callable[[Stack, Recovery, torch.dtype | None, Solve | None], Certificate]
+Certify = Callable[[Stack, Recovery, torch.dtype, Solve | None], Certificate]
 
 
 def certify_structured(
-    stack: Stack, recovery: Recovery, stored: torch.dtype | None, check: Solve | None, certify: Certify
+    stack: Stack, recovery: Recovery, stored: torch.dtype, check: Solve | None, certify: Certify
 ) -> Certificate | None:
     """Judge an answer by the structure it was found by.
 
@@ -50,10 +51,10 @@ def _of_frozen(stack: Stack, recovery: Recovery) -> Certificate:
     """What known factors leave unknown is far less than a rank: the misfit and draws of noise tell."""
     mse = expected_mse(stack, recovery)
     left = recovery.noise_ratio or 0.0
-    if left > MOST_LEFT:
+    if left > FLOOR_RATIO:
         reason = f"{left:.2g} times the storage noise is left: adapters of these factors do not explain the data"
         # If it is noise it is in the weight too; and factors that are wrong altogether moved the answer by that much.
-        most = WRONG * max(left**2 * mse, moved_mse(recovery))
+        most = left**2 * mse + moved_mse(recovery)
         expected = PredictedError(left**2 * mse, mse, most)
         return Certificate.of_error(Verdict.APPROXIMATE, reason, expected)
     reason = "the only answer with these factors; storage noise is all that is left"

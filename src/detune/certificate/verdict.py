@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     # It brings torch along, which reports do without.
     from detune.problem.recovery import PredictedError
 
-# A prediction that nothing speaks against is within this of the truth, and none is known more closely.
+# No range is narrower than a factor of two to either side: "to the storage floor" promises no more, and a base that is
+# unlike those of the corpus costs less than that (definition of the verdict).
 BAND = 0.3
 
 
@@ -43,8 +44,8 @@ class Certificate:
             where there is none (exact) or no telling (not determined).
         best_w_error: Lower end of the range that the W-Error is in; None, beside an upper end, where the weight may be
             exact.
-        worst_w_error: Upper end. Truth was in the range in over 95 % of random problems; a prediction that nothing
-            speaks against has a range of 0.3 to either side.
+        worst_w_error: Upper end. The range holds the truth in 95 % of problems: see "The certificate" in
+            `docs/method.md`.
         agreement: The same figure from the disagreement of recoveries from parts of the models; None where they were
             not made.
     """
