@@ -79,6 +79,7 @@ def test_no_file_that_may_be_published_names_the_home(fine, where, tmp_path, mon
         ["extract", *fine.models, "--base", fine.base, "--out", out / "of-the-base"],
         ["audit", *audited, "--out", out / "audit"],
         ["audit", *fine.models, f"--html={out / 'page.html'}", "--weights-only"],
+        ["audit", *fine.models, f"--sarif={out / 'audit.sarif'}", "--weights-only"],
         ["pack", *fine.models, "--base", fine.base, "--out", out / "models.pack"],
         ["defend", "bf16", fine.models[0], out / "release"],
         ["defend", "frozen-a", fine.base.parent / "bert", out / "start", "--rank", "4"],
@@ -88,7 +89,18 @@ def test_no_file_that_may_be_published_names_the_home(fine, where, tmp_path, mon
         assert ran.code == (words[0] == "audit"), ran.err
     written = texts(out)
     assert {name.partition("/")[0] for name in written} == {
-        *("base", "loras", "extracted", "of-the-base", "audit", "page.html", "models.pack", "release", "start"),
+        *(
+            "base",
+            "loras",
+            "extracted",
+            "of-the-base",
+            "audit",
+            "page.html",
+            "audit.sarif",
+            "models.pack",
+            "release",
+            "start",
+        ),
     }
     for name, data in written.items():
         assert b"home-of-ada" not in data, name
