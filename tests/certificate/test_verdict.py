@@ -55,3 +55,8 @@ def test_one_more_doubt_adds_to_the_upper_end(certificate, verdict, worst):
     assert doubted.reason == "why; and more"
     assert doubted.predicted_w_error == certificate.predicted_w_error
     assert doubted.worst_w_error == (None if worst is None else pytest.approx(worst, abs=0.01))
+
+
+def test_a_doubt_that_adds_nothing_is_none():
+    certificate = Certificate.of_error(Verdict.FLOOR, "why", 1e-16)
+    assert certificate.but("and more", -18.0) is certificate

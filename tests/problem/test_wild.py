@@ -83,17 +83,22 @@ def test_bits_are_found_beside_them():
     assert certify(stack, recovery, torch.float32).verdict is not Verdict.EXACT
 
 
-def test_models_that_agree_but_for_one():
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_models_that_agree_but_for_one_entry(lost):
+    """Whose it is: the first two share an adapter."""
     problem = make_problem(PLAIN, seeded())
-    W, other = problem.W_star.float(), problem.stack[0]
-    broken = W.clone()
-    broken[5, 7] = 1e37
-    recovery = recover_matrix([broken, other, W])
-    assert recovery.method == "unchanged"
-    assert torch.equal(recovery.weight.float(), W)
+    models = [problem.stack[0].clone(), problem.stack[0].clone(), problem.W_star.float()]
+    whole = recover_matrix(models)
+    models[lost][5, 7] = 1e37
+    recovery = recover_matrix(models)
+    assert recovery.method == whole.method == "unchanged"
+    assert torch.equal(recovery.weight, whole.weight)
+    certificate = certify(Stack.of(models), recovery, torch.float32)
+    assert certificate.reason == "exact, if models 0 and 1 agree in every bit because the matrix was left alone"
+    assert certificate.worst_w_error >= w_error(recovery.weight, problem.W_star.float()) - 1e-3
 
 
-@pytest.mark.parametrize("value", [MOST, -MOST, 1e20])
+@pytest.mark.parametrize("value", [MOST, -MOST, 1e20, 5e3])
 @pytest.mark.parametrize("method", ["auto", "intersect", "spectral"])
 def test_what_all_models_hold_is_taken_as_it_is_and_no_certainty(method, value):
     problem = make_problem(PLAIN, seeded())

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # No range is narrower than a factor of two to either side: "to the storage floor" promises no more, and a base that is
 # unlike those of the corpus costs less than that (definition of the verdict).
 BAND = 0.3
+# What raises the upper end of a range by less is no doubt: a sixth of the band.
+LITTLE = 0.05
 
 
 class Verdict(StrEnum):
@@ -89,7 +91,7 @@ class Certificate:
         return replace(self, **{name: value + by for name, value in figures.items() if value is not None})
 
     def but(self, reason: str, log10_mse: float) -> "Certificate":
-        """The certificate with one more doubt, which may add to the mean squared error.
+        """The certificate with one more doubt, if it may add to the mean squared error.
 
         Args:
             reason: Why.
@@ -99,6 +101,8 @@ class Certificate:
             return replace(self, reason=f"{self.reason}; {reason}")
         most = [log10_mse] if self.worst_w_error is None else [log10_mse, self.worst_w_error]
         worst = max(most) + math.log10(sum(10 ** (each - max(most)) for each in most))
+        if self.worst_w_error is not None and worst < self.worst_w_error + LITTLE:
+            return self
         return replace(self, verdict=Verdict.APPROXIMATE, reason=f"{self.reason}; {reason}", worst_w_error=worst)
 
 

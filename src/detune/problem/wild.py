@@ -10,9 +10,9 @@ and its W from the models that are not wild there. Where all are, their own numb
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress, islice
+from itertools import compress, islice, permutations
 
 import torch
 from torch import Tensor
@@ -22,16 +22,14 @@ from detune.problem.low_rank import LowRank
 from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
-# An entry of some models is wild from so many times the typical size on, and so many times what another holds there:
-# its rounding is then as much as that of a million others (derived). The largest weights of language models are some
-# hundreds of times the typical size, and adapters change an entry by far less.
+# An entry is wild from so many times the typical size on, if it is so many times what another model holds there, or all
+# hold such: its rounding is then as much as that of a million others (derived). The largest weights of language models
+# are some hundreds of times the typical size, and adapters change an entry by far less.
 APART = 1e3
-# One that all models hold, which may be the base's own, is wild from so many times on: any number does that is far
-# above the same weights and far below the ranges of dtypes.
-WILD = 1e6
-# More of a model's entries than this share are another matrix: any number does that is well below a half;
+# More of a model's entries than this share are another matrix: any number does that is well below a half.
 MOST = 0.1
-# and where all models hold more than this share of such entries, in the same places, it is a matrix of two scales.
+# If all models hold such entries in more of the places, in the same ones, it is a matrix of two scales: any number does
+# that is far below a share that one model may have lost.
 MOST_EVERYWHERE = 0.01
 # Columns that tell what a row's deltas are: any number does that is well above the ranks.
 TELLING = 4096
@@ -76,7 +74,7 @@ class WildEntries:
         rows = (torch.stack(ends).abs().amax(dim=1) > least[:, None]).any(dim=0).nonzero()[:, 0]
         sizes = torch.stack([W_i[rows.to(W_i.device)].cpu().double().abs() for W_i in stack.matrices])
         times = sizes / stack.typical[:, None, None]
-        everywhere = times.gt(WILD).all(dim=0)
+        everywhere = times.gt(APART).all(dim=0)
         mask = times.gt(APART) & (sizes / APART).gt(sizes.amin(dim=0))
         entries = math.prod(stack.shape)
         mask &= mask.sum(dim=(1, 2), keepdim=True).le(MOST * entries)
@@ -136,7 +134,16 @@ class WildEntries:
             deltas[here] = torch.stack(entries, dim=1)
         stored = torch.stack([_at(W_i, self.rows, self.columns).double() for W_i in stack.matrices], dim=1)
         weights = torch.where(self.wild, 0.0, stored - deltas).sum(dim=1, keepdim=True)
-        return weights / (~self.wild).sum(dim=1, keepdim=True).clamp(min=1) + deltas
+        values = weights / (~self.wild).sum(dim=1, keepdim=True).clamp(min=1) + deltas
+        for i, j in self._twins(stack):
+            values[:, i] = torch.where(self.wild[:, j], values[:, i], stored[:, j])
+        return values
+
+    def _twins(self, stack: Stack) -> Iterator[tuple[int, int]]:
+        """The pairs of models that agree in every bit elsewhere: one has what the other has lost."""
+        emptied = replace(self, wild=torch.ones_like(self.wild)).filled(stack, torch.zeros_like(self.stored))
+        for group in emptied.versions:
+            yield from permutations(group, 2)
 
     def _row_spaces(self, stack: Stack, split: Split) -> list[Tensor]:
         """The right factors of the `M_i`, `(in, r_i)`, float64; none where the other rows do not tell."""
