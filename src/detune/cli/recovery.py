@@ -90,7 +90,6 @@ def recover(
     load_torch()
     options: Any = {
         "rank": rank,
-        "device": device_at(device, elsewhere=bool(scheduler or slurm)),
         "overwrite": overwrite,
         "merge_dtype": merge_dtype_of(merge_dtype),
         "like": like,
@@ -103,12 +102,15 @@ def recover(
     if dry_run:
         from detune.plan import plan_recovery
 
-        show_plan(plan_recovery(models, out, method, **options), as_json)
+        # What others compute on is not here to be timed.
+        here = device_of("cpu" if scheduler or slurm else device)
+        show_plan(plan_recovery(models, out, method, device=here, **options), as_json)
         return
     still = quiet or as_json
     with publishing(out, repository, public, still):
         with executor_of(workers, scheduler, slurm, device) as executor, progress(still) as shown:
             options |= {"executor": executor, "on_start": shown.start, "on_tensor": shown}
+            options["device"] = device_at(device, elsewhere=bool(scheduler or slurm))
             report = detune.recover(models, out, method, **options)
         if as_json:
             say_json(report.to_json())
