@@ -2,10 +2,11 @@
 
 import copy
 import json
+from pathlib import Path
 from random import Random
 from typing import Any
 
-__all__ = ["mutated_bytes", "mutated_json", "to_json"]
+__all__ = ["edit_json", "mutated_bytes", "mutated_json", "to_json"]
 
 # Ends of the ranges that sizes and offsets are kept in.
 NUMBERS = (0, 1, -1, 2, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 2**70, -(2**63), 10**400)
@@ -83,6 +84,15 @@ def mutated_json(draw: Random, value: Any, changes: int = 1) -> Any:
 def to_json(value: Any) -> bytes:
     """JSON with everything that Python's own reader takes: half surrogate pairs, NaN, numbers of 400 digits."""
     return json.dumps(value).encode()
+
+
+def edit_json(draw: Random, path: Path) -> None:
+    """Change a JSON file: its parts, or now and then its bytes."""
+    data = path.read_bytes()
+    if draw.random() < 0.2:
+        path.write_bytes(mutated_bytes(draw, data, draw.choice((1, 1, 3))))
+    else:
+        path.write_bytes(to_json(mutated_json(draw, json.loads(data), draw.choice((1, 1, 1, 2, 3)))))
 
 
 def _places(value: Any) -> Any:

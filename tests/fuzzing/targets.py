@@ -24,7 +24,8 @@ from detune.errors import InputError
 from detune.symmetries import read_layers
 from tests.cases import normal, seeded
 from tests.families import plain_family, save_plain, shard
-from tests.fuzzing.mutation import TEXTS, mutated_bytes, mutated_json, to_json
+from tests.fuzzing.mutation import TEXTS, edit_json, mutated_bytes, mutated_json, to_json
+from tests.fuzzing.pages import PAGES
 from tests.fuzzing.runner import Target, Wrong
 
 __all__ = ["TARGETS"]
@@ -66,15 +67,6 @@ def read_all(path: Path | str) -> dict[str, Tensor]:
             if bytes(checkpoint.read_bytes(name)) != tensor.reshape(-1).view(torch.uint8).numpy().tobytes():
                 raise Wrong(f"{name!r} by its bytes is another")
     return found
-
-
-def edit_json(draw: Random, path: Path) -> None:
-    """Change a JSON file: its parts, or now and then its bytes."""
-    data = path.read_bytes()
-    if draw.random() < 0.2:
-        path.write_bytes(mutated_bytes(draw, data, draw.choice((1, 1, 3))))
-    else:
-        path.write_bytes(to_json(mutated_json(draw, json.loads(data), draw.choice((1, 1, 1, 2, 3)))))
 
 
 # --- safetensors ---
@@ -611,5 +603,6 @@ TARGETS = {
         Target("pack", make_pack, mutate_pack, read_pack),
         Target("commands", make_commands, mutate_commands, read_commands),
         Target("names", lambda to: plain_family(to / "models"), mutate_names, read_names),
+        *PAGES,
     )
 }
