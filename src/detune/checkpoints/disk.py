@@ -16,8 +16,8 @@ __all__ = ["FULL", "discard", "exchange", "reported", "require_space", "sync", "
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of <fcntl.h> and <linux/fs.h>: paths from where the process is, and a flag of `renameat2`.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# What systems and file systems say that cannot exchange names.
-_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+# What systems, file systems and sandboxes say that cannot exchange names.
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 def sync(path: Path) -> None:
