@@ -21,8 +21,8 @@ from detune.bench.catalogue import Catalogue
 from detune.bench.defences.matrix import RowResult
 from detune.bench.table import TableRow
 from detune.checkpoints.push import Pushed
-from detune.compatibility.check import FamilyCheck
 from detune.defences.release import Defended
+from detune.lineage import Family
 from detune.packing.packer import PackReport
 from detune.packing.unpacker import UnpackReport
 from detune.plan import Plan
@@ -201,7 +201,7 @@ _REPORT = Output(
 OUTPUTS = {
     "recover": _REPORT,
     "inspect": _REPORT,
-    "family": Output(FamilyCheck),
+    "family": Output(Family),
     "compare": Output(Comparison, {"summary": ComparisonSummary}),
     "extract": Output(Extraction, {"versions": dict[str, str], "summary": dict[str, AdapterSummary]}),
     "pack": Output(PackReport, {"ratio": float, "zstd_ratio": float}),

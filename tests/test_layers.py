@@ -29,6 +29,7 @@ LAYERS = (
     {"methods"},
     {"certificate"},
     {"compatibility"},
+    {"lineage"},
     {"adapters"},
     {"recovery"},
     {"packing"},
@@ -55,6 +56,7 @@ THIRD_PARTY = {
     "methods": {"torch"},
     "certificate": {"torch"},
     "compatibility": {"torch"},
+    "lineage": {"torch", "numpy", "cyclonedx"},
     "checkpoints": {
         *("torch", "numpy", "safetensors", "huggingface_hub", "regex", "transformers", "diffusers", "gguf", "yaml"),
     },
@@ -66,7 +68,7 @@ THIRD_PARTY = {
 NEEDED_ANYWAY = {"bench": {"filelock", "pydantic"}, "audit": {"pydantic", "sarif_pydantic"}}
 
 # Where a distribution is not imported by its own name.
-IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {"cyclonedx-python-lib": "cyclonedx", "scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -162,7 +164,9 @@ def test_needs_no_extra_to_be_imported():
 
 
 def test_imports_only_what_is_declared():
-    known = set().union(*map(declared, ("dependencies", "demo", "bench", "pack", "gguf", "audit", "cluster", "lpips")))
+    known = set().union(
+        *map(declared, ("dependencies", "demo", "bench", "pack", "gguf", "audit", "bom", "cluster", "lpips"))
+    )
     undeclared = {name_of(file): third_party(imports(file)) - known for file in FILES}
     assert {name: libraries for name, libraries in undeclared.items() if libraries} == {}
 

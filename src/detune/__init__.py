@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from detune.errors import DetuneError as DetuneError
     from detune.errors import InputError as InputError
     from detune.errors import OutputError as OutputError
+    from detune.lineage import Lineage as Lineage
+    from detune.lineage import find_lineage as find_lineage
     from detune.packing import PackReport as PackReport
     from detune.packing import UnpackReport as UnpackReport
     from detune.packing import pack as pack
@@ -42,6 +44,7 @@ _HOMES = {
     "Extraction": "adapters.extract",
     "FamilyCheck": "compatibility.check",
     "InputError": "errors",
+    "Lineage": "lineage",
     "LowRank": "problem",
     "NotRecoverable": "problem",
     "OutputError": "errors",
@@ -54,6 +57,7 @@ _HOMES = {
     "check_family": "compatibility.check",
     "compare": "recovery.compare",
     "extract": "adapters.extract",
+    "find_lineage": "lineage",
     "inspect": "recovery.inspect",
     "pack": "packing",
     "push": "checkpoints.push",

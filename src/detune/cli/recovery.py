@@ -1,7 +1,8 @@
 """The main job: `recover`, `inspect`, `family`, `compare`, and the demonstration."""
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
@@ -28,9 +29,6 @@ from detune.cli.progress import progress, say_longest
 from detune.cli.publish import publishing, push_options
 from detune.cli.terminal import say_json
 
-if TYPE_CHECKING:
-    pass
-
 
 @click.command(
     cls=Sectioned,
@@ -45,6 +43,7 @@ if TYPE_CHECKING:
 @rank_option
 @device_option
 @merge_option
+@click.option("--node", metavar="NAME", help="Recover this ancestor of the tree that `family` draws, not the root.")
 @click.option("--like", metavar="MODEL", help="Whose files, names and tokens OUT takes; those most models have.")
 @click.option("--adapters", type=click.Path(path_type=Path), help="A directory to make with each model's LoRA.")
 @dtype_option
@@ -64,6 +63,7 @@ def recover(
     rank: int | None,
     device: str,
     merge_dtype: str,
+    node: str | None,
     like: str | None,
     adapters: Path | None,
     dtype: str,
@@ -99,6 +99,8 @@ def recover(
         "check": check,
         "card": card,
     }
+    if node is not None:
+        models = detune.find_lineage(models, merge_dtype=merge_dtype_of(merge_dtype)).sources(node)
     if dry_run:
         from detune.plan import plan_recovery
 
@@ -157,14 +159,40 @@ def inspect(
 @rows_option
 @device_option
 @merge_option
+@click.option("--mermaid", type=click.Path(path_type=Path), help="A file to make: the tree as a picture, for Mermaid.")
+@click.option(
+    "--bom", type=click.Path(path_type=Path), help="A file to make: the models with their ancestors, CycloneDX."
+)
 @json_option
 def family(
-    models: tuple[str, ...], rows: int | Literal["auto", "all"], device: str, merge_dtype: str, as_json: bool
+    models: tuple[str, ...],
+    rows: int | Literal["auto", "all"],
+    device: str,
+    merge_dtype: str,
+    mermaid: Path | None,
+    bom: Path | None,
+    as_json: bool,
 ) -> None:
-    """Show which models share a source, which do not and why, and whether that is enough. Writes nothing."""
+    """Show which models share a source and who descends from whom, which do not belong and why, and what that allows.
+
+    The models themselves are left as they are. --bom needs pip install 'detune[bom]'.
+    """
+    from detune._runtime import needs_extra
     from detune.cli.tables import show_family
 
-    with progress(quiet=as_json) as shown:
+    load_torch()
+    from detune.checkpoints import new_file
+    from detune.lineage import Family
+    from detune.lineage.bom import to_cyclonedx, weight_hashes
+
+    with ExitStack() as opened:
+        # What cannot be written is said before anything is computed.
+        picture = opened.enter_context(new_file(mermaid)) if mermaid is not None else None
+        inventory = opened.enter_context(new_file(bom)) if bom is not None else None
+        if inventory is not None:
+            with needs_extra("bom"):
+                import cyclonedx  # noqa: F401
+        shown = opened.enter_context(progress(quiet=as_json))
         check = detune.check_family(
             models,
             device=device_of(device),
@@ -172,7 +200,18 @@ def family(
             rows=rows,
             on_tensor=shown.at,
         )
-    say_json(check.to_json()) if as_json else show_family(check)
+        lineage = detune.find_lineage(
+            models,
+            merge_dtype=merge_dtype_of(merge_dtype),
+            rows=rows,
+            on_tensor=shown.at,
+        )
+        if picture is not None:
+            picture.write_text(lineage.to_mermaid(), encoding="utf-8")
+        if inventory is not None:
+            inventory.write_text(to_cyclonedx(lineage, weight_hashes(models)), encoding="utf-8")
+    found = Family.of(check, lineage)
+    say_json(found.to_json()) if as_json else show_family(found)
 
 
 @click.command()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column
 
 from detune.adapters.summary import adapter_sentence, adapter_table
-from detune.cli.terminal import duration, say, say_json, show_table
+from detune.cli.terminal import Branch, duration, say, say_json, show_table, show_tree
 from detune.compatibility.kinds import by_kind, pattern_of, spans
 from detune.compatibility.reading import Reading
 from detune.recovery.report import Report
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from detune.adapters.extract import Extraction
     from detune.bench.catalogue import Catalogue
     from detune.bench.results import CellResult
-    from detune.compatibility.check import FamilyCheck
+    from detune.lineage import Family, Lineage, Node
     from detune.packing import PackReport, UnpackReport
     from detune.plan import Plan
     from detune.recovery.compare import Comparison
@@ -48,8 +48,8 @@ def show_report(report: Report, out: Path | None = None) -> None:
         say(f"{took}; the whole report is {out / 'detune.json'}")
 
 
-def show_family(check: "FamilyCheck") -> None:
-    """Print a line for each model, one for each kind of tensor that differs, and the verdict."""
+def show_family(check: "Family") -> None:
+    """Print a line for each model, one for each kind of tensor that differs, the tree, and the verdict."""
     for model in check.models:
         source = "-" if model.group is None else chr(ord("A") + model.group)
         say(f"{source}  {'' if model.belongs else 'NOT '}{model.spec}: {model.reason}")
@@ -68,8 +68,30 @@ def show_family(check: "FamilyCheck") -> None:
         show_table(("tensor", "shape", "ranks", "recoverable"), lines)
     if check.shared:
         say(f"{check.shared} tensor{'s' * (check.shared != 1)} identical in all of the family")
+    if check.lineage is not None:
+        _show_lineage(check.lineage)
     _show_reading(check.reading)
     say(check.verdict)
+
+
+def _show_lineage(lineage: "Lineage") -> None:
+    """Print each tree, and what of it can be recovered or is not sure."""
+
+    def label(node: "Node") -> str:
+        name = node.name if node.spec else f"({node.name}, none of these models)"
+        return f"{name}: {node.edge}{'' if node.sure else '?'}" if node.edge else name
+
+    def grow(node: "Node") -> Branch:
+        return Branch(label(node), tuple(map(grow, lineage.children(node.name))))
+
+    for root in lineage.children(None):
+        tree = grow(root)
+        show_tree(tree.label, tree.branches)
+    if not all(node.sure for node in lineage.nodes):
+        say("?: too little tells which of the two is older; the node with most neighbours is taken for the root")
+    for node in lineage.nodes:
+        if node.recover_from:
+            say(f"{node.name} can be recovered: recover --node {node.name}")
 
 
 def show_comparison(comparison: "Comparison") -> None:

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -15,10 +16,34 @@ if TYPE_CHECKING:
     from rich.progress import Progress, Task
     from rich.table import Column
 
-__all__ = ["Formatter", "clients_bars", "duration", "progress_bar", "say", "say_json", "show_table", "status"]
+__all__ = [
+    "Branch",
+    "Formatter",
+    "clients_bars",
+    "duration",
+    "progress_bar",
+    "say",
+    "say_json",
+    "show_table",
+    "show_tree",
+    "status",
+]
 
 # How much of the past an estimate of the time left looks at.
 AVERAGED_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A branch of a tree to print.
+
+    Attributes:
+        label: Its text.
+        branches: What hangs from it.
+    """
+
+    label: str
+    branches: "tuple[Branch, ...]" = ()
 
 
 def say(text: str = "", *, err: bool = False, bold: bool = False) -> None:
@@ -58,6 +83,25 @@ def show_table(columns: "Sequence[str | Column]", rows: Iterable[Sequence[str]],
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     Console(markup=False, highlight=False, emoji=False).print(table)
+
+
+def show_tree(label: str, branches: "Iterable[Branch]") -> None:
+    """Print a tree.
+
+    Args:
+        label: What stands at its root.
+        branches: What hangs from it: labels with their own branches.
+    """
+    from rich.console import Console
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def grow(tree: Tree, branches: "Iterable[Branch]") -> Tree:
+        for branch in branches:
+            grow(tree.add(Text(printable(branch.label))), branch.branches)
+        return tree
+
+    Console(markup=False, highlight=False, emoji=False).print(grow(Tree(Text(printable(label))), branches))
 
 
 def duration(seconds: float) -> str:

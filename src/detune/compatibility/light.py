@@ -107,10 +107,15 @@ def some_of_each_kind(shapes: Mapping[str, Sequence[int]]) -> set[str]:
     Args:
         shapes: Of each tensor, in order. Names that differ in their numbers are of one kind, if shapes are equal too.
     """
+    return {names[round(k * (len(names) - 1) / (EACH - 1))] for names in by_kind(shapes).values() for k in range(EACH)}
+
+
+def by_kind(shapes: Mapping[str, Sequence[int]]) -> dict[tuple[str, tuple[int, ...]], list[str]]:
+    """The names of tensors that differ in their numbers only and have one shape, together."""
     kinds: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, shape in shapes.items():
         kinds.setdefault((re.sub(r"\d+", "*", name), tuple(shape)), []).append(name)
-    return {names[round(k * (len(names) - 1) / (EACH - 1))] for names in kinds.values() for k in range(EACH)}
+    return kinds
 
 
 def _some_rows(model: Checkpoint) -> Checkpoint:

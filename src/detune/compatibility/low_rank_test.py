@@ -216,11 +216,7 @@ def _singular_values(scaled: Tensor) -> Tensor:
 
 
 def _judge(values: Tensor, p: int, q: int) -> Relation:
-    most = len(values)
-    k = torch.arange(most, dtype=torch.float64)
-    edges = EDGE * ((p - k).sqrt() + (q - k).sqrt())
-    below = values.le(edges)
-    rank = int(below.to(torch.int8).argmax()) if bool(below.any()) else most
+    most, edges, rank = len(values), _edges(len(values), p, q), numerical_rank(values, p, q)
     if rank > FULL_SHARE * most:
         return Relation(Kind.FULL_RANK, rank)
     left = float(values[rank:].square().sum()) / ((p - rank) * (q - rank))
@@ -228,6 +224,24 @@ def _judge(values: Tensor, p: int, q: int) -> Relation:
     if left > MOST_LEFT and crowd > CROWD:
         return Relation(Kind.FULL_RANK, rank, left, crowd)
     return Relation(Kind.LOW_RANK if rank else Kind.SAME, rank, left, crowd)
+
+
+def numerical_rank(values: Tensor, p: int, q: int) -> int:
+    """The smallest k for which the next singular value is within the noise.
+
+    Args:
+        values: All singular values of a `p x q` matrix, descending, float64, in units of the noise's deviation.
+        p: Rows.
+        q: Columns.
+    """
+    below = values.le(_edges(len(values), p, q))
+    return int(below.to(torch.int8).argmax()) if bool(below.any()) else len(values)
+
+
+def _edges(most: int, p: int, q: int) -> Tensor:
+    """Above what a singular value is signal after k others, for each k, `(most,)`, float64."""
+    k = torch.arange(most, dtype=torch.float64)
+    return EDGE * ((p - k).sqrt() + (q - k).sqrt())
 
 
 def rounded_to(matrix: Tensor) -> torch.dtype:
