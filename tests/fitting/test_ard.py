@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from detune.certificate.certify import certify
 from detune.fitting.ard import fit_ard, shrink_where_run_off
 from detune.fitting.least_squares import w_step
 from detune.methods import Auto, Mean
@@ -68,20 +69,20 @@ def test_deltas_that_are_clear_of_the_noise_are_not_looked_at(monkeypatch):
     assert shrink_where_run_off(stack, found) is found
 
 
-def noisy(seed: int, size: float, shared: float, turned: bool = False) -> tuple[torch.Tensor, Stack]:
-    """A base, and three models with noise that is told, their deltas so many times as large, their rows alike."""
+def noisy(seed: int, size: float, shared: float, turned: bool = False, n: int = 3) -> tuple[torch.Tensor, Stack]:
+    """A base, and models with noise that is told, their deltas so many times as large, their rows alike."""
     generator = seeded(seed)
     out, columns, rank, noise = 192, 160, 6, 1e-3
     W = 0.05 * normal(generator, out, columns)
     common = normal(generator, rank, columns)
     models = []
-    for _ in range(3):
+    for _ in range(n):
         A = shared * common + (1 - shared**2) ** 0.5 * normal(generator, rank, columns)
         M = normal(generator, out, rank) @ A
         models.append(W + M * (size * noise / M.square().mean().sqrt()) + noise * normal(generator, out, columns))
     if turned:
         W, models = W.mT.contiguous(), [W_i.mT.contiguous() for W_i in models]
-    return W, Stack.of(models, noise=[noise] * 3)
+    return W, Stack.of(models, noise=[noise] * n)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -109,3 +110,12 @@ def test_what_adapters_have_in_common_stays_in_the_mean_where_it_does_not_show()
     assert torch.equal(found.weight, Mean().solve(stack).weight)
     assert "stays in the mean of the models" in found.reason
     assert all(found.ranks)
+
+
+def test_parts_of_the_models_are_asked_too():
+    W, stack = noisy(4, 2.0, 0.8, n=5)
+    found = Auto().solve(stack)
+    assert certify(stack, found).agreement is None
+    checked = certify(stack, found, check=Auto().solve)
+    assert checked.agreement == pytest.approx(w_error(found.weight, W), abs=0.3)
+    assert checked.best_w_error < w_error(found.weight, W) < checked.worst_w_error

@@ -67,7 +67,8 @@ def _certify(stack: Stack, recovery: Recovery, stored: torch.dtype, check: Solve
     if recovery.source_models:
         part, of_part = finest_part(stack, recovery)
         return _certify(part, of_part, stored, check)
-    fitted = bool(recovery.deltas) and recovery.bits is None and recovery.method != "unchanged"
+    has_model = bool(recovery.deltas) or recovery.expected is not None
+    fitted = has_model and recovery.bits is None and recovery.method != "unchanged"
     disagreed = disagreement(stack, check) if check is not None and fitted else None
     found = assess(stack, recovery, stored, disagreed or 0.0)
     return found if isinstance(found, Certificate) else calibrated(found)
@@ -94,7 +95,7 @@ def assess(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: flo
     if recovery.bits is not None:
         return assess_bits(stack, recovery)
     if recovery.expected is not None:
-        return _of_expected(recovery, recovery.expected, stored)
+        return _of_expected(recovery, recovery.expected, stored, disagreed)
     if not recovery.deltas:
         return Certificate(Verdict.NOT_DETERMINED, "no model of the deltas: how far they are from zero is unknown")
     # Half precision does not tell the deltas' spaces better than to float32's rounding.
@@ -129,12 +130,13 @@ def _of_unchanged(stack: Stack, recovery: Recovery) -> Certificate:
     return Certificate(Verdict.EXACT, f"the base's own bits, if {sign} by no accident")
 
 
-def _of_expected(recovery: Recovery, expected: PredictedError, stored: torch.dtype) -> Certificate:
+def _of_expected(recovery: Recovery, expected: PredictedError, stored: torch.dtype, disagreed: float) -> Certificate:
     """From the fit's own variances: deltas near the noise are held down, and no residual shows by how much too far."""
     added = storage_energy(recovery.weight.to(stored)) / recovery.weight.numel()
-    range_ = PredictedError(*(mse + added for mse in (expected.mse, expected.least, expected.most)))
+    most = max(expected.most, disagreed)
+    error = PredictedError(expected.mse + added, expected.least + added, most + added)
     reason = "deltas are near the models' noise: what they have in common is known to a factor only"
-    return Certificate.of_error(Verdict.APPROXIMATE, reason, range_)
+    return Certificate.of_error(Verdict.APPROXIMATE, reason, error, disagreed)
 
 
 def calibrated(found: Assessment) -> Certificate:

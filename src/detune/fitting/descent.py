@@ -22,6 +22,9 @@ from detune.problem.stack import Stack
 STEP_LENGTHS = (1.0, 0.4, 0.15, 0.05)
 # A misfit that changes by less than this share of the largest squared singular value of noise is as good as it gets.
 ENOUGH = 3e-3
+# Most steps, and most where the answer will be held down (measured on merges of all-MiniLM-L6-v2 in 8 bits: the same
+# answers as with all steps).
+MOST_STEPS, FEW_STEPS = 25, 1
 # Every step solves a linear problem that is wrong anyway: conjugate gradients need not solve it to the last digit.
 INNER = GaussNewton(cg_tolerance=0.1, cg_steps=30)
 
@@ -68,13 +71,16 @@ class Fit:
 def damped_gauss_newton(stack: Stack, V: Sequence[Tensor]) -> tuple[LowRank, ...]:
     """The deltas of least misfit, for a stack small enough to be held in float64.
 
+    Where noise was told, deltas that take many steps are near it, and will be held down: few are taken.
+
     Args:
         stack: The models.
         V: Orthonormal row spaces to start from, `(in, r_i)`.
     """
     noise = float(stack.noise.square().mean().sqrt())
     floor = noise * (stack.shape[0] ** 0.5 + stack.shape[1] ** 0.5)
-    return descend(centred(stack), [V_i.double() for V_i in V], noise, ENOUGH * floor**2).deltas
+    steps = FEW_STEPS if stack.noise_override else MOST_STEPS
+    return descend(centred(stack), [V_i.double() for V_i in V], noise, ENOUGH * floor**2, steps).deltas
 
 
 def centred(stack: Stack) -> Tensor:
@@ -84,7 +90,7 @@ def centred(stack: Stack) -> Tensor:
     return differences.sub_(differences.mean(dim=0))
 
 
-def descend(centred: Tensor, V: Sequence[Tensor], noise: float, enough: float, max_steps: int = 25) -> Fit:
+def descend(centred: Tensor, V: Sequence[Tensor], noise: float, enough: float, max_steps: int = MOST_STEPS) -> Fit:
     """Least squares for the ranks of the given row spaces, from there downhill.
 
     Args:
