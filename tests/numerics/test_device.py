@@ -12,9 +12,11 @@ from detune.certificate.certify import certify
 from detune.compatibility.model_set import Held
 from detune.errors import InputError
 from detune.lattice import LatticeSearch
-from detune.methods import SOLVERS, Lattice, Mean, Spectral
+from detune.methods import SOLVERS, Intersect, Lattice, Mean, Spectral
 from detune.numerics.device import find_device, full_precision, upload
+from detune.numerics.float_grid import times_power_of_two
 from detune.problem import Recovery, Stack
+from detune.problem.solving import solve
 from detune.recovery.tensor import solve_tensor
 from tests.cases import REGIMES, make_problem, normal, seeded
 from tests.families import edit, plain_family, stored
@@ -113,6 +115,16 @@ def test_the_grid_method_stays_there(elsewhere, n, delta, sweeps):
     assert recovery.bits is not None
     assert expected.bits is not None
     assert torch.equal(fetched(recovery.bits.certain), expected.bits.certain)
+
+
+@pytest.mark.parametrize("wild", [(1,), (0, 1, 2)], ids=["in one model", "in all"])
+def test_scale_and_wild_entries_stay_there(elsewhere, wild):
+    models = times_power_of_two(make_problem(REGIMES["float32"], seeded()).stack, -90)
+    models[list(wild), 5, 7] = 1e10
+    stack, here = Stack.of(models, device=elsewhere), Stack.of(models)
+    recovery, expected = (solve(Intersect(), s) for s in (stack, here))
+    assert torch.equal(fetched(recovery.weight), expected.weight)
+    assert certify(stack, recovery, torch.float32) == certify(here, expected, torch.float32)
 
 
 def test_parts_of_the_models_are_compared_there(elsewhere):

@@ -89,7 +89,7 @@ def test_what_all_models_share_is_copied_byte_for_byte(tmp_path):
         if row.verdict is Verdict.SHARED:
             assert same_bits(recovered[row.name], base[row.name])
     files = tree(tmp_path / "out")
-    assert files.keys() == tree(fine.base).keys() | {"detune.json"}
+    assert files.keys() == tree(fine.base).keys() | {"README.md", "detune.json"}
     assert files["config.json"] == tree(fine.models[0])["config.json"]
 
 
@@ -105,7 +105,7 @@ def test_llama_in_shards(tmp_path, dtype, tied):
     assert len(list(fine.base.glob("*.safetensors"))) > 2
     report = detune.recover(fine.models, tmp_path / "out")
     assert sum(map(down_to_rounding, report.tensors)) == (3 if tied else 4)
-    assert {path.name for path in fine.base.iterdir()} | {"detune.json"} == set(tree(tmp_path / "out"))
+    assert {path.name for path in fine.base.iterdir()} | {"README.md", "detune.json"} == set(tree(tmp_path / "out"))
     index = "model.safetensors.index.json"
     assert tree(tmp_path / "out")[index] == tree(fine.models[0])[index]
 

@@ -55,7 +55,7 @@ def assess_bits(stack: Stack, recovery: Recovery) -> Assessment:
     }
     name, power = name_of(bits.grid), math.ceil(bits.log10_false_positive)
     share = f"{100 * bits.share:.4g} % of the entries are certain" if bits.share else "no entry is certain"
-    left = recovery.noise_ratio or 0.0
+    left = float(recovery.noise_ratio or 0.0)
     table = (
         (
             left > FLOOR_RATIO,
