@@ -174,6 +174,8 @@ def test_each_component_of_a_pipeline_has_its_own(tmp_path):
     assert {(row.kept, row.rank) for row in extraction.rows} == {(Kept.LORA, 2)}
     adapter = tmp_path / "out" / "model-0" / "unet"
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "../../../base/unet"
+    loading = "PeftModel.from_pretrained(base.unet, 'model-0/unet')"
+    assert loading in (tmp_path / "out" / "model-0" / "README.md").read_text()
     base = UNet2DModel.from_pretrained(fine.base / "unet")
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
     for row in extraction.rows:

@@ -75,6 +75,13 @@ class TestWhatArrives:
         assert detune.push(tmp_path / "loras" / "model-1", "org/one").kind == "adapter"
         assert set(on_hub(writable, "org/one")) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
+    def test_a_recovery_with_adapters_moved_into_it_is_a_model(
+        self, writable: Hub, fine: Fine, recovered: Path
+    ) -> None:
+        detune.extract(fine.models, recovered / "loras", base=fine.base)
+        pushed = detune.push(recovered, "org/base")
+        assert (pushed.kind, pushed.left_out) == ("model", ("loras",))
+
     def test_any_model_without_what_lies_beside_it(self, writable: Hub, fine: Fine) -> None:
         model = fine.models[0]
         shard(model)

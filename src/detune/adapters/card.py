@@ -33,6 +33,7 @@ merged by PEFT, give back bit for bit; *largest ulp* is the largest deviation of
 
 def adapter_cards(
     summary: Mapping[str, Mapping[str, Any]],
+    folders: Mapping[str, Sequence[str]],
     rows: "Sequence[AdapterRow]",
     models: Mapping[str, InputCard],
     base: InputCard | None,
@@ -44,6 +45,7 @@ def adapter_cards(
 
     Args:
         summary: Of each adapter, as in `Extraction.summary`; those that were written.
+        folders: The directories that PEFT loads each from: one, or one for each component of a pipeline.
         rows: Of the extraction.
         models: The models, by the name of their adapter.
         base: The base, where it is one of the inputs; None where it was recovered in the same pass.
@@ -79,7 +81,7 @@ The LoRA of {code(model.name)} as a PEFT adapter of {code(base_name)}, extracted
 
 {text(adapter_sentence(figures))}.
 
-{fenced(_loading(name), "python")}
+{fenced(_loading(folders[name]), "python")}
 {models_table(inputs)}
 {_own_cards(kept)}
 {made}
@@ -104,8 +106,10 @@ is an adapter, with a card of its own.
     return files
 
 
-def _loading(name: str) -> list[str]:
-    return ["from peft import PeftModel", "", f"model = PeftModel.from_pretrained(base, {name!r})"]
+def _loading(folders: Sequence[str]) -> list[str]:
+    bases = ["base" if "/" not in folder else f"base.{folder.partition('/')[2]}" for folder in folders]
+    lines = (f"PeftModel.from_pretrained({base}, {folder!r})" for base, folder in zip(bases, folders, strict=True))
+    return ["from peft import PeftModel", "", *lines]
 
 
 def _own_cards(kept: Collection[str]) -> str:

@@ -295,9 +295,15 @@ class Extractor:
 
     def _write_cards(self, extraction: Extraction, places: Places) -> None:
         # PEFT loads no adapter without a LoRA, and none is written.
-        written = {self._names[i] for i, _ in self._writers if any(self._adapter(i).rglob("adapter_config.json"))}
+        found = {self._names[i]: sorted(self._adapter(i).rglob("adapter_config.json")) for i, _ in self._writers}
+        folders = {
+            name: [config.parent.relative_to(self.directory).as_posix() for config in configs]
+            for name, configs in found.items()
+            if configs
+        }
         cards = adapter_cards(
-            {name: figures for name, figures in extraction.summary.items() if name in written},
+            {name: figures for name, figures in extraction.summary.items() if name in folders},
+            folders,
             extraction.rows,
             dict(zip(self._names, map(read_card, self._models), strict=True)),
             self._base_card,

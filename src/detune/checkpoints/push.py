@@ -230,9 +230,9 @@ def _content(root: Path) -> tuple[str, list[str]]:
     """What a directory is, and the files that a loader reads."""
     if any(root.glob(_CONFIG)):
         return "adapter", _adapter(root, Path())
-    configs = [path for depth in ("*", "*/*") for path in root.glob(f"{depth}/{_CONFIG}")]
-    adapters = sorted(path.parent.relative_to(root) for path in configs)
-    if adapters and (root / MARK).is_file():
+    if (root / MARK).is_file() and str(read_json(root / MARK).get("format")).startswith("detune-extract/"):
+        configs = [path for depth in ("*", "*/*") for path in root.glob(f"{depth}/{_CONFIG}")]
+        adapters = sorted(path.parent.relative_to(root) for path in configs)
         cards = [path.relative_to(root).as_posix() for path in root.glob("*/README*.md") if _travels_along(path.name)]
         return "adapters", [*cards, *(name for folder in adapters for name in _adapter(root, folder))]
     with open_checkpoint(root) as model:
