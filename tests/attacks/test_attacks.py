@@ -92,3 +92,11 @@ def test_were_the_columns_alike_the_prior_would_tell():
     stack = Stack.of(models)
     guess, mean = (w_error(answer, W) for answer in (guessed(stack), Mean().solve(stack).weight))
     assert guess < mean - 1
+
+
+def test_counters_that_only_some_releases_have_are_copied(tmp_path):
+    family = plain_family(tmp_path)
+    edit(family.models[0], lambda state: state.update({"positions": torch.arange(5)}))
+    ATTACKS["denoise"]().run(family.models, tmp_path / "out")
+    with open_checkpoint(tmp_path / "out") as out:
+        assert torch.equal(out.read("positions"), torch.arange(5))

@@ -37,10 +37,14 @@ def rebuild(models: Sequence[Path], out: Path, min_models: int, solve: Callable[
         first = checkpoints[0]
         writer = opened.enter_context(CheckpointWriter(first, out))
         for name, info in first.tensors.items():
+            if not info.dtype.is_floating_point:
+                # Positions, for instance, which some versions of a library store and others do not.
+                writer.copy(name)
+                continue
             if any(name not in other.tensors or other.tensors[name].shape != info.shape for other in checkpoints):
                 raise InputError(f"the releases do not fit together: tensor {name!r}", "expected one architecture")
             stack = [checkpoint.read(name) for checkpoint in checkpoints]
-            if all(torch.equal(tensor, stack[0]) for tensor in stack[1:]) or not info.dtype.is_floating_point:
+            if all(torch.equal(tensor, stack[0]) for tensor in stack[1:]):
                 writer.copy(name)
                 continue
             matrices = [matricise(tensor) for tensor in stack]

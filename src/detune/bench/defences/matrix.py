@@ -185,7 +185,7 @@ def rows_of(families: Collection[str], base: Path, texts: Path, models: int = MO
         Row("fp16", _NOISE, Fp16(), plain, models),
         Row("int8", _QUANTISED, Int8(), plain, models),
         Row("nf4", _QUANTISED, Nf4(), plain, models),
-        Row("fp8", (*_NOISE, "known-dither"), Fp8(), plain, models),
+        Row("fp8", ("average", "denoise", "known-dither"), Fp8(), plain, models),
         *(Row(f"noise {size:.1%}", _NOISE, Noise(size), plain, models) for size in (0.001, 0.01, 0.1)),
         Row("quiet noise 10.0%", _ANISOTROPIC, QuietNoise(texts, 0.1), plain, models),
         Row("padding 3.0%", _ANISOTROPIC, Padding(texts, 0.03), plain, models),
