@@ -1,105 +1,22 @@
-"""The compiled loops against plain transcriptions: quadrature, sums over all grid points, dense linear algebra."""
+"""The compiled loops against plain transcriptions: sums over all grid points, dense linear algebra."""
 
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import special
 
-from detune.lattice import kernels
 from detune.lattice.entries import grid_of
-from detune.lattice.kernels import NODES, Known, decode, entry, intervals, log_ratios, measure, settled
+from detune.lattice.kernels import CONTAMINATED, MOST_PULL, Known, decode, intervals, log_ratios, measure, weigh
 from detune.numerics import float_grid
-
-GRID = torch.bfloat16
-POINTS, WEIGHTS = np.polynomial.legendre.leggauss(100)
+from tests.lattice.entries import GRID, REGIMES, Sample, all_points, found
 
 
-def truncated(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Probability, mean and variance of `N(0, 1)` between a and b, by Gauss-Legendre quadrature.
-
-    The density is taken relative to its largest value, over the part that holds the mass.
-    """
-    a, b = np.broadcast_arrays(a, b)
-    peak = np.clip(0.0, a, b)
-    reach = np.minimum(12.0, 40 / np.maximum(1e-3, np.abs(peak)))
-    a, b = np.maximum(a, peak - reach)[..., None], np.minimum(b, peak + reach)[..., None]
-    t = a - peak[..., None] + (b - a) * (POINTS + 1) / 2
-    mass = WEIGHTS * (b - a) / 2 * np.exp(-t * (t / 2 + peak[..., None]))
-    total = mass.sum(axis=-1)
-    mean = (mass * t).sum(axis=-1) / total
-    variance = (mass * (t - mean[..., None]) ** 2).sum(axis=-1) / total
-    return total * np.exp(-(peak**2) / 2) / math.sqrt(2 * math.pi), peak + mean, variance
-
-
-class TestTruncatedNormal:
-    @given(st.floats(-87, 0))
-    def test_exponential(self, x):
-        assert kernels.exp(x) == pytest.approx(math.exp(x), rel=1e-8)
-
-    @given(st.floats(0, 1e6))
-    def test_tail(self, z):
-        assert kernels.tail(z) == pytest.approx(float(special.erfcx(z)), rel=1e-8)
-
-    @pytest.mark.parametrize("sign", [-1, 1])
-    @pytest.mark.parametrize("x", [0.0, 1e-3, 1.0, 7.0, 13.0])
-    def test_edge(self, x, sign):
-        density, beyond = kernels.edge(sign * x)
-        assert density == pytest.approx(math.exp(-x * x / 2) / math.sqrt(2 * math.pi), rel=1e-7)
-        assert beyond == pytest.approx(float(special.ndtr(-x)), rel=1e-7)
-
-    @given(st.floats(-9, 9), st.floats(-6, 2))
-    def test_moments(self, low, log10_width):
-        width = 10**log10_width
-        expected = truncated(np.array(low), np.array(low + width))
-        found = kernels.truncated_normal(low, width)
-        # Beyond nine deviations nothing is decided by what is left; see the next test.
-        probability, mean, variance = map(float, expected)
-        if low < 9 and low + width > -9:
-            assert found[0] == pytest.approx(probability, rel=1e-5)
-            assert found[1] == pytest.approx(mean, abs=1e-3 * math.sqrt(variance))
-            assert found[2] == pytest.approx(variance, rel=0.01)
-
-    @pytest.mark.parametrize("width", [1e-4, 0.02, 0.3, 1.0, 50.0])
-    @pytest.mark.parametrize("distance", [9.5, 11.0, 13.5, 40.0, 1e5])
-    def test_far_intervals_are_nearly_right_or_out_of_sight(self, distance, width):
-        probability, mean, variance = kernels.truncated_normal(distance, width)
-        expected = truncated(np.array(distance), np.array(distance + width))
-        mirrored = kernels.truncated_normal(-distance - width, width)
-        if probability:
-            assert probability == pytest.approx(float(expected[0]), rel=1e-3)
-            assert distance <= mean <= distance + width
-            assert variance == pytest.approx(float(expected[2]), rel=0.03)
-            assert mirrored == pytest.approx((probability, -mean, variance), rel=1e-4)
-        else:
-            assert float(expected[0]) < 1e-36
-            assert mirrored[0] == 0
-
-    @pytest.mark.parametrize("start", [-8.5, -6.5, -3.0, 0.0, 0.7, 5.0, 8.0])
-    def test_no_jump_where_intervals_become_thin(self, start):
-        thin = kernels.THIN / max(1.0, abs(start) / 6)
-        below, above = (kernels.truncated_normal(start, factor * thin) for factor in (0.9999, 1.0001))
-        assert above[0] == pytest.approx(1.0002 * below[0], rel=1e-3)
-        assert above[1] == pytest.approx(below[1], abs=1e-3 * thin)
-        assert above[2] == pytest.approx(below[2], rel=0.01)
-
-    def test_probabilities_of_a_partition_add_up_to_one(self):
-        cuts = np.linspace(-9, 9, 401)
-        found = np.array([kernels.truncated_normal(a, b - a) for a, b in pairwise(cuts)])
-        assert found[:, 0].sum() == pytest.approx(1, abs=1e-7)
-        assert (found[:, 0] * found[:, 1]).sum() == pytest.approx(0, abs=1e-7)
-        assert (found[:, 0] * (found[:, 2] + found[:, 1] ** 2)).sum() == pytest.approx(1, abs=1e-4)
-
-
-class TestGrid:
+class TestIntervals:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-    def test_intervals_are_the_numbers_that_round_to_the_stored_ones(self, dtype):
+    def test_are_the_numbers_that_round_to_the_stored_ones(self, dtype):
         """Every half-precision number; of float32 random ones, powers of two and numbers below the smallest normal."""
         if dtype.itemsize == 2:
             stored = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
@@ -114,241 +31,6 @@ class TestGrid:
         intervals(stored.float().numpy(), grid_of(dtype)[None], low, high)
         np.testing.assert_array_equal(low, expected.low)
         np.testing.assert_array_equal(high, expected.high)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-    @given(st.floats(-60000, 60000, width=32))
-    def test_spacing_and_nearest(self, dtype, value):
-        number = torch.tensor(value, dtype=torch.float64)
-        step = kernels.spacing(value, *grid_of(dtype))
-        assert step == float(float_grid.spacing(number, dtype))
-        # Half a step away either neighbour is the nearest.
-        assert abs(kernels.nearest(value, *grid_of(dtype)) - value) == abs(
-            float(float_grid.nearest(number, dtype)) - value
-        )
-
-
-# --- single entries ---
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Entries of W, on the bf16 grid, and of models whose `M_i` are known up to `std` steps.
-
-    Attributes:
-        W: `(entries,)`.
-        M: `(entries, n)`, as all others.
-        low: Lower ends of the models' intervals.
-        high: Upper ends.
-        m: Means of the `M_i`.
-        v: Variances.
-    """
-
-    W: np.ndarray
-    M: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    m: np.ndarray
-    v: np.ndarray
-
-    @classmethod
-    def draw(
-        cls, n: int, std: float, merge: torch.dtype, seed: int = 0, entries: int = 200, off: bool = False
-    ) -> "Sample":
-        """Weights of one grid point or of none, `M_i` of about a step."""
-        generator = np.random.default_rng(seed)
-        W = torch.from_numpy(generator.normal(size=(entries, 1)))
-        W = W if off else float_grid.nearest(W, GRID)
-        step = float_grid.spacing(W, GRID).numpy()
-        # The M_i are what the rest says up to float32, as in the fit.
-        m = (step * generator.normal(size=(entries, n))).astype(np.float32).astype(np.float64)
-        s = np.broadcast_to(std * step, m.shape)
-        M = m + s * generator.normal(size=m.shape)
-        ends = float_grid.interval((W + torch.from_numpy(M)).to(merge))
-        return cls(W[:, 0].numpy(), M, ends.low.numpy(), ends.high.numpy(), m, s**2)
-
-    @property
-    def step(self) -> np.ndarray:
-        return float_grid.spacing(torch.from_numpy(self.W), GRID).numpy()
-
-    def at(self, e: int) -> tuple[np.ndarray, ...]:
-        return self.low[e], self.high[e], self.m[e], self.v[e]
-
-    def by_sum(self, e: int, points: np.ndarray, change: np.ndarray | float = 0.0) -> "Posterior":
-        """Every point is as likely as the others; the `M_i` are expected to be off by `change`."""
-        low, high, m, v = self.at(e)
-        std = np.sqrt(v)
-        a, b = ((end - points[:, None] - m - change) / std for end in (low, high))
-        Z, mean, variance = truncated(a, b)
-        likelihood = Z.prod(axis=1)
-        p = likelihood / likelihood.sum()
-        best = int(p.argmax())
-        shift = p @ mean
-        away = points - p @ points
-        spread = float(p @ away**2)
-        between = np.einsum("k,ki,kj->ij", p, mean - shift, mean - shift)
-        return Posterior(
-            points[best],
-            1 - p[best],
-            float(p @ (points - points[best]) ** 2),
-            std * shift,
-            v * (p @ variance) + v * np.diag(between),
-            std * ((p * away) @ (mean - shift)) / math.sqrt(spread) if spread else 0 * std,
-            std[:, None] * std * between,
-            likelihood,
-        )
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """One entry's posterior: as `entry` gives it, then the covariance of means between points and all likelihoods."""
-
-    weight: float
-    doubt: float
-    error: float
-    shift: np.ndarray
-    left: np.ndarray
-    pull: np.ndarray
-    between: np.ndarray | None = None
-    likelihoods: np.ndarray | None = None
-
-
-def found(sample: Sample, e: int, grid: torch.dtype | None = GRID, least: float = 1.0) -> Posterior:
-    n = sample.low.shape[1]
-    shift, left, pull = np.empty(n), np.empty(n), np.empty(n)
-    memory = np.empty((NODES, 2 + 2 * n)), np.empty((n, 3))
-    W, doubt, error = entry(*sample.at(e), grid_of(grid), least, shift, left, pull, *memory)
-    return Posterior(W, doubt, error, shift, left, pull)
-
-
-def all_points(W: float, reach: int = 40) -> np.ndarray:
-    """The bf16 numbers around W by their bit patterns: W's own spacing holds on neither side of a power of two."""
-    pattern = int(torch.tensor(abs(W)).bfloat16().view(torch.int16))
-    patterns = torch.arange(max(0, pattern - reach), pattern + reach + 1).to(torch.int16)
-    return patterns.view(torch.bfloat16).double().numpy() * math.copysign(1, W)
-
-
-REGIMES = [
-    (1, 0.05, torch.float32),
-    (1, 0.2, torch.float32),
-    (1, 0.5, torch.float32),
-    (2, 0.3, torch.float32),
-    (3, 0.7, torch.float32),
-    (1, 0.3, torch.bfloat16),
-    (2, 0.2, torch.bfloat16),
-    (3, 0.1, torch.bfloat16),
-    (2, 0.3, torch.float16),
-    (3, 0.02, torch.float16),
-]
-
-
-class TestEntry:
-    @pytest.mark.parametrize(("n", "std", "merge"), REGIMES, ids=str)
-    def test_equals_the_sum_over_all_grid_points(self, n, std, merge):
-        sample = Sample.draw(n, std, merge)
-        discrete = 0
-        for e, W in enumerate(sample.W):
-            one = found(sample, e)
-            if one.doubt == 1:
-                continue
-            discrete += 1
-            other, deviation, step = sample.by_sum(e, all_points(W)), np.sqrt(sample.v[e]), sample.step[e]
-            # Four deviations to each side leave out 6e-5 of each model.
-            assert one.doubt == pytest.approx(other.doubt, abs=3e-3)
-            if other.doubt < 0.4:
-                assert one.weight == other.weight
-                assert one.error == pytest.approx(other.error, abs=0.02 * step**2)
-            assert np.abs(one.shift - other.shift).max() < 0.05 * deviation.max()
-            assert np.abs(one.left - other.left).max() < 0.05 * sample.v[e].max()
-            # What is lost as W is not known, as a share of what would be known.
-            assert np.abs(one.pull**2 - other.pull**2).max() < 0.05 * sample.v[e].max()
-        assert discrete > 0.9 * len(sample.W)
-
-    @pytest.mark.parametrize(("n", "std"), [(1, 2.0), (1, 6.0), (2, 5.0)])
-    def test_among_many_points_w_is_as_good_as_continuous(self, n, std):
-        sample = Sample.draw(n, std, torch.float32)
-        open_ = 0
-        for e, W in enumerate(sample.W):
-            one, deviation = found(sample, e), np.sqrt(sample.v[e])
-            # At a power of two points lie closer on one side, and for once not every number is as likely.
-            if one.doubt < 1 or not 0.6 < math.frexp(abs(W))[0] < 0.9 or abs(W) < 0.5:
-                continue
-            open_ += 1
-            other = sample.by_sum(e, all_points(W, 200))
-            assert float_grid.lies_on(torch.tensor(one.weight, dtype=torch.float64), GRID)
-            assert np.abs(one.shift - other.shift).max() < 0.05 * deviation.max()
-            assert np.abs(one.left - other.left).max() < 0.05 * sample.v[e].max()
-        assert open_ > 0.2 * len(sample.W)
-
-    @pytest.mark.parametrize(
-        ("n", "std", "merge"), [(1, 0.5, torch.bfloat16), (2, 1.0, torch.float16), (3, 3.0, torch.bfloat16)]
-    )
-    def test_without_a_grid_w_is_any_number(self, n, std, merge):
-        sample = Sample.draw(n, std, merge, off=True)
-        answers = [found(sample, e, None) for e in range(len(sample.W))]
-        assert all(answer.doubt == 1 for answer in answers)
-        errors = [
-            ((answer.weight - W) / step) ** 2 for answer, W, step in zip(answers, sample.W, sample.step, strict=True)
-        ]
-        claimed = [answer.error / step**2 for answer, step in zip(answers, sample.step, strict=True)]
-        assert np.mean(errors) == pytest.approx(np.mean(claimed), rel=0.3)
-        for e, one in enumerate(answers[:30]):
-            deviation = np.sqrt(sample.v[e])
-            nodes = sample.W[e] + 8 * max(1.0, std) * sample.step[e] * np.linspace(-1, 1, 801)
-            other = sample.by_sum(e, nodes)
-            assert one.weight == pytest.approx(
-                nodes @ other.likelihoods / other.likelihoods.sum(), abs=0.02 * sample.step[e]
-            )
-            assert np.abs(one.shift - other.shift).max() < 0.1 * deviation.max()
-            assert np.abs(one.left - other.left).max() < 0.1 * sample.v[e].max()
-            assert np.abs(one.pull - other.pull).max() < 0.1 * deviation.max()
-
-    def test_doubts_are_probabilities(self):
-        """As many weights are wrong as the doubts add up to."""
-        doubts, wrong = [], []
-        for seed in range(5):
-            sample = Sample.draw(1, 0.25, torch.float32, seed)
-            answers = [found(sample, e) for e in range(len(sample.W))]
-            doubts += [answer.doubt for answer in answers]
-            wrong += [answer.weight != W for answer, W in zip(answers, sample.W, strict=True)]
-        doubt, wrong = np.array(doubts), np.array(wrong)
-        for low, high in ((0, 0.02), (0.02, 0.2), (0.2, 0.6)):
-            chosen = (doubt >= low) & (doubt < high)
-            expected = doubt[chosen].sum()
-            assert wrong[chosen].sum() == pytest.approx(expected, abs=4 * math.sqrt(expected))
-
-    def test_models_that_contradict_each_other_leave_their_mean(self):
-        ends, little = np.array([0.0, 1.0]), np.full(2, 1e-6)
-        sample = Sample(np.array([0.55]), *(part[None] for part in (ends, ends, ends + 0.1, 0 * ends, little)))
-        answer = found(sample, 0)
-        assert answer.weight == pytest.approx(0.55, abs=2**-9)
-        assert np.isfinite([*answer.shift, *answer.left, *answer.pull]).all()
-
-
-class TestSettled:
-    @pytest.mark.parametrize(("n", "merge"), [(1, torch.float32), (3, torch.bfloat16), (2, torch.float16)], ids=str)
-    def test_one_point_alone_is_the_base(self, n, merge):
-        sample, alone_ones = Sample.draw(n, 1e-6, merge, entries=1000), 0
-        for e, W in enumerate(sample.W):
-            low, high, m, v = sample.at(e)
-            alone, point, inside = settled(low, high, m, 5 * math.sqrt(v.max()), grid_of(GRID))
-            ends = float((low - m).max()), float((high - m).min())
-            others = [
-                g for g in all_points(W) if ends[0] - 5 * math.sqrt(v.max()) < g < ends[1] + 5 * math.sqrt(v.max())
-            ]
-            if alone:
-                alone_ones += 1
-                assert others == [point] == [W]
-                assert inside == min(point - ends[0], ends[1] - point)
-            else:
-                # At a power of two, and next to an end, one point may not be told to be alone.
-                assert len(others) > 1 or inside < 0 or len(others) == 0 or math.frexp(W)[0] == 0.5
-        assert alone_ones > 0.1 * len(sample.W)
-
-    def test_never_without_a_grid(self):
-        assert not settled(np.array([1.0]), np.array([1.001]), np.zeros(1), 0.0, np.zeros(2))[0]
-
-
-# --- whole blocks ---
 
 
 @dataclass(frozen=True)
@@ -434,7 +116,7 @@ class TestMeasure:
             curvature = np.array([2 * middle - up - down for up, down in around]) / 1e-6
             # Where the logarithm is convex its curvature is that of next to no information.
             alone = 1 - (here.left - here.pull**2) / sample.v[e]
-            if (here.pull**2 / sample.v[e] / alone).sum() > kernels.MOST_PULL - 0.05:
+            if (here.pull**2 / sample.v[e] / alone).sum() > MOST_PULL - 0.05:
                 continue
             compared += 1
             found_curvature = np.diag(precision[:, e]) - np.outer(pull[:, e], pull[:, e])
@@ -585,7 +267,7 @@ class TestLogRatios:
     @staticmethod
     def of(sample: Sample, grid: torch.dtype = GRID) -> np.ndarray:
         ratios = np.empty(len(sample.W))
-        log_ratios(sample.low, sample.high, sample.m, sample.v, grid_of(grid), ratios)
+        log_ratios(sample.low.T, sample.high.T, sample.m.T, sample.v.T, grid_of(grid), ratios)
         return ratios
 
     @pytest.mark.parametrize(("n", "std", "merge"), REGIMES, ids=str)
@@ -617,7 +299,7 @@ class TestLogRatios:
             if ratios[e] == 0 or off < 1e-6 * sample.step[e]:
                 continue
             compared += 1
-            contaminated = math.log((1 - kernels.CONTAMINATED) * on / off + kernels.CONTAMINATED)
+            contaminated = math.log((1 - CONTAMINATED) * on / off + CONTAMINATED)
             assert ratios[e] == pytest.approx(contaminated, abs=0.05)
         assert compared > 25
 
@@ -625,7 +307,15 @@ class TestLogRatios:
         """A wild one, between two points, says no more against the grid than a constant."""
         wild = Sample.draw(1, 0.01, torch.float32, entries=1)
         ends = replace(wild, low=wild.low + wild.step / 2, high=wild.high + wild.step / 2)
-        assert self.of(ends) == pytest.approx(math.log(kernels.CONTAMINATED))
+        assert self.of(ends) == pytest.approx(math.log(CONTAMINATED))
 
     def test_points_too_many_to_tell_say_nothing(self):
         assert not self.of(Sample.draw(1, 40.0, torch.float32)).any()
+
+
+def test_weigh_is_a_product_with_a_diagonal_and_a_rank_one_matrix():
+    generator = np.random.default_rng(0)
+    precision, pull, y = generator.random((3, 4, 5, 6)).astype(np.float32)
+    expected = precision * y - pull * (pull * y).sum(axis=0)
+    weigh(precision, pull, y)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)

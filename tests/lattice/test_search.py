@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from detune.lattice import LatticeSearch, NoGrid, is_coarse, left_alone_in_part, search
+from detune.lattice import LatticeSearch, NoGrid, is_coarse, search
+from detune.lattice.growth import delta_scales
+from detune.lattice.search import left_alone_in_part
 from detune.methods import Auto, Lattice
 from detune.numerics.float_grid import lies_on, nearest
 from detune.problem import Stack
@@ -271,14 +273,15 @@ class TestLeftAloneInPart:
     def test_the_one_model_without_a_delta_is_the_base(self):
         problem = LatticeProblem((96, 80), rank=2, n=3, delta=2.0, merge=torch.bfloat16)
         first, _, last = problem.stack.matrices
-        found = left_alone_in_part(Stack.of([first, problem.W.bfloat16(), last]), LatticeSearch())
+        stack = Stack.of([first, problem.W.bfloat16(), last])
+        found = left_alone_in_part(stack, LatticeSearch(), delta_scales(stack))
         assert found is not None
         assert torch.equal(found.weight.double(), problem.W)
         assert "model 1 shows no change of its own" in found.reason
 
     def test_none_where_all_have_one(self):
         problem = LatticeProblem((96, 80), rank=2, n=3, delta=2.0, merge=torch.bfloat16)
-        assert left_alone_in_part(problem.stack, LatticeSearch()) is None
+        assert left_alone_in_part(problem.stack, LatticeSearch(), delta_scales(problem.stack)) is None
 
 
 def test_models_are_coarse_where_deltas_are_rounded_away():

@@ -25,10 +25,10 @@ from detune.problem.stack import Stack
 EDGE = 1.03
 # Of a singular value at the edge most is noise: what is left of one is about `sqrt(S^2 - (0.9 edge)^2)`.
 SHRUNK = 0.9
-MOST_DIRECTIONS = 64
+FIRST_DIRECTIONS, MOST_DIRECTIONS = 16, 64
 POWER_PASSES = 3
 # Rows with about this many entries show the size of deltas, and the entries with the finest steps show it best.
-SAMPLED, FINEST = 1 << 18, 0.03
+SAMPLED, FINEST = 1 << 17, 0.03
 # No model's delta is taken for smaller than this share of their average: what is too small to be measured is not zero.
 SMALLEST_SHARE = 0.1
 # Standard errors by which a delta's size may be larger than it seems.
@@ -57,13 +57,15 @@ def grown(
     parts = []
     for rows in row_blocks(entries):
         said = Measurements.of(entries, estimates, grid, rows, for_rows=False)
-        parts.append(said if held is None else said.only(~held[rows]))
+        if held is not None:
+            said.forget(held[rows].nonzero(as_tuple=True))
+        parts.append(said)
     gradients = [torch.cat([part.gradient[i] for part in parts]) for i in range(len(estimates))]
-    averages = [float(torch.cat([part.alone[i] for part in parts]).mean()) for i in range(len(estimates))]
+    information = torch.cat([part.alone for part in parts], dim=1)
+    averages = [float(of_i.mean()) for of_i in information]
     found, came = [], 0
     for i, e in enumerate(estimates):
-        information = torch.cat([part.alone[i] for part in parts])
-        leading = _leading(gradients[i], information, rank, e.rank, seeded(seed + i))
+        leading = _leading(gradients[i], information[i], rank, e.rank, seeded(seed + i))
         if leading is None:
             found.append(e)
             continue
@@ -88,8 +90,12 @@ def _leading(
     edge = float(information.sum(dim=0).max().sqrt() + information.sum(dim=1).max().sqrt())
     if most <= 0 or not edge:
         return None
-    U, S, V = randomized_svd(gradient, most, generator, POWER_PASSES)
-    r = int((EDGE * edge < S).sum())
+    width = min(most, FIRST_DIRECTIONS)
+    U, S, V = randomized_svd(gradient, width, generator, POWER_PASSES)
+    while (r := int((EDGE * edge < S).sum())) > width // 2 and width < most:
+        # The last of these vectors are known badly.
+        width = min(most, 2 * width)
+        U, S, V = randomized_svd(gradient, width, generator, POWER_PASSES)
     return (U[:, :r], (S[:r].square() - (SHRUNK * edge) ** 2).clamp(min=0).sqrt(), V[:, :r]) if r else None
 
 

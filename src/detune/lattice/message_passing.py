@@ -60,9 +60,11 @@ class Measurements:
         measure(low, high, means(here), known(here, grid), for_rows, *found)
         return cls(*map(torch.from_numpy, found))
 
-    def only(self, used: Tensor) -> "Measurements":
-        """The measurements of some entries, `(rows, in)`, bool."""
-        return Measurements(self.gradient * used, self.precision * used, self.pull * used)
+    def forget(self, entries: tuple[Tensor, ...]) -> None:
+        """Leave out entries, given by their rows and columns: they say nothing."""
+        rows, columns = entries
+        for part in (self.gradient, self.precision, self.pull):
+            part[:, rows, columns] = 0
 
     @property
     def alone(self) -> Tensor:
@@ -106,8 +108,9 @@ def stepped(
         said = Measurements.of(entries, estimates, grid, rows, for_rows=True)
         here = [e.part(rows, slice(None)) for e in estimates]
         if held is not None:
-            wider = [lack.add(said, i, here[i], held[rows]) for i, lack in enumerate(seen)]
-            said = said.only(~held[rows])
+            at = held[rows].nonzero(as_tuple=True)
+            wider = [lack.add(said, i, here[i], at) for i, lack in enumerate(seen)]
+            said.forget(at)
         for i, (step, variance) in enumerate(_joint_steps(said, here, equations)):
             lefts[i].append(here[i].left + step)
             if held is not None:
@@ -135,17 +138,17 @@ class _Lack:
     def __init__(self) -> None:
         self.squares, self.information, self.uncertain = 0.0, 0.0, 0.0
 
-    def add(self, said: Measurements, model: int, estimate: Estimate, held: Tensor) -> Tensor:
-        """Take in some rows; returns what their variances must be multiplied by, `(rows,)`: a row may be locked."""
-        rows, columns = held.nonzero(as_tuple=True)
+    def add(self, said: Measurements, model: int, estimate: Estimate, at: tuple[Tensor, ...]) -> Tensor:
+        """Take in entries; returns what their rows' variances must be multiplied by, `(rows,)`: a row may be locked."""
+        rows, columns = at
         own = estimate.rows[rows] * estimate.right.square().sum(dim=1)[columns]
         variance = own + estimate.left.square().sum(dim=1)[rows] * estimate.columns[columns] + estimate.lack
-        precision = said.alone[model][rows, columns]
+        precision = (said.precision[model][at] - said.pull[model][at].square()).clamp(min=0)
         # The measurements leave out the rows' own variance; it is noise to these.
         wider = 1 + precision * own
         precision = precision / wider
-        squares = (said.gradient[model][rows, columns] / wider).square()
-        by_row = [torch.zeros(len(held)).index_add_(0, rows, each) for each in (squares, precision)]
+        squares = (said.gradient[model][at] / wider).square()
+        by_row = [torch.zeros(len(estimate.rows)).index_add_(0, rows, each) for each in (squares, precision)]
         ratio = by_row[0] / by_row[1].clamp(min=LEAST)
         self.squares += float(torch.minimum(squares, MOST_SQUARE * precision).sum())
         self.information += float(precision.sum())
@@ -203,15 +206,19 @@ def _joint_steps(
 
     Conjugate gradients on the equations of all models, preconditioned by each model's own.
     """
+    from detune.lattice.kernels import weigh
+
     inverses = [of_i.inverse_factors(alone) for of_i, alone in zip(equations, said.alone, strict=True)]
+    y = torch.empty_like(said.precision)
 
     def preconditioned(x: list[Tensor]) -> list[Tensor]:
         return [((C @ x_i[..., None]).mT @ C).squeeze(1) for x_i, C in zip(x, inverses, strict=True)]
 
     def applied(x: list[Tensor]) -> list[Tensor]:
-        y = torch.stack([x_i @ of_i.right.mT for x_i, of_i in zip(x, equations, strict=True)])
-        z = said.precision * y - said.pull * (said.pull * y).sum(dim=0)
-        return [z_i @ of_i.right + of_i.prior * x_i for z_i, of_i, x_i in zip(z, equations, x, strict=True)]
+        for x_i, of_i, y_i in zip(x, equations, y, strict=True):
+            torch.mm(x_i, of_i.right.mT, out=y_i)
+        weigh(said.precision.numpy(), said.pull.numpy(), y.numpy())
+        return [y_i @ of_i.right + of_i.prior * x_i for y_i, of_i, x_i in zip(y, equations, x, strict=True)]
 
     residual = [
         g @ of_i.right - of_i.prior * e.left for g, of_i, e in zip(said.gradient, equations, estimates, strict=True)

@@ -19,7 +19,7 @@ from detune.fitting.differences import find_differences
 from detune.lattice.decode import decoded
 from detune.lattice.entries import Entries, StoredEntries, grid_of
 from detune.lattice.estimate import Estimate
-from detune.lattice.growth import delta_scales, grown, scatter
+from detune.lattice.growth import DeltaScale, delta_scales, grown, scatter
 from detune.lattice.message_passing import stepped, sweep
 from detune.numerics.float_grid import lies_on, name_of, spacing
 from detune.numerics.random import seeded
@@ -30,11 +30,11 @@ HALVES = (torch.bfloat16, torch.float16)
 # Entries kept from the fit: their share, and how many the test for a grid looks at.
 HELD, TESTED = 1 / 16, 1 << 12
 # Larger matrices are fitted in so many rows and columns, or so many for each direction; the others follow from those.
-BLOCK, BLOCK_PER_RANK = 1024, 16
+BLOCK, BLOCK_PER_RANK = 512, 16
 # Least squares promises variances that are too small where it lacks directions.
 WIDE = 4.0
-# Newton steps for the others, at most; one that leaves more than this share of the variance is the last.
-MOST_STEPS_OUT, SETTLING = 10, 0.8
+# Newton steps for the others, and how far each may bring down what a row is uncertain by.
+STEPS_OUT, MOST_FALL = 3, 0.2
 # Deltas of more steps than this do not show modulo the step of a single fine model.
 MOST_STEPS = 8.0
 # Deltas below this share of the models' step do not show in least squares, which takes rounding for noise. Measured on
@@ -123,15 +123,46 @@ class LatticeSearch:
             return patient.refined(stack, start, rank)
         return self.refined(stack, start, rank)
 
-    def refined(self, stack: Stack, start: Recovery | None, rank: int | None) -> Recovery:
-        """Find the base on the grid with these very options; see `refine`."""
+    def of_light(self, stack: Stack, rank: int | None = None) -> Recovery | None:
+        """The base of models whose deltas are rounded away in most entries; None of others.
+
+        The other entries show the deltas finely, but not to least squares.
+
+        Args:
+            stack: Three models or more.
+            rank: As in `refine`.
+
+        Raises:
+            NoGrid: As there.
+        """
+        scales = delta_scales(stack)
+        if not is_coarse(stack, scales):
+            return None
+        return left_alone_in_part(stack, self, scales) or self.refined(stack, None, rank, scales)
+
+    def refined(
+        self, stack: Stack, start: Recovery | None, rank: int | None, scales: Sequence[DeltaScale] | None = None
+    ) -> Recovery:
+        """Find the base on the grid with these very options; see `refine`.
+
+        Args:
+            stack: The models.
+            start: A recovery of them that knows no grid.
+            rank: The most that any `M_i` can have.
+            scales: How large each delta is; None measures it.
+        """
         rounded = as_rounded(stack)
+        if scales is None and stack.n > 1:
+            scales = delta_scales(rounded)
+        coarse = scales is not None and is_coarse(rounded, scales)
         for grid in self._coarsest_first:
             if any(torch.finfo(W_i.dtype).eps > torch.finfo(grid).eps for W_i in rounded.matrices):
                 continue
-            fit = self._fit(rounded, start, rank, grid)
+            from_start = start is not None and start.deltas and not coarse
+            sizes = scales if scales is not None else [scatter(rounded.matrices[0], grid)]
+            fit = self._fit(rounded, start if from_start else None, rank, grid, sizes)
             # Where deltas are below a step, the models' own grid is what a base that was merged in place has.
-            own = is_coarse(rounded) and all(W_i.dtype == grid for W_i in rounded.matrices)
+            own = coarse and all(W_i.dtype == grid for W_i in rounded.matrices)
             bound = 0.0 if own else math.log10(self.most_false_positive)
             if fit is not None and fit.log10_false_positive < bound:
                 return _answer(stack, start, fit)
@@ -215,13 +246,14 @@ class LatticeSearch:
         """A bf16 base lies on the float32 grid too: the coarsest says most."""
         return sorted(self.grids, key=lambda grid: torch.finfo(grid).eps, reverse=True)
 
-    def _fit(self, stack: Stack, start: Recovery | None, rank: int | None, grid: torch.dtype) -> Fit | None:
+    def _fit(
+        self, stack: Stack, start: Recovery | None, rank: int | None, grid: torch.dtype, scales: Sequence[DeltaScale]
+    ) -> Fit | None:
         """Sweep on one grid. None where no delta shows on it."""
         entries = StoredEntries.of(stack)
-        if start is not None and start.deltas and not is_coarse(stack):
+        if start is not None:
             estimates: Sequence[Estimate] = _from_recovery(stack, start)
         else:
-            scales = delta_scales(stack) if stack.n > 1 else [scatter(stack.matrices[0], grid)]
             if stack.n == 1 and scales[0].rms > MOST_STEPS * float(spacing(stack.matrices[0][::16], grid).median()):
                 return None
             estimates = [Estimate.nothing(stack.shape, scale.rms**2) for scale in scales]
@@ -254,17 +286,25 @@ class LatticeSearch:
             spaces = None
         fitted, sweeps = self.until_settled(part, chosen, grid_of(grid), held, rank, spaces)
         log10_ratio = _log10_ratio(part, fitted, grid_of(grid), held)
-        if entries.n >= FEW_MODELS:
-            # One or two models lock onto wrong points unseen but by what is held out, so there it stays held out.
-            fitted = tuple(e.within(spaces) for e in sweep(part, fitted, grid_of(grid)))
         if rows is not None:
             begun = [e.part(slice(None), _all_or(columns)) for e in estimates]
-            fitted = _extended(entries.part(None, columns), begun, fitted, rows, grid_of(grid))
+            strip = entries.part(None, columns)
+            fitted = _extended(strip, begun, fitted, rows, grid_of(grid))
+            if entries.n >= FEW_MODELS:
+                # More directions stand over the noise in more entries.
+                fitted, came = grown(strip, fitted, grid_of(grid), None, rank, self.seed)
+                fitted = sweep(strip, fitted, grid_of(grid), _held(strip.shape, self.seed)) if came else fitted
         if columns is not None:
             seen = entries if rows is None else entries.part(rows, None)
             turned, begun = ([e.transposed for e in each] for each in (fitted, estimates))
             extended = _extended(seen.transposed, begun, turned, columns, grid_of(grid), _all_or(rows))
             fitted = tuple(e.transposed for e in extended)
+        if entries.n >= FEW_MODELS:
+            # One or two models lock onto wrong points unseen but by what is held out, so there it stays held out.
+            fitted = tuple(e.within(spaces) for e in sweep(entries, fitted, grid_of(grid)))
+            if part is not entries and self.patience:
+                fitted, came = grown(entries, fitted, grid_of(grid), None, rank, self.seed)
+                fitted = sweep(entries, fitted, grid_of(grid)) if came else fitted
         return Fit(entries, tuple(fitted), grid, -log10_ratio, sweeps)
 
     def until_settled(
@@ -312,7 +352,7 @@ class LatticeSearch:
 
 def _known_spaces(stack: Stack, rank: int | None) -> tuple[Tensor, Tensor] | None:
     """Column and row space of `W_1 - W_2 = M_1 - M_2` where there are two models: they hold those of both."""
-    if stack.n != 2 or is_coarse(stack):
+    if stack.n != 2 or is_coarse(stack, delta_scales(stack)):
         return None
     rows, columns = (find_differences(s, rank, fold=False).of(0, 1) for s in (stack, stack.transposed))
     if rows.full_rank or columns.full_rank or not rows.rank or not columns.rank:
@@ -353,17 +393,12 @@ def _extended(
         left[rows], variance[rows] = e.left, e.rows
         whole.append(replace(e, left=left, rows=variance))
     seen: Sequence[Estimate] = [e.part(slice(None), columns) for e in whole]
-    # The first steps are taken far from the answer; entries that are held out tell how far.
-    held, before = _held(entries.shape, 0), math.inf
-    for step in range(MOST_STEPS_OUT):
-        seen = stepped(entries, seen, grid, held)
-        uncertain = sum(e.variance for e in seen)
-        if step and uncertain > SETTLING * before:
-            break
-        before = uncertain
-    return tuple(
-        replace(e, left=found.left, rows=found.rows, lack=found.lack) for e, found in zip(whole, seen, strict=True)
-    )
+    for _ in range(STEPS_OUT):
+        # The first steps are taken far from the answer, and promise too much.
+        least = [MOST_FALL * e.rows for e in seen]
+        seen = stepped(entries, seen, grid)
+        seen = [replace(e, rows=torch.maximum(e.rows, rows)) for e, rows in zip(seen, least, strict=True)]
+    return tuple(replace(e, left=found.left, rows=found.rows) for e, found in zip(whole, seen, strict=True))
 
 
 def _some(size: int, most: int, seed: int) -> Tensor | None:
@@ -402,23 +437,22 @@ def _log10_ratio(entries: Entries, estimates: Sequence[Estimate], grid: np.ndarr
     rows, columns = held.nonzero(as_tuple=True)
     every = max(1, len(rows) // TESTED)
     rows, columns = rows[::every], columns[::every]
-    ends = [np.empty((len(rows), entries.n)) for _ in range(2)]
+    ends = [np.empty((entries.n, len(rows))) for _ in range(2)]
     for start in range(0, len(rows), 1024):
         # One row of the matrix at a time would be read whole; some entries of some rows are.
         chosen = slice(start, start + 1024)
         here, inverse = rows[chosen].unique(return_inverse=True)
         low, high = entries.part(here, None).block(slice(None))
         for whole, end in zip(ends, (low, high), strict=True):
-            whole[chosen] = end[:, inverse, columns[chosen]].T
-    m = torch.stack([(e.left[rows] * e.right[columns]).sum(dim=1) for e in estimates], dim=1).double().numpy()
+            whole[:, chosen] = end[:, inverse, columns[chosen]]
+    m = torch.stack([(e.left[rows] * e.right[columns]).sum(dim=1) for e in estimates]).double().numpy()
     v = torch.stack(
         [
             e.rows[rows] * e.right[columns].square().sum(dim=1)
             + e.left[rows].square().sum(dim=1) * e.columns[columns]
             + e.lack
             for e in estimates
-        ],
-        dim=1,
+        ]
     ).double()
     ratios = np.empty(len(rows))
     log_ratios(ends[0], ends[1], m, v.numpy(), grid, ratios)
@@ -462,24 +496,28 @@ def _answer(stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
     )
 
 
-def is_coarse(stack: Stack) -> bool:
-    """Whether the models are stored so coarsely that their deltas are rounded away in most entries."""
+def is_coarse(stack: Stack, scales: Sequence[DeltaScale] | None = None) -> bool:
+    """Whether the models are stored so coarsely that their deltas are rounded away in most entries.
+
+    Args:
+        stack: The models.
+        scales: How large each delta is; None measures it.
+    """
     if stack.n < 2 or not set(stack.rounded_dtypes) & set(HALVES):
         return False
     step = max(
         float(spacing(W_i[::16], dtype).median())
         for W_i, dtype in zip(stack.matrices, stack.rounded_dtypes, strict=True)
     )
-    return bool(max(scale.rms for scale in delta_scales(stack)) < FINE * step)
+    return bool(max(scale.rms for scale in scales or delta_scales(stack)) < FINE * step)
 
 
-def left_alone_in_part(stack: Stack, lattice: LatticeSearch) -> Recovery | None:
+def left_alone_in_part(stack: Stack, lattice: LatticeSearch, scales: Sequence[DeltaScale]) -> Recovery | None:
     """The matrix of a model that seems to have no delta of its own, by a fit to a few rows and columns.
 
     The products that show its size show what the others' deltas have in common, too; so where it is small by them, a
     fit decides: no direction of that model's, and nothing of size that is not in one. None where no model is so.
     """
-    scales = delta_scales(stack)
     typical = sorted(scale.rms for scale in scales)[stack.n // 2]
     least = min(range(stack.n), key=lambda i: scales[i].at_most)
     if stack.n < 3 or scales[least].at_most > COMMON * typical:

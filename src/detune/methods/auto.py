@@ -15,7 +15,7 @@ from detune.fitting.gauss_newton import GaussNewton, GaussNewtonFit
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import RanksTooHigh, RowSpaces, find_spaces
 from detune.identifiability.principal_part import require_own_adapters
-from detune.lattice import HALVES, LatticeSearch, NoGrid, is_coarse, left_alone_in_part
+from detune.lattice import HALVES, LatticeSearch, NoGrid
 from detune.methods.agreement import solve_versions, unchanged
 from detune.methods.mixed_precision import solve_from, solve_from_finest
 from detune.methods.spectral import Spectral
@@ -73,10 +73,9 @@ class Auto:
         if self.lattice is None or stack.noise_override:
             return self._least_squares(find_differences(stack, rank, self.seed), rank)
         found = self._left_alone(stack) if stack.n >= self.min_models else None
-        if found is None and _is_half(stack) and is_coarse(stack):
-            # Rounding hides the deltas in most entries; the others show them finely, but not to least squares.
+        if found is None and _is_half(stack):
             with suppress(NoGrid):
-                found = left_alone_in_part(stack, self.lattice) or self.lattice.refine(stack, None, rank)
+                found = self.lattice.of_light(stack, rank)
         return found or self._on_grid(find_differences(stack, rank, self.seed), rank)
 
     def _on_grid(self, first: Differences, rank: int | None) -> Recovery:
