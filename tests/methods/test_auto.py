@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from benchmarks.certificate import draw
 from detune import recover_matrix
 from detune.certificate.certify import Verdict, certify
 from detune.fitting.subspaces import RanksTooHigh
@@ -67,10 +66,17 @@ class TestDirectionsBelowTheNoise:
 def test_does_not_run_off_where_spaces_nearly_coincide(monkeypatch):
     """Deltas a hundred times too large, with a base as far off, fit these models better than the closed form does."""
     monkeypatch.setattr("detune.methods.auto.select_ranks", lambda spaces, rank: spaces)
-    problem = draw(1235)
-    mean = Mean().solve(Stack.of(problem.models))
-    answer = recover_matrix(problem.models, Auto(lattice=None))
-    assert w_error(answer.weight, problem.W) < w_error(mean.weight, problem.W) - 2
+    generator = torch.Generator().manual_seed(1235)
+    W, common = normal(generator, 256, 128).half().double(), normal(generator, 128, 14)
+    models = []
+    for r in (12, 14, 7, 4):
+        V = torch.linalg.qr(0.97**0.5 * common[:, :r] + 0.03**0.5 * normal(generator, 128, r))[0]
+        U = torch.linalg.qr(normal(generator, 256, r))[0]
+        sigma = torch.exp(torch.linspace(0, -4, r, dtype=torch.float64))
+        models.append((W + 0.027048 * (W.numel() / r) ** 0.5 * (U * sigma) @ V.mT).half())
+    mean = Mean().solve(Stack.of(models))
+    answer = recover_matrix(models, Auto(lattice=None))
+    assert w_error(answer.weight, W) < w_error(mean.weight, W) - 2
 
 
 def test_noise_just_above_the_storage_noise_is_not_searched_for_ranks(monkeypatch):
