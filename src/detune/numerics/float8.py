@@ -21,6 +21,7 @@ from detune.numerics.float_grid import Interval, lies_on, spacing
 
 __all__ = ["fp8_grid_of", "fp8_interval", "fp8_stochastic", "named_dither"]
 
+# The dither has eight random bits, by definition of the rounding that is reproduced.
 _LEVELS = 256
 # A coarser fraction first: within its range every number of e5m2 is one of e4m3, but for the smallest.
 _GRIDS = (torch.float8_e5m2, torch.float8_e4m3fn)
