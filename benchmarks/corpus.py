@@ -130,7 +130,7 @@ def outcome(seed: int, problem: Problem) -> Outcome:
         basis=found.basis if ranged else None,
         predicted=math.log10(found.mse) if ranged else None,
         true=math.log10(mse) if mse else None,
-        at_floor=ranged and found.at_floor,
+        at_floor=bool(ranged and found.at_floor),
         covariates={name: round(value, 4) for name, value in found.covariates.items()} if ranged else {},
         doubts=found.doubts if ranged else (),
         certain=int(certain.sum()),

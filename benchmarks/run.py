@@ -24,7 +24,7 @@ COMMANDS = {
     "growth": ["docs/growth.png"],
     "family": [],
     "ranks": [],
-    "certificate": ["--split", "sealed"],
+    "certificate": ["--split", "sealed", "--plot", "docs/certificate.png"],
     "bits": [],
 }
 INTRODUCTION = """# Benchmarks

@@ -135,7 +135,7 @@ class ErrorModel:
     def noise(self) -> float:
         """Mean squared error that the noise leaves at the most likely answer."""
         least_squares = self.excess * float((self.variances * self.traces.weight).sum()) / self.entries
-        return max(least_squares - self.recovery.mse_reduction, least_squares * MOST_SAVED) + self.alike
+        return max(least_squares - float(self.recovery.mse_reduction), least_squares * MOST_SAVED) + self.alike
 
     @cached_property
     def alike(self) -> float:
