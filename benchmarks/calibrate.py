@@ -25,8 +25,9 @@ Floats = NDArray[np.float64]
 # Ranges are to miss one problem in twenty, half of these at either end. Bins are chosen by the numbers that they are
 # then filled with, so they are filled for one in twenty-five.
 MISSED = 0.04
-# With fewer than 49 problems in a bin the extremes are its range (derived: 2 / MISSED - 1), which miss 2 in n + 1.
-FEWEST = 40
+# From 49 problems in a bin on, its extremes are a range that misses one in twenty-five (derived: 2 / MISSED - 1). Of
+# fewer they miss more, and no split makes such bins.
+FEWEST = 49
 CANDIDATES = 8
 # A split must lower the score by a twentieth: less is chance.
 GAIN = 0.05
