@@ -63,6 +63,16 @@ def test_blocks_are_dequantised_with_their_noise(tmp_path, values, kind):
         assert model.noise("a.weight") == pytest.approx(error, rel=0.15)
 
 
+def test_the_noise_is_that_of_the_format_where_weights_lie_on_coarser_levels(tmp_path, values):
+    coarse = (np.round(values) + 0.1 * np.random.default_rng(1).standard_normal(values.shape) ** 3 * 1e-3).astype(
+        np.float32
+    )
+    path = write(tmp_path / "model.gguf", {"a.weight": (coarse, Kind.Q8_0)})
+    with open_checkpoint(path) as model:
+        step = np.abs(coarse.reshape(-1, 32)).max(axis=1) / 127
+        assert model.noise("a.weight") == pytest.approx(float(np.sqrt((step**2).mean() / 12)), rel=0.1)
+
+
 @pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_XS])
 def test_the_other_formats_are_read_as_the_package_reads_them(tmp_path, kind):
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Neighbours that have one scale, in the formats with blocks of 256 in which that is not 32.
 _GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}
+# Bytes of a block of 32, in the formats that begin with the distance of its levels, fp16.
+_SCALED = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24}
 # Architectures whose tensors transformers stores as llama.cpp does, but for the order of rows.
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "falcon", "phi3", "stablelm", "starcoder2")
 
@@ -59,7 +61,15 @@ class Blocks:
             return torch.from_numpy(dequantize(packed.numpy(), GGMLQuantizationType[self.encoding]))
 
     def steps(self, stored: Checkpoint, rows: slice) -> Tensor:
-        """See `Coding.steps`: what lies closest among the entries of one scale, which are many beside its levels."""
+        """See `Coding.steps`: the block's scale, where it begins with that and its levels are even.
+
+        Elsewhere it is what lies closest among the entries of one scale, which are many beside its levels.
+        """
+        if self.encoding in _SCALED:
+            packed = stored.read_rows(self.weight, [rows])
+            blocks = packed.view(len(packed), -1, _SCALED[self.encoding])
+            scales = blocks[..., :2].contiguous().view(torch.float16).float().abs()
+            return scales.expand(-1, -1, 32).reshape(len(packed), -1)
         values = self.decode(stored, rows)
         groups = values.reshape(-1, _GROUPS.get(self.encoding, 32))
         gaps = groups.sort(dim=1).values.diff(dim=1)
