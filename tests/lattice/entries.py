@@ -119,7 +119,7 @@ def found(sample: Sample, e: int, grid: torch.dtype | None = GRID, least: float 
     strip, memory = strip_of(n, 1), np.empty((2, 1))
     strip.low[:, 0], strip.high[:, 0], strip.mean[:, 0], strip.variance[:, 0] = sample.at(e)
     # Nothing is settled beyond infinitely many deviations.
-    sort(strip, math.inf, False, least, grid_of(grid), *memory)
+    sort(strip, math.inf, 0.0, least, grid_of(grid), *memory)
     evaluate(strip, packet_of(n, 1), grid_of(grid))
     of_models = (strip.shift[:, 0], strip.left[:, 0], strip.pull[:, 0])
     return Posterior(float(strip.W[0]), float(strip.doubt[0]), float(strip.error[0]), *of_models)

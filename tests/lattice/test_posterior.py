@@ -17,7 +17,7 @@ def settled(sample: Sample, e: int, grid: torch.dtype | None) -> tuple[bool, flo
     low, high, m, v = sample.at(e)
     strip, memory = strip_of(len(low), 1), np.empty((2, 1))
     strip.low[:, 0], strip.high[:, 0], strip.mean[:, 0], strip.variance[:, 0] = low, high, m, v
-    sort(strip, 5.0, False, 0.0, grid_of(grid), *memory)
+    sort(strip, 5.0, 0.0, 0.0, grid_of(grid), *memory)
     W = float(strip.W[0])
     return bool(strip.kind[0] == SETTLED), W, min(W - float((low - m).max()), float((high - m).min()) - W)
 

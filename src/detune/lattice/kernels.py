@@ -91,16 +91,16 @@ def read(low: Floats, high: Floats, m: Singles, known: Known, first: int, strip:
     """Fill in the ends, means and variances of some rows from the first on, and the rows' part of these."""
     n, _, columns = low.shape
     for r in range(strip.low.shape[1] // columns):
-        a, here = first + r, slice(r * columns, (r + 1) * columns)
+        a, start = first + r, r * columns
         for i in range(n):
-            strip.low[i, here], strip.high[i, here], strip.mean[i, here] = low[i, a], high[i, a], m[i, a]
             of_row, of_columns, lack = known.q_rows[i, a], known.p_rows[i, a], known.lack[i]
-            mean, variance, part = strip.mean[i, here], strip.variance[i, here], own[i, here]
-            p_columns, q_columns = known.p_columns[i], known.q_columns[i]
             for b in range(columns):
-                part[b] = of_row * p_columns[b]
-                off = ROUNDED * mean[b]
-                variance[b] = max(part[b] + of_columns * q_columns[b] + lack + off * off, LEAST_VARIANCE)
+                strip.low[i, start + b], strip.high[i, start + b] = low[i, a, b], high[i, a, b]
+                strip.mean[i, start + b] = m[i, a, b]
+            for b in range(columns):
+                part, off = of_row * known.p_columns[i, b], ROUNDED * strip.mean[i, start + b]
+                variance = part + of_columns * known.q_columns[i, b] + lack + off * off
+                own[i, start + b], strip.variance[i, start + b] = part, max(variance, LEAST_VARIANCE)
 
 
 @compiled
@@ -135,19 +135,18 @@ def measure(
             np.empty((5, entries)),
         )
         read(low, high, m, known, first, strip, own)
-        sort(strip, SLACK, True, 0.0, known.grid, memory[0], memory[1])
+        sort(strip, SLACK, SLACK, 0.0, known.grid, memory[0], memory[1])
         evaluate(strip, packet, known.grid)
         _measured(strip, memory[0])
         if for_rows:
             _without_own(strip, own, memory)
         for i in range(n):
             for r in range(height):
-                a, here = first + r, slice(r * columns, (r + 1) * columns)
-                gradient[i, a, :], precision[i, a, :], pull[i, a, :] = (
-                    strip.shift[i, here],
-                    strip.left[i, here],
-                    strip.pull[i, here],
-                )
+                a = first + r
+                for b in range(columns):
+                    t = r * columns + b
+                    gradient[i, a, b], precision[i, a, b] = strip.shift[i, t], strip.left[i, t]
+                    pull[i, a, b] = strip.pull[i, t]
 
 
 @compiled
@@ -247,22 +246,22 @@ def decode(
             np.empty((5, entries)),
         )
         read(low, high, m, known, first, strip, own)
-        sort(strip, BEYOND_DOUBT, False, 1.0, grid, memory[0], memory[1])
+        sort(strip, BEYOND_DOUBT, 0.0, 1.0, grid, memory[0], memory[1])
         evaluate(strip, packet, grid)
         if grid[0] > 0:
             _count_wrong(strip, grid, wrong)
         else:
             wrong[0] += strip.error.sum()
         _add_squares(strip, sums)
-        memory[2] = strip.W
         for r in range(height):
-            here = slice(r * columns, (r + 1) * columns)
-            weight[first + r, :] = strip.W[here]
+            for b in range(columns):
+                weight[first + r, b] = strip.W[r * columns + b]
             if grid[0] > 0:
                 _strain(strip, r * columns, grid, strained_rows[:, first + r], strained_columns)
         sure = _certain(strip, packet, grid, widened, most_doubt, memory)
         for r in range(height):
-            certain[first + r, :] = sure[r * columns : (r + 1) * columns] > 0
+            for b in range(columns):
+                certain[first + r, b] = sure[r * columns + b] > 0
     return sums[0], sums[1], sums[2]
 
 
@@ -320,11 +319,13 @@ def _certain(
     """
     before, certain, asked = memory[2], memory[3], memory[4]
     for t in range(len(certain)):
-        certain[t] = strip.kind[t] == SETTLED
+        before[t], certain[t] = strip.W[t], strip.kind[t] == SETTLED
         asked[t] = (strip.kind[t] != SETTLED) & (strip.doubt[t] < most_doubt)
-    if asked.any():
-        strip.variance[:] *= widened
-        sort(strip, BEYOND_DOUBT, False, 1.0, grid, memory[0], memory[1])
+    if asked.max() > 0:
+        for i in range(len(strip.low)):
+            for t in range(len(certain)):
+                strip.variance[i, t] *= widened
+        sort(strip, BEYOND_DOUBT, 0.0, 1.0, grid, memory[0], memory[1])
         for t in range(len(certain)):
             strip.kind[t] = strip.kind[t] if asked[t] > 0 else SETTLED
         evaluate(strip, packet, grid)
@@ -350,12 +351,16 @@ def log_ratios(low: Floats, high: Floats, m: Floats, v: Floats, grid: Floats, ra
     """
     n, entries = low.shape
     strip, packet, memory = strip_of(n, entries), packet_of(n, entries), np.empty((3, entries))
-    strip.low[:], strip.high[:], strip.mean[:], strip.variance[:] = low, high, m, v
+    for i in range(n):
+        for e in range(entries):
+            strip.low[i, e], strip.high[i, e] = low[i, e], high[i, e]
+            strip.mean[i, e], strip.variance[i, e] = m[i, e], v[i, e]
     # Nothing is settled beyond infinitely many deviations.
-    sort(strip, math.inf, False, 1.0, grid, memory[0], memory[1])
+    sort(strip, math.inf, 0.0, 1.0, grid, memory[0], memory[1])
     evaluate(strip, packet, grid)
-    memory[2] = strip.evidence
-    sort(strip, math.inf, False, 0.0, np.zeros(2), memory[0], memory[1])
+    for e in range(entries):
+        memory[2, e] = strip.evidence[e]
+    sort(strip, math.inf, 0.0, 0.0, np.zeros(2), memory[0], memory[1])
     evaluate(strip, packet, np.zeros(2))
     for e in range(entries):
         on, off = memory[2, e], strip.evidence[e]

@@ -162,13 +162,13 @@ def _agree(strip: Strip, slack: float, first: Floats, last: Floats) -> None:
 
 
 @compiled
-def sort(strip: Strip, sure: float, silent: bool, least: float, grid: Floats, first: Floats, last: Floats) -> None:
+def sort(strip: Strip, sure: float, inside: float, least: float, grid: Floats, first: Floats, last: Floats) -> None:
     """Fill in `kind`, `middle`, `step`, and what is known where nothing is left to be found.
 
     Args:
         strip: Its first four fields are filled in.
         sure: A grid point is alone if its neighbours are out of reach by this many deviations.
-        silent: Whether a point that is alone must also lie as far inside all intervals to be settled.
+        inside: It is settled if it lies inside all intervals by this many deviations, too.
         least: Grid points to look at on each side at least.
         grid: Relative spacing and smallest normal number of the base's dtype; zeros are no grid.
         first: Memory, `(entries,)`.
@@ -176,7 +176,9 @@ def sort(strip: Strip, sure: float, silent: bool, least: float, grid: Floats, fi
     """
     eps, tiny, kind, beyond = grid[0], grid[1], strip.kind, strip.step
     strip.doubt[:], strip.error[:], strip.evidence[:] = 0.0, 0.0, -1.0
-    strip.shift[:], strip.left[:], strip.pull[:] = 0.0, strip.variance, 0.0
+    for i in range(len(strip.low)):
+        for t in range(len(first)):
+            strip.shift[i, t], strip.left[i, t], strip.pull[i, t] = 0.0, strip.variance[i, t], 0.0
     if eps == 0:
         _bounds(strip, SLACK, first, last)
         _agree(strip, SLACK, first, last)
@@ -191,13 +193,13 @@ def sort(strip: Strip, sure: float, silent: bool, least: float, grid: Floats, fi
     _bounds(strip, 0.0, first, last)
     W = strip.W
     for t in range(len(first)):
-        far, middle = sure * math.sqrt(beyond[t]), nearest((first[t] + last[t]) / 2, eps, tiny)
+        deviation, middle = math.sqrt(beyond[t]), nearest((first[t] + last[t]) / 2, eps, tiny)
         # The next point towards zero is the nearest: at a power of two by half of the step.
         step = spacing(middle * (1 - eps / 4), eps, tiny)
-        inside = min(middle - first[t], last[t] - middle)
-        margin = min(first[t] - far - (middle - step), middle + step - last[t] - far)
-        settled = SETTLED if (not silent) | (inside > far) else 0
-        kind[t] = settled if (margin > 0) & (inside >= 0) else OPEN
+        depth = min(middle - first[t], last[t] - middle)
+        alone = min(first[t] - (middle - step), middle + step - last[t]) > sure * deviation
+        settled = SETTLED if depth >= inside * deviation else 0
+        kind[t] = settled if alone & (depth >= 0) else OPEN
         W[t] = middle
     _bounds(strip, SLACK, first, last)
     _agree(strip, SLACK, first, last)
