@@ -56,6 +56,24 @@ def test_a_reason_that_several_have_is_told_once(capsys):
     assert capsys.readouterr().out.splitlines()[-2:] == ["  w.0 and 2 more: why", "  w.1: because"]
 
 
+def test_reasons_that_differ_in_figures_are_told_with_their_span(capsys):
+    reasons = [
+        "4 sweeps; 97.5 % at 1e-432",
+        "4 sweeps; 9 % at 1e-91",
+        "3 sweeps; 9 % at 1e-91",
+        "4 sweeps; 97.5 % at 0.5",
+    ]
+    rows = tuple(
+        TensorResult(f"w.{i}", (4, 4), "float32", Verdict.APPROXIMATE, "polish", reason)
+        for i, reason in enumerate(reasons)
+    )
+    show_report(Report({}, (), rows, 1.0))
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "  w.0 and 2 more: 4 sweeps; 9 to 97.5 % at 1e-432 to 0.5",
+        "  w.2: 3 sweeps; 9 % at 1e-91",
+    ]
+
+
 def test_the_summary_has_the_end_of_of_the_worst():
     report = Report({}, (), (row(Verdict.APPROXIMATE, -6.6, -6.9, -4.1), row(Verdict.FLOOR, -9, -9.3, -8.7)), 1.0)
     assert report.summary["worst_w_error"] == -4.1

@@ -1,8 +1,11 @@
 """A report for people, in the terminal and on the card: a line for each kind of tensor, and what became of the rest."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import chain, zip_longest
 from operator import itemgetter
 
 from detune.certificate.verdict import Verdict
@@ -11,6 +14,8 @@ from detune.recovery.report import Report, TensorResult, w_error_range
 
 __all__ = ["MEANING", "Doubt", "doubts", "report_table"]
 
+# A measured number: with a point, an exponent or a per cent sign. Counts and the models' numbers are none.
+FIGURE = re.compile(r"-?\b\d+(?:\.\d+(?:e[-+]?\d+)?|e[-+]?\d+|(?= %))")
 # What is left of a verdict when it is put in words.
 MEANING = {
     Verdict.SHARED: "identical in all models, copied",
@@ -71,12 +76,23 @@ def report_table(report: Report) -> tuple[list[str], list[tuple[str, ...]]]:
 
 
 def doubts(report: Report) -> list[Doubt]:
-    """Why tensors are approximate or not determined, each reason once."""
-    names: dict[str, list[str]] = {}
+    """Why tensors are approximate or not determined: each reason once, with the span of its figures."""
+    rows: dict[tuple[str, ...], list[TensorResult]] = {}
     for row in report.tensors:
         if row.verdict in (Verdict.NOT_DETERMINED, Verdict.APPROXIMATE):
-            names.setdefault(row.reason, []).append(row.name)
-    return [Doubt(name, len(others), reason) for reason, (name, *others) in names.items()]
+            rows.setdefault(tuple(FIGURE.split(row.reason)), []).append(row)
+    return [
+        Doubt(alike[0].name, len(alike) - 1, _spanned(words, [row.reason for row in alike]))
+        for words, alike in rows.items()
+    ]
+
+
+def _spanned(words: tuple[str, ...], reasons: list[str]) -> str:
+    """A sentence of these words, between which stands the span of the figures that the reasons have there."""
+    figures = zip(*(FIGURE.findall(reason) for reason in reasons), strict=True)
+    ends = [sorted(set(found), key=Decimal) for found in figures]
+    spans = [found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}" for found in ends]
+    return "".join(chain.from_iterable(zip_longest(words, spans, fillvalue="")))
 
 
 def _ranks(rows: list[TensorResult]) -> str:
