@@ -120,7 +120,8 @@ def test_the_commands_say_so(command, fine, tmp_path):
     assert (ran.code, ran.err) == (0, "")
     lines = ran.out.splitlines()
     assert f"A  {fine.models[0]}: changed 4 matrices at low rank" in lines
-    assert f"A  {fine.models[2]}: changed 3 matrices at low rank; 1 tensor of its own: 'layer.1.weight'" in lines
+    shown = "changed 4 matrices, a low rank shows in 3 of 4 looked at; 1 tensor of its own: 'layer.1.weight'"
+    assert f"A  {fine.models[2]}: {shown}" in lines
     assert "     layer.1.weight: re-initialised: unrelated to the others'" in lines
     assert any(line.startswith(f"B  NOT {stranger}: differs from") for line in lines)
     assert any(line.split() == ["layer.*.weight", "×4", "80×64", "2,", "2,", "2,", "2", "yes"] for line in lines)
