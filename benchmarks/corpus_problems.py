@@ -27,7 +27,7 @@ from detune.numerics.float_grid import name_of, spacing
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32, torch.float64)
 SPLITS = {"fit": 0, "check": 1, "sealed": 2}
-SPLIT_SEEDS = 1_000_000  # each split's seeds begin at a multiple
+SPLIT_SEEDS = 10_000_000  # each split's seeds begin at a multiple
 LARGEST = 1 << 17  # entries of a random matrix; one in 25 is up to eight times as large
 # log10 of the deltas' rms in units in the last place of the base's dtype.
 ULPS = {torch.bfloat16: (-1.3, 3.0), torch.float16: (-1.3, 3.5), torch.float32: (0.3, 5.5), torch.float64: (0.5, 9.0)}
