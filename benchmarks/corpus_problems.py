@@ -26,8 +26,9 @@ from detune.numerics.float_grid import name_of, spacing
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32, torch.float64)
-SPLITS = {"fit": 0, "check": 1, "sealed": 2}
-SPLIT_SEEDS = 10_000_000  # each split's seeds begin at a multiple
+# Each split's seeds begin at a multiple of SPLIT_SEEDS; a sealed part that was looked at is followed by another.
+SPLITS = {"fit": 0, "check": 1, "sealed": 5}
+SPLIT_SEEDS = 10_000_000
 LARGEST = 1 << 17  # entries of a random matrix; one in 25 is up to eight times as large
 # log10 of the deltas' rms in units in the last place of the base's dtype.
 ULPS = {torch.bfloat16: (-1.3, 3.0), torch.float16: (-1.3, 3.5), torch.float32: (0.3, 5.5), torch.float64: (0.5, 9.0)}
@@ -59,14 +60,14 @@ class Problem:
 
     @property
     def stored(self) -> torch.dtype:
-        """The dtype that `recover` writes."""
-        return self.models[0].dtype
+        """The dtype that the answer is stored in: the finest that a model has."""
+        return min((W_i.dtype for W_i in self.models), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def draw(split: str, number: int) -> Problem:
     """A problem of a split."""
     seed = SPLITS[split] * SPLIT_SEEDS + number
-    draw = _Draw(random.Random(seed), torch.Generator().manual_seed(seed), SPLITS[split])
+    draw = _Draw(random.Random(seed), torch.Generator().manual_seed(seed), SPLITS[split] % len(SPLITS))
     kinds, weights = zip(*((kind, weight) for kind, (weight, _) in KINDS.items()), strict=True)
     kind = draw.pick.choices(kinds, weights)[0]
     return replace(KINDS[kind][1](draw), kind=kind)

@@ -240,3 +240,14 @@ def test_floor_is_what_the_storage_noise_leaves():
     certificate, recovery = certificate_of(given)
     assert certificate.predicted_w_error == pytest.approx(math.log10(variance / 8 + variance), abs=0.1)
     assert rms(recovery.weight - given.W_star) ** 2 == pytest.approx(variance / 8, rel=0.2)
+
+
+def test_bits_that_the_stored_dtype_does_not_hold_are_not_exact():
+    W = normal(seeded(), 96, 80).half().double()
+    changes = [0.01 * normal(seeded(seed), 96, 4) @ normal(seeded(9 + seed), 4, 80) for seed in range(3)]
+    stack = Stack.of([(W + M_i).float() for M_i in changes])
+    found = Auto().solve(stack)
+    assert certify(stack, found, torch.float16).verdict is Verdict.EXACT
+    rounded = certify(stack, found, torch.bfloat16)
+    assert rounded.verdict is Verdict.FLOOR
+    assert rounded.predicted_w_error == pytest.approx(w_error(found.weight.bfloat16(), W), abs=1e-6)

@@ -60,3 +60,28 @@ def test_one_more_doubt_adds_to_the_upper_end(certificate, verdict, worst):
 def test_a_doubt_that_adds_nothing_is_none():
     certificate = Certificate.of_error(Verdict.FLOOR, "why", 1e-16)
     assert certificate.but("and more", -18.0) is certificate
+
+
+@pytest.mark.parametrize(
+    ("certificate", "verdict", "ends"),
+    [
+        (Certificate(Verdict.EXACT, "why"), Verdict.FLOOR, (-6.3, -6.0, -5.7)),
+        (Certificate.of_error(Verdict.FLOOR, "why", 1e-16), Verdict.FLOOR, (-6.3, -6.0, -5.7)),
+        (
+            Certificate.of_error(Verdict.APPROXIMATE, "why", PredictedError(1e-6, 0.0, 1e-4)),
+            Verdict.APPROXIMATE,
+            (-6.0, -5.7, -4.0),
+        ),
+    ],
+)
+def test_what_its_dtype_does_not_hold_is_lost(certificate, verdict, ends):
+    rounded = certificate.rounded("bfloat16", 1e-6)
+    assert rounded.verdict is verdict
+    assert rounded.reason == "why; then rounded to bfloat16, which does not hold it"
+    found = (rounded.best_w_error, rounded.predicted_w_error, rounded.worst_w_error)
+    assert found == pytest.approx(ends, abs=0.01)
+
+
+def test_what_its_dtype_holds_stays_as_it_is():
+    certificate = Certificate(Verdict.EXACT, "why")
+    assert certificate.rounded("float32", 0.0) is certificate

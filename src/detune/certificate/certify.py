@@ -10,7 +10,7 @@ import torch
 
 from detune.certificate.calibration import Assessment, band
 from detune.certificate.error_model import ErrorModel
-from detune.certificate.grid_error import assess_bits, is_exact
+from detune.certificate.grid_error import assess_bits, is_exact, on_grid
 from detune.certificate.jackknife import Solve, disagreement
 from detune.certificate.structured import certify_structured
 from detune.certificate.verdict import BAND, Certificate, Verdict
@@ -47,7 +47,10 @@ def certify(
     prepared, stored = Prepared.of(stack), stored or recovery.weight.dtype
     unit, as_solved = prepared.as_solved(recovery)
     scale, wild = prepared.scale, prepared.wild
-    found = _certify(unit, as_solved.with_plain_errors(), stored, check).times_power_of_two(scale.exponent)
+    found = _certify(unit, as_solved.with_plain_errors(), stored, check)
+    if recovery.bits is not None or recovery.method == "unchanged":
+        found = found.rounded(name_of(stored), _lost(as_solved.weight, stored))
+    found = found.times_power_of_two(scale.exponent)
     if scale.fixed_step:
         # Where the answer will be stored, no step is shorter than that of the smallest number.
         step = torch.finfo(stored).tiny * torch.finfo(stored).eps
@@ -57,6 +60,11 @@ def certify(
         reason = "what all models hold far above the typical size is known to its rounding at best"
         found = found.but(reason, wild.log10_unknown - math.log10(recovery.weight.numel()))
     return found
+
+
+def _lost(weight: torch.Tensor, stored: torch.dtype) -> float:
+    """Mean squared error that rounding a known weight makes."""
+    return float((weight.double() - weight.to(stored).double()).square().mean())
 
 
 def _certify(stack: Stack, recovery: Recovery, stored: torch.dtype, check: Solve | None) -> Certificate:
@@ -89,9 +97,7 @@ def assess(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: flo
     if recovery.method == "unchanged":
         return _of_unchanged(stack, recovery)
     if recovery.bits is not None and is_exact(stack, recovery):
-        name, power = name_of(recovery.bits.grid), math.ceil(recovery.bits.log10_false_positive)
-        reason = f"every entry is certain on the base's {name} grid; off that grid with a probability below 1e{power}"
-        return Certificate(Verdict.EXACT, reason, 0)
+        return Certificate(Verdict.EXACT, f"every entry is certain {on_grid(recovery.bits)}", 0)
     if recovery.bits is not None:
         return assess_bits(stack, recovery)
     if recovery.expected is not None:

@@ -11,13 +11,15 @@ from detune.identifiability.null_space import basis_error_variances, undetermine
 from detune.methods.mixed_precision import COARSE
 from detune.numerics.float_grid import name_of, spacing
 from detune.problem.low_rank import SVDFactors
-from detune.problem.recovery import Recovery
+from detune.problem.recovery import DecodedBits, Recovery
 from detune.problem.stack import Stack
 from detune.problem.storage_noise import FLOOR_RATIO
 
 # Where chance alone brings the error within a factor of two of its median in less than 95 % of draws, a few entries
 # decide (definition of a doubt).
 FORESEEABLE = 0.95
+# A grid shows where a base off it would look so less than once in 10^9 matrices (definition; as in `LatticeSearch`).
+SHOWN = -9.0
 # Spaces are close to each other where least squares amplifies noise by an eighth or more (definition of a doubt).
 CLOSE_SPACES = 1.125
 # Fewer certain entries than this share leave the error to how far the others can be trusted (definition of a doubt).
@@ -53,7 +55,6 @@ def assess_bits(stack: Stack, recovery: Recovery) -> Assessment:
         "noise ratio": log_ratio(recovery.noise_ratio or 0.0),
         "finer models": math.log2(torch.finfo(bits.grid).eps / _finest(stack)),
     }
-    name, power = name_of(bits.grid), math.ceil(bits.log10_false_positive)
     share = f"{100 * bits.share:.4g} % of the entries are certain" if bits.share else "no entry is certain"
     left = float(recovery.noise_ratio or 0.0)
     table = (
@@ -83,8 +84,16 @@ def assess_bits(stack: Stack, recovery: Recovery) -> Assessment:
         covariates,
         tuple(why for holds, why in table if holds),
         left <= FLOOR_RATIO,
-        f"{share} on the base's {name} grid; off that grid with a probability below 1e{power}",
+        f"{share} {on_grid(bits)}",
     )
+
+
+def on_grid(bits: DecodedBits) -> str:
+    """On which grid the base is, and whether that shows or is assumed."""
+    name, power = name_of(bits.grid), math.ceil(bits.log10_false_positive)
+    if bits.log10_false_positive > SHOWN:
+        return f"on the {name} grid of the models, which the base is taken to be on"
+    return f"on the base's {name} grid; off that grid with a probability below 1e{power}"
 
 
 def is_exact(stack: Stack, recovery: Recovery) -> bool:
@@ -95,7 +104,7 @@ def is_exact(stack: Stack, recovery: Recovery) -> bool:
     matrices of the corpus, 1 of 10.8 million in all others (`benchmarks/corpus.py`).
     """
     bits = recovery.bits
-    if bits is None or not bool(bits.certain.all()):
+    if bits is None or not bool(bits.certain.all()) or bits.log10_false_positive > SHOWN:
         return False
     return _are_finer(stack, recovery) or math.isfinite(amplification(stack, recovery))
 

@@ -81,6 +81,28 @@ class Certificate:
             worst = max(predicted if worst is None else worst, predicted + BAND)
         return cls(verdict, reason, 0, predicted, best, worst, _log10(agreement))
 
+    def rounded(self, dtype: str, mse: float) -> "Certificate":
+        """The certificate once the weight, which was judged as it is, was rounded to a dtype.
+
+        Args:
+            dtype: Its name.
+            mse: Mean squared error that this makes; 0 where the dtype holds every entry.
+        """
+        if not mse or self.verdict not in (Verdict.EXACT, Verdict.FLOOR, Verdict.APPROXIMATE):
+            return self
+        ends = (self.best_w_error, self.predicted_w_error, self.worst_w_error)
+        best, predicted, worst = (math.log10(mse + (0.0 if end is None else 10**end)) for end in ends)
+        # No more than rounding.
+        close = self.verdict is not Verdict.APPROXIMATE or worst < math.log10(mse) + LITTLE
+        return replace(
+            self,
+            verdict=Verdict.FLOOR if close else Verdict.APPROXIMATE,
+            reason=f"{self.reason}; then rounded to {dtype}, which does not hold it",
+            predicted_w_error=predicted,
+            best_w_error=min(best, predicted - BAND),
+            worst_w_error=max(worst, predicted + BAND),
+        )
+
     def times_power_of_two(self, exponent: int) -> "Certificate":
         """The certificate for a weight that is `2^exponent` times as large."""
         if not exponent:

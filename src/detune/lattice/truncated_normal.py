@@ -53,11 +53,12 @@ SOURCES = tuple((file.stat().st_mtime, file.stat().st_size) for file in sorted(P
 
 
 def _jit(function: F, inline: bool) -> F:
-    """Compile: reassociation is allowed, NaN and infinity keep their meaning."""
-    relaxed = {"contract", "arcp", "nsz", "reassoc"}
-    jitted: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=relaxed, forceinline=inline)(
-        function
-    )
+    """Compile, in IEEE arithmetic.
+
+    Were sums and products allowed to be taken together, code that was just compiled would give other last bits than the
+    same code from numba's cache, as more of it is inlined.
+    """
+    jitted: Any = numba.njit(nogil=True, cache=True, error_model="numpy", forceinline=inline)(function)
     # numba keeps machine code until its own file changes; functions of other files are part of it, too.
     jitted._cache._cache_file._source_stamp = SOURCES
     return cast(F, jitted)
