@@ -70,12 +70,16 @@ def test_hold_the_truth():
 def test_least_squares_on_a_coarse_grid_is_not_foreseen_to_the_bit(dtype):
     """The mean of the rounding errors alone would bring every entry back; a little more than that does not."""
     noise = float(storage_variance(normal(seeded(), 1000).to(dtype)).mean().sqrt())
-    given = make_problem(Regime((128, 96), (1,) * 4, 0.0, 5 * noise, 0.5, dtype), seeded(1))
-    W_star = given.W_star.to(dtype).double()
-    stack = Stack.of(torch.stack([W_star + M_i for M_i in given.deltas]).to(dtype))
-    recovery = SOLVER.solve(stack)
-    found = certify(stack, recovery, stored=dtype)
-    assert holds(found, w_error(recovery.weight.to(dtype), W_star))
+    held = []
+    for seed in range(1, 9):
+        given = make_problem(Regime((128, 96), (1,) * 4, 0.0, 5 * noise, 0.5, dtype), seeded(seed))
+        W_star = given.W_star.to(dtype).double()
+        stack = Stack.of(torch.stack([W_star + M_i for M_i in given.deltas]).to(dtype))
+        recovery = SOLVER.solve(stack)
+        found = certify(stack, recovery, stored=dtype)
+        held.append(holds(found, w_error(recovery.weight.to(dtype), W_star)))
+    # Ranges are to miss one problem in twenty.
+    assert sum(held) >= 7
 
 
 def test_more_than_storage_noise_is_a_doubt_where_spectra_run_into_it():

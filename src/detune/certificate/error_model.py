@@ -209,8 +209,12 @@ class ErrorModel:
 
     @cached_property
     def _is_coarse(self) -> bool:
-        """Whether rounding to the models' dtypes hides the deltas in most entries."""
-        return not self.stack.noise_override and (self.weakest_delta < STEP or is_coarse(self.stack))
+        """Whether rounding to the models' dtypes hides the deltas in many entries, which all models then round alike.
+
+        That leaves less in the misfit than independent rounding errors would.
+        """
+        alike = self.weakest_delta < STEP or self.excess < 1 / EXCESS
+        return not self.stack.noise_override and (alike or is_coarse(self.stack))
 
     def _is_steep(self, after: StoredError) -> bool:
         """Whether storing makes orders of magnitude of what the error before it is not known by."""
@@ -242,7 +246,7 @@ class ErrorModel:
         return (
             (
                 self._is_coarse,
-                "deltas are below a step of the models' rounding, which then leaves most entries as they were",
+                "deltas are below a step of the models' rounding, which then leaves many entries as they were",
             ),
             (
                 told and (self.weakest_delta < STEP or self.alike > MOST * self.noise),

@@ -165,7 +165,8 @@ class LatticeSearch:
             own = coarse and all(W_i.dtype == grid for W_i in rounded.matrices)
             bound = 0.0 if own else math.log10(self.most_false_positive)
             if fit is not None and fit.log10_false_positive < bound:
-                return _answer(stack, start, fit)
+                alone = _left_alone(stack, fit.estimates, scales) if coarse and scales is not None else None
+                return alone or _answer(stack, start, fit)
         raise NoGrid(self.why_not(stack))
 
     def shows_on(self, stack: Stack, start: Recovery) -> bool:
@@ -518,9 +519,8 @@ def left_alone_in_part(stack: Stack, lattice: LatticeSearch, scales: Sequence[De
     The products that show its size show what the others' deltas have in common, too; so where it is small by them, a
     fit decides: no direction of that model's, and nothing of size that is not in one. None where no model is so.
     """
-    typical = sorted(scale.rms for scale in scales)[stack.n // 2]
     least = min(range(stack.n), key=lambda i: scales[i].at_most)
-    if stack.n < 3 or scales[least].at_most > COMMON * typical:
+    if stack.n < FEW_MODELS or scales[least].at_most > COMMON * _typical(scales):
         return None
     entries, grid = (
         StoredEntries.of(as_rounded(stack)),
@@ -531,9 +531,22 @@ def left_alone_in_part(stack: Stack, lattice: LatticeSearch, scales: Sequence[De
     estimates = [Estimate.nothing(part.shape, scale.rms**2) for scale in scales]
     quick = replace(lattice, sweeps=FEW_SWEEPS)
     found, _ = quick.until_settled(part, estimates, grid_of(grid), _held(part.shape, lattice.seed), None)
-    if found[least].rank or found[least].lack > (NOTHING * typical) ** 2:
+    return _left_alone(stack, found, scales)
+
+
+def _left_alone(stack: Stack, found: Sequence[Estimate], scales: Sequence[DeltaScale]) -> Recovery | None:
+    """The matrix of the model of which a fit has found no direction, and next to nothing that is not in one."""
+    least = min(range(stack.n), key=lambda i: (found[i].rank, found[i].lack))
+    others = [e.rank for i, e in enumerate(found) if i != least]
+    nothing = not found[least].rank and found[least].lack <= (NOTHING * _typical(scales)) ** 2
+    if stack.n < FEW_MODELS or not nothing or not all(others):
         return None
-    return left_alone(stack, least, f"model {least} shows no change of its own", (COMMON * typical) ** 2)
+    sign = f"model {least} shows no change of its own"
+    return left_alone(stack, least, sign, (COMMON * _typical(scales)) ** 2)
+
+
+def _typical(scales: Sequence[DeltaScale]) -> float:
+    return sorted(scale.rms for scale in scales)[len(scales) // 2]
 
 
 def as_rounded(stack: Stack) -> Stack:
