@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from detune.lattice import LatticeSearch, NoGrid, is_coarse, search
+from detune.lattice import LatticeSearch, NoGrid, are_alike, is_coarse, search
 from detune.lattice.growth import delta_scales
 from detune.lattice.search import left_alone_in_part
 from detune.methods import Auto, Lattice
 from detune.numerics.float_grid import lies_on, nearest
-from detune.problem import Stack
+from detune.problem import LowRank, Stack
 from tests.cases import normal, rms, seeded
 from tests.lattice.problems import LatticeProblem
 
@@ -267,6 +267,15 @@ def test_powers_of_two_change_no_bit(n, delta, merge, factor):
     assert torch.equal(scaled.weight, recovery.weight * factor)
     assert torch.equal(scaled.bits.certain, recovery.bits.certain)
     assert scaled.bits.expected.mse == pytest.approx(recovery.bits.expected.mse * factor**2)
+
+
+def test_deltas_that_all_miss_one_are_alike():
+    """Beside a copy of itself at 0.7 a model may pass for the base: then the others are 0.3 a, b - 0.7 a, c - 0.7 a."""
+    factors = LatticeProblem().factors
+    a, b, c = (LowRank(L, R) for L, R in factors)
+    less = [LowRank(torch.cat([L, -0.7 * a.left], dim=1), torch.cat([R, a.right], dim=1)) for L, R in factors[1:]]
+    assert not are_alike([a, b, c])
+    assert are_alike([LowRank(0.3 * a.left, a.right), *less])
 
 
 class TestLeftAloneInPart:

@@ -19,6 +19,13 @@ def test_figures_are_those_of_the_matrix(delta):
     torch.testing.assert_close(delta.transposed.dense(), delta.dense().mT)
 
 
+def test_correlation_is_that_of_the_entries(delta):
+    other = LowRank(delta.left + normal(seeded(1), 30, 3), delta.right)
+    expected = torch.nn.functional.cosine_similarity(delta.dense().flatten(), other.dense().flatten(), dim=0)
+    assert delta.correlation(other) == pytest.approx(float(expected))
+    assert delta.correlation(LowRank(0 * delta.left, delta.right)) == 0
+
+
 def test_factors_are_the_singular_value_decomposition(delta):
     found = SVDFactors.of(delta)
     torch.testing.assert_close((found.U * found.S) @ found.V.mT, delta.dense())

@@ -28,8 +28,9 @@ from detune.problem.storage_noise import storage_energy
 __all__ = ["Certificate", "Verdict", "assess", "certify"]
 
 # A range no longer than this is that of an answer at the storage floor: a factor of 1.6 in the root mean squared error
-# to either side (definition of the verdict).
-NARROW = 0.8
+# to either side; on a grid, where an answer may be far better than that, no longer than the shortest range, with room
+# for rounding (definitions of the verdict).
+NARROW, BANDS = 0.8, 2 * BAND + 1e-9
 UNSEEN = "the calibration has seen no problem like it"
 
 
@@ -161,7 +162,7 @@ def calibrated(found: Assessment) -> Certificate:
     agreement = math.log10(found.agreement) if found.agreement else None
     if agreement is not None:
         worst = max(worst, agreement)
-    narrow = best is not None and worst - best <= NARROW
+    narrow = best is not None and worst - best <= (BANDS if found.basis.startswith("grid") else NARROW)
     doubts = found.doubts if bin_.seen else (*found.doubts, UNSEEN)
     verdict = Verdict.FLOOR if found.at_floor and narrow else Verdict.APPROXIMATE
     said = (found.reason, *doubts) if found.at_floor else doubts

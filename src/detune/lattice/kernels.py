@@ -87,6 +87,12 @@ def intervals(stored: Singles, models: Floats, low: Floats, high: Floats) -> Non
 
 
 @compiled
+def memory_of(n: int, entries: int) -> tuple[Strip, Packet, Floats, Floats]:
+    """A strip, packets, what is the rows' own of the variances, `(n, entries)`, and five numbers for each entry."""
+    return strip_of(n, entries), packet_of(n, entries), np.empty((n, entries)), np.empty((5, entries))
+
+
+@compiled
 def read(low: Floats, high: Floats, m: Singles, known: Known, first: int, strip: Strip, own: Floats) -> None:
     """Fill in the ends, means and variances of some rows from the first on, and the rows' part of these."""
     n, _, columns = low.shape
@@ -128,12 +134,7 @@ def measure(
         # The last strip has fewer rows.
         height = min(height, rows - first)
         entries = height * columns
-        strip, packet, own, memory = (
-            strip_of(n, entries),
-            packet_of(n, entries),
-            np.empty((n, entries)),
-            np.empty((5, entries)),
-        )
+        strip, packet, own, memory = memory_of(n, entries)
         read(low, high, m, known, first, strip, own)
         sort(strip, SLACK, SLACK, 0.0, known.grid, memory[0], memory[1])
         evaluate(strip, packet, known.grid)
@@ -239,12 +240,7 @@ def decode(
     for first in range(0, rows, height):
         height = min(height, rows - first)
         entries = height * columns
-        strip, packet, own, memory = (
-            strip_of(n, entries),
-            packet_of(n, entries),
-            np.empty((n, entries)),
-            np.empty((5, entries)),
-        )
+        strip, packet, own, memory = memory_of(n, entries)
         read(low, high, m, known, first, strip, own)
         sort(strip, BEYOND_DOUBT, 0.0, 1.0, grid, memory[0], memory[1])
         evaluate(strip, packet, grid)

@@ -10,6 +10,7 @@ delta modulo the base's step.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from detune.lattice.growth import DeltaScale, delta_scales, grown, scatter
 from detune.lattice.message_passing import stepped, sweep
 from detune.numerics.float_grid import lies_on, name_of, spacing
 from detune.numerics.random import seeded
+from detune.problem.low_rank import LowRank
 from detune.problem.recovery import DecodedBits, NotRecoverable, Recovery, left_alone
 from detune.problem.stack import Stack
 
@@ -43,8 +45,9 @@ FINE = 0.6
 # Least squares that leaves more times the rounding noise than this has not explained the models.
 MOST_NOISE = 1.2
 # A delta that seems to be below this share of the others' may be what these have in common: fine-tunes of one base on
-# texts of one language had a correlation of 0.16 at most (`benchmarks/llm.py`).
-COMMON = 0.4
+# texts of one language had a correlation of 0.16 at most (`benchmarks/llm.py`), so those of independent ones have less
+# than MOST_ALIKE.
+COMMON, MOST_ALIKE = 0.4, 0.25
 # Estimates that are known to this share of a step leave one entry in a thousand open: the grid's finest steps.
 SETTLED = 1e-3
 # What is left of a delta's size, as a share of the others', where it is none.
@@ -537,12 +540,22 @@ def left_alone_in_part(stack: Stack, lattice: LatticeSearch, scales: Sequence[De
 def _left_alone(stack: Stack, found: Sequence[Estimate], scales: Sequence[DeltaScale]) -> Recovery | None:
     """The matrix of the model of which a fit has found no direction, and next to nothing that is not in one."""
     least = min(range(stack.n), key=lambda i: (found[i].rank, found[i].lack))
-    others = [e.rank for i, e in enumerate(found) if i != least]
+    others = [e for i, e in enumerate(found) if i != least]
     nothing = not found[least].rank and found[least].lack <= (NOTHING * _typical(scales)) ** 2
-    if stack.n < FEW_MODELS or not nothing or not all(others):
+    if stack.n < FEW_MODELS or not nothing or not all(e.rank for e in others):
+        return None
+    if are_alike([e.low_rank for e in others]):
         return None
     sign = f"model {least} shows no change of its own"
     return left_alone(stack, least, sign, (COMMON * _typical(scales)) ** 2)
+
+
+def are_alike(deltas: Sequence[LowRank]) -> bool:
+    """Whether deltas are more alike than those of independent fine-tunes.
+
+    Beside a copy of itself at another strength a model may pass for the base: all others then miss its delta.
+    """
+    return any(abs(a.correlation(b)) > MOST_ALIKE for a, b in combinations(deltas, 2))
 
 
 def _typical(scales: Sequence[DeltaScale]) -> float:

@@ -15,7 +15,7 @@ from detune.fitting.gauss_newton import GaussNewton, GaussNewtonFit
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import RanksTooHigh, RowSpaces, find_spaces
 from detune.identifiability.principal_part import require_own_adapters
-from detune.lattice import HALVES, LatticeSearch, NoGrid
+from detune.lattice import HALVES, LatticeSearch, NoGrid, are_alike
 from detune.methods.agreement import solve_versions, unchanged
 from detune.methods.mixed_precision import solve_from, solve_from_finest
 from detune.methods.spectral import Spectral
@@ -75,8 +75,18 @@ class Auto:
         found = self._left_alone(stack) if stack.n >= self.min_models else None
         if found is None and _is_half(stack):
             with suppress(NoGrid):
-                found = self.lattice.of_light(stack, rank)
+                found = self._without_copy(stack, self.lattice.of_light(stack, rank), rank)
         return found or self._on_grid(find_differences(stack, rank, self.seed), rank)
+
+    def _without_copy(self, stack: Stack, found: Recovery | None, rank: int | None) -> Recovery | None:
+        """The answer without the model that has passed for the base, where the deltas of others are alike."""
+        if found is None or not found.deltas or stack.n <= self.min_models:
+            return found
+        least = min(range(stack.n), key=lambda i: found.deltas[i].energy)
+        models = tuple(i for i in range(stack.n) if i != least)
+        if not are_alike([found.deltas[i] for i in models]):
+            return found
+        return solve_from(stack, models, self.solve, rank, "the other's adapter is not independent of theirs") or found
 
     def _on_grid(self, first: Differences, rank: int | None) -> Recovery:
         """The closed form, and the base's bits from there; the best of least squares where no grid shows."""

@@ -50,6 +50,12 @@ class LowRank:
         left, right = times_power_of_two(self.left, exponent - half), times_power_of_two(self.right, half)
         return replace(self, left=left, right=right)
 
+    def correlation(self, other: "LowRank") -> float:
+        """Inner product with another matrix over the norms of both; 0 where one is zero."""
+        size = self.energy * other.energy
+        inner = float(((self.left.mT @ other.left) * (self.right.mT @ other.right)).sum())
+        return inner / size**0.5 if size else 0.0
+
     @property
     def energy(self) -> float:
         """`|M_i|_F^2`, from the factors."""
