@@ -68,7 +68,8 @@ def certify(
 
 def _lost(weight: torch.Tensor, stored: torch.dtype) -> float:
     """Mean squared error that rounding a known weight makes."""
-    return float((weight.double() - weight.to(stored).double()).square().mean())
+    rounded = weight.to(stored).to(weight.dtype)
+    return 0.0 if torch.equal(rounded, weight) else float((weight.double() - rounded.double()).square().mean())
 
 
 def _certify(stack: Stack, recovery: Recovery, stored: torch.dtype, check: Solve | None) -> Certificate:

@@ -261,7 +261,7 @@ class LatticeSearch:
             if stack.n == 1 and scales[0].rms > MOST_STEPS * float(spacing(stack.matrices[0][::16], grid).median()):
                 return None
             estimates = [Estimate.nothing(stack.shape, scale.rms**2) for scale in scales]
-        return self._swept(entries, estimates, grid, rank, _known_spaces(stack, rank))
+        return self._swept(entries, estimates, grid, rank, _known_spaces(stack, rank, scales))
 
     def _swept(
         self,
@@ -354,9 +354,9 @@ class LatticeSearch:
         return found, self.sweeps
 
 
-def _known_spaces(stack: Stack, rank: int | None) -> tuple[Tensor, Tensor] | None:
+def _known_spaces(stack: Stack, rank: int | None, scales: Sequence[DeltaScale]) -> tuple[Tensor, Tensor] | None:
     """Column and row space of `W_1 - W_2 = M_1 - M_2` where there are two models: they hold those of both."""
-    if stack.n != 2 or is_coarse(stack, delta_scales(stack)):
+    if stack.n != 2 or is_coarse(stack, scales):
         return None
     rows, columns = (find_differences(s, rank, fold=False).of(0, 1) for s in (stack, stack.transposed))
     if rows.full_rank or columns.full_rank or not rows.rank or not columns.rank:
