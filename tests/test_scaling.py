@@ -5,6 +5,7 @@ As long as their numbers are normal numbers of their dtype; below, their step is
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import detune
+from detune.adapters.changes import Kept
 from detune.certificate.certify import certify
 from detune.certificate.verdict import Certificate, Verdict
 from detune.methods import SOLVERS, Auto, Lattice, Mean
@@ -21,7 +23,7 @@ from detune.numerics.float_grid import nearest, times_power_of_two
 from detune.problem import Recovery, Solver, Stack
 from detune.problem.solving import solve
 from tests.cases import REGIMES, Regime, make_problem, normal, seeded
-from tests.families import Fine, plain_family, save_plain, stored
+from tests.families import Fine, add, delta, edit, plain_family, save_plain, stored
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,18 @@ def assert_scales(solver: Solver, matrices: tuple[Tensor, ...], exponent: int) -
         assert after == (None if before is None else pytest.approx(before + shift, abs=1e-6))
 
 
+def in_full(model: Path, path: Path, exponent: int) -> Path:
+    """A model of which every matrix was moved a little in every direction too, as training it in full does."""
+    generator = seeded(7)
+
+    def moved(W: Tensor) -> Tensor:
+        return (times(W, -exponent).double() + 1e-4 * normal(generator, *W.shape)).to(W.dtype)
+
+    return save_plain(
+        path, {name: times(moved(W), exponent) if "layer" in name else W for name, W in stored(model).items()}
+    )
+
+
 def times(values: Tensor, exponent: int) -> Tensor:
     return times_power_of_two(values, exponent) if values.is_floating_point() else values
 
@@ -194,14 +208,34 @@ class TestCommands:
         assert not last.belongs
         assert "it has another base" in last.reason
 
-    def test_extract(self, fine, scaled, tmp_path):
-        bigger, _ = scaled
-        before, after = (
-            detune.extract(family.models, tmp_path / name, base=family.base)
-            for family, name in ((fine, "a"), (bigger, "b"))
-        )
-        assert [(row.name, row.kept, row.rank, row.identical) for row in after.rows] == [
-            (row.name, row.kept, row.rank, row.identical) for row in before.rows
+    @pytest.mark.parametrize("denoise", [False, True])
+    def test_extract(self, fine, scaled, tmp_path, denoise):
+        extractions = []
+        for name, family, exponent in (("a", fine, 0), ("b", *scaled)):
+            if denoise:
+                family = Fine(family.base, (in_full(family.models[0], tmp_path / name / "model", exponent),))
+            extractions.append(
+                detune.extract(family.models, tmp_path / f"of {name}", base=family.base, denoise=denoise)
+            )
+        before, after = extractions
+        assert [replace(row, largest_deviation=0.0) for row in after.rows] == [
+            replace(row, largest_deviation=0.0) for row in before.rows
+        ]
+        assert any(row.kept is Kept.LORA for row in after.rows)
+        assert all(row.reason.startswith("denoised") is denoise for row in after.rows)
+
+    @pytest.mark.parametrize("exponent", [-900, 900])
+    def test_a_change_that_float32_factors_cannot_hold_is_kept_whole(self, fine, tmp_path, exponent):
+        W = stored(fine.base)["layer.0.weight"].double()
+        states = {"base": W, "model": add(W, delta(seeded(4), W, rank=2))}
+        for name, matrix in states.items():
+            other = {"layer.1.weight": W, "norm.weight": torch.ones(64, dtype=torch.float64)}
+            save_plain(tmp_path / name, other | {"layer.0.weight": times(matrix, exponent)})
+        edit(tmp_path / "model", lambda state: state.update({"layer.1.weight": states["model"]}))
+        extraction = detune.extract([tmp_path / "model"], tmp_path / "out", base=tmp_path / "base")
+        assert [(row.name, row.kept, row.identical, row.reason) for row in extraction.rows] == [
+            ("layer.0.weight", Kept.WHOLE, 1.0, "a change of this size has no float32 factors"),
+            ("layer.1.weight", Kept.LORA, pytest.approx(0, abs=0.1), ""),
         ]
 
 

@@ -1,5 +1,7 @@
 """A full fine-tune's change: what stands over its noise, as an adapter."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from detune.adapters.changes import Kept
 from detune.adapters.denoise import denoise_change
 from detune.checkpoints import open_checkpoint
 from detune.errors import InputError
+from detune.numerics.float_grid import times_power_of_two
 from detune.numerics.noise_spectrum import hard_threshold, noise_singular_value
 from detune.plan import plan_extraction
 from tests.cases import normal, seeded
@@ -46,6 +49,28 @@ def test_of_noise_nothing_is_kept():
 def test_the_rank_can_be_limited():
     W, W_ft, _ = problem(0, (96, 96), rank=5)
     assert denoise_change(W, W_ft, rank=2).change.rank == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_answer_scales_with_the_matrices(dtype):
+    W, W_ft = (matrix.to(dtype) for matrix in problem(1, (60, 160), rank=5)[:2])
+    found = denoise_change(W, W_ft)
+    limits = torch.finfo(dtype)
+    sizes = torch.cat([W.flatten(), W_ft.flatten()]).double().abs()
+    least = math.ceil(math.log2(limits.tiny) - math.log2(float(sizes[sizes > 0].min())))
+    most = math.floor(math.log2(limits.max) - math.log2(float(sizes.max())))
+    for exponent in (least, most):
+        scaled = denoise_change(*(times_power_of_two(matrix, exponent) for matrix in (W, W_ft)))
+        assert (scaled.change.rank, scaled.kept) == (found.change.rank, found.kept)
+        assert torch.equal(scaled.change.times_power_of_two(-exponent).dense(), found.change.dense())
+
+
+def test_a_wild_entry_does_not_hide_the_change():
+    W, W_ft, signal = problem(2, (96, 96), rank=5)
+    W_ft[3, 5] = 1e30
+    found = denoise_change(W, W_ft)
+    assert found.change.rank == 5
+    assert float((found.change.dense() - signal).norm()) < 0.3 * float(signal.norm())
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 1.0])

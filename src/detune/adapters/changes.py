@@ -188,7 +188,8 @@ class ChangeFitter:
     def _change(self, i: int, name: str, base: Tensor, tensor: Tensor) -> AdapterChange:
         places = self._places.of(name)
         kind = places.takes_low_rank(name)
-        fitted = self._fit(i, name, base, tensor) if kind and tensor.is_floating_point() else None
+        is_matrix = kind is not None and tensor.is_floating_point() and min(matricise(base).shape) > 1
+        M_i, how = self._fit(i, name, base, tensor) if is_matrix else (None, "no matrix")
         as_base = AdapterRow(
             self._names[i],
             name,
@@ -198,16 +199,14 @@ class ChangeFitter:
             *_deviation(base, tensor),
             "PEFT has no place for it",
         )
-        if kind is None or fitted is None:
+        if kind is None or M_i is None:
             if not places.takes(name):
                 return AdapterChange(i, as_base)
-            reason = "no low rank" if kind else "no matrix"
             # PEFT loads it into the base's module, in the base's dtype.
             loaded = _deviation(tensor.to(base.dtype), tensor)
             return AdapterChange(
-                i, AdapterRow(self._names[i], name, as_base.shape, Kept.WHOLE, 0, *loaded, reason), as_base
+                i, AdapterRow(self._names[i], name, as_base.shape, Kept.WHOLE, 0, *loaded, how), as_base
             )
-        M_i, how = fitted
         if M_i.rank == 0:
             return AdapterChange(i, replace(as_base, kept=Kept.NOISE, reason=how or "storage noise alone"))
         layer = peft_layer(kind, M_i.left, M_i.right, as_base.shape)
@@ -216,22 +215,33 @@ class ChangeFitter:
         row = AdapterRow(self._names[i], name, as_base.shape, Kept.LORA, layer.rank, *merged, how)
         return AdapterChange(i, row, layer=layer)
 
-    def _fit(self, i: int, name: str, base: Tensor, tensor: Tensor) -> tuple[LowRank, str] | None:
-        """The change at low rank, and how it came to that; None where factors would be no smaller than the tensor."""
+    def _fit(self, i: int, name: str, base: Tensor, tensor: Tensor) -> tuple[LowRank | None, str]:
+        """The change at low rank and how it came to that, or None and why factors would not do."""
         W, W_i = matricise(base), matricise(tensor)
-        if min(W.shape) == 1:
-            return None
+        told = ""
         try:
-            M_i = fit_adapter(W, W_i, self._rank, self._device)
-            how = wild_entries_of(Stack((W, W_i), torch.float64, W.device), ("the base", "the model"))
-        except NotLowRank:
-            if not self._denoise:
-                return None
-            found = denoise_change(W, W_i, self._rank, self._device)
-            M_i, how = found.change, f"denoised: {found.kept:.0%} of the change stands over its noise"
+            try:
+                M_i = fit_adapter(W, W_i, self._rank, self._device)
+            except NotLowRank:
+                if not self._denoise:
+                    return None, "no low rank"
+                found = denoise_change(W, W_i, self._rank, self._device)
+                M_i, told = found.change, f"denoised: {found.kept:.0%} of the change stands over its noise"
+            wild = wild_entries_of(Stack((W, W_i), torch.float64, W.device), ("the base", "the model"))
         except NonFinite as error:
             raise damaged(name, (self._base, self._specs[i])[error.model]) from None
-        return (M_i, how) if M_i.rank * sum(W.shape) < W.numel() else None
+        if M_i.rank * sum(W.shape) >= W.numel():
+            return None, "no low rank"
+        if not _has_float32_factors(M_i):
+            return None, "a change of this size has no float32 factors"
+        return M_i, "; ".join(filter(None, (told, wild)))
+
+
+def _has_float32_factors(M_i: LowRank) -> bool:
+    """Whether every column of the factors keeps its digits in float32, as PEFT loads them."""
+    limits = torch.finfo(torch.float32)
+    sizes = [factor.abs().amax(dim=0) for factor in (M_i.left, M_i.right)]
+    return all(bool((size.ge(limits.tiny / limits.eps) & size.le(limits.max)).all()) for size in sizes)
 
 
 def adapter_names(specs: Sequence[str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ Reference: the threshold is that of Gavish & Donoho 2014 (arXiv 1305.5870). To u
 DG-Hard (arXiv 2605.20296), which could not be read: what is here follows from a description in one line.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from detune.numerics.device import full_precision
 from detune.numerics.noise_spectrum import hard_threshold
 from detune.problem import LowRank, Stack
+from detune.problem.solving import Prepared
 
 __all__ = ["Denoised", "denoise_change"]
 
@@ -47,11 +48,20 @@ def denoise_change(
     Raises:
         NonFinite: One holds NaN or Inf.
     """
-    stack = Stack.of([W, W_ft], device=device)
-    base, tuned = (matrix.to(stack.device, stack.dtype) for matrix in stack.matrices)
-    D = tuned - base
-    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
-    r = int(S.gt(hard_threshold(*sorted(D.shape)) * S.median()).sum())
+    prepared = Prepared.of(Stack.of([W, W_ft], device=device))
+
+    def split(part: Stack) -> tuple[LowRank, LowRank]:
+        return LowRank(part.zeros(part.shape[0], 0), part.zeros(part.shape[1], 0)), _denoise(part, rank).change
+
+    found = _denoise(prepared.foretold(split).stack, rank)
+    return replace(found, change=found.change.times_power_of_two(prepared.scale.exponent))
+
+
+def _denoise(stack: Stack, rank: int | None) -> Denoised:
+    """Denoise the change of a stack of `W` and `W_ft` on its unit scale."""
+    W, W_ft = (matrix.to(stack.device, stack.dtype) for matrix in stack.matrices)
+    U, S, Vh = torch.linalg.svd(W_ft - W, full_matrices=False)
+    r = int(S.gt(hard_threshold(*sorted(stack.shape)) * S.median()).sum())
     r = r if rank is None else min(rank, r)
     root = S[:r].sqrt()
     energy = float(S.square().sum())
