@@ -127,13 +127,14 @@ class DefenceRow(RowResult):
         undefended_embeddings: The same average's distance by embeddings.
         cells: One for each attack.
         cost: The share of the task accuracy that is lost.
-        times_closer: How many times closer to the base the best attack comes than averaging undefended releases does.
+        times_closer: How many times closer to the base the best attack comes than averaging undefended releases does;
+            null where none gave an answer.
         verdict: Whether it survives.
     """
 
     cost: float = 0.0
-    times_closer: float = 0.0
-    verdict: Literal["survives", "broken partly", "broken"] = "survives"
+    times_closer: float | None = None
+    verdict: Literal["survives", "broken partly", "broken", "no answer"] = "survives"
 
 
 class BenchTable(BaseModel):

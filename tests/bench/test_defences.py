@@ -37,6 +37,20 @@ def test_a_defence_is_judged_by_its_best_attack(w_error, embeddings, expected):
     assert verdict(result(w_error=w_error, embeddings=embeddings)) == expected
 
 
+SILENT = (Cell("average", None, None, "one model holds NaN", 0.1), Cell("recover", None, None, "not one family", 0.1))
+
+
+def test_a_row_without_an_answer_says_so_everywhere(tmp_path):
+    row = result(cells=SILENT)
+    assert (row.best, row.times_closer, verdict(row)) == (None, None, "no answer")
+    line = markdown([row]).splitlines()[-1]
+    assert line == "| noise | 5 | none | none | no answer | no answer | 0.500 (-3.8%) | no answer |"
+    (stored,) = require_valid("bench-defences", to_json([row]))["rows"]
+    assert (stored["times_closer"], stored["verdict"]) == (None, "no answer")
+    draw([row, result()], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_cost_is_the_share_of_accuracy_lost():
     assert result().cost == pytest.approx(1 - 0.5 / 0.52)
 

@@ -68,6 +68,12 @@ def test_a_set_of_attacks_never_changes():
     )
 
 
+def test_a_row_that_no_attack_answers_is_no_entry():
+    silent = replace(row(), cells=(Cell("denoise", None, None, "the ranks leave no room", 1.0),))
+    with pytest.raises(InputError, match="no attack on 'noise' gave an answer; the first, denoise, says: the ranks"):
+        entry_of(silent, ["A. Author"], COMMAND)
+
+
 def test_an_entry_comes_back_from_its_file(tmp_path):
     write_entry(entry(), tmp_path / "noise.json")
     assert read_entry(tmp_path / "noise.json") == entry()

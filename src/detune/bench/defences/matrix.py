@@ -43,7 +43,7 @@ from detune.errors import DetuneError, InputError
 from detune.metrics import w_error
 from detune.metrics.cosine import cosine_distances
 
-__all__ = ["Cell", "Row", "RowResult", "rows_of", "run_rows", "verdict"]
+__all__ = ["NO_ANSWER", "Cell", "Row", "RowResult", "rows_of", "run_rows", "verdict"]
 
 MODELS = 5
 """Releases, where a row does not say otherwise."""
@@ -55,6 +55,8 @@ SENTENCES = 4
 """Held-out passages of each task that models are compared on by their embeddings."""
 
 BROKEN, PARTLY = 10.0, 2.0
+
+NO_ANSWER = "no answer"
 
 _NOISE = ("average", "recover", "denoise")
 _QUANTISED = (*_NOISE, "cells")
@@ -134,21 +136,27 @@ class RowResult:
         return 1 - self.accuracy / self.undefended_accuracy
 
     @property
-    def best(self) -> Cell:
-        """The attack that came closest."""
-        answered = [cell for cell in self.cells if cell.w_error is not None]
-        return min(answered, key=lambda cell: cell.w_error or 0.0)
+    def answers(self) -> tuple[Cell, ...]:
+        """The attacks that gave an answer."""
+        return tuple(cell for cell in self.cells if cell.w_error is not None)
 
     @property
-    def times_closer(self) -> float:
+    def best(self) -> Cell | None:
+        """The attack that came closest; None where none gave an answer."""
+        return min(self.answers, key=lambda cell: cell.w_error or 0.0, default=None)
+
+    @property
+    def times_closer(self) -> float | None:
         """How many times closer to the base the best attack comes than averaging undefended releases does.
 
         In root mean square, and by the weights or by the embeddings, whichever shows more: noise can be all over the
-        weights and do nothing, and where the model comes back its weights need not.
+        weights and do nothing, and where the model comes back its weights need not. None where no attack gave an
+        answer.
         """
-        answered = [cell for cell in self.cells if cell.w_error is not None and cell.embeddings is not None]
-        weights = max(10 ** ((self.undefended_w_error - (cell.w_error or 0.0)) / 2) for cell in answered)
-        function = max((self.undefended_embeddings / max(cell.embeddings or 0.0, 1e-30)) ** 0.5 for cell in answered)
+        if not self.answers:
+            return None
+        weights = max(10 ** ((self.undefended_w_error - (cell.w_error or 0.0)) / 2) for cell in self.answers)
+        function = max((self.undefended_embeddings / max(cell.embeddings or 0.0, 1e-30)) ** 0.5 for cell in self.answers)
         return float(max(weights, function))
 
     def to_json(self) -> str:
@@ -160,8 +168,11 @@ def verdict(row: RowResult) -> str:
     """Whether a defence survives: by how much closer its best attack comes than averaging undefended releases does.
 
     Returns:
-        "survives" below 2 times, "broken" from 10 times on, "broken partly" between.
+        "survives" below 2 times, "broken" from 10 times on, "broken partly" between; "no answer" where no attack gave
+        one, which says nothing for the defence.
     """
+    if row.times_closer is None:
+        return NO_ANSWER
     if row.times_closer >= BROKEN:
         return "broken"
     return "broken partly" if row.times_closer >= PARTLY else "survives"
@@ -185,7 +196,7 @@ def rows_of(families: Collection[str], base: Path, texts: Path, models: int = MO
         Row("fp16", _NOISE, Fp16(), plain, models),
         Row("int8", _QUANTISED, Int8(), plain, models),
         Row("nf4", _QUANTISED, Nf4(), plain, models),
-        Row("fp8", ("average", "denoise", "known-dither"), Fp8(), plain, models),
+        Row("fp8", (*_NOISE, "known-dither"), Fp8(), plain, models),
         *(Row(f"noise {size:.1%}", _NOISE, Noise(size), plain, models) for size in (0.001, 0.01, 0.1)),
         Row("quiet noise 10.0%", _ANISOTROPIC, QuietNoise(texts, 0.1), plain, models),
         Row("padding 3.0%", _ANISOTROPIC, Padding(texts, 0.03), plain, models),
@@ -221,10 +232,21 @@ class _Yardstick:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The matrices that were fine-tuned."""
+        """The matrices that were fine-tuned.
+
+        Raises:
+            InputError: None was.
+        """
         with open_checkpoint(self.family.base) as base, open_checkpoint(self.family.models[0]) as model:
             matrices = [name for name, info in model.tensors.items() if len(info.shape) > 1 and name in base.tensors]
-            return tuple(name for name in matrices if not torch.equal(base.read(name), model.read(name)))
+            found = tuple(name for name in matrices if not torch.equal(base.read(name), model.read(name)))
+        if not found:
+            raise InputError(
+                f"{self.family.models[0]} is no fine-tune of {self.family.base}",
+                f"none of {len(matrices)} matrices of the same name differs",
+                "give its own base, and models that were fine-tuned from it",
+            )
+        return found
 
     @cached_property
     def sentences(self) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from detune.attacks import ATTACKS
-from detune.bench.defences.matrix import RowResult, verdict
+from detune.bench.defences.matrix import NO_ANSWER, RowResult, verdict
 from detune.bench.plots import plain
 from detune.documents import document
 from detune.documents import to_json as to_text
@@ -54,13 +54,13 @@ def markdown(rows: Sequence[RowResult]) -> str:
                 figures.append("none")
             else:
                 figures.append(f"**{cell.w_error:.2f}**" if cell is row.best else f"{cell.w_error:.2f}")
-        closest = min(cell.embeddings for cell in row.cells if cell.embeddings is not None)
+        closest = min((cell.embeddings for cell in row.answers if cell.embeddings is not None), default=None)
         lines.append(
             [
                 text(row.name),
                 str(row.models),
                 *figures,
-                f"{closest:.1e}",
+                NO_ANSWER if closest is None else f"{closest:.1e}",
                 _times(row.times_closer),
                 f"{row.accuracy:.3f} ({_change(row)})",
                 verdict(row),
@@ -101,12 +101,13 @@ def draw(rows: Sequence[RowResult], file: Path) -> None:
     for i, row in enumerate(rows):
         for cell in row.cells:
             light = cell.w_error is not None and cell.w_error < -11.5
-            told = "no answer" if cell.w_error is None else f"{cell.w_error:.1f}"
+            told = NO_ANSWER if cell.w_error is None else f"{cell.w_error:.1f}"
             size = 7 if cell.w_error is None else 9
             weight = "bold" if cell is row.best else "normal"
             label = axis.text(attacks.index(cell.attack), i, told, ha="center", va="center", fontsize=size)
             label.set(fontweight=weight, color="white" if light else "black")
-        beside = (f"{_times(row.times_closer)}×", _change(row), verdict(row))
+        closer = "" if row.times_closer is None else f"{_times(row.times_closer)}×"
+        beside = (closer, _change(row), verdict(row))
         for place, told in zip(_BESIDE, beside, strict=True):
             colour = _COLOURS.get(told, "black")
             axis.text(len(attacks) + place, i, told, va="center", fontsize=9, color=colour)
@@ -130,7 +131,9 @@ def _attacks(rows: Sequence[RowResult]) -> list[str]:
     return [name for name in ATTACKS if name in tried]
 
 
-def _times(times: float) -> str:
+def _times(times: float | None) -> str:
+    if times is None:
+        return NO_ANSWER
     if times >= _MANY:
         return f"> {_MANY:.0e}".replace("e+0", "e")
     return f"{times:.1f}" if times < 100 else f"{times:.0f}"

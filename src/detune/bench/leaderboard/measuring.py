@@ -34,8 +34,14 @@ def entry_of(result: RowResult, authors: Sequence[str], command: str, link: str 
         link: A paper, or the code.
 
     Raises:
-        InputError: An attack has other settings than the set's.
+        InputError: No attack gave an answer, or one has other settings than the set's.
     """
+    if not result.answers:
+        raise InputError(
+            f"no attack on {result.name!r} gave an answer",
+            f"the first, {result.cells[0].attack}, says: {result.cells[0].failure}" if result.cells else "none was tried",
+            "add an attack to the row that does: average, for one",
+        )
     for cell in result.cells:
         found, expected = repr(ATTACKS[cell.attack]()), ATTACK_SETS[LATEST].attacks.get(cell.attack)
         if found != expected:
@@ -78,7 +84,7 @@ def add(
         The files.
 
     Raises:
-        InputError: An attack has other settings than the latest set's.
+        InputError: No attack on a row gave an answer, or one has other settings than the latest set's.
         OutputError: There is such an entry already.
     """
     made = {entries / file_name(result.name): entry_of(result, authors, command, link) for result in results}
