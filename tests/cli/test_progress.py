@@ -1,13 +1,17 @@
 """How far a command is: bytes, what is in work and for how long, what has taken longest, and silence."""
 
+import re
 import time
 
 import pytest
 from rich.progress import Progress as Bar
 
 import detune
+import detune.cli
+from detune.audit import audit
 from detune.cli.progress import Progress
 from detune.cli.terminal import duration
+from detune.defences import Bf16, defend
 from tests.families import Fine, plain_family
 
 
@@ -54,8 +58,11 @@ def test_bytes_and_what_is_in_work(clock):
     shown("b", ())
     clock[0] += 4
     assert (task.completed, described()) == (1000, "finishing: 4 s")
-    shown.end()
-    assert (shown.longest, described()) == ("b 2.5 min, a 70 s, finishing 4 s", "")
+    shown.stage("drawing the tree")
+    clock[0] += 30
+    assert described() == "drawing the tree: 30 s"
+    shown.stage("")
+    assert (shown.longest, described()) == ("b 2.5 min, a 70 s, drawing the tree 30 s", "")
 
 
 def test_of_what_was_quick_nothing_is_said(clock):
@@ -64,17 +71,8 @@ def test_of_what_was_quick_nothing_is_said(clock):
     shown("a")
     clock[0] += 9
     shown("a", ())
-    shown.end()
+    shown.stage("")
     assert shown.longest == ""
-
-
-def test_names_alone_are_one_after_the_other(clock):
-    bar = Bar(disable=True)
-    shown = Progress(bar)
-    for name in ("a", "b"):
-        shown.at(name)
-        clock[0] += 2
-    assert bar.tasks[0].fields["describe"]() == "b: 2 s"
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0, "0 s"), (99.4, "99 s"), (100, "1.7 min"), (5400, "1 h 30 min")])
@@ -89,6 +87,8 @@ def test_commands_tell_what_is_to_come_and_what_it_becomes(fine, tmp_path):
         lambda **told: detune.inspect(fine.models, **told),
         lambda **told: detune.extract(fine.models, tmp_path / "loras", base=fine.base, **told),
         lambda **told: detune.pack(fine.models, tmp_path / "pack", base=fine.base, **told),
+        lambda **told: detune.check_family(fine.models, **told),
+        lambda **told: audit(fine.models, weights_only=True, **told),
     ):
         starts, begun, done = [], [], []
         run(
@@ -99,6 +99,26 @@ def test_commands_tell_what_is_to_come_and_what_it_becomes(fine, tmp_path):
         assert sizes["layer.0.weight"] == 3 * 80 * 64 * 4
         assert sum(sizes.values()) == 3 * (4 * 80 * 64 * 4 + 50 * 16 * 4 + 64 * 4 + 8)
         assert sorted(begun) == sorted(done) == sorted(sizes)
+
+
+def test_so_do_those_of_one_model_or_two(fine, tmp_path):
+    detune.pack(fine.models, tmp_path / "pack", base=fine.base)
+    of_a_model = 4 * 80 * 64 * 4 + 50 * 16 * 4 + 64 * 4 + 8
+    of_files = sum(file.stat().st_size for model in fine.models for file in model.iterdir())
+
+    def unpacking(on_tensor, **told):
+        detune.unpack(tmp_path / "pack", tmp_path / "unpacked", on_file=on_tensor, **told)
+
+    for run, total in (
+        (lambda **told: detune.compare(fine.models[0], fine.base, **told), 2 * of_a_model),
+        (lambda **told: defend(Bf16(), fine.models[0], tmp_path / "release", **told), of_a_model),
+        (unpacking, of_files),
+    ):
+        starts, calls = [], []
+        run(on_start=starts.append, on_tensor=lambda name, became, calls=calls: calls.append((name, became is None)))
+        (sizes,) = starts
+        assert sum(sizes.values()) == total
+        assert calls == [(name, begun) for name in sizes for begun in (True, False)]
 
 
 def test_a_pack_without_a_base_tells_of_both_stages(fine, tmp_path):
@@ -127,20 +147,65 @@ def test_a_run_that_goes_on_counts_what_is_left(fine, tmp_path, monkeypatch):
     assert len(starts[0]) == 7 - kept
 
 
-@pytest.mark.parametrize("verb", ["recover", "extract", "pack"])
-def test_quiet_prints_nothing_but_errors(command, fine, tmp_path, monkeypatch, verb):
+COMMANDS = {
+    "recover": ["recover", "{models}", "--out", "{out}"],
+    "inspect": ["inspect", "{models}"],
+    "family": ["family", "{models}"],
+    "compare": ["compare", "{model}", "{base}"],
+    "audit": ["audit", "{models}", "--weights-only"],
+    "extract": ["extract", "{models}", "--base", "{base}", "--out", "{out}"],
+    "pack": ["pack", "{models}", "--base", "{base}", "--out", "{out}"],
+    "unpack": ["unpack", "{pack}", "--out", "{out}"],
+    "defend": ["defend", "bf16", "{model}", "{out}"],
+}
+
+
+@pytest.fixture
+def words_of(fine, tmp_path):
+    def words(name: str) -> list[str]:
+        """Return the command's words, with the places where it reads and writes."""
+        detune.pack(fine.models, tmp_path / "pack", base=fine.base)
+        filled = {"{models}": fine.specs, "{model}": fine.specs[:1], "{base}": [str(fine.base)]}
+        filled |= {"{out}": [str(tmp_path / "out")], "{pack}": [str(tmp_path / "pack")]}
+        return [each for word in COMMANDS[name] for each in filled.get(word, [word])]
+
+    return words
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_quiet_prints_nothing_but_errors(command, words_of, monkeypatch, name):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    words = [verb, *fine.specs, "--out", tmp_path / "out", "--quiet", *["--base", fine.base] * (verb != "recover")]
-    assert command(*words) == (0, "", "")
-    ran = command(*words)
+    words = [*words_of(name), "--quiet"]
+    # What three releases give away is told by the exit code.
+    assert command(*words) == (1 if name == "audit" else 0, "", "")
+    ran = command(*words[:-2], "nowhere", *words[-1:]) if "--out" not in words and name != "defend" else command(*words)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("detune: error: ")
-    if verb == "pack":
-        assert command("unpack", tmp_path / "out", "--out", tmp_path / "again", "-q") == (0, "", "")
 
 
-def test_in_a_terminal_there_is_a_bar(command, fine, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_in_a_terminal_there_is_a_bar(command, words_of, monkeypatch, name):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    ran = command("recover", *fine.specs, "--out", tmp_path / "out")
-    assert "of 0.3 MB" in ran.err
+    ran = command(*words_of(name))
+    assert re.search(r"[\d.]+ MB of 0\.[123] MB", ran.err)
     assert "opening the models" in ran.err
+    assert ran.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_took_longest_is_told(command, words_of, monkeypatch, name):
+    monkeypatch.setattr("detune.cli.progress.WORTH_TELLING_SECONDS", 0.0)
+    assert re.search(r"^took longest: .+ [\d.e-]+ s", command(*words_of(name)).out, re.MULTILINE)
+
+
+def test_every_command_that_shows_progress_can_be_quiet():
+    def leaves(command, words=()):
+        for name, sub in getattr(command, "commands", {}).items():
+            yield from leaves(sub, (*words, name))
+        if not hasattr(command, "commands"):
+            yield " ".join(words), {option.name for option in command.params}
+
+    commands = dict(leaves(detune.cli.cli))
+    loud = {name for name, options in commands.items() if "quiet" not in options}
+    assert loud == {"defend frozen-a", "bench leaderboard build"}, "which write a small file at once"
+    assert {name for name, options in commands.items() if "as_json" in options} <= set(commands) - loud

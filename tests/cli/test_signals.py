@@ -12,6 +12,7 @@ import pytest
 
 from detune.cli.signals import ENDING, Interrupted, signals_raised
 from tests.cases import normal, seeded
+from tests.command import run_command
 from tests.families import Fine, add, delta, save_plain
 
 # A shell that runs the tests in the background has them ignore SIGINT, and the command would inherit that.
@@ -74,8 +75,48 @@ def test_any_signal_ends_in_one_line_and_leaves_nothing(fine, tmp_path, command,
     # More often than once: people press a key until something happens, and batch systems send to whole groups.
     code, err = end(words, tmp_path, [number, number, signal.SIGTERM, number])
     assert code == 128 + number
-    assert err == f"{LINE}\n"
+    assert err == f"{LINE}; nothing is kept\n"
     assert [path.name for path in tmp_path.rglob("*")] == ["tmp"]
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (
+            ["bench", "run", "subset", "--out", "results"],
+            "what is finished stays in results: the same command",
+        ),
+        (["bench", "study", "models", "subset", "--out", "results"], "what is finished stays in results"),
+        (["bench", "build", "minilm", "--out", "subset"], "what is finished stays in subset"),
+        (["bench", "build", "lora", "--base", "base", "--out", "subset"], "what is finished stays in subset"),
+        (["bench", "defences", "--out", "matrix"], "what is finished stays in matrix"),
+        (["bench", "leaderboard", "add", "--by", "A", "--out", "matrix"], "what is finished stays in matrix"),
+        (["demo", "--out", "models"], "the models made so far stay in models"),
+        (["push", "model", "org/name"], "large files that have arrived are kept on the Hub"),
+        (["compare", "model", "base"], "nothing is kept"),
+        (["defend", "bf16", "model", "out"], "nothing is kept"),
+        (["unpack", "models.detune", "--out", "out"], "nothing is kept"),
+        (["family", "model", "base"], "nothing is kept"),
+    ],
+)
+def test_each_command_says_what_is_kept(monkeypatch, capsys, words, kept):
+    def interrupt(*_: object, **__: object) -> None:
+        raise Interrupted(signal.SIGINT)
+
+    for name in (
+        *("detune.compare", "detune.check_family", "detune.unpack", "detune.push", "detune.defences.defend"),
+        *("detune.bench.subsets.open_subset", "detune.bench.studies.run_study", "detune.bench.run.run_all"),
+        *("detune.bench.build.build_subset", "detune.bench.recipes.build_recipe", "detune.demo.story.tell"),
+        "detune.bench.defences.bench_defences",
+    ):
+        monkeypatch.setattr(name, interrupt)
+    monkeypatch.setattr("detune.bench.subsets.open_subset", lambda *_, **__: None)
+    monkeypatch.setattr("detune.bench.run.plan", lambda *_, **__: ())
+    monkeypatch.setattr("detune.bench.methods.find_method", lambda *_: None)
+    left = []
+    monkeypatch.setattr("detune.cli.leave", lambda code: left.append(code) or sys.exit(code))
+    assert run_command(monkeypatch, capsys, *words).err.startswith(f"{LINE}; {kept}")
+    assert left == [130]
 
 
 @pytest.fixture

@@ -188,9 +188,10 @@ def test_ranks_beyond_the_conditions(tmp_path):
 
 def test_writes_nothing_and_tells_what_it_is_at(fine):
     before, seen = tree(fine.base.parent), []
-    detune.check_family(fine.models, on_tensor=seen.append)
+    check = detune.check_family(fine.models, on_tensor=lambda name, rows: seen.append((name, rows)))
     assert tree(fine.base.parent) == before
-    assert set(seen) == set(plain_state())
+    assert [name for name, rows in seen if rows is None] == list(plain_state())
+    assert [row for _, rows in seen for row in rows or ()] == list(check.tensors)
 
 
 def test_needs_two_models(fine):

@@ -129,10 +129,9 @@ def test_unpacking_needs_only_the_pack(packed, fine, tmp_path):
     expected = {model.name: tree(model) for model in fine.models}
     moved = packed.rename(tmp_path / "elsewhere")
     fine.base.rename(tmp_path / "gone")
-    names = []
-    report = detune.unpack(moved, tmp_path / "again", on_file=names.append)
+    report = detune.unpack(moved, tmp_path / "again")
     assert {name: tree(Path(path)) for name, path in report.models.items()} == expected
-    assert len(names) == report.files == 6
+    assert report.files == 6
 
 
 def test_threads_do_not_change_a_prediction(packed, fine, tmp_path):

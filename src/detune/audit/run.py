@@ -26,7 +26,7 @@ from detune.compatibility.shared import is_shared
 from detune.errors import InputError
 from detune.problem import Solver
 from detune.recovery.api import make_solver
-from detune.recovery.loop import OnTensor, map_tensors
+from detune.recovery.loop import OnStart, OnTensor, map_tensors
 from detune.recovery.report import COPY, TensorResult
 from detune.recovery.tensor import result_of
 
@@ -47,6 +47,7 @@ def audit(
     device: torch.device | str | None = None,
     merge_dtype: torch.dtype | None = None,
     trained: str | Path | None = None,
+    on_start: OnStart | None = None,
     on_tensor: OnTensor | None = None,
 ) -> AuditReport:
     """Recover the base as an outsider would, from the first release, from the first two, and so on.
@@ -66,7 +67,8 @@ def audit(
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
         trained: A CSV file of adapters whose training is known, with the columns adapter, examples and group: then the
             size of each release's training set is estimated by them, see `detune.audit.dataset_size`.
-        on_tensor: For progress: called with the name of each tensor and None when it is begun, with its row when done.
+        on_start: For progress: called once with the tensors, and what is read of each in bytes.
+        on_tensor: Called with the name of each tensor and None when it is begun, with its row when it is done.
 
     Returns:
         The report; `detune.audit.page.render` makes a page of it.
@@ -95,7 +97,8 @@ def audit(
         references = () if trained is None else read_references(Path(trained), family.models[0])
         spectra = ChangeSpectra(family.n)
         recovered = folder / "recovered" if judge is not None and judge.is_ready else None
-        tensors, unchanged = _try_all(family, truth, trial, spectra if references else None, recovered, on_tensor)
+        kept = spectra if references else None
+        tensors, unchanged = _try_all(family, truth, trial, kept, recovered, on_start, on_tensor)
         if not tensors:
             raise InputError(
                 f"{family.models[0].spec} is the base", "no tensor differs from it", "give fine-tunes of the base"
@@ -145,6 +148,7 @@ def _try_all(
     trial: Trial,
     spectra: ChangeSpectra | None,
     recovered: Path | None,
+    on_start: OnStart | None,
     on_tensor: OnTensor | None,
 ) -> tuple[tuple[TensorEntry, ...], Unchanged]:
     """Every tensor; the recovered model is written to a directory where one is named."""
@@ -182,7 +186,7 @@ def _try_all(
             files = tuple(model.tensors[name].file for model in family.models)
             return tried.result, replace(tried, entry=tried.entry.model_copy(update={"files": files}))
 
-        for result, tried in map_tensors(family, attempt, on_tensor, device=trial.device):
+        for result, tried in map_tensors(family, attempt, on_tensor, device=trial.device, on_start=on_start):
             name = result.name
             if tried is not None:
                 found[name] = tried.entry

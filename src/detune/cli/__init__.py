@@ -28,7 +28,7 @@ __all__ = ["METHODS", "cli", "main"]
 CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3")
 """What the Hub is asked through."""
 
-INTERRUPTED = "detune: interrupted, nothing unfinished passes for a result"
+INTERRUPTED, NOTHING_KEPT = "detune: interrupted, nothing unfinished passes for a result", "nothing is kept"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,7 +70,7 @@ def main() -> None:
         sys.exit(2)
     except Interrupted as error:
         with suppress(OSError):
-            say("; ".join((INTERRUPTED, *_notes(error))), err=True)
+            say("; ".join((INTERRUPTED, *(_notes(error) or [NOTHING_KEPT]))), err=True)
         leave(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         say(INTERRUPTED, err=True)

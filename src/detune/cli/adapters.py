@@ -12,14 +12,11 @@ from detune.cli.options import (
     device_of,
     device_option,
     dry_run_option,
-    json_option,
     models_argument,
-    quiet_option,
     rank_option,
 )
-from detune.cli.progress import progress, say_longest
+from detune.cli.output import Output, output_options
 from detune.cli.publish import publishing, push_options
-from detune.cli.terminal import say_json
 
 
 @click.command()
@@ -32,8 +29,7 @@ from detune.cli.terminal import say_json
 @card_option
 @push_options
 @dry_run_option
-@quiet_option
-@json_option
+@output_options
 def extract(
     models: tuple[str, ...],
     base: str,
@@ -45,8 +41,7 @@ def extract(
     repository: str | None,
     public: bool,
     dry_run: bool,
-    quiet: bool,
-    as_json: bool,
+    output: Output,
 ) -> None:
     """Write the LoRA of each merged model as a PEFT adapter of BASE, OUT/MODEL."""
     from detune.cli.tables import show_extraction, show_plan
@@ -56,16 +51,13 @@ def extract(
     if dry_run:
         from detune.plan import plan_extraction
 
-        show_plan(plan_extraction(models, out, **options), as_json)
+        plan = plan_extraction(models, out, **options)
+        output.show(plan.to_json, lambda: show_plan(plan))
         return
-    with publishing(out, repository, public, quiet or as_json):
-        with progress(quiet or as_json) as shown:
+    with publishing(out, repository, public, output.still):
+        with output.progress() as shown:
             extraction = detune.extract(models, out, on_start=shown.start, on_tensor=shown, **options)
-        if as_json:
-            say_json(extraction.to_json())
-        elif not quiet:
-            show_extraction(extraction, out)
-            say_longest(shown)
+        output.show(extraction.to_json, lambda: show_extraction(extraction, out), shown)
 
 
 @click.command()
@@ -75,8 +67,7 @@ def extract(
 @rank_option
 @device_option
 @dry_run_option
-@quiet_option
-@json_option
+@output_options
 def pack(
     models: tuple[str, ...],
     base: str | None,
@@ -84,8 +75,7 @@ def pack(
     rank: int | None,
     device: str,
     dry_run: bool,
-    quiet: bool,
-    as_json: bool,
+    output: Output,
 ) -> None:
     """Pack merged models into one base, their adapters and what rounding left over, without losing a bit.
 
@@ -98,29 +88,22 @@ def pack(
     if dry_run:
         from detune.plan import plan_pack
 
-        show_plan(plan_pack(models, out, **options), as_json)
+        plan = plan_pack(models, out, **options)
+        output.show(plan.to_json, lambda: show_plan(plan))
         return
-    with progress(quiet or as_json) as shown:
+    with output.progress() as shown:
         report = detune.pack(models, out, on_start=shown.start, on_tensor=shown, **options)
-    if as_json:
-        say_json(report.to_json())
-    elif not quiet:
-        show_pack(report)
-        say_longest(shown)
+    output.show(report.to_json, lambda: show_pack(report), shown)
 
 
 @click.command()
 @click.argument("pack", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to make.")
-@quiet_option
-@json_option
-def unpack(pack: Path, out: Path, quiet: bool, as_json: bool) -> None:
+@output_options
+def unpack(pack: Path, out: Path, output: Output) -> None:
     """Restore the models of PACK, every file byte for byte, each in a directory of its own below OUT."""
     from detune.cli.tables import show_unpack
 
-    with progress(quiet or as_json) as shown:
-        report = detune.unpack(pack, out, on_file=shown.at)
-    if as_json:
-        say_json(report.to_json())
-    elif not quiet:
-        show_unpack(report, out)
+    with output.progress() as shown:
+        report = detune.unpack(pack, out, on_start=shown.start, on_file=shown)
+    output.show(report.to_json, lambda: show_unpack(report, out), shown)

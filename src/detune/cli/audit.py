@@ -12,14 +12,13 @@ from detune.cli.options import (
     METHODS,
     device_of,
     device_option,
-    json_option,
     merge_dtype_of,
     merge_option,
     models_argument,
     rank_option,
 )
-from detune.cli.progress import progress
-from detune.cli.terminal import say, say_json, show_table
+from detune.cli.output import Output, output_options
+from detune.cli.terminal import say, show_table
 
 if TYPE_CHECKING:
     from detune.audit.record import AuditReport, Closeness
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 @rank_option
 @device_option
 @merge_option
-@json_option
+@output_options
 def audit(
     models: tuple[str, ...],
     base: str | None,
@@ -64,7 +63,7 @@ def audit(
     rank: int | None,
     device: str,
     merge_dtype: str,
-    as_json: bool,
+    output: Output,
 ) -> None:
     """Show what releases of one base give of it away: by how many of them, how closely, and why.
 
@@ -83,7 +82,7 @@ def audit(
         folder = opened.enter_context(new_directory(out)) if out is not None else None
         page = opened.enter_context(new_file(html)) if html is not None else None
         log = opened.enter_context(new_file(sarif)) if sarif is not None else None
-        on_tensor = opened.enter_context(progress(quiet=as_json))
+        shown = opened.enter_context(output.progress())
         with needs_extra("audit"):
             from detune.audit import audit as run
             from detune.audit.page import render
@@ -104,7 +103,8 @@ def audit(
             device=device_of(device),
             merge_dtype=merge_dtype_of(merge_dtype),
             trained=trained,
-            on_tensor=on_tensor,
+            on_start=shown.start,
+            on_tensor=shown,
         )
         if folder is not None and out is not None:
             published = report.as_published(resolved(out))
@@ -116,7 +116,7 @@ def audit(
             # Code scanning looks for files from the root of the repository, where it runs the audit.
             log.write_text(to_sarif(report.as_published(Path.cwd())), encoding="utf-8")
     written = [file for file in (out and out / "audit.html", html, sarif) if file is not None]
-    say_json(report.to_json()) if as_json else _show(report, written)
+    output.show(report.to_json, lambda: _show(report, written), shown)
     if report.gives_away(fail_on):
         click.get_current_context().exit(1)
 

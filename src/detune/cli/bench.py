@@ -9,8 +9,10 @@ import click
 
 from detune.cli.defences import defences
 from detune.cli.leaderboard import leaderboard
-from detune.cli.options import device_of, device_option, json_option
-from detune.cli.terminal import progress_bar, say, say_json, status
+from detune.cli.options import device_of, device_option
+from detune.cli.output import Output, output_options, quiet_option
+from detune.cli.signals import keeping_finished
+from detune.cli.terminal import progress_bar, say, status
 
 if TYPE_CHECKING:
     from detune.bench.results import ResultStore
@@ -70,14 +72,14 @@ bench.add_command(defences)
 
 
 @bench.command("list")
-@json_option
-def list_(as_json: bool) -> None:
+@output_options
+def list_(output: Output) -> None:
     """Show the published subsets and the recipes, with layers, ranks and where their data is."""
     from detune.bench.catalogue import Catalogue
     from detune.cli.tables import show_catalogue
 
     catalogue = Catalogue.now()
-    say_json(catalogue.to_json()) if as_json else show_catalogue(catalogue)
+    output.show(catalogue.to_json, lambda: show_catalogue(catalogue))
 
 
 @bench.command()
@@ -96,6 +98,7 @@ def list_(as_json: bool) -> None:
 )
 @click.option("--seed", default=0, show_default=True, help="The first seed.")
 @click.option("--ranks", type=Numbers(), default=(), help="Ranks that the recipe's LoRAs take in turn.")
+@quiet_option
 def build(
     source: tuple[str, ...],
     out: Path,
@@ -106,6 +109,7 @@ def build(
     seeds: Any,
     seed: int,
     ranks: tuple[int, ...],
+    quiet: bool,
 ) -> None:
     """Write a subset in the schema of LoWRA Bench, from a RECIPE or from LoRAs of one's own.
 
@@ -116,7 +120,7 @@ def build(
             raise click.UsageError("--quick, --seeds, --seed and --ranks are for a RECIPE, not for --base.")
         from detune.bench.build import build_subset
 
-        with status("writing rows") as tell:
+        with status("writing rows", quiet=quiet) as tell, keeping_finished(out):
             subset = build_subset(
                 base,
                 source,
@@ -133,9 +137,10 @@ def build(
         if len(source) > 1:
             raise click.UsageError("give one RECIPE, or --base BASE with the ADAPTERs.")
         recipe = find_recipe(source[0], quick=quick)
-        with status("starting") as tell:
+        with status("starting", quiet=quiet) as tell, keeping_finished(out):
             subset = build_recipe(recipe, out, seeds=seeds, seed=seed, ranks=ranks, on_step=tell)
-    _show_subset(subset, out)
+    if not quiet:
+        _show_subset(subset, out)
 
 
 @bench.command()
@@ -144,14 +149,16 @@ def build(
 @base_option
 @data_option
 @revision_option
-def merge(subset: str, out: Path, base: Path | None, data: Path | None, revision: str) -> None:
+@quiet_option
+def merge(subset: str, out: Path, base: Path | None, data: Path | None, revision: str, quiet: bool) -> None:
     """Write every fine-tuned model of SUBSET as a merged checkpoint below OUT."""
     from detune.bench.checkpoints import merge_subset
     from detune.bench.subsets import open_subset
 
-    with status("merging"):
+    with status("merging", quiet=quiet):
         paths = merge_subset(open_subset(subset, data=data, revision=revision), out, base=base)
-    say(f"wrote {len(paths)} merged models below {out}")
+    if not quiet:
+        say(f"wrote {len(paths)} merged models below {out}")
 
 
 @bench.command()
@@ -175,7 +182,7 @@ def merge(subset: str, out: Path, base: Path | None, data: Path | None, revision
 @device_option
 @data_option
 @revision_option
-@json_option
+@output_options
 def run(
     subset: str,
     methods: str,
@@ -190,7 +197,7 @@ def run(
     device: str,
     data: Path | None,
     revision: str,
-    as_json: bool,
+    output: Output,
 ) -> None:
     """Run methods over SUBSET and end with the table. What is finished in OUT is not run again."""
     from detune.bench.methods import find_method
@@ -203,7 +210,7 @@ def run(
     chosen = [find_method(name.strip(), rows) for name in methods.split(",")]
     tasks = plan(rows, chosen, models, draws, rank_known=rank == "told")
     store = ResultStore(out)
-    with _layers(quiet=as_json) as on_layer:
+    with _layers(output.still) as on_layer, keeping_finished(out):
         run_all(
             rows,
             tasks,
@@ -214,17 +221,17 @@ def run(
             device=device_of(device),
             on_layer=on_layer,
         )
-    _show_table(store, as_json)
+    _show_table(store, output)
 
 
 @bench.command()
 @click.argument("results", type=click.Path(path_type=Path))
-@json_option
-def table(results: Path, as_json: bool) -> None:
+@output_options
+def table(results: Path, output: Output) -> None:
     """Print the table of RESULTS and write it beside them: Markdown, CSV, and a plot as PNG and SVG."""
     from detune.bench.results import ResultStore
 
-    _show_table(ResultStore(results), as_json)
+    _show_table(ResultStore(results), output)
 
 
 @bench.command()
@@ -236,6 +243,7 @@ def table(results: Path, as_json: bool) -> None:
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own choice.")
 @data_option
 @revision_option
+@quiet_option
 def study(
     study: str,
     subsets: tuple[str, ...],
@@ -245,6 +253,7 @@ def study(
     threads: int | None,
     data: Path | None,
     revision: str,
+    quiet: bool,
 ) -> None:
     """Answer a question with runs, a plot and a CSV file; cells that OUT has are not run again.
 
@@ -256,9 +265,9 @@ def study(
 
     _use_threads(threads)
     opened = tuple(open_subset(name, data=data, revision=revision) for name in subsets)
-    with _layers() as on_layer:
+    with _layers(quiet) as on_layer, keeping_finished(out):
         result = run_study(study, Bench(opened, ResultStore(out), models, draws, on_layer))
-    for file in result.files:
+    for file in () if quiet else result.files:
         say(f"wrote {file}")
 
 
@@ -267,16 +276,18 @@ def _show_subset(subset: "Subset", out: Path) -> None:
     say(f"  detune bench run {out} --out results")
 
 
-def _show_table(store: "ResultStore", as_json: bool) -> None:
+def _show_table(store: "ResultStore", output: Output) -> None:
     from detune.bench.table import to_json, write_table
     from detune.cli.tables import show_tables
 
     files = write_table(store)
-    if as_json:
-        say_json(to_json(store.read_all()))
-        return
-    show_tables(store.read_all())
-    say(f"wrote {', '.join(str(file) for file in files)}")
+    results = store.read_all()
+
+    def tables() -> None:
+        show_tables(results)
+        say(f"wrote {', '.join(map(str, files))}")
+
+    output.show(lambda: to_json(results), tables)
 
 
 def _use_threads(threads: int | None) -> None:
@@ -287,7 +298,7 @@ def _use_threads(threads: int | None) -> None:
 
 
 @contextmanager
-def _layers(quiet: bool = False) -> Iterator[Callable[[Any, int, int | None], None]]:
+def _layers(quiet: bool) -> Iterator[Callable[[Any, int, int | None], None]]:
     """A bar with the layer and the cell at hand, on stderr; gone when done."""
     with progress_bar(unit="steps", quiet=quiet) as bar:
         task = bar.add_task("opening the subset", total=None)

@@ -5,8 +5,9 @@ from pathlib import Path
 import click
 
 from detune.cli.loading import load_torch
-from detune.cli.options import json_option
-from detune.cli.terminal import say, say_json
+from detune.cli.output import Output, output_options
+from detune.cli.signals import keeping_finished
+from detune.cli.terminal import say, status
 
 
 @click.command()
@@ -16,7 +17,7 @@ from detune.cli.terminal import say, say_json
 @click.option("--only", multiple=True, metavar="ROW", help="A row of the table; may be given several times.")
 @click.option("--quick", is_flag=True, help="The smallest form, for a look at the code path.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own choice.")
-@json_option
+@output_options
 def defences(
     models: tuple[Path, ...],
     base: Path | None,
@@ -24,7 +25,7 @@ def defences(
     only: tuple[str, ...],
     quick: bool,
     threads: int | None,
-    as_json: bool,
+    output: Output,
 ) -> None:
     """Defend fine-tunes in every way, attack each with what knows it, and print the table.
 
@@ -39,12 +40,12 @@ def defences(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    results = bench_defences(
-        out, base=base, models=models, only=only, quick=quick, on_step=lambda what: say(what, err=True)
-    )
-    if as_json:
-        say_json(to_json(results))
-    else:
+
+    def tables() -> None:
         for line in markdown(results).splitlines():
             say(line)
-    say(f"wrote {out / 'defences.md'} and {out / 'defences.png'}", err=True)
+        say(f"wrote {out / 'defences.md'} and {out / 'defences.png'}")
+
+    with status("starting", quiet=output.still) as tell, keeping_finished(out):
+        results = bench_defences(out, base=base, models=models, only=only, quick=quick, on_step=tell)
+    output.show(lambda: to_json(results), tables)

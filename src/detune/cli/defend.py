@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from detune.cli.options import json_option
-from detune.cli.terminal import say, say_json
+from detune.cli.output import Output, output_options
+from detune.cli.terminal import say
 
 if TYPE_CHECKING:
     from detune.defences import Defended
@@ -72,8 +72,8 @@ def _command(name: str) -> click.Command:
     @click.argument("model", metavar="IN")
     @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
     @click.option("--seed", type=click.IntRange(min=0), help="By default one that nobody can guess; keep it secret.")
-    @json_option
-    def run(model: str, out: Path, seed: int | None, as_json: bool, **settings: Any) -> None:
+    @output_options
+    def run(model: str, out: Path, seed: int | None, output: Output, **settings: Any) -> None:
         from detune.cli.loading import load_torch
 
         load_torch()
@@ -81,8 +81,9 @@ def _command(name: str) -> click.Command:
         from detune.defences import defend as defend_model
 
         given = {key: value for key, value in settings.items() if value is not None}
-        report = defend_model(DEFENCES[name](**given), model, out, seed)
-        say_json(report.to_json()) if as_json else _show(report)
+        with output.progress() as shown:
+            report = defend_model(DEFENCES[name](**given), model, out, seed, on_start=shown.start, on_tensor=shown)
+        output.show(report.to_json, lambda: _show(report), shown)
 
     for option in reversed(SETTINGS.get(name, ())):
         run = option(run)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from detune.cli.loading import load_torch
-from detune.cli.terminal import say
+from detune.cli.output import quiet_option
+from detune.cli.signals import keeping_finished
+from detune.cli.terminal import say, status
 
 if TYPE_CHECKING:
     from detune.bench.defences import RowResult
@@ -42,26 +44,32 @@ def leaderboard() -> None:
 @entries_option
 @click.option("--by", "authors", multiple=True, required=True, metavar="NAME", help="Who answers for it; repeatable.")
 @click.option("--link", metavar="URL", help="A paper, or the code.")
-def add(rows: tuple[str, ...], out: Path, entries: Path, authors: tuple[str, ...], link: str | None) -> None:
+@quiet_option
+def add(
+    rows: tuple[str, ...], out: Path, entries: Path, authors: tuple[str, ...], link: str | None, quiet: bool
+) -> None:
     """Attack the defences of ROWs, and write what came of it as claimed entries."""
-    results = _run(rows, out)
+    results = _run(rows, out, quiet)
     from detune.bench.leaderboard import add as add_entries
 
     for file in add_entries(results, entries, authors, _command(rows), link):
-        say(f"wrote {file}")
+        if not quiet:
+            say(f"wrote {file}")
 
 
 @leaderboard.command()
 @rows_argument
 @out_option
 @entries_option
-def verify(rows: tuple[str, ...], out: Path, entries: Path) -> None:
+@quiet_option
+def verify(rows: tuple[str, ...], out: Path, entries: Path, quiet: bool) -> None:
     """Attack the defences of ROWs again, and mark their entries as verified if the same comes of it."""
-    results = _run(rows, out)
+    results = _run(rows, out, quiet)
     from detune.bench.leaderboard import verify as verify_entries
 
     for file in verify_entries(results, entries, _command(rows)):
-        say(f"verified {file}")
+        if not quiet:
+            say(f"verified {file}")
 
 
 @leaderboard.command()
@@ -83,11 +91,12 @@ def build(entries: Path, page: Path) -> None:
     say(f"wrote {len(found)} entries into {page}")
 
 
-def _run(rows: tuple[str, ...], out: Path) -> "tuple[RowResult, ...]":
+def _run(rows: tuple[str, ...], out: Path, quiet: bool) -> "tuple[RowResult, ...]":
     load_torch()
     from detune.bench.defences import bench_defences
 
-    return bench_defences(out, only=rows, on_step=lambda what: say(what, err=True))
+    with status("starting", quiet=quiet) as tell, keeping_finished(out):
+        return bench_defences(out, only=rows, on_step=tell)
 
 
 def _command(rows: tuple[str, ...]) -> str:

@@ -11,8 +11,6 @@ from detune.methods import CLASSES
 METHODS = tuple(CLASSES)
 
 models_argument = click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors, and show no bar.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be read and written, and how long.")
 card_option = click.option(
     "--card/--no-card", default=True, help="Write README.md, a card with metadata for the Hub; by default it is."

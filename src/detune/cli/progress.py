@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from detune.cli.loading import load_torch
-from detune.cli.terminal import duration, progress_bar, say
+from detune.cli.terminal import duration, progress_bar
 
-__all__ = ["Progress", "progress", "say_longest"]
+__all__ = ["Progress", "progress"]
 
 OPENING, FINISHING = "opening the models", "finishing"
 # So many are named in the end, where the whole took that long.
@@ -49,7 +49,7 @@ class Progress:
 
     def start(self, sizes_bytes: Mapping[str, int]) -> None:
         """Take the tensors that are still to come, with what is read of each."""
-        self._end_stage(FINISHING)
+        self.stage(FINISHING)
         self._sizes_bytes, self._left = sizes_bytes, set(sizes_bytes)
         self._bar.reset(self._task, total=sum(sizes_bytes.values()), describe=self._describe)
 
@@ -67,18 +67,11 @@ class Progress:
             if not self._left:
                 self._stage_began = time.monotonic()
 
-    def at(self, name: str) -> None:
-        """Take it that this one is in work now, and no other."""
-        self._began = {name: time.monotonic()}
-
-    def end(self) -> None:
-        """Take it that all is done."""
-        self._end_stage("")
-
-    def _end_stage(self, following: str) -> None:
+    def stage(self, name: str) -> None:
+        """Take it that something else has begun, which is no tensor; without a name, that all is done."""
         now = time.monotonic()
         self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._stage_began
-        self._stage, self._stage_began = following, now
+        self._stage, self._stage_began = name, now
 
     def _describe(self) -> str:
         """What is in work, and for how long: a long one is seen to live."""
@@ -111,10 +104,4 @@ def progress(quiet: bool) -> Iterator[Progress]:
     with progress_bar(unit="bytes", quiet=quiet) as bar:
         shown = Progress(bar)
         yield shown
-        shown.end()
-
-
-def say_longest(shown: Progress) -> None:
-    """Print what has taken longest, if that is worth a line."""
-    if shown.longest:
-        say(f"took longest: {shown.longest}")
+        shown.stage("")

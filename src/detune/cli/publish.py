@@ -9,13 +9,17 @@ import click
 
 import detune
 from detune.cli.loading import load_torch
-from detune.cli.options import dry_run_option, json_option, quiet_option
-from detune.cli.terminal import clients_bars, say, say_json
+from detune.cli.options import dry_run_option
+from detune.cli.output import Output, output_options
+from detune.cli.signals import Interrupted, keeping
+from detune.cli.terminal import clients_bars, say
 
 if TYPE_CHECKING:
     from detune.checkpoints import Pushed
 
 __all__ = ["publishing", "push", "push_options", "show_pushed"]
+
+SENT = "large files that have arrived are kept on the Hub: the same command does not send them again"
 
 public_option = click.option("--public", is_flag=True, help="Let everybody see it; by default it is private.")
 
@@ -32,11 +36,8 @@ def push_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @public_option
 @click.option("--message", help="Of the commit.")
 @dry_run_option
-@quiet_option
-@json_option
-def push(
-    directory: Path, repository: str, public: bool, message: str | None, dry_run: bool, quiet: bool, as_json: bool
-) -> None:
+@output_options
+def push(directory: Path, repository: str, public: bool, message: str | None, dry_run: bool, output: Output) -> None:
     """Publish what recover or extract made in DIR on the Hub, as the private repository REPO, org/name.
 
     Any model or PEFT adapter will do. Its card, detune.json and what a loader reads go along, and nothing else.
@@ -46,14 +47,12 @@ def push(
         from detune.cli.tables import show_plan
         from detune.plan import plan_push
 
-        show_plan(plan_push(directory, repository, public=public), as_json)
+        plan = plan_push(directory, repository, public=public)
+        output.show(plan.to_json, lambda: show_plan(plan))
         return
-    with clients_bars(quiet=quiet or as_json):
+    with clients_bars(quiet=output.still), keeping(SENT):
         pushed = detune.push(directory, repository, public=public, message=message)
-    if as_json:
-        say_json(pushed.to_json())
-    elif not quiet:
-        show_pushed(pushed)
+    output.show(pushed.to_json, lambda: show_pushed(pushed))
 
 
 @contextmanager
@@ -82,7 +81,7 @@ def publishing(out: Path, repository: str | None, public: bool, quiet: bool) -> 
     try:
         with clients_bars(quiet=quiet):
             pushed = detune.push(out, repository, public=public)
-    except detune.DetuneError as error:
+    except (detune.DetuneError, Interrupted) as error:
         error.add_note(f"{out} is finished: `detune push` takes it from there")
         raise
     if not quiet:

@@ -1,6 +1,6 @@
 """The main job: `recover`, `inspect`, `family`, `compare`, and the demonstration."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +17,15 @@ from detune.cli.options import (
     dry_run_option,
     dtype_of,
     dtype_option,
-    json_option,
     merge_dtype_of,
     merge_option,
     models_argument,
-    quiet_option,
     rank_option,
     rows_option,
 )
-from detune.cli.progress import progress, say_longest
+from detune.cli.output import Output, output_options
 from detune.cli.publish import publishing, push_options
+from detune.cli.signals import keeping
 from detune.cli.terminal import say_json
 
 
@@ -54,8 +53,7 @@ from detune.cli.terminal import say_json
 @push_options
 @dry_run_option
 @execution_options
-@quiet_option
-@json_option
+@output_options
 def recover(
     models: tuple[str, ...],
     out: Path,
@@ -77,8 +75,7 @@ def recover(
     workers: int | None,
     scheduler: str | None,
     slurm: int | None,
-    quiet: bool,
-    as_json: bool,
+    output: Output,
 ) -> None:
     """Write the base model of merged LoRA fine-tunes to OUT: of three or more, or fewer with --method lattice.
 
@@ -106,21 +103,21 @@ def recover(
 
         # What others compute on is not here to be timed.
         here = device_of("cpu" if scheduler or slurm else device)
-        show_plan(plan_recovery(models, out, method, device=here, **options), as_json)
+        plan = plan_recovery(models, out, method, device=here, **options)
+        output.show(plan.to_json, lambda: show_plan(plan))
         return
-    still = quiet or as_json
-    with publishing(out, repository, public, still):
-        with executor_of(workers, scheduler, slurm, device) as executor, progress(still) as shown:
+
+    def tables() -> None:
+        show_report(report, out)
+        if report.adapters is not None and adapters is not None:
+            show_adapters(report.adapters, adapters)
+
+    with publishing(out, repository, public, output.still):
+        with executor_of(workers, scheduler, slurm, device) as executor, output.progress() as shown:
             options |= {"executor": executor, "on_start": shown.start, "on_tensor": shown}
             options["device"] = device_at(device, elsewhere=bool(scheduler or slurm))
             report = detune.recover(models, out, method, **options)
-        if as_json:
-            say_json(report.to_json())
-        elif not quiet:
-            show_report(report, out)
-            if report.adapters is not None and adapters is not None:
-                show_adapters(report.adapters, adapters)
-            say_longest(shown)
+        output.show(report.to_json, tables, shown)
 
 
 @click.command()
@@ -129,19 +126,19 @@ def recover(
 @rows_option
 @device_option
 @merge_option
-@json_option
+@output_options
 def inspect(
     models: tuple[str, ...],
     rank: int | None,
     rows: int | Literal["auto", "all"],
     device: str,
     merge_dtype: str,
-    as_json: bool,
+    output: Output,
 ) -> None:
     """Show what changed between models, at which rank, and what can be recovered. Writes nothing."""
     from detune.cli.tables import show_report
 
-    with progress(quiet=as_json) as shown:
+    with output.progress() as shown:
         report = detune.inspect(
             models,
             rank=rank,
@@ -151,7 +148,7 @@ def inspect(
             on_start=shown.start,
             on_tensor=shown,
         )
-    say_json(report.to_json()) if as_json else show_report(report)
+    output.show(report.to_json, lambda: show_report(report), shown)
 
 
 @click.command()
@@ -163,7 +160,7 @@ def inspect(
 @click.option(
     "--bom", type=click.Path(path_type=Path), help="A file to make: the models with their ancestors, CycloneDX."
 )
-@json_option
+@output_options
 def family(
     models: tuple[str, ...],
     rows: int | Literal["auto", "all"],
@@ -171,7 +168,7 @@ def family(
     merge_dtype: str,
     mermaid: Path | None,
     bom: Path | None,
-    as_json: bool,
+    output: Output,
 ) -> None:
     """Show which models share a source and who descends from whom, which do not belong and why, and what that allows.
 
@@ -192,39 +189,36 @@ def family(
         if inventory is not None:
             with needs_extra("bom"):
                 import cyclonedx  # noqa: F401
-        shown = opened.enter_context(progress(quiet=as_json))
+        shown = opened.enter_context(output.progress())
         check = detune.check_family(
             models,
             device=device_of(device),
             merge_dtype=merge_dtype_of(merge_dtype),
             rows=rows,
-            on_tensor=shown.at,
+            on_start=shown.start,
+            on_tensor=shown,
         )
-        lineage = detune.find_lineage(
-            models,
-            merge_dtype=merge_dtype_of(merge_dtype),
-            rows=rows,
-            on_tensor=shown.at,
-        )
+        shown.stage("drawing the tree")
+        lineage = detune.find_lineage(models, merge_dtype=merge_dtype_of(merge_dtype), rows=rows)
         if picture is not None:
             picture.write_text(lineage.to_mermaid(), encoding="utf-8")
         if inventory is not None:
             inventory.write_text(to_cyclonedx(lineage, weight_hashes(models)), encoding="utf-8")
     found = Family.of(check, lineage)
-    say_json(found.to_json()) if as_json else show_family(found)
+    output.show(found.to_json, lambda: show_family(found), shown)
 
 
 @click.command()
 @click.argument("recovered")
 @click.argument("truth")
-@click.option("--json", "as_json", is_flag=True, help="Print every tensor as JSON.")
-def compare(recovered: str, truth: str, as_json: bool) -> None:
+@output_options
+def compare(recovered: str, truth: str, output: Output) -> None:
     """Show W-Error and the share of bit-identical entries of RECOVERED against TRUTH."""
     from detune.cli.tables import show_comparison
 
-    load_torch()
-    comparison = detune.compare(recovered, truth)
-    say_json(comparison.to_json()) if as_json else show_comparison(comparison)
+    with output.progress() as shown:
+        comparison = detune.compare(recovered, truth, on_start=shown.start, on_tensor=shown)
+    output.show(comparison.to_json, lambda: show_comparison(comparison), shown)
 
 
 @click.command()
@@ -232,13 +226,14 @@ def compare(recovered: str, truth: str, as_json: bool) -> None:
 @click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="What recovers the base.")
 @click.option("--train", is_flag=True, help="Train the LoRAs here instead of taking those that come along: minutes.")
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps of each LoRA, with --train.")
-@json_option
-def demo(out: Path | None, method: str, train: bool, steps: int | None, as_json: bool) -> None:
+@output_options
+def demo(out: Path | None, method: str, train: bool, steps: int | None, output: Output) -> None:
     """The whole story on a real language model, offline, in a minute: fine-tunes merged, the base recovered."""
     if steps is not None and not train:
         raise click.UsageError("--steps is for training: give --train as well")
     from detune.demo.story import tell
 
-    story = tell(out, method=method, train=train, steps=steps, quiet=as_json)
-    if as_json:
+    with keeping(f"the models made so far stay in {out}") if out is not None else nullcontext():
+        story = tell(out, method=method, train=train, steps=steps, quiet=output.still)
+    if output.as_json:
         say_json(story.to_json())

@@ -5,11 +5,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["Interrupted", "leave", "signals_raised"]
+__all__ = ["Interrupted", "keeping", "keeping_finished", "leave", "signals_raised"]
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, what `kill` and batch systems send, and a terminal that is closed."""
@@ -67,6 +68,21 @@ def signals_raised() -> Iterator[None]:
             # What is left is the interpreter's own end: nothing that a signal could spare anybody.
             atexit.unregister(_ignore)
             atexit.register(_ignore)
+
+
+@contextmanager
+def keeping(what: str) -> Iterator[None]:
+    """Say what is kept, where a signal ends the block."""
+    try:
+        yield
+    except Interrupted as error:
+        error.add_note(what)
+        raise
+
+
+def keeping_finished(out: Path) -> AbstractContextManager[None]:
+    """Say where the finished parts stay, of a block that goes on from them."""
+    return keeping(f"what is finished stays in {out}: the same command does the rest")
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column
 
 from detune.adapters.summary import adapter_sentence, adapter_table
-from detune.cli.terminal import Branch, duration, say, say_json, show_table, show_tree
+from detune.cli.terminal import Branch, duration, say, show_table, show_tree
 from detune.compatibility.kinds import by_kind, pattern_of, spans
 from detune.compatibility.reading import Reading
 from detune.recovery.report import Report
@@ -168,11 +168,8 @@ def show_unpack(report: "UnpackReport", out: Path) -> None:
     )
 
 
-def show_plan(plan: "Plan", as_json: bool) -> None:
+def show_plan(plan: "Plan") -> None:
     """Print what a command would do."""
-    if as_json:
-        say_json(plan.to_json())
-        return
     lines = [
         (
             read.spec,

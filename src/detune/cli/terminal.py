@@ -145,7 +145,7 @@ def progress_bar(*, unit: Literal["steps", "bytes"], quiet: bool = False) -> "It
             return Text("" if left is None or task.finished else f"about {duration(left)} left")
 
     columns = {
-        "steps": (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Description("")),
+        "steps": (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Left(""), Description("")),
         "bytes": (SpinnerColumn(), BarColumn(20), Amount(""), TimeElapsedColumn(), Left(""), Description("")),
     }[unit]
     console = Console(stderr=True)
@@ -162,14 +162,22 @@ def _size(size_bytes: float) -> str:
 
 
 @contextmanager
-def status(first: str) -> Iterator[Callable[[str], None]]:
-    """Show progress on stderr; in a terminal it is gone when done."""
+def status(first: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show what is done on stderr, in words; in a terminal they are gone when done.
+
+    Args:
+        first: The words until others come.
+        quiet: Whether there are to be none.
+
+    Yields:
+        What takes the words.
+    """
     from rich.console import Console
     from rich.text import Text
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: say(text, err=True)
+    if quiet or not console.is_terminal:
+        yield lambda text: None if quiet else say(text, err=True)
         return
     with console.status(Text(printable(first))) as shown:
         yield lambda text: shown.update(Text(printable(text)))

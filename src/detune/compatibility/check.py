@@ -1,6 +1,6 @@
 """Is it one family? Which models share a source, which do not and why, and whether what is left suffices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -99,7 +99,8 @@ def check_family(
     device: torch.device | str | None = None,
     merge_dtype: torch.dtype | None = None,
     rows: int | Literal["auto", "all"] = "auto",
-    on_tensor: Callable[[str], None] | None = None,
+    on_start: Callable[[Mapping[str, int]], None] | None = None,
+    on_tensor: Callable[[str, tuple[ChangedTensor, ...] | None], None] | None = None,
 ) -> FamilyCheck:
     """Group models by common source, and say who does not belong and why. Writes nothing.
 
@@ -109,7 +110,9 @@ def check_family(
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
         rows: Rows of each matrix to look at; what is said is then of these. "auto" is 1024 if a model is on the Hub, of
             which no more is fetched, and all otherwise. A model that does not belong is read whole in a few matrices.
-        on_tensor: For progress: called with the name of each tensor when it is begun.
+        on_start: For progress: called once with the tensors, and what is read of each in bytes.
+        on_tensor: Called with a tensor's name and None when it is begun, and with its row when it is done: none where
+            all have the same.
 
     Returns:
         The models with their groups and reasons, the tensors that changed with a rank for each model, and a verdict.
@@ -130,10 +133,12 @@ def check_family(
         closer = some_of_each_kind({name: given.reference.tensors[name].shape for name in names})
         foreign = [row for i in known.members for row in _unlike(i, given.alignment.fits[i])]
         tensors, shared = [], 0
-        for name in names:
+        all_holders = {name: [i for i in known.members if name in given.models[i].tensors] for name in names}
+        if on_start:
+            on_start({name: sum(given.models[i].shown_bytes(name) for i in all_holders[name]) for name in names})
+        for name, holders in all_holders.items():
             if on_tensor:
-                on_tensor(name)
-            holders = [i for i in known.members if name in given.models[i].tensors]
+                on_tensor(name, None)
             change = None
             if holders:
                 change = find_tensor_change(given.models, known.members, holders, name, device, name in closer)
@@ -142,6 +147,8 @@ def check_family(
                 foreign.extend(change.foreign)
             else:
                 shared += 1
+            if on_tensor:
+                on_tensor(name, () if change is None else (change.tensor,))
         statuses = tuple(_model_status(i, known, tensors, foreign) for i in range(len(models)))
         reading = given.reading
     suffices, verdict = _verdict(known, tensors)

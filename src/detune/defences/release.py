@@ -1,6 +1,7 @@
 """Defending a checkpoint: tensor by tensor into a new directory, and a look at whether the model does the same."""
 
 import secrets
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from detune.defences.running import load_model, outputs, probe
 from detune.documents import document, to_json
 from detune.errors import OutputError
 from detune.numerics.float_grid import spacing
+from detune.recovery.loop import OnStart
 
 __all__ = ["Defended", "Preservation", "defend"]
 
@@ -85,7 +87,14 @@ class Defended:
 
 
 def defend(
-    defence: Defence, model: str | Path, out: str | Path, seed: int | None = None, *, verify: bool = True
+    defence: Defence,
+    model: str | Path,
+    out: str | Path,
+    seed: int | None = None,
+    *,
+    verify: bool = True,
+    on_start: OnStart | None = None,
+    on_tensor: Callable[[str, bool | None], None] | None = None,
 ) -> Defended:
     """Write a defended copy of a model.
 
@@ -99,6 +108,8 @@ def defend(
         out: The directory to make.
         seed: For all that is drawn; None draws one that nobody can guess.
         verify: False takes the defence's word for what it preserves.
+        on_start: For progress: called once with the tensors, and what is read of each in bytes.
+        on_tensor: Called with a tensor's name and None when it is begun, and with whether it changed when it is done.
 
     Returns:
         What was done, with the seed.
@@ -118,12 +129,19 @@ def defend(
         change = defence.prepare(checkpoint, seed)
         with new_directory(target) as partial:
             changed, moved, size = 0, 0.0, 0.0
+            if on_start:
+                on_start({name: checkpoint.shown_bytes(name) for name in checkpoint.tensors})
             with CheckpointWriter(checkpoint, partial) as writer:
                 for name in checkpoint.tensors:
+                    if on_tensor:
+                        on_tensor(name, None)
                     tensor = checkpoint.read(name)
                     defended = change(name, tensor)
                     writer.write(name, defended)
-                    if not torch.equal(defended, tensor):
+                    differs = not torch.equal(defended, tensor)
+                    if on_tensor:
+                        on_tensor(name, differs)
+                    if differs:
                         changed += 1
                         moved += float((defended.double() - tensor.double()).square().sum())
                         size += float(tensor.double().square().sum())

@@ -1,7 +1,7 @@
 """From models on disk to their tree: some rows of some matrices are read, and nothing else."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +32,6 @@ def find_lineage(
     *,
     merge_dtype: torch.dtype | None = None,
     rows: int | Literal["auto", "all"] = "auto",
-    on_tensor: Callable[[str], None] | None = None,
 ) -> Lineage:
     """Draw the tree of some models: which is whose parent, and which ancestors are none of them. Writes nothing.
 
@@ -40,7 +39,6 @@ def find_lineage(
         models: At least two, as `detune.checkpoints.open_checkpoint` takes them. They need not fit together.
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
         rows: Where a model is on the Hub, see `detune.check_family`; of some matrices 256 rows are looked at.
-        on_tensor: For progress: called with the name of each tensor when it is begun.
 
     Returns:
         The tree, with what each edge is, how sure its direction is, and what an ancestor can be recovered from. Several
@@ -61,7 +59,7 @@ def find_lineage(
         fitting = [i for i in given.alignment.fitting if i < len(models)]
         chosen = [given.models[i] for i in fitting]
         names = [name for name in given.alignment.pieces if all(_tells(model, name) for model in chosen)]
-        geometry = _look(chosen, names, on_tensor)
+        geometry = _look(chosen, names)
         tokens = [_tokens(given, i) for i in fitting]
         unrelated = tuple(given.models[i].spec for i in given.alignment.misfits if i < len(models))
         specs = [model.spec for model in chosen]
@@ -79,14 +77,10 @@ def find_lineage(
     return Lineage(tuple(nodes), unrelated, len(geometry.blocks), time.perf_counter() - started)
 
 
-def _look(
-    models: Sequence[Checkpoint], names: Sequence[str], on_tensor: Callable[[str], None] | None
-) -> Geometry | None:
+def _look(models: Sequence[Checkpoint], names: Sequence[str]) -> Geometry | None:
     """Read a block of some matrices that are not the same in all models; None where there are none."""
     blocks, noise = [], []
     for name in _in_turn(names):
-        if on_tensor:
-            on_tensor(name)
         rows = [
             matricise((model if isinstance(model, Excerpt) else Excerpt(model, SIZE)).read(name)) for model in models
         ]

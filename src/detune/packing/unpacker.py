@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,8 +24,6 @@ from detune.problem.stack import matricise
 MAX_GROWTH = 1000
 # Less than this does no harm, whatever it was.
 SMALL_BYTES = 64 * 2**20
-
-OnFile = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,13 @@ class UnpackReport:
         return to_json(document("detune-unpack/1", asdict(self)))
 
 
-def unpack(pack: str | Path, out: str | Path, *, on_file: OnFile | None = None) -> UnpackReport:
+def unpack(
+    pack: str | Path,
+    out: str | Path,
+    *,
+    on_start: Callable[[Mapping[str, int]], None] | None = None,
+    on_file: Callable[[str, PackedFile | None], None] | None = None,
+) -> UnpackReport:
     """Restore the checkpoints of a pack, every file byte for byte, each in a directory of its own below `out`.
 
     Every file is checked against the hash that it was packed with before `out` appears.
@@ -57,7 +61,8 @@ def unpack(pack: str | Path, out: str | Path, *, on_file: OnFile | None = None) 
     Args:
         pack: The file.
         out: The directory to make.
-        on_file: For progress: called with the name of each file when it is begun.
+        on_start: For progress: called once with the files, and the size of each in bytes.
+        on_file: Called with a file's name and None when it is begun, and with what the pack says of it when it is done.
 
     Returns:
         What was restored.
@@ -75,18 +80,27 @@ def unpack(pack: str | Path, out: str | Path, *, on_file: OnFile | None = None) 
     with ArchiveReader(Path(pack).expanduser()) as archive, new_directory(out) as partial:
         contents = Contents(archive)
         require_space(Path(out), contents.size_bytes)
-        for model in contents.manifest.models:
+        models = contents.manifest.models
+        if on_start:
+            on_start({f"{model.name}/{file.path}": file.size_bytes for model in models for file in model.files})
+        for model in models:
             for file in model.files:
+                name = f"{model.name}/{file.path}"
                 if on_file:
-                    on_file(f"{model.name}/{file.path}")
-                path = inside(partial, f"{model.name}/{file.path}")
+                    on_file(name, None)
+                path = inside(partial, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("xb") as stream:
                     for block in contents.checked(model, file):
                         stream.write(block)
-    files = [file for model in contents.manifest.models for file in model.files]
-    models = {model.name: str(Path(out) / model.name) for model in contents.manifest.models}
-    return UnpackReport(models, len(files), sum(file.size_bytes for file in files), time.perf_counter() - started)
+                if on_file:
+                    on_file(name, file)
+    return UnpackReport(
+        {model.name: str(Path(out) / model.name) for model in models},
+        sum(len(model.files) for model in models),
+        contents.size_bytes,
+        time.perf_counter() - started,
+    )
 
 
 class Contents:

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from detune.checkpoints import Checkpoint, open_checkpoint
 from detune.documents import document, to_json
 from detune.errors import InputError
 from detune.metrics import bit_identical, w_error
+from detune.recovery.loop import OnStart
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,20 @@ class Comparison:
         return to_json(document("detune-compare/1", asdict(self) | {"summary": self.summary}))
 
 
-def compare(recovered: str | Path, truth: str | Path) -> Comparison:
+def compare(
+    recovered: str | Path,
+    truth: str | Path,
+    *,
+    on_start: OnStart | None = None,
+    on_tensor: Callable[[str, ComparisonRow | None], None] | None = None,
+) -> Comparison:
     """W-Error and share of bit-identical entries of every tensor.
 
     Args:
         recovered: A checkpoint, as `detune.checkpoints.open_checkpoint` takes it.
         truth: The base it should equal.
+        on_start: For progress: called once with the tensors, and what is read of each in bytes.
+        on_tensor: Called with a tensor's name and None when it is begun, and with its row when it is done.
 
     Returns:
         A row for each tensor, and a summary.
@@ -100,10 +110,19 @@ def compare(recovered: str | Path, truth: str | Path) -> Comparison:
                 f"got {next(iter(ours.tensors))!r} ..., expected {next(iter(theirs.tensors))!r} ...",
                 "give checkpoints of one architecture, saved from the same class",
             )
+        if on_start:
+            on_start({name: ours.shown_bytes(name) + theirs.shown_bytes(name) for name in common})
+        rows = []
+        for name in common:
+            if on_tensor:
+                on_tensor(name, None)
+            rows.append(_row(ours, theirs, name))
+            if on_tensor:
+                on_tensor(name, rows[-1])
         return Comparison(
             ours.spec,
             theirs.spec,
-            tuple(_row(ours, theirs, name) for name in common),
+            tuple(rows),
             tuple(name for name in ours.tensors if name not in theirs.tensors),
             tuple(name for name in theirs.tensors if name not in ours.tensors),
         )

@@ -71,15 +71,14 @@ def inspect(
 
         closer = some_of_each_kind({name: family.shape(name) for name in family.names})
 
-        if on_start:
-            on_start({name: family.read_bytes(name) for name in family.names})
-
         def look(name: str, held: Held) -> tuple[TensorResult, None]:
             if not any(held.noise) and is_light([matricise(tensor) for tensor in held.tensors]):
                 return _look_at_light(family, name, held, device, name in closer), None
             return _look(name, held, rank, device), None
 
-        found = {result.name: result for result, _ in map_tensors(family, look, on_tensor, device=device)}
+        found: dict[str, TensorResult] = {}
+        for result, _ in map_tensors(family, look, on_tensor, device=device, on_start=on_start):
+            found[result.name] = result
         looked_at = [found[name] for name in family.names]
         inputs = tuple(
             InputRow(model.spec, model.hashes(), selection.reason(i), given.alignment.notes(i))

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -41,9 +41,10 @@ def map_tensors(
     family: ModelSet,
     solve: Callable[[str, Held], Solved[Found]],
     on_tensor: OnTensor | None = None,
-    names: Iterable[str] | None = None,
+    names: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     working_copies: int = Auto.working_copies,
+    on_start: OnStart | None = None,
 ) -> Iterator[Solved[Found]]:
     """Visit tensors, several at a time where memory and threads allow it; the next one's stack is read meanwhile.
 
@@ -55,6 +56,7 @@ def map_tensors(
         names: The tensors to visit; None is all of them, in file order.
         device: Where `solve` computes; None is the CPU. A GPU takes one tensor at a time.
         working_copies: What it holds beside the stack of three models; see `Solver`.
+        on_start: For progress: called once with the tensors to visit, and what is read of each in bytes.
 
     Yields:
         The result of each tensor and what else `solve` found, in the order in which they are done; None for a tensor
@@ -65,6 +67,9 @@ def map_tensors(
     """
     # Of all, whichever are visited: what a tensor is computed on does not depend on the others' turn.
     loads = {name: _load(family, name, working_copies) for name in family.names}
+    visited = tuple(loads) if names is None else names
+    if on_start:
+        on_start({name: family.read_bytes(name) for name in visited})
 
     def told(done: Iterable[Solved[Found]]) -> Iterator[Solved[Found]]:
         for result, found in done:
@@ -75,7 +80,7 @@ def map_tensors(
 
     most = None if torch.device(device or "cpu").type == "cpu" else 1
     with TensorScheduler[Solved[Found]](loads.values(), most) as scheduler:
-        for name in loads if names is None else names:
+        for name in visited:
             load = loads[name]
             # Read here, while others are computed.
             while not scheduler.may_read(load):

@@ -156,7 +156,9 @@ class RowResult:
         if not self.answers:
             return None
         weights = max(10 ** ((self.undefended_w_error - (cell.w_error or 0.0)) / 2) for cell in self.answers)
-        function = max((self.undefended_embeddings / max(cell.embeddings or 0.0, 1e-30)) ** 0.5 for cell in self.answers)
+        function = max(
+            (self.undefended_embeddings / max(cell.embeddings or 0.0, 1e-30)) ** 0.5 for cell in self.answers
+        )
         return float(max(weights, function))
 
     def to_json(self) -> str:

@@ -39,7 +39,9 @@ def entry_of(result: RowResult, authors: Sequence[str], command: str, link: str 
     if not result.answers:
         raise InputError(
             f"no attack on {result.name!r} gave an answer",
-            f"the first, {result.cells[0].attack}, says: {result.cells[0].failure}" if result.cells else "none was tried",
+            f"the first, {result.cells[0].attack}, says: {result.cells[0].failure}"
+            if result.cells
+            else "none was tried",
             "add an attack to the row that does: average, for one",
         )
     for cell in result.cells:

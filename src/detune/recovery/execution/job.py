@@ -2,7 +2,7 @@
 
 import hashlib
 import socket
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -91,7 +91,7 @@ class Performer:
             family.layout, self._run_directory.checkpoint, job.dtype, parts=family.parts, shared=job.shared
         )
 
-    def perform(self, names: Iterable[str], on_tensor: OnTensor | None = None) -> list[CompletedTensor]:
+    def perform(self, names: Sequence[str], on_tensor: OnTensor | None = None) -> list[CompletedTensor]:
         """Recover some tensors.
 
         Args:
