@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import zlib
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -63,4 +64,6 @@ def seal(content: Any) -> bytes:
 def unseal(line: bytes) -> Any:
     """Return what a line of `seal` holds; None where it has changed since."""
     checksum, _, text = line.strip().partition(b" ")
-    return json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else None
+    with suppress(ValueError, RecursionError):
+        return json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else None
+    return None

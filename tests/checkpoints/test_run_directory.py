@@ -182,5 +182,5 @@ def test_what_is_written_does_not_go_through_what_stands_there(tmp_path, kind, n
         checksum = run.save_part("a", ".mask", b"after")
         run.note_results({"out": "hash"})
         assert run.read_part("a", ".mask", checksum) == b"after"
-        assert run.results() == {"out": "hash"}
+        assert run.noted.hashes == {"out": "hash"}
     assert victim.read_text() == "mine"

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,17 +204,94 @@ def test_a_run_is_finished_whatever_has_become_of_its_files(fine, cut_off, tmp_p
     assert "results has been damaged: its copy is used" in caplog.text or damage == "gone" or "results" not in files
 
 
-def test_where_both_notes_are_damaged_nothing_is_taken_for_a_result(fine, cut_off, tmp_path, caplog):
+@pytest.mark.parametrize("others", [(), ("checkpoint/*", "parts/*", "journal/*")])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_where_both_notes_are_damaged_the_results_are_made_again(fine, cut_off, tmp_path, caplog, damage, others):
     cut_off("place", fine, tmp_path)
+    (tmp_path / "models" / "victim").write_bytes(b"mine" * 100)
+    before = tree(tmp_path / "ad"), (tmp_path / "m.npz").read_bytes(), tree(tmp_path / "models")
+    for file in ("results", "results.copy", *others):
+        for path in tmp_path.glob(f".out.recovering-*/{file}"):
+            # A journal whose file is gone speaks of nothing, and the run would be as one that has not begun.
+            DAMAGE["a bit" if file == "journal/*" else damage](path, tmp_path / "models" / "victim")
+    recover(fine, tmp_path)
+    assert (tree(tmp_path / "ad"), (tmp_path / "m.npz").read_bytes(), tree(tmp_path / "models")) == before
+    assert names(tmp_path) == {"models", "out", "ad", "m.npz"}
+    told = "results has been damaged: what is in its place already is computed again and compared"
+    assert told in caplog.text or damage == "gone"
+    expected = detune.recover(fine.models, tmp_path / "expected", mask=tmp_path / "expected.npz")
+    assert [row.verdict for row in expected.tensors] == [Verdict(row["verdict"]) for row in read(tmp_path)["tensors"]]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "expected" / "model.safetensors"
+    ).read_bytes()
+
+
+def read(folder: Path) -> Any:
+    return json.loads((folder / "out" / "detune.json").read_text())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_had_all_but_ended_knows_its_results_by_making_them_again(fine, cut_off, tmp_path, overwrite):
+    if overwrite:
+        recover(fine, tmp_path, adapters=None, mask=None, method="mean")
+    cut_off("remove", fine, tmp_path, overwrite=overwrite)
+    before = tree(tmp_path / "out"), tree(tmp_path / "ad")
     for path in tmp_path.glob(".out.recovering-*/results*"):
         path.write_bytes(b"{}")
-    with pytest.raises(OutputError, match="ad exists; expected a new or empty directory"):
-        recover(fine, tmp_path)
-    shutil.rmtree(tmp_path / "ad")
-    (tmp_path / "m.npz").unlink()
-    recover(fine, tmp_path)
-    assert "results has been damaged: what is in its place already is not known any more" in caplog.text
+    report = recover(fine, tmp_path, overwrite=overwrite)
+    assert report.adapters == read(tmp_path)["adapters"]
+    assert tree(tmp_path / "ad") == before[1]
+    assert {**tree(tmp_path / "out"), "detune.json": b""} == {**before[0], "detune.json": b""}
+    assert (read(tmp_path) == json.loads(before[0]["detune.json"])) is not overwrite
     assert names(tmp_path) == {"models", "out", "ad", "m.npz"}
+    with pytest.raises(OutputError, match="out exists and is not empty"):
+        recover(fine, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["ad", "m.npz", "out"])
+def test_where_both_notes_are_damaged_what_is_not_the_same_is_kept(fine, cut_off, tmp_path, place):
+    cut_off("remove", fine, tmp_path)
+    for path in tmp_path.glob(".out.recovering-*/results*"):
+        path.write_bytes(b"{}")
+    if place == "m.npz":
+        with zipfile.ZipFile(tmp_path / place, "a") as archive:
+            archive.writestr("notes", "mine")
+    elif place == "ad":
+        (tmp_path / place / "notes").write_text("mine")
+    else:
+        (tmp_path / place).rename(tmp_path / "elsewhere")
+        recover(fine, tmp_path, adapters=None, mask=None, method="mean")
+        for path in tmp_path.glob(".out.recovering-*/results*"):
+            path.write_bytes(b"{}")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=rf"{place} exists"):
+        recover(fine, tmp_path)
+    after = tree(tmp_path)
+    assert {name: after.get(name) for name in before if not name.startswith(".")} == {
+        name: data for name, data in before.items() if not name.startswith(".")
+    }
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_where_both_notes_are_damaged_between_two_renames(fine, cut_off, tmp_path, monkeypatch, same):
+    """On a file system that cannot exchange names: the new checkpoint is in its place, the old one not yet removed."""
+    monkeypatch.setattr(run_directory, "exchange", lambda *places: False)
+    recover(fine, tmp_path, adapters=None, mask=None, method="mean")
+    cut_off("remove", fine, tmp_path, adapters=None, mask=None, overwrite=True)
+    before = {**tree(tmp_path / "out"), "detune.json": b""}
+    (left,) = tmp_path.glob(".out.recovering-*")
+    assert (left / "replaced").is_dir()
+    for path in left.glob("results*"):
+        path.write_bytes(b"{}")
+    if not same:
+        (tmp_path / "out" / "notes").write_text("mine")
+        with pytest.raises(OutputError, match="notes is not of the recovery"):
+            recover(fine, tmp_path, adapters=None, mask=None, overwrite=True)
+        assert (tmp_path / "out" / "notes").read_text() == "mine"
+        return
+    recover(fine, tmp_path, adapters=None, mask=None, overwrite=True)
+    assert {**tree(tmp_path / "out"), "detune.json": b""} == before
+    assert names(tmp_path) == {"models", "out"}
 
 
 def test_a_report_comes_back_from_its_json(fine, tmp_path):

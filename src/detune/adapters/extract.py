@@ -27,6 +27,7 @@ from detune.checkpoints import (
     raw,
     resolved,
 )
+from detune.checkpoints.atomic import Same
 from detune.checkpoints.cards import InputCard, read_card
 from detune.compatibility.groups import STRANGER, group_by_base, why_foreign
 from detune.compatibility.mismatch import Cause
@@ -190,6 +191,7 @@ def extracting(
     base: str,
     card: bool,
     base_card: InputCard | None = None,
+    same: Same | None = None,
 ) -> Iterator["Extractor"]:
     """Make `out` with an adapter for each model, when the block ends normally.
 
@@ -199,6 +201,7 @@ def extracting(
         base: What the adapters will be loaded onto.
         card: Whether each gets a card.
         base_card: What the base's own card says; None where the base is made in the same pass.
+        same: See `new_directory`.
 
     Yields:
         What takes the tensors.
@@ -209,7 +212,7 @@ def extracting(
     target = resolved(out)
     if target.is_relative_to(base):
         raise OutputError(f"{out} lies inside the base", f"got {base}", "write the adapters beside it")
-    with new_directory(out) as partial:
+    with new_directory(out, same=same) as partial:
         yield Extractor(family, partial, base, target, card, base_card)
 
 

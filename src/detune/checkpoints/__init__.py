@@ -21,7 +21,7 @@ from detune.checkpoints.places import Places, from_out
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
 from detune.checkpoints.push import Publication, Pushed, check_repository, push, what_to_push
 from detune.checkpoints.quantised import Decoded
-from detune.checkpoints.run_directory import RunDirectory, claim, known_results, remove_spent
+from detune.checkpoints.run_directory import Noted, RunDirectory, claim, noted_results, remove_spent
 from detune.checkpoints.source import Checkpoint, TensorInfo, WeightFile
 from detune.checkpoints.staging import remove_abandoned, temporary_directory
 from detune.checkpoints.target import Target, require_outside
@@ -39,6 +39,7 @@ __all__ = [
     "Lora",
     "LoraLayer",
     "MergedCheckpoint",
+    "Noted",
     "Part",
     "PeftLayer",
     "PeftPlaces",
@@ -62,11 +63,11 @@ __all__ = [
     "identity",
     "inside",
     "is_on_hub",
-    "known_results",
     "load_pretrained",
     "model_class_of",
     "new_directory",
     "new_file",
+    "noted_results",
     "open_checkpoint",
     "open_lora",
     "own_name",

@@ -9,7 +9,10 @@ from detune.checkpoints.disk import reported, sync, sync_tree
 from detune.checkpoints.staging import CONTENT, remove_abandoned, staging
 from detune.errors import OutputError, reason_of
 
-__all__ = ["check_new", "new_directory", "new_file", "resolved"]
+__all__ = ["Same", "check_new", "new_directory", "new_file", "resolved"]
+
+# Whether two results are the same, the new one and the one that stands in its place.
+Same = Callable[[Path, Path], bool]
 
 
 def resolved(out: Path | str) -> Path:
@@ -40,7 +43,9 @@ def check_new(out: Path, *, directory: bool = True) -> None:
 
 
 @contextmanager
-def new_directory(out: Path | str, check: Callable[[Path], None] = check_new) -> Iterator[Path]:
+def new_directory(
+    out: Path | str, check: Callable[[Path], None] = check_new, same: Same | None = None
+) -> Iterator[Path]:
     """Fill a hidden directory beside `out`, which takes its place when the block ends normally.
 
     What earlier processes left there that were killed over the same is removed.
@@ -48,6 +53,7 @@ def new_directory(out: Path | str, check: Callable[[Path], None] = check_new) ->
     Args:
         out: The directory to make; it may exist if it is empty.
         check: Refuses a target by raising. Called at both ends.
+        same: Tells whether what is made is what stands there already, which then stays: nothing is refused before.
 
     Yields:
         The hidden directory. An exception removes it.
@@ -58,12 +64,15 @@ def new_directory(out: Path | str, check: Callable[[Path], None] = check_new) ->
     target = resolved(out)
     with reported(target):
         remove_abandoned(target)
-        check(target)
+        if same is None:
+            check(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with staging(target) as directory:
             partial = directory / CONTENT
             partial.mkdir()
             yield partial
+            if same is not None and target.is_dir() and same(partial, target):
+                return
             sync_tree(partial)
             check(target)
             os.rename(partial, target)
@@ -71,13 +80,14 @@ def new_directory(out: Path | str, check: Callable[[Path], None] = check_new) ->
 
 
 @contextmanager
-def new_file(out: Path | str) -> Iterator[Path]:
+def new_file(out: Path | str, same: Same | None = None) -> Iterator[Path]:
     """Write a hidden file beside `out`, which takes its place when the block ends normally.
 
     What earlier processes left there that were killed over the same is removed.
 
     Args:
         out: The file to make.
+        same: See `new_directory`.
 
     Yields:
         Where to write it, in a directory that is removed at the end. An exception removes what is there.
@@ -88,11 +98,14 @@ def new_file(out: Path | str) -> Iterator[Path]:
     target = resolved(out)
     with reported(target):
         remove_abandoned(target)
-        check_new(target, directory=False)
+        if same is None:
+            check_new(target, directory=False)
         target.parent.mkdir(parents=True, exist_ok=True)
         with staging(target) as directory:
             partial = directory / CONTENT
             yield partial
+            if same is not None and target.is_file() and same(partial, target):
+                return
             sync(partial)
             check_new(target, directory=False)
             os.rename(partial, target)

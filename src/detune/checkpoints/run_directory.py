@@ -27,17 +27,18 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from detune.checkpoints.blocks import file_hash
 from detune.checkpoints.disk import discard, exchange, reported, sync, sync_tree
-from detune.checkpoints.mark import MARK
+from detune.checkpoints.mark import MARK, find_foreign
 from detune.checkpoints.staging import is_ours, locked, remove, siblings, taken
 from detune.errors import InputError, OutputError
 from detune.files import open_regular, seal, unseal
 
-__all__ = ["RunDirectory", "claim", "known_results", "remove_spent"]
+__all__ = ["Noted", "RunDirectory", "claim", "noted_results", "remove_spent"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,19 @@ _RESULTS = ("results", "results.copy")
 _NEW_RESULTS, _REPLACED = "results.new", "replaced"
 _KIND = "recovering"
 _AGAIN = "run the same command again: it computes again what has changed"
+
+
+@dataclass(frozen=True)
+class Noted:
+    """The results that runs have written down before they were cut off.
+
+    Attributes:
+        hashes: By the places that the results go to.
+        lost: Whether a run has something complete and no note that verifies: what stands in its places may be its own.
+    """
+
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    lost: bool = False
 
 
 class RunDirectory:
@@ -205,22 +219,26 @@ class RunDirectory:
                     logger.warning("removing %s: it is no file of a run; what it stood for is computed again", path)
                     discard(path)
             damaged = [path for path in self._notes if os.path.lexists(path) and _read_note(path) is None]
-            if damaged:
-                results = self.results()
-                known = "its copy is used" if results else "what is in its place already is not known any more"
-                logger.warning("%s has been damaged: %s", damaged[0], known)
-                for path in damaged:
-                    discard(path)
-                if results:
-                    self.note_results(results)
+            if not damaged:
+                return
+            results = self.noted.hashes
+            known = "its copy is used" if results else "what is in its place already is computed again and compared"
+            logger.warning("%s has been damaged: %s", damaged[0], known)
+            for path in damaged:
+                # An empty one for the time being: that there was a note stays known.
+                _write_new(path, b"")
+            if results:
+                self.note_results(results)
 
     @property
     def _notes(self) -> list[Path]:
         return [self.directory / name for name in _RESULTS]
 
-    def results(self) -> dict[str, str]:
-        """Read what `note_results` wrote down; nothing where both copies have been damaged."""
-        return next((note for note in map(_read_note, self._notes) if note is not None), {})
+    @property
+    def noted(self) -> Noted:
+        """What `note_results` has written down."""
+        hashes = next((note for note in map(_read_note, self._notes) if note is not None), {})
+        return Noted(hashes, lost=not hashes and not self.is_spent)
 
     def note_results(self, results: Mapping[str, str]) -> None:
         """Write down what will be put in its place, so that the next run knows it where this one is cut off.
@@ -258,6 +276,7 @@ class RunDirectory:
                 if not _is_filled(out):
                     os.rename(self.checkpoint, out)
                 elif not exchange(self.checkpoint, out):
+                    discard(self.directory / _REPLACED)
                     os.rename(out, self.directory / _REPLACED)
                     os.rename(self.checkpoint, out)
             except BaseException:
@@ -278,6 +297,9 @@ class RunDirectory:
         if not replaced.exists() or self.has_placed(out):
             return
         if _is_filled(out):
+            if self.noted.lost and find_foreign(out) is None:
+                # Maybe this run's checkpoint: that is found out by computing it again.
+                return
             raise OutputError(
                 f"{replaced} is what stood in {out} until a run was cut off that was to replace it",
                 "something else stands there now",
@@ -290,7 +312,7 @@ class RunDirectory:
     def has_placed(self, out: Path) -> bool:
         """Whether what is in `out` is this run's checkpoint."""
         mark = out / MARK
-        return mark.is_file() and self.results().get(str(mark)) == file_hash(mark)
+        return mark.is_file() and self.noted.hashes.get(str(mark)) == file_hash(mark)
 
     def remove(self) -> None:
         """Remove the directory, once its checkpoint has been moved to its place, or is of no use."""
@@ -348,17 +370,15 @@ def claim(out: Path, key: str) -> Iterator[RunDirectory]:
         yield run_directory
 
 
-def known_results(out: Path) -> dict[str, str]:
+def noted_results(out: Path) -> Noted:
     """What runs that were cut off have written down of what they were about to put in its place.
 
     Args:
         out: The directory that they were to make.
     """
-    found: dict[str, str] = {}
-    for directory in siblings(out, _KIND):
-        if is_ours(directory, _is_landed):
-            found |= RunDirectory(directory).results()
-    return found
+    found = [RunDirectory(place).noted for place in siblings(out, _KIND) if is_ours(place, _is_landed)]
+    hashes = {path: value for noted in found for path, value in noted.hashes.items()}
+    return Noted(hashes, any(noted.lost for noted in found))
 
 
 def remove_spent(out: Path) -> None:

@@ -2,26 +2,31 @@
 
 All three are finished before the first is renamed to its place, and the checkpoint comes last: where it is, the rest
 is there too. What is about to be put in its place is written down before. So a run that is cut off in between is
-finished by the same command, which knows its own results again by their hashes.
+finished by the same command, which knows its own results again by their hashes; where the notes of these are damaged,
+by making them again.
 """
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
 
 from detune.adapters.extract import extracting
 from detune.checkpoints import (
     CheckpointFiles,
+    Noted,
     Places,
     RunDirectory,
     Target,
     check_new,
-    known_results,
     new_file,
+    noted_results,
     remove_abandoned,
     remove_spent,
     reported,
@@ -30,7 +35,7 @@ from detune.checkpoints import (
 )
 from detune.checkpoints.blocks import file_hash
 from detune.checkpoints.cards import InputCard, library_of
-from detune.checkpoints.mark import MARK
+from detune.checkpoints.mark import MARK, find_foreign
 from detune.compatibility.model_set import ModelSet
 from detune.errors import OutputError
 from detune.recovery.card import recovery_cards
@@ -74,10 +79,10 @@ class Results:
             for path in (self.adapters, self.mask):
                 if path is not None:
                     remove_abandoned(path)
-        known = known_results(self.target.out)
-        if not _is_known(self._mark, known):
-            self.target.check(self.target.out)
-        self._check_others(known)
+        noted = noted_results(self.target.out)
+        if not _is_known(self._mark, noted):
+            self._check_target(noted)
+        self._check_others(noted)
 
     def finished(self, run_directory: RunDirectory) -> Report | None:
         """Find out whether the run had all but ended when it was cut off.
@@ -91,11 +96,11 @@ class Results:
         Raises:
             OutputError: There is something in the place of a result that is not this run's.
         """
-        known = run_directory.results()
-        if all(path is None or _is_known(path, known) for path in (self._mark, self.adapters, self.mask)):
-            return Report.of_json(json.loads(self._mark.read_bytes()))
-        self.target.check(self.target.out)
-        self._check_others(known)
+        noted = run_directory.noted
+        if all(path is None or _is_known(path, noted) for path in (self._mark, self.adapters, self.mask)):
+            return self._placed
+        self._check_target(noted)
+        self._check_others(noted)
         return None
 
     def write(
@@ -125,25 +130,27 @@ class Results:
         Raises:
             OutputError: The disk refuses, or something has changed since it was written.
         """
-        known, results = run_directory.results(), dict[str, str]()
+        noted, results = run_directory.noted, dict[str, str]()
         with ExitStack() as made:
             if self.adapters:
-                if _is_known(self.adapters, known):
-                    results[str(self.adapters)] = known[str(self.adapters)]
+                if _is_known(self.adapters, noted):
+                    results[str(self.adapters)] = noted.hashes[str(self.adapters)]
                     summary = json.loads((self.adapters / MARK).read_bytes())["summary"]
                 else:
                     base = str(self.target.out)
-                    extractor = made.enter_context(extracting(family, self.adapters, base=base, card=cards is not None))
+                    extractor = made.enter_context(
+                        extracting(family, self.adapters, base=base, card=cards is not None, same=_same)
+                    )
                     for name in family.names:
                         extractor.add(name, read_changes(run_directory, completed[name], extractor.kind(name)))
                     summary = extractor.finish().summary
                     results[str(self.adapters)] = _hash(extractor.directory)
                 report = replace(report, adapters=summary)
             if self.mask:
-                if _is_known(self.mask, known):
-                    results[str(self.mask)] = known[str(self.mask)]
+                if _is_known(self.mask, noted):
+                    results[str(self.mask)] = noted.hashes[str(self.mask)]
                 else:
-                    partial = made.enter_context(new_file(self.mask))
+                    partial = made.enter_context(new_file(self.mask, same=_same))
                     write_masks(partial, read_masks(run_directory, completed, family.names))
                     results[str(self.mask)] = _hash(partial)
             content = places.within(report.content)
@@ -151,8 +158,14 @@ class Results:
             files.finish({} if cards is None else recovery_cards(shown, cards, library, title, places))
             with reported(self.target.out, files.needed_bytes):
                 write_mark(run_directory.checkpoint, content)
-            results[str(self._mark)] = _hash(run_directory.checkpoint / MARK)
+            # What may be overwritten is, whether it is the same or not.
+            stands = (
+                not self.target.overwrite and self._mark.is_file() and _same(run_directory.checkpoint, self.target.out)
+            )
+            results[str(self._mark)] = _hash(self._mark if stands else run_directory.checkpoint / MARK)
             run_directory.note_results(results)
+        if stands:
+            return self._placed
         run_directory.place(self.target.out, self.target.check)
         return report
 
@@ -161,23 +174,56 @@ class Results:
         """The checkpoint stands for itself by the report in it, which no other run has."""
         return self.target.out / MARK
 
-    def _check_others(self, known: Mapping[str, str]) -> None:
-        if self.adapters and not _is_known(self.adapters, known):
-            check_new(self.adapters)
-        if self.mask and not _is_known(self.mask, known):
-            check_new(self.mask, directory=False)
+    @property
+    def _placed(self) -> Report:
+        return Report.of_json(json.loads(self._mark.read_bytes()))
+
+    def _check_target(self, noted: Noted) -> None:
+        if not (noted.lost and find_foreign(self.target.out) is None):
+            self.target.check(self.target.out)
+
+    def _check_others(self, noted: Noted) -> None:
+        for path, directory in ((self.adapters, True), (self.mask, False)):
+            if path and not _is_known(path, noted) and not (noted.lost and _is_like_a_result(path)):
+                check_new(path, directory=directory)
 
 
-def _is_known(path: Path, known: Mapping[str, str]) -> bool:
+def _is_known(path: Path, noted: Noted) -> bool:
     """Whether something stands in its place as it was written down."""
-    return str(path) in known and path.exists() and known[str(path)] == _hash(path)
+    return str(path) in noted.hashes and path.exists() and noted.hashes[str(path)] == _hash(path)
+
+
+def _is_like_a_result(path: Path) -> bool:
+    """Whether something could be adapters or a mask: when they are made again, it must be the same."""
+    return (path / MARK).is_file() or (path.is_file() and is_zipfile(path))
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two results are the same, but for the times in their reports."""
+    return _hash(one) == _hash(other)
 
 
 def _hash(path: Path) -> str:
-    """The SHA-256 of a file, or of all files of a directory and their names."""
+    """The SHA-256 of a file, or of all that is in a directory and its names, without the times in its report."""
     if not path.is_dir():
         return file_hash(path)
     digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{file_hash(file)}\n".encode())
+    for entry in sorted(entry for entry in path.rglob("*") if entry.is_symlink() or not entry.is_dir()):
+        name = entry.relative_to(path).as_posix()
+        if not stat.S_ISREG(entry.lstat().st_mode):
+            found = "no file"
+        else:
+            found = _timeless(entry.read_bytes()) if name == MARK else file_hash(entry)
+        digest.update(f"{name}\0{found}\n".encode())
     return digest.hexdigest()
+
+
+def _timeless(report: bytes) -> str:
+    """A report as text without times: what a run took, and when its files were written."""
+
+    def drop(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in pairs if key not in ("seconds", "files")}
+
+    with suppress(ValueError, RecursionError):
+        return json.dumps(json.loads(report, object_pairs_hook=drop))
+    return report.hex()
