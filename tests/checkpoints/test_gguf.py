@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from struct import pack
 
 import gguf
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from detune.checkpoints import CheckpointWriter, open_checkpoint
+from detune.checkpoints import CheckpointWriter, gguf_header, open_checkpoint
 from detune.errors import InputError
 
 HEADS, KEYS, HIDDEN, BLOCKS = 4, 2, 64, 2
@@ -109,7 +110,9 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def write_llama(path: Path, model: LlamaForCausalLM, kind: Kind = Kind.F32) -> Path:
+def write_llama(
+    path: Path, model: LlamaForCausalLM, kind: Kind = Kind.F32, rows: int | None = None, **other: int
+) -> Path:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, BLOCKS)
     tensors = {}
     for name, weight in model.state_dict().items():
@@ -118,22 +121,21 @@ def write_llama(path: Path, model: LlamaForCausalLM, kind: Kind = Kind.F32) -> P
         values = weight.numpy()
         if "q_proj" in name or "k_proj" in name:
             values = permuted(weight, HEADS if "q_proj" in name else KEYS)
+            values = values[:rows]
         stored = names.get_name(name, try_suffixes=(".weight",))
         tensors[stored] = (values, kind if weight.ndim > 1 else Kind.F32)
-    return write(
-        path,
-        tensors,
-        "llama",
-        context_length=128,
-        embedding_length=HIDDEN,
-        block_count=BLOCKS,
-        feed_forward_length=96,
-        head_count=HEADS,
-        head_count_kv=KEYS,
-        layer_norm_rms_eps=1e-6,
-        rope_dimension_count=HIDDEN // HEADS,
-        vocab_size=50,
-    )
+    settings = {
+        "context_length": 128,
+        "embedding_length": HIDDEN,
+        "block_count": BLOCKS,
+        "feed_forward_length": 96,
+        "head_count": HEADS,
+        "head_count_kv": KEYS,
+        "layer_norm_rms_eps": 1e-6,
+        "rope_dimension_count": HIDDEN // HEADS,
+        "vocab_size": 50,
+    } | other
+    return write(path, tensors, "llama", **{key: value for key, value in settings.items() if value is not None})
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
@@ -180,6 +182,64 @@ def test_a_list_longer_than_the_file_is_refused_at_once(tmp_path):
     (tmp_path / "model.gguf").write_bytes(content.replace(length, (2**62).to_bytes(8, "little")))
     with pytest.raises(InputError, match=r"model\.gguf is damaged"):
         open_checkpoint(tmp_path / "model.gguf")
+
+
+def lists(path: Path, kind: int, length: int, body: bytes, order: str = "<") -> Path:
+    """A file with one setting, a list."""
+    header = pack(f"{order}IQQ", 3, 0, 1) + pack(f"{order}Q", 1) + b"x"
+    path.write_bytes(b"GGUF" + header + pack(f"{order}IIQ", 9, kind, length) + body)
+    return path
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("kind", "element"), [(gguf.GGUFValueType.UINT8, b"x"), (gguf.GGUFValueType.STRING, None)])
+def test_long_lists_of_settings_take_little_and_longer_ones_are_refused(tmp_path, monkeypatch, order, kind, element):
+    element = element or pack(f"{order}Q", 3) + b"abc"
+    path = lists(tmp_path / "model.gguf", kind, 1000, 1000 * element, order)
+    made = []
+    # One part, and not one or two for each element.
+    monkeypatch.setattr(
+        gguf.GGUFReader,
+        "_push_field",
+        lambda _, field, skip_sum=False: (
+            made.append(field) or (0 if skip_sum else sum(part.nbytes for part in field.parts))
+        ),
+    )
+    with open_checkpoint(path) as model:
+        assert not model.tensors
+    assert [len(field.parts) for field in made] == [1, 1, 1, 6]
+    monkeypatch.setattr(gguf_header, "MAX_ELEMENTS", 999)
+    with pytest.raises(InputError, match="it has 1000 elements in arrays of settings, expected at most 999"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", [gguf.GGUFValueType.UINT64, gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY])
+@pytest.mark.parametrize("length", [3, 2**20])
+def test_a_list_that_ends_too_early_is_refused(tmp_path, kind, length):
+    path = lists(tmp_path / "model.gguf", kind, length, pack("<Q", 2) + b"abc")
+    with pytest.raises(InputError, match=r"model\.gguf is damaged"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("counts", [(100_001, 0), (0, 100_001)])
+def test_more_tensors_or_settings_than_any_model_has_are_refused(tmp_path, counts):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + pack("<IQQ", 3, *counts) + bytes(8_000_000))
+    with pytest.raises(InputError, match=r"it has 100001 (tensors|settings), expected at most 100000"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(("change", "heads"), [({"rows": 30}, 4), ({"head_count_kv": 3}, 3)])
+def test_rows_that_are_not_those_of_the_heads_are_refused(tmp_path, llama, change, heads):
+    path = write_llama(tmp_path / "model.gguf", llama, **change)
+    with pytest.raises(InputError, match=rf"has \d+ rows; its settings speak of {heads} heads, .*; download"):
+        open_checkpoint(path)
+
+
+def test_without_the_number_of_heads_names_stay_and_no_row_moves(tmp_path, llama):
+    path = write_llama(tmp_path / "model.gguf", llama, head_count=None)
+    with open_checkpoint(path) as model:
+        expected = permuted(llama.state_dict()["model.layers.0.self_attn.q_proj.weight"], HEADS)
+        assert torch.equal(model.read("blk.0.attn_q.weight"), torch.from_numpy(expected))
 
 
 def test_an_unknown_format_is_named(tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detune.checkpoints import CheckpointWriter, open_checkpoint
 from detune.errors import InputError
+from tests.families import same_bits
 
 FP8 = torch.float8_e4m3fn
 
@@ -118,9 +119,13 @@ def test_the_output_is_bf16_and_has_no_scales(tmp_path, weight):
         (lambda state: state.pop("a.weight_scale"), r"tensor 'a\.weight' of .* has no scale; it is stored as float8"),
         (
             lambda state: state.update({"a.weight_scale": torch.ones(3, 1)}),
-            r"'a\.weight_scale' of .* do not fit their tensor; they have shape \[3, 1\], the tensor \[256, 160\]",
+            r"'a\.weight_scale' of .* do not fit .*; they are float32 of shape \[3, 1\], the tensor has \[256, 160\]",
         ),
         (lambda state: state.update({"a.weight_scale": torch.ones(2, 2, 2)}), "do not fit their tensor"),
+        # Of the columns, or of two rows each: nothing says which.
+        (lambda state: state.update({"a.weight_scale": torch.ones(128)}), "do not fit their tensor"),
+        (lambda state: state.update({"a.weight_scale": torch.ones(1, dtype=torch.complex64)}), "they are complex64"),
+        (lambda state: state.update({"b.weight_zero_point": torch.ones(1, dtype=torch.bool)}), "they are bool"),
     ],
 )
 def test_scales_that_are_missing_or_do_not_fit_are_refused(tmp_path, weight, change, message):
@@ -129,3 +134,14 @@ def test_scales_that_are_missing_or_do_not_fit_are_refused(tmp_path, weight, cha
     change(state)
     with pytest.raises(InputError, match=message):
         open_checkpoint(save(tmp_path / "model.safetensors", state))
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(4, 4, dtype=torch.complex64), torch.ones(4, 4, dtype=torch.bool), torch.tensor(2.0).to(FP8)]
+)
+def test_what_is_no_matrix_of_small_numbers_is_read_as_it_is_stored(tmp_path, weight, value):
+    state = {"a.weight": weight.to(FP8), "a.weight_scale": torch.tensor(2.0)}
+    state |= {"b.weight": value, "b.weight_scale": torch.tensor(2.0)}
+    with open_checkpoint(save(tmp_path / "model.safetensors", state)) as model:
+        assert same_bits(model.read("b.weight"), value)
+        assert torch.equal(model.read("b.weight_scale"), state["b.weight_scale"])

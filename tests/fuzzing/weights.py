@@ -173,6 +173,54 @@ def read_gguf(folder: Path, _: Path) -> None:
             raise Wrong(f"{tensor.name!r} has other values")
 
 
+def make_llama(folder: Path) -> None:
+    """The smallest model of an architecture whose names and rows are turned back."""
+    import gguf
+
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
+    writer.add_context_length(16)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(6)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(4)
+    writer.add_token_list(["a", "b", "c"])
+    writer.add_token_scores([0.0, 1.0, 2.0])
+    rows = {"attn_q": 8, "attn_k": 4, "attn_v": 4, "attn_output": 8, "ffn_gate": 6, "ffn_up": 6, "ffn_down": 8}
+    shapes = {f"blk.0.{name}": (count, 6 if name == "ffn_down" else 8) for name, count in rows.items()}
+    shapes |= {"token_embd": (3, 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", normal(seeded(9), *shape).float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def mutate_llama(draw: Random, folder: Path) -> None:
+    """Change some bytes of the settings and of the tables."""
+    path = folder / "m.gguf"
+    data = path.read_bytes()
+    path.write_bytes(mutated_bytes(draw, data[:1400], draw.choice((1, 1, 3))) + data[1400:])
+
+
+def read_llama(folder: Path, _: Path) -> None:
+    """As the package that the format is from sees it, under whatever names, and rows in whatever order."""
+    import gguf
+
+    found = read_all(folder / "m.gguf")
+    stored = {
+        tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(folder / "m.gguf").tensors
+    }
+    if len(found) != len(stored):
+        raise Wrong(f"{len(found)} tensors, expected {len(stored)}")
+    values = sorted(sorted(map(str, tensor.double().flatten().tolist())) for tensor in stored.values())
+    if sorted(sorted(map(str, tensor.double().flatten().tolist())) for tensor in found.values()) != values:
+        raise Wrong("other values")
+
+
 def make_scaled(folder: Path) -> None:
     """A weight in fp8 with its scale, one in int8 with a scale for each row, and a plain one."""
     weight = normal(seeded(10), 8, 16).float()
@@ -239,5 +287,6 @@ WEIGHTS = (
     Target("index", lambda to: shard(save_plain(to / "model", state())), mutate_index, read_index),
     Target("training", lambda to: torch.save(training(), to / "m.ckpt"), mutate_torch, read_torch),
     Target("gguf", make_gguf, mutate_gguf, read_gguf),
+    Target("llama", make_llama, mutate_llama, read_llama),
     Target("scaled", make_scaled, mutate_safetensors, read_scaled),
 )

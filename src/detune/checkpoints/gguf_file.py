@@ -19,6 +19,7 @@ from detune._runtime import quiet
 from detune.checkpoints.pretrained import load_pretrained, require_reasonable
 from detune.checkpoints.quantised import Coding, Decoded
 from detune.checkpoints.source import Checkpoint
+from detune.errors import InputError
 
 __all__ = ["with_gguf_names"]
 
@@ -96,11 +97,19 @@ def with_gguf_names(model: Checkpoint) -> Checkpoint:
             codings[name] = Blocks(name, _shape(info.shape, encoding), encoding)
     file = model.weight_files[0]
     architecture = file.metadata.get("architecture", "")
-    known = _known(model.root, file.file, architecture) if architecture in _ARCHITECTURES else None
+    known = _known(model.root, file.file, file.metadata) if architecture in _ARCHITECTURES else None
     if known is None or not set(known.names) >= {name for name in model.tensors if name not in _UNNAMED}:
         logger.debug("%s keeps llama.cpp's names: architecture %r", model.spec, architecture)
         return Decoded(model, codings)
     heads = {name: known.heads[kind] for name in model.tensors for kind in known.heads if f".{kind}." in name}
+    for name, count in heads.items():
+        rows = codings[name].shape[0] if name in codings else model.tensors[name].shape[0]
+        if not count or rows % (2 * count):
+            raise InputError(
+                f"tensor {name!r} of {model.spec} has {rows} rows",
+                f"its settings speak of {count} heads, of an even number of rows each",
+                "download or copy the file again",
+            )
     names = {own: name for own, name in known.names.items() if own in model.tensors}
     return Decoded(model, codings, _UNNAMED, names, heads, {"config.json": known.config})
 
@@ -124,7 +133,7 @@ class _Known:
     config: bytes
 
 
-def _known(root: Path, file: str, architecture: str) -> _Known | None:
+def _known(root: Path, file: str, metadata: Mapping[str, str]) -> _Known | None:
     # Neither the maps nor the parser of settings are stable interfaces: whatever goes wrong, names stay as they are.
     try:
         import transformers
@@ -136,7 +145,11 @@ def _known(root: Path, file: str, architecture: str) -> _Known | None:
             model = transformers.AutoModelForCausalLM.from_config(config)
             names = get_gguf_hf_weights_map(model, TensorProcessor())
         config.architectures = [type(model).__name__]
-        counts = (config.num_attention_heads, config.num_key_value_heads) if architecture == "llama" else ()
+        counts = (config.num_attention_heads, config.num_key_value_heads) if metadata["architecture"] == "llama" else ()
+        told = metadata.get("heads")
+        if counts and str(counts[0]) != told:
+            # A setting that is not there has a default in transformers, by which rows would change places.
+            raise ValueError(f"{told or 'no'} heads in the file, {counts[0]} in its configuration")
         heads = dict(zip(("attn_q", "attn_k"), counts, strict=False))
         return _Known(names, heads, config.to_json_string(use_diff=True).encode())
     except Exception as error:

@@ -83,10 +83,12 @@ def with_scales(model: Checkpoint) -> Checkpoint:
         InputError: A scale is missing, or does not fit its tensor.
     """
     scales = {_weight_of(name): name for name in model.tensors if _ending(name) in SCALES}
-    scales = {weight: name for weight, name in scales.items() if weight in model.tensors}
+    scales = {
+        weight: name for weight, name in scales.items() if weight in model.tensors and model.tensors[weight].shape
+    }
     codings: dict[str, Coding] = {}
     for name, info in model.tensors.items():
-        if name in scales and (info.dtype in FP8 or not info.dtype.is_floating_point):
+        if name in scales and info.shape and (info.dtype in FP8 or _is_integer(info.dtype)):
             codings[name] = _coding(model, name, scales[name])
         elif info.dtype in FP8 and len(info.shape) > 1:
             if scales:
@@ -100,7 +102,7 @@ def with_scales(model: Checkpoint) -> Checkpoint:
     if not codings:
         return model
     hidden = {name for name in model.tensors if _ending(name) in (*OTHERS, MARKER, "weight_zero_point")}
-    return Decoded(model, codings, frozenset(hidden | set(scales.values())))
+    return Decoded(model, codings, frozenset(hidden | {scales[name] for name in codings if name in scales}))
 
 
 def _coding(model: Checkpoint, name: str, scale: str) -> Scaled:
@@ -121,14 +123,19 @@ def _sides(model: Checkpoint, name: str, scale: str) -> tuple[int, ...]:
     Raises:
         InputError: The scales do not fit.
     """
-    shape, given = model.tensors[name].shape, model.tensors[scale].shape
+    shape, given, dtype = model.tensors[name].shape, model.tensors[scale].shape, model.tensors[scale].dtype
     scales = _scale_shape(given, shape)
     sides = tuple(side for pair in zip(shape, scales, strict=False) if (side := _side(*pair)) is not None)
-    if len(sides) == len(shape) == len(scales):
+    # What has fewer dimensions is one or one a row: of blocks it would not say in which dimension they lie.
+    whole = len(given) == len(shape) or all(
+        side in (1, size) for side, size in zip(sides, shape[: len(sides)], strict=True)
+    )
+    if len(sides) == len(shape) == len(scales) and whole and (dtype.is_floating_point or _is_integer(dtype)):
         return sides
     raise InputError(
         f"the scales {scale!r} of {model.spec} do not fit their tensor",
-        f"they have shape {list(given)}, the tensor {list(shape)}: expected one, one a row, or one a block",
+        f"they are {_name(dtype)} of shape {list(given)}, the tensor has {list(shape)}: expected real numbers, one, "
+        "one a row, or one a block",
         "copy the model again, or convert it to bf16",
     )
 
@@ -153,6 +160,10 @@ def _ending(name: str) -> str:
 
 def _weight_of(scale: str) -> str:
     return scale[: len(scale) - len(_ending(scale))] + "weight"
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _name(dtype: torch.dtype) -> str:
