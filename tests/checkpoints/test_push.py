@@ -1,10 +1,13 @@
 """Models and adapters pushed to a Hub on this machine: what arrives, who sees it, and what is refused."""
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 import detune
 from benchmarks.hub_server import Hub
@@ -42,6 +45,12 @@ def recovered(fine: Fine, tmp_path: Path) -> Path:
     return tmp_path / "recovered"
 
 
+def save_adapter(folder: Path, base: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    save_file({"a": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+
+
 def on_hub(hub: Hub, name: str) -> dict[str, bytes]:
     return {path: content for path, content in tree(hub.root / name).items() if path != ".gitattributes"}
 
@@ -74,6 +83,19 @@ class TestWhatArrives:
         assert on_hub(writable, "org/loras") == tree(tmp_path / "loras")
         assert detune.push(tmp_path / "loras" / "model-1", "org/one").kind == "adapter"
         assert set(on_hub(writable, "org/one")) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+    def test_all_of_a_pipelines_model_or_those_of_a_component(self, writable: Hub, tmp_path: Path) -> None:
+        for folder in ("unet", "text_encoder"):
+            save_adapter(tmp_path / "model-0" / folder, f"../../base/{folder}")
+        (tmp_path / "model-0" / "README.md").write_text("about")
+        (tmp_path / "model-0" / "id_rsa").write_text("key")
+        pushed = detune.push(tmp_path / "model-0", "org/both")
+        assert (pushed.kind, pushed.left_out) == ("adapter", ("id_rsa",))
+        assert on_hub(writable, "org/both") == {
+            name: content for name, content in tree(tmp_path / "model-0").items() if name != "id_rsa"
+        }
+        assert detune.push(tmp_path / "model-0" / "unet", "org/one").kind == "adapter"
+        assert set(on_hub(writable, "org/one")) == {"adapter_config.json", "adapter_model.safetensors"}
 
     def test_a_recovery_with_adapters_moved_into_it_is_a_model(
         self, writable: Hub, fine: Fine, recovered: Path
@@ -116,6 +138,8 @@ class TestRefused:
                 lambda path: (path.mkdir(), (path / "adapter_config.json").write_text("{}")),
                 r"is no whole adapter; it lacks",
             ),
+            (lambda path: save_adapter(path / "run-7", "org/base"), r"holds no weights"),
+            (lambda path: (path.mkdir(), (path / "detune.json").write_text("[]")), r"holds no weights"),
         ],
     )
     def test_what_is_no_model(self, writable: Hub, tmp_path: Path, make, message: str) -> None:

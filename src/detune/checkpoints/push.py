@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from detune import __version__
 from detune.checkpoints.headers import PICKLE_SUFFIXES, read_header
 from detune.checkpoints.hub import is_hub_id
-from detune.checkpoints.layout import read_json
+from detune.checkpoints.layout import pick_weights, read_json
 from detune.checkpoints.mark import MARK, missing_files
 from detune.checkpoints.opening import open_checkpoint
 from detune.checkpoints.side_files import CARD, is_side_file, require_own
@@ -230,14 +230,37 @@ def _content(root: Path) -> tuple[str, list[str]]:
     """What a directory is, and the files that a loader reads."""
     if any(root.glob(_CONFIG)):
         return "adapter", _adapter(root, Path())
-    if (root / MARK).is_file() and str(read_json(root / MARK).get("format")).startswith("detune-extract/"):
+    if (root / MARK).is_file() and _field(root / MARK, "format").startswith("detune-extract/"):
         configs = [path for depth in ("*", "*/*") for path in root.glob(f"{depth}/{_CONFIG}")]
         adapters = sorted(path.parent.relative_to(root) for path in configs)
         cards = [path.relative_to(root).as_posix() for path in root.glob("*/README*.md") if _travels_along(path.name)]
         return "adapters", [*cards, *(name for folder in adapters for name in _adapter(root, folder))]
+    if components := _component_adapters(root):
+        return "adapter", [name for folder in components for name in _adapter(root, folder)]
     with open_checkpoint(root) as model:
         weights = [file.file for file in model.weight_files]
         return "model", [*weights, *model.index_files, *(path.as_posix() for path in model.side_files())]
+
+
+def _component_adapters(root: Path) -> list[Path]:
+    """The adapters of one pipeline that `extract` made, each in a directory named as the component that it is for.
+
+    Empty where there are none, where one is for something else, as among the runs of a trainer, and where weights lie
+    beside them: that is a model.
+    """
+    folders = sorted(path.parent for path in root.glob(f"*/{_CONFIG}"))
+    bases = [_field(folder / _CONFIG, "base_model_name_or_path") for folder in folders]
+    names = [path.name for path in root.iterdir() if path.is_file()]
+    is_model = "model_index.json" in names or pick_weights(names, str(root)) is not None
+    if is_model or any(PurePosixPath(base).name != folder.name for base, folder in zip(bases, folders, strict=True)):
+        return []
+    return [folder.relative_to(root) for folder in folders]
+
+
+def _field(path: Path, key: str) -> str:
+    """What a file says at a key; empty where it says nothing, or is no table."""
+    content = read_json(path)
+    return str(content.get(key)) if isinstance(content, dict) else ""
 
 
 def _adapter(root: Path, folder: Path) -> list[str]:

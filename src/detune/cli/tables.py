@@ -139,8 +139,11 @@ def show_adapters(summary: "dict[str, dict[str, Any]]", out: Path) -> None:
     """Print a line for each adapter: what is in it, and what PEFT's merge of it gives back."""
     for name, figures in summary.items():
         say(f"{name}: {adapter_sentence(figures)}")
-    loading = f"PeftModel.from_pretrained(base, {str(out / next(iter(summary)))!r})"
-    say(f"wrote {out}; load with {loading}")
+    # A pipeline's adapters lie in a directory for each component.
+    first = min(out.rglob("adapter_config.json"), default=None)
+    if first is not None:
+        component = "".join(f".{part}" for part in first.parent.relative_to(out).parts[1:])
+        say(f"wrote {out}; load with PeftModel.from_pretrained(base{component}, {str(first.parent)!r})")
 
 
 def show_pack(report: "PackReport") -> None:

@@ -1,5 +1,6 @@
 """`--dry-run`: what commands would do, and that nothing is written."""
 
+import inspect
 import math
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 import detune
 from detune.errors import InputError, OutputError
-from detune.plan import plan_extraction, plan_pack, plan_recovery
+from detune.plan import plan_extraction, plan_pack, plan_push, plan_recovery
 from tests.families import Fine, edit, plain_family, tree
 from tests.schemas import require_valid
 
@@ -37,11 +38,11 @@ def test_recover(fine, tmp_path):
     assert adapters.size_bytes == pytest.approx(factors, rel=0.35), "but for headers"
     assert mask.size_bytes == 4 * 80 * 64
     assert [(read.files, read.tensors) for read in plan.reads] == [(1, 7)] * 3
-    assert [part.what for part in plan.time] == ["recovering", "fitting adapters", "reading and hashing"]
+    assert [part.what for part in plan.time] == ["recovering and fitting adapters", "reading and hashing"]
     assert all(0 < part.seconds < 100 for part in plan.time)
     assert plan.seconds == sum(part.seconds for part in plan.time)
-    assert "5120 entries of layer." in plan.time[0].source
-    assert "all are 4 times as many" in plan.time[0].source
+    assert plan.time[0].source.startswith("4 matrices with 20480 entries took ")
+    assert plan.time[0].source.endswith(" s here, and all have 1 times as many")
 
 
 def test_extract(fine, tmp_path):
@@ -65,6 +66,24 @@ def test_pack(fine, tmp_path, known):
     ]
     (pack,) = plan.writes
     assert detune.pack(fine.models, tmp_path / "out", base=fine.base).pack_bytes < pack.size_bytes
+
+
+PROGRESS = {"on_start", "on_tensor", "executor", "message"}
+"""Parameters that say how a command is run or told, and change nothing of what it would do."""
+
+
+@pytest.mark.parametrize(
+    ("plan", "twin"),
+    [
+        (plan_recovery, detune.recover),
+        (plan_extraction, detune.extract),
+        (plan_pack, detune.pack),
+        (plan_push, detune.push),
+    ],
+)
+def test_a_plan_takes_what_its_command_takes(plan, twin):
+    expected = [each for each in inspect.signature(twin).parameters.values() if each.name not in PROGRESS]
+    assert list(inspect.signature(plan).parameters.values()) == expected
 
 
 def test_only_headers_and_rows_of_models_on_the_hub_are_read(hub, tmp_path):
