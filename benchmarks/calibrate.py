@@ -7,8 +7,8 @@ covariates and some quantiles of each, that lowers the interval score of the two
     width + 2 / a (low - y)+ + 2 / a (y - high)+,    y = log10(true / predicted),  a = MISSED.
 
 A leaf's range is that between the conformal quantiles of its problems: of n numbers the one in place `a (n + 1) / 2`
-from either end, rounded outwards (Vovk, Gammerman & Shafer 2005). Exact answers have y = -inf, which a range may
-begin at.
+from either end (Vovk, Gammerman & Shafer 2005), and between two places what lies between their numbers. Exact answers
+have y = -inf. A range that begins there misses on one side alone: its upper end is in place `a (n + 1)`.
 """
 
 import math
@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 from detune.certificate.verdict import BAND
 
 Floats = NDArray[np.float64]
-# Ranges are to miss one problem in twenty, half of these at either end. Bins are chosen by the numbers that they are
-# then filled with, so they are filled for one in twenty-five.
-MISSED = 0.04
-# From 49 problems in a bin on, its extremes are a range that misses one in twenty-five (derived: 2 / MISSED - 1). Of
-# fewer they miss more, and no split makes such bins.
+# Ranges are to miss one problem in twenty, half of these at either end (definition).
+MISSED = 0.05
+# From 39 problems in a bin on, its extremes are a range that misses one in twenty (derived: 2 / MISSED - 1). Of fewer
+# they miss more, and no split makes such bins; a quarter more, as bins are chosen by the numbers that fill them.
 FEWEST = 49
 CANDIDATES = 8
 # A split must lower the score by a twentieth: less is chance.
@@ -87,9 +86,16 @@ def _finite(value: float) -> float | None:
 
 def _ends(y: Floats) -> tuple[float, float]:
     """The range of a bin."""
-    place = max(1, math.floor(MISSED / 2 * (len(y) + 1)))
-    ordered = np.sort(y)
-    return float(ordered[place - 1]), float(ordered[-place])
+    low = _quantile(y, MISSED / 2)
+    return low, -_quantile(-y, MISSED / 2 if math.isfinite(low) else MISSED)
+
+
+def _quantile(y: Floats, share: float) -> float:
+    """The number in place `share (n + 1)`, or the smallest; between places what lies between their finite numbers."""
+    place, ordered = max(1.0, share * (len(y) + 1)), np.sort(y)
+    below, above = ordered[math.floor(place) - 1], ordered[min(math.ceil(place), len(y)) - 1]
+    between = math.isfinite(below) and math.isfinite(above)
+    return float(below + place % 1 * (above - below)) if between else float(below)
 
 
 def _score(y: Floats) -> float:

@@ -69,14 +69,16 @@ class Judged:
 def judged(found: Sequence[Outcome]) -> Iterator[Judged]:
     """Those outcomes whose certificate has a range."""
     for o in found:
-        if o.basis is not None and o.predicted is not None:
+        if o.worst is not None:
+            yield Judged(o, Certificate(Verdict.APPROXIMATE, "", 0, None, o.best, o.worst))
+        elif o.basis is not None and o.predicted is not None:
             assessment = Assessment(o.basis, 10**o.predicted, o.covariates, o.doubts, o.at_floor, "")
             yield Judged(o, calibrated(assessment))
 
 
 STRATA: dict[str, Callable[[Judged], str]] = {
     "verdict": lambda j: str(j.certificate.verdict),
-    "bin": lambda j: str(j.outcome.basis),
+    "bin": lambda j: j.outcome.basis or "derived",
     "kind": lambda j: j.outcome.kind,
     "dtype": lambda j: j.outcome.dtype,
     "entries": lambda j: _class(j.outcome.entries, (1e4, 1e5)),
@@ -107,7 +109,7 @@ def table(split: str) -> None:
         for name in sorted(groups):
             if len(groups[name]) >= FEWEST:
                 print(f"  {name:34} {_figures(groups[name])}")
-    others = [o for o in found if o.basis is None]
+    others = [o for o in found if o.basis is None and o.worst is None]
     exact = [o for o in others if o.verdict == Verdict.EXACT]
     print(
         f"\n{len(found)} problems; exact: {len(exact)}, {sum(o.wrong > 0 for o in exact)} of them wrong; "

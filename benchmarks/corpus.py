@@ -58,6 +58,8 @@ class Outcome:
         at_floor: As in `Assessment`.
         covariates: As there.
         doubts: As there.
+        best: The lower end of a range that is derived and not calibrated; None where there is none, or it is open.
+        worst: Its upper end.
         certain: How many entries were called certain; 0 where none was.
         certain_wrong: How many of them are not the base's.
         wrong: How many entries of the stored weight are not the base's.
@@ -80,6 +82,8 @@ class Outcome:
     at_floor: bool
     covariates: Mapping[str, float]
     doubts: tuple[str, ...]
+    best: float | None
+    worst: float | None
     certain: int
     certain_wrong: int
     wrong: int
@@ -121,7 +125,8 @@ def outcome(seed: int, problem: Problem) -> Outcome:
     judged = time.process_time()
     weight = recovery.weight.to(problem.stored).double()
     mse, wrong = float((weight - problem.W).square().mean()), int(weight.ne(problem.W).sum())
-    certain = recovery.bits.certain if recovery.bits is not None else torch.zeros(stack.shape, dtype=torch.bool)
+    believed = recovery.bits is not None and found.certain
+    certain = recovery.bits.certain if recovery.bits and believed else torch.zeros(stack.shape, dtype=torch.bool)
     ranged = isinstance(found, Assessment)
     return Outcome(
         **about,
@@ -133,6 +138,8 @@ def outcome(seed: int, problem: Problem) -> Outcome:
         at_floor=bool(ranged and found.at_floor),
         covariates={name: round(value, 4) for name, value in found.covariates.items()} if ranged else {},
         doubts=found.doubts if ranged else (),
+        best=None if ranged else found.best_w_error,
+        worst=None if ranged else found.worst_w_error,
         certain=int(certain.sum()),
         certain_wrong=int((certain & recovery.weight.double().ne(problem.W)).sum()),
         wrong=wrong,
@@ -158,6 +165,8 @@ def _nothing() -> dict[str, Any]:
         "at_floor": False,
         "covariates": {},
         "doubts": (),
+        "best": None,
+        "worst": None,
         "certain": 0,
         "certain_wrong": 0,
         "wrong": 0,

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import llm_models
+import mini_models
 import minilm
 import torch
 from safetensors import safe_open
@@ -26,8 +27,9 @@ from detune.numerics.float_grid import name_of, spacing
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32, torch.float64)
-# Each split's seeds begin at a multiple of SPLIT_SEEDS; a sealed part that was looked at is followed by another.
-SPLITS = {"fit": 0, "check": 1, "sealed": 5}
+# Each split's seeds begin at a multiple of SPLIT_SEEDS. A sealed part that was looked at is followed by another, three
+# further on, which has the same layers of real models.
+SPLITS = {"fit": 0, "check": 1, "sealed": 8}
 SPLIT_SEEDS = 10_000_000
 LARGEST = 1 << 17  # entries of a random matrix; one in 25 is up to eight times as large
 # log10 of the deltas' rms in units in the last place of the base's dtype.
@@ -41,7 +43,7 @@ class Problem:
     """A base's matrix and what fine-tunes made of it.
 
     Attributes:
-        kind: A key of `KINDS`.
+        kind: A key of `KINDS` or `LATER_KINDS`.
         W: The base, `(out, in)`, float64.
         models: `W + M_i`, rounded to their dtypes.
         grid: The dtype that the base was stored in; None where it lies on no grid.
@@ -68,9 +70,18 @@ def draw(split: str, number: int) -> Problem:
     """A problem of a split."""
     seed = SPLITS[split] * SPLIT_SEEDS + number
     draw = _Draw(random.Random(seed), torch.Generator().manual_seed(seed), SPLITS[split] % len(SPLITS))
-    kinds, weights = zip(*((kind, weight) for kind, (weight, _) in KINDS.items()), strict=True)
-    kind = draw.pick.choices(kinds, weights)[0]
-    return replace(KINDS[kind][1](draw), kind=kind)
+    kind = _one_of(KINDS, draw.pick)
+    # By draws of its own, so that a later kind takes the place of some problems and leaves the others as they are.
+    later = random.Random(f"later {seed}")
+    if later.random() < LATER_SHARE:
+        kind = _one_of(LATER_KINDS, later)
+    return replace({**KINDS, **LATER_KINDS}[kind][1](draw), kind=kind)
+
+
+def _one_of(kinds: "Kinds", pick: random.Random) -> str:
+    names, weights = zip(*((kind, weight) for kind, (weight, _) in kinds.items()), strict=True)
+    found: str = pick.choices(names, weights)[0]
+    return found
 
 
 @dataclass(frozen=True)
@@ -269,6 +280,32 @@ def _minilm(draw: _Draw) -> Problem:
 MINILM_DOMAINS = list(DOMAINS)[:4]
 
 
+def _left_alone(draw: _Draw) -> Problem:
+    """One model or two have the base's own bits, as those whose adapters are elsewhere."""
+    shape, n, dtype = draw.shape(), draw.count(), draw.pick.choice(HALVES)
+    W = draw.base(shape).to(dtype).double()
+    deltas, about = draw.deltas(shape, n)
+    alone = draw.pick.choice((1, 1, 2))
+    deltas[n - alone :] = [torch.zeros_like(W)] * alone
+    size = draw.power((-1.0, 2.5)) * rms(spacing(W, dtype))
+    merged = draw.pick.choice((dtype, dtype, torch.float32))
+    return _merged(W, [size * M_i for M_i in deltas], [merged] * n, dtype, f"{about}, {alone} left alone")
+
+
+def _mini(draw: _Draw, model: str) -> Problem:
+    """A layer of a small model with adapters trained from one seed, light to heavy."""
+    pick = draw.pick
+    name = pick.choice([name for i, name in enumerate(mini_models.names(model)) if i % len(SPLITS) == draw.split])
+    W, deltas = mini_models.base_and_deltas(model, name)
+    deltas = pick.sample(deltas, pick.choice((3, 3, 4)))
+    dtype = pick.choice((torch.float32, torch.bfloat16, torch.float16))
+    grid = torch.bfloat16 if dtype is torch.float32 and pick.random() < 0.5 else dtype
+    W = W.to(grid).to(dtype)
+    factor = draw.power(ULPS[dtype]) * rms(spacing(W.double(), dtype)) / rms(torch.stack(deltas))
+    factor = min(factor, rms(W.double()) / rms(torch.stack(deltas)))
+    return _merged_by_peft(W, [factor * M_i for M_i in deltas], grid, f"{name} of {len(deltas)} tasks")
+
+
 def _merged_by_peft(W: Tensor, deltas: Sequence[Tensor], grid: torch.dtype, about: str) -> Problem:
     """PEFT rounds a delta to the model's dtype before it adds it."""
     models = tuple(W + M_i.to(W.dtype) for M_i in deltas)
@@ -301,7 +338,8 @@ def _minilm_adapter(domain: str) -> Path:
     return path
 
 
-KINDS: Mapping[str, tuple[float, Callable[[_Draw], Problem]]] = {
+Kinds = Mapping[str, tuple[float, Callable[[_Draw], Problem]]]
+KINDS: Kinds = {
     "random": (8, _random),
     "finer merges": (4, lambda draw: _random(draw, finer=True)),
     "few models": (1.5, _few),
@@ -311,4 +349,11 @@ KINDS: Mapping[str, tuple[float, Callable[[_Draw], Problem]]] = {
     "shared parts": (1, _shared),
     "SmolLM2": (6, _smollm),
     "MiniLM": (1, _minilm),
+}
+LATER_SHARE = 0.14
+LATER_KINDS: Kinds = {
+    "left alone": (1, _left_alone),
+    "mini ViT": (1, lambda draw: _mini(draw, "ViT")),
+    "mini Mistral": (1, lambda draw: _mini(draw, "Mistral")),
+    "mini diffusion": (1, lambda draw: _mini(draw, "diffusion")),
 }

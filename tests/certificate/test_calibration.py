@@ -31,6 +31,8 @@ MADE_UP = {
 LEAST_SQUARES = {
     "least squares",
     "least squares, steep storing",
+    "least squares, steep storing of float64",
+    "held down",
     "least squares, in doubt",
     "least squares, deltas below a step",
 }

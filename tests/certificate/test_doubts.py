@@ -1,5 +1,6 @@
 """Each reason for which a prediction may be wrong: named where it holds, and nowhere else."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from detune.certificate import error_model
 from detune.certificate.certify import Verdict, certify
 from detune.certificate.error_model import ErrorModel
-from detune.certificate.grid_error import assess_bits, is_exact
+from detune.certificate.grid_error import are_certain, assess_bits, is_exact
 from detune.fitting.normal_operator import NormalOperator
 from detune.methods import Auto, Intersect
 from detune.problem import DecodedBits, LowRank, PredictedError, Recovery, Stack
@@ -194,6 +195,43 @@ def test_certain_entries_beside_spaces_that_cannot_be_told_apart_are_not_exact()
     assert not is_exact(stack, replace(recovery, bits=bits, deltas=shared))
     finer = Stack.of(stack.matrices[0].float() + torch.stack([M_i.float() for M_i in given.deltas]))
     assert is_exact(finer, replace(recovery, bits=bits, deltas=shared))
+
+
+def test_certain_entries_of_a_start_that_is_one_of_many_are_not_believed():
+    """Models as coarse as the base; least squares began the fit, and has no answer."""
+    given = make_problem(Regime(shape=(64, 48), ranks=(3, 3, 3), scale=0.1), seeded())
+    W = given.W_star.bfloat16()
+    stack = Stack.of(torch.stack([(W + M_i).bfloat16() for M_i in given.deltas]))
+    recovery = Intersect().solve(stack)
+    bits = DecodedBits(torch.bfloat16, -30.0, torch.rand(stack.shape, generator=seeded()) < 0.99, EXPECTED, 0.99)
+    shared = tuple(LowRank(M_i.left, recovery.deltas[0].right) for M_i in recovery.deltas)
+    began = replace(recovery, bits=bits, deltas=shared, method="intersect+lattice")
+    found = assess_bits(stack, began)
+    assert not found.certain
+    assert found.reason.startswith("no entry is certain")
+    assert found.basis == "grid, adapters alike"
+    assert not certify(stack, began, torch.bfloat16).certain
+    assert assess_bits(stack, replace(began, deltas=recovery.deltas)).certain
+    # From the grid alone, what all adapters share begins at zero.
+    assert assess_bits(stack, replace(began, method="lattice")).certain
+    finer = Stack.of(stack.matrices[0].float() + torch.stack([M_i.float() for M_i in given.deltas]))
+    assert assess_bits(finer, began).certain
+
+
+@pytest.mark.parametrize(("share", "believed"), [(0.9, False), (0.97, True)])
+def test_certain_entries_of_one_model_are_believed_if_next_to_all_are(share, believed):
+    stack = Stack.of(plain()[:1])
+    bits = DecodedBits(torch.bfloat16, -30.0, torch.rand(stack.shape, generator=seeded()) < share, EXPECTED, 0.99)
+    recovery = Recovery(stack.matrices[0].double(), "lattice", "", bits=bits)
+    assert are_certain(stack, recovery, math.inf) is believed
+
+
+def test_no_entry_is_certain_on_a_grid_that_is_assumed():
+    stack = Stack.of(plain())
+    bits = DecodedBits(torch.bfloat16, -1.0, torch.ones(stack.shape, dtype=torch.bool), EXPECTED, 0.99)
+    found = assess_bits(stack, replace(CLOSED_FORM.solve(stack), bits=bits))
+    assert not found.certain
+    assert "which the base is taken to be on" in found.reason
 
 
 def test_where_none_should_be_wrong_one_may_be():

@@ -29,6 +29,7 @@ class Assessment:
         at_floor: Whether storage noise is all that is left, and the answer the best that there is.
         reason: What the answer is, if storage noise is all that is left.
         agreement: The same figure by the disagreement of parts of the models; 0 where that was not looked at.
+        certain: As in `Certificate`.
     """
 
     basis: str
@@ -38,6 +39,7 @@ class Assessment:
     at_floor: bool
     reason: str
     agreement: float = 0.0
+    certain: bool = True
 
 
 @dataclass(frozen=True)

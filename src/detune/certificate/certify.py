@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from detune.certificate.calibration import Assessment, band
+from detune.certificate.calibration import Assessment, band, log_ratio
 from detune.certificate.error_model import ErrorModel
 from detune.certificate.grid_error import assess_bits, is_exact, on_grid
 from detune.certificate.jackknife import Solve, disagreement
@@ -141,13 +141,16 @@ def _of_unchanged(stack: Stack, recovery: Recovery) -> Certificate:
     return Certificate(Verdict.EXACT, f"the base's own bits, if {sign} by no accident")
 
 
-def _of_expected(recovery: Recovery, expected: PredictedError, stored: torch.dtype, disagreed: float) -> Certificate:
+def _of_expected(recovery: Recovery, expected: PredictedError, stored: torch.dtype, disagreed: float) -> Assessment:
     """From the fit's own variances: deltas near the noise are held down, and no residual shows by how much too far."""
     added = storage_energy(recovery.weight.to(stored)) / recovery.weight.numel()
-    most = max(expected.most, disagreed)
-    error = PredictedError(expected.mse + added, expected.least + added, most + added)
-    reason = "deltas are near the models' noise: what they have in common is known to a factor only"
-    return Certificate.of_error(Verdict.APPROXIMATE, reason, error, disagreed)
+    mse = expected.mse + added
+    covariates = {
+        "chance above": log_ratio((expected.most + added) / mse),
+        "chance below": log_ratio(mse / (expected.least + added)),
+    }
+    doubt = "deltas are near the models' noise: what they have in common is known to a factor only"
+    return Assessment("held down", mse, covariates, (doubt,), False, "", disagreed)
 
 
 def calibrated(found: Assessment) -> Certificate:
@@ -169,4 +172,4 @@ def calibrated(found: Assessment) -> Certificate:
     said = (found.reason, *doubts) if found.at_floor else doubts
     if verdict is Verdict.APPROXIMATE and not doubts:
         said = (*said, "problems like it had errors that are known to a factor only")
-    return Certificate(verdict, "; ".join(said), 0, predicted, best, worst, agreement)
+    return Certificate(verdict, "; ".join(said), 0, predicted, best, worst, agreement, found.certain)

@@ -205,7 +205,11 @@ class ErrorModel:
             return "least squares, deltas below a step"
         if not at_floor or doubts > self._is_steep(after):
             return "least squares, in doubt"
-        return "least squares, steep storing" if doubts else "least squares"
+        if not doubts:
+            return "least squares"
+        # Rounding to the dtype of the computation is not simulated by doing it.
+        double = self.stored == torch.float64
+        return "least squares, steep storing of float64" if double else "least squares, steep storing"
 
     @cached_property
     def _is_coarse(self) -> bool:

@@ -50,6 +50,7 @@ class Certificate:
             `docs/method.md`.
         agreement: The same figure from the disagreement of recoveries from parts of the models; None where they were
             not made.
+        certain: Whether the entries that the solver calls certain (`DecodedBits.certain`) are to be taken for it.
     """
 
     verdict: Verdict
@@ -59,6 +60,7 @@ class Certificate:
     best_w_error: float | None = None
     worst_w_error: float | None = None
     agreement: float | None = None
+    certain: bool = True
 
     @classmethod
     def of_error(

@@ -196,7 +196,7 @@ def _joined(*sentences: str) -> str:
 def _certified(stack: Stack, recovery: Recovery, stored: torch.dtype, check: Solve | None = None) -> RecoveredTensor:
     """The answer with its verdict, for the dtype that it will be stored in."""
     certificate = certify(stack, recovery, stored, check)
-    return _recovered(recovery, certificate.verdict).but(
+    return _recovered(recovery, certificate.verdict, certificate.certain).but(
         reason=f"{recovery.reason}; {certificate.reason}",
         undetermined=certificate.undetermined,
         predicted_w_error=certificate.predicted_w_error,
@@ -206,8 +206,11 @@ def _certified(stack: Stack, recovery: Recovery, stored: torch.dtype, check: Sol
     )
 
 
-def _recovered(recovery: Recovery, verdict: Verdict) -> RecoveredTensor:
+def _recovered(recovery: Recovery, verdict: Verdict, certain: bool = True) -> RecoveredTensor:
+    """The answer as it stands; `certain` as in `Certificate`."""
     bits = recovery.bits
+    if bits is not None and not certain:
+        bits = replace(bits, certain=torch.zeros_like(bits.certain))
     result = TensorResult(
         name="",
         shape=(),
