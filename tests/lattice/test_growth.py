@@ -7,9 +7,8 @@ import torch
 
 from detune.lattice.entries import StoredEntries, grid_of
 from detune.lattice.estimate import Estimate
-from detune.lattice.growth import delta_scales, grown, scatter
+from detune.lattice.growth import grown
 from detune.lattice.message_passing import sweep
-from detune.problem import Stack
 from tests.cases import normal, rms, seeded
 from tests.lattice.problems import LatticeProblem
 
@@ -65,42 +64,3 @@ def test_the_one_direction_that_is_missing_comes_to_its_model():
     assert came == 1
     assert [e.rank for e in found] == [2, 2, 2]
     assert problem.off(found)[1] < 0.5 * problem.off(estimates)[1]
-
-
-@pytest.mark.parametrize(
-    ("n", "delta", "merge"),
-    [
-        (2, 0.3, torch.float32),
-        (3, 0.3, torch.bfloat16),
-        (3, 10.0, torch.bfloat16),
-        (5, 1.0, torch.float16),
-        (3, 0.01, torch.float32),
-    ],
-    ids=str,
-)
-def test_sizes_are_right_within_a_tenth(n, delta, merge):
-    problem = LatticeProblem((512, 384), n=n, delta=delta, merge=merge)
-    scales = delta_scales(problem.stack)
-    sizes = [rms(M_i) for M_i in problem.deltas]
-    if n == 2:
-        # Their difference shows the mean alone.
-        sizes = [(sum(size**2 for size in sizes) / 2) ** 0.5] * 2
-    for scale, size in zip(scales, sizes, strict=True):
-        assert scale.rms == pytest.approx(size, rel=0.1)
-        assert scale.at_most > size
-
-
-def test_a_model_without_a_delta_is_taken_for_a_small_one():
-    problem = LatticeProblem((256, 192), n=3, delta=2.0, merge=torch.bfloat16)
-    first, _, last = problem.stack.matrices
-    sizes = delta_scales(Stack.of([first, problem.W.bfloat16(), last]))
-    assert 0 < sizes[1].rms < 0.2 * sizes[0].rms
-    assert sizes[1].at_most < 0.4 * sizes[0].rms
-
-
-@pytest.mark.parametrize("delta", [0.02, 0.1, 0.3])
-def test_scatter_about_the_grid_is_a_single_models_size(delta):
-    """Entries of a delta of many directions are nearly normal."""
-    problem = LatticeProblem((256, 192), rank=32, n=1, delta=delta)
-    found = scatter(problem.stack.matrices[0], torch.bfloat16)
-    assert found.rms == pytest.approx(rms(problem.deltas[0]), rel=0.1)

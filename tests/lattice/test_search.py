@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from detune.lattice import LatticeSearch, NoGrid, are_alike, is_coarse, search
-from detune.lattice.growth import delta_scales
-from detune.lattice.search import left_alone_in_part
+from detune.lattice import LatticeSearch, NoGrid, is_coarse, search
+from detune.lattice.search import are_alike, left_alone_in_part
 from detune.methods import Auto, Lattice
 from detune.numerics.float_grid import lies_on, nearest
 from detune.problem import LowRank, Stack
+from detune.problem.delta_sizes import delta_scales
 from tests.cases import normal, rms, seeded
 from tests.lattice.problems import LatticeProblem
 

@@ -6,7 +6,7 @@ import torch
 from detune.methods import Auto
 from detune.metrics import w_error
 from detune.problem import Stack
-from tests.cases import normal, seeded
+from tests.cases import normal, rms, seeded
 
 SHAPE = (128, 112)
 
@@ -35,4 +35,22 @@ def test_one_model_more_never_hurts(more, first, seed):
     four = [MORE[more](a, b, c, d), *three] if first else [*three, MORE[more](a, b, c, d)]
     alone, together = (Auto().solve(Stack.of([(W_star + M_i).float() for M_i in models])) for models in (three, four))
     assert w_error(together.weight, W_star) <= w_error(alone.weight, W_star) + 0.1
+    assert len(together.deltas) == 4
+
+
+@pytest.mark.parametrize("more", MORE)
+@pytest.mark.parametrize("size", [0.3, 3.0], ids=["light", "ordinary"])
+def test_nor_does_one_in_half_precision(more, size):
+    """Deltas in units in the last place; bits that the three leave open are known better with the fourth."""
+    generator = seeded(1)
+    W_star = (normal(generator, *SHAPE) / 20).bfloat16()
+    deltas = [lora(generator, rank) for rank in (8, 4, 8, 2)]
+    a, b, c, d = (size * 2.0**-13 * M_i / rms(M_i) for M_i in deltas)
+    three = [a, b, c]
+    alone, together = (
+        Auto().solve(Stack.of([(W_star.double() + M_i).bfloat16() for M_i in models]))
+        for models in (three, [*three, MORE[more](a, b, c, d)])
+    )
+    wrong = [float((found.weight.bfloat16() != W_star).double().mean()) for found in (alone, together)]
+    assert wrong[1] <= 1.1 * wrong[0] + 1e-3
     assert len(together.deltas) == 4

@@ -20,10 +20,11 @@ from detune.fitting.differences import find_differences
 from detune.lattice.decode import decoded
 from detune.lattice.entries import Entries, StoredEntries, grid_of
 from detune.lattice.estimate import Estimate
-from detune.lattice.growth import DeltaScale, delta_scales, grown, scatter
+from detune.lattice.growth import grown
 from detune.lattice.message_passing import stepped, sweep
 from detune.numerics.float_grid import lies_on, name_of, spacing
 from detune.numerics.random import seeded
+from detune.problem.delta_sizes import MOST_ALIKE, DeltaScale, beside_rounding, delta_scales, scatter
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import DecodedBits, NotRecoverable, Recovery, left_alone
 from detune.problem.stack import Stack
@@ -44,12 +45,13 @@ MOST_STEPS = 8.0
 FINE = 0.6
 # Least squares that leaves more times the rounding noise than this has not explained the models.
 MOST_NOISE = 1.2
-# A delta that seems to be below this share of the others' may be what these have in common: fine-tunes of one base on
-# texts of one language had a correlation of 0.16 at most (`benchmarks/llm.py`), so those of independent ones have less
-# than MOST_ALIKE.
-COMMON, MOST_ALIKE = 0.4, 0.25
+# A delta that seems to be below this share of the others' may be what these have in common, as MOST_ALIKE allows.
+COMMON = 0.4
 # Estimates that are known to this share of a step leave one entry in a thousand open: the grid's finest steps.
 SETTLED = 1e-3
+# A delta that correlates less with what it was before other models came in has been lost to them: in 100 random sets
+# this was at least 0.999 where more bits were right then, and at most 0.93 where fewer were.
+SAME = 0.97
 # What is left of a delta's size, as a share of the others', where it is none.
 NOTHING = 0.15
 # The fit that looks at it: rows and columns, and sweeps.
@@ -142,6 +144,27 @@ class LatticeSearch:
         if not is_coarse(stack, scales):
             return None
         return left_alone_in_part(stack, self, scales) or self.refined(stack, None, rank, scales)
+
+    def taking_in(self, stack: Stack, found: Recovery, rank: int | None = None) -> Recovery:
+        """The base's bits with models that an answer has left out, where it is expected to be nearer to it with them.
+
+        Args:
+            stack: All models.
+            found: The answer of some, with the deltas of all.
+            rank: The most that any `M_i` can have.
+        """
+        # What is finely stored leaves next to no entry open.
+        if found.bits is None or not found.deltas or not set(stack.rounded_dtypes) & set(HALVES):
+            return found
+        rounded = as_rounded(stack)
+        fit = self._swept(StoredEntries.of(rounded), _from_answer(rounded, found), found.bits.grid, rank, None)
+        if fit is None:
+            return found
+        fit = replace(fit, log10_false_positive=found.bits.log10_false_positive)
+        again = replace(_answer(stack, None, fit), method=found.method, reason=f"{found.reason}; then all models")
+        assert again.bits is not None
+        stays = all(again.deltas[i].correlation(found.deltas[i]) > SAME for i in found.source_models)
+        return again if stays and again.bits.expected.mse < found.bits.expected.mse else found
 
     def refined(
         self, stack: Stack, start: Recovery | None, rank: int | None, scales: Sequence[DeltaScale] | None = None
@@ -427,6 +450,15 @@ def _from_recovery(stack: Stack, start: Recovery) -> tuple[Estimate, ...]:
         replace(Estimate.of(M_i, float(variance)), lack=float(variance) / 2)
         for M_i, variance in zip(start.deltas, noise, strict=True)
     )
+
+
+def _from_answer(stack: Stack, found: Recovery) -> tuple[Estimate, ...]:
+    """Estimates from an answer's deltas; what a model differs by beside its delta and its rounding, these lack."""
+    estimates = []
+    for W_i, M_i, e in zip(stack.matrices, found.deltas, _from_recovery(stack, found), strict=True):
+        rest = (W_i.to(found.weight) - found.weight - M_i.dense()).cpu()
+        estimates.append(replace(e, lack=max(e.lack, beside_rounding(rest, W_i.cpu()))))
+    return tuple(estimates)
 
 
 def _log10_ratio(entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor) -> float:

@@ -15,10 +15,11 @@ from detune.fitting.gauss_newton import GaussNewton, GaussNewtonFit
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import RanksTooHigh, RowSpaces, find_spaces
 from detune.identifiability.principal_part import require_own_adapters
-from detune.lattice import HALVES, LatticeSearch, NoGrid, are_alike
+from detune.lattice import HALVES, LatticeSearch, NoGrid
 from detune.methods.agreement import solve_versions, unchanged
 from detune.methods.mixed_precision import solve_from, solve_from_finest
 from detune.methods.spectral import Spectral
+from detune.problem.delta_sizes import independent_models
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import NotRecoverable, Recovery, left_alone
 from detune.problem.stack import SMALL_ENTRIES, Stack
@@ -69,24 +70,19 @@ class Auto:
         of_versions = solve_versions(stack, self.solve, rank)
         if of_versions is not None:
             return of_versions
+        models = independent_models(stack)
+        if len(models) < stack.n:
+            of_some = solve_from(stack, models, self.solve, rank, "the others' adapters are not independent of theirs")
+            if of_some is not None:
+                return self.lattice.taking_in(stack, of_some, rank) if self.lattice else of_some
         # What was rounded to levels of its own lies on no dtype's grid.
         if self.lattice is None or stack.noise_override:
             return self._least_squares(find_differences(stack, rank, self.seed), rank)
         found = self._left_alone(stack) if stack.n >= self.min_models else None
         if found is None and _is_half(stack):
             with suppress(NoGrid):
-                found = self._without_copy(stack, self.lattice.of_light(stack, rank), rank)
+                found = self.lattice.of_light(stack, rank)
         return found or self._on_grid(find_differences(stack, rank, self.seed), rank)
-
-    def _without_copy(self, stack: Stack, found: Recovery | None, rank: int | None) -> Recovery | None:
-        """The answer without the model that has passed for the base, where the deltas of others are alike."""
-        if found is None or not found.deltas or stack.n <= self.min_models:
-            return found
-        least = min(range(stack.n), key=lambda i: found.deltas[i].energy)
-        models = tuple(i for i in range(stack.n) if i != least)
-        if not are_alike([found.deltas[i] for i in models]):
-            return found
-        return solve_from(stack, models, self.solve, rank, "the other's adapter is not independent of theirs") or found
 
     def _on_grid(self, first: Differences, rank: int | None) -> Recovery:
         """The closed form, and the base's bits from there; the best of least squares where no grid shows."""
@@ -94,11 +90,6 @@ class Auto:
         assert self.lattice is not None
         with suppress(NotRecoverable):
             quick = self._closed_form(first, rank, search=False)
-        models = self._independent(first, quick, rank)
-        if models is not None:
-            found = solve_from(stack, models, self.solve, rank, "the other's adapter is not independent of theirs")
-            if found is not None:
-                return found
         if quick is not None:
             with suppress(NotRecoverable):
                 require_own_adapters(quick)
@@ -113,24 +104,6 @@ class Auto:
             with suppress(NoGrid):
                 return self.lattice.refine(stack, found, rank)
         return self.lattice.without_grid(stack, found)
-
-    def _independent(self, first: Differences, quick: Recovery | None, rank: int | None) -> tuple[int, ...] | None:
-        """The models without one that keeps the closed form from explaining them: a copy at another strength, a merge.
-
-        None where it does explain them, where no such model is found, and in half precision, where ranks end in noise.
-        """
-        stack = first.stack
-        if stack.n <= self.min_models or _is_half(stack) or rank is not None or _explains(quick):
-            return None
-        for left_out in range(stack.n):
-            models = tuple(i for i in range(stack.n) if i != left_out)
-            with suppress(NotRecoverable):
-                others = find_differences(stack.part(models), rank, self.seed)
-                of_others = self._closed_form(others, rank, search=False)
-                # With a later checkpoint of one run beside it, or two groups that agree, a model may pass for the base.
-                if _explains(of_others) and all(of_others.ranks):
-                    return models
-        return None
 
     def _least_squares(self, first: Differences, rank: int | None) -> Recovery:
         found = self._without_grid(first, rank)
@@ -253,11 +226,6 @@ def _adds_up(differences: Differences) -> bool:
     """Whether the rank of each difference is the sum of two models' ranks, as that of independent adapters is."""
     ranks = differences.ranks
     return all(ranks[i] + ranks[j] == difference.rank for (i, j), difference in differences.by_pair.items())
-
-
-def _explains(found: Recovery | None) -> bool:
-    """Whether an answer leaves no more than storage noise."""
-    return found is not None and found.noise_ratio is not None and found.noise_ratio <= FLOOR_RATIO
 
 
 def _is_half(stack: Stack) -> bool:

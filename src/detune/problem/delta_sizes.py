@@ -1,0 +1,212 @@
+"""How large deltas are, and how alike, before any is known.
+
+`W_i - W_k` times `W_j - W_l` is `M_i M_j` on average where the others are independent, and `W_i - W_j` times
+`W_i - W_k` is `M_i^2`: W drops out. Entries with fine steps count most, since rounding is all that others show.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detune.numerics.float_grid import nearest, spacing
+from detune.problem.stack import Stack
+
+# Rows with about this many entries show the size of deltas, and the entries with the finest steps show it best.
+SAMPLED, FINEST = 1 << 17, 0.03
+# Fewer show whether deltas are alike: a product of independent ones is known to 1 % of their sizes.
+SAMPLED_FOR_PRODUCTS = 1 << 15
+# No model's delta is taken for smaller than this share of their average: what is too small to be measured is not zero.
+SMALLEST_SHARE = 0.1
+# Standard errors by which a delta's size may be larger than it seems, and two deltas' product too.
+SURE = 3.0
+# Fine-tunes of one base on texts of one language had a correlation of 0.16 at most (`benchmarks/llm.py`): independent
+# ones have less than this.
+MOST_ALIKE = 0.25
+# Those of few directions reach 0.3 by chance (`tests/methods/test_auto.py`), and to leave one out costs little accuracy
+# but some; a copy, a later checkpoint or a merge of two has 0.45 or more with one of the others (`benchmarks/llm.py`).
+TOO_ALIKE = 0.35
+# Fewer have no base of their own.
+FEWEST = 3
+LEAST = torch.finfo(torch.float64).tiny
+
+
+class DeltaScale(NamedTuple):
+    """How large a delta's entries are.
+
+    Attributes:
+        rms: Root mean square.
+        at_most: What it is hardly more than.
+    """
+
+    rms: float
+    at_most: float
+
+
+class Product(NamedTuple):
+    """A mean of products of entries, and its standard error."""
+
+    mean: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of all models.
+
+    Attributes:
+        values: `W_i - W_1`, `(n, entries)`, float64.
+        weights: Of the entries, `(entries,)`, their sum 1.
+        rounding: Mean square of both models' rounding in the difference of two, with these weights, `(n, n)`.
+    """
+
+    values: Tensor
+    weights: Tensor
+    rounding: Tensor
+
+    @classmethod
+    def of(cls, stack: Stack, entries: int) -> "Sample":
+        """Take rows with about as many entries, at regular distances."""
+        every = max(1, stack.shape[0] * stack.shape[1] // entries)
+        rows = [W_i[::every].cpu() for W_i in stack.matrices]
+        if stack.noise_override:
+            noise = torch.stack([torch.full(rows[0].shape, s**2).double() for s in stack.noise_override])
+        else:
+            noise = torch.stack(
+                [spacing(W_i, dtype).square() / 12 for W_i, dtype in zip(rows, stack.rounded_dtypes, strict=True)]
+            )
+        noise = noise.flatten(1)
+        values = torch.stack([W_i.double() for W_i in rows]).flatten(1)
+        values -= values[0].clone()
+        summed = noise.sum(dim=0)
+        size = (values - values.mean(dim=0)).square().mean(dim=0)
+        # The size of the deltas where rounding is finest: there it counts.
+        fine = summed <= summed[:: max(1, summed.numel() // 10**5)].quantile(FINEST)
+        typical = max(float(size[fine].mean() - summed[fine].mean() / stack.n), LEAST)
+        weights = 1 / (summed + typical).square()
+        weights /= weights.sum()
+        own = noise @ weights
+        return cls(values, weights, own[:, None] + own)
+
+    def mean(self, products: Tensor) -> Product:
+        """The mean over the entries."""
+        mean = float((self.weights * products).sum())
+        return Product(mean, float((self.weights * (products - mean)).square().sum().sqrt()))
+
+    @property
+    def distances(self) -> tuple[Tensor, Tensor]:
+        """Mean squares of `M_i - M_j`, and their standard errors as of normal entries, both `(n, n)`."""
+        products = (self.values * self.weights) @ self.values.mT
+        squares = products.diagonal()
+        found = squares[:, None] + squares - 2 * products
+        return (found - self.rounding).fill_diagonal_(0), found * (2 * self.weights.square().sum()).sqrt()
+
+    def square(self, i: int, others: Sequence[int]) -> Product:
+        """Mean square of `M_i`, where it and the others are independent."""
+        away = self.values[i] - self.values[list(others)]
+        # The mean over pairs j != k of the products, from their sums.
+        products = away.sum(dim=0).square() - away.square().sum(dim=0)
+        return self.mean(products / (len(others) * (len(others) - 1)))
+
+
+def delta_scales(stack: Stack) -> list[DeltaScale]:
+    """Root mean square of each delta's entries, from two models on; two share what their difference shows."""
+    sample = Sample.of(stack, SAMPLED)
+    models = range(stack.n)
+    if stack.n == 2:
+        return [DeltaScale(math.sqrt(max(float(sample.distances[0][0, 1]) / 2, LEAST)), math.inf)] * 2
+    found = [sample.square(i, [j for j in models if j != i]) for i in models]
+    typical = max(sum(max(0.0, square) for square, _ in found) / stack.n, LEAST)
+    return [
+        DeltaScale(math.sqrt(max(square, SMALLEST_SHARE**2 * typical)), math.sqrt(max(0.0, square + SURE * error)))
+        for square, error in found
+    ]
+
+
+def independent_models(stack: Stack) -> tuple[int, ...]:
+    """The models without those whose deltas are more alike than independent fine-tunes: a copy at another strength.
+
+    Distances of three models are those of three independent deltas from one base, whatever they are: of a fine-tune, a
+    copy of it and another, that base is the copy or beyond. So the base is that of the three whose smallest delta is
+    largest; and of all models the most that are not alike, seen from there, are taken, with the largest deltas: their
+    directions stand over the noise.
+
+    Args:
+        stack: The models.
+
+    Returns:
+        Which, in order: all where there are three or fewer, and where no three are independent.
+    """
+    models = tuple(range(stack.n))
+    if stack.n <= FEWEST:
+        return models
+    distances, errors = Sample.of(stack, SAMPLED_FOR_PRODUCTS).distances
+    three = max(combinations(models, FEWEST), key=lambda each: min(_squares(distances, each)))
+    if min(_squares(distances, three)) <= 0:
+        return models
+    squares = _squares_from(distances, three)
+    products = (squares[:, None] + squares - distances) / 2
+    floors = squares.clamp(min=SMALLEST_SHARE**2 * float(squares.max()))
+    alike = products.abs() > TOO_ALIKE * (floors[:, None] * floors).sqrt() + SURE * errors / 2
+    for size in range(stack.n, FEWEST - 1, -1):
+        sets = [each for each in combinations(models, size) if not any(alike[pair] for pair in combinations(each, 2))]
+        if sets:
+            return max(sets, key=lambda each: float(squares[list(each)].sum()))
+    return three
+
+
+def _squares(distances: Tensor, three: tuple[int, ...]) -> list[float]:
+    """Mean squares of three independent deltas with these distances."""
+    i, j, k = three
+    a, b, c = (float(distances[pair]) for pair in ((i, j), (i, k), (j, k)))
+    return [(a + b - c) / 2, (a + c - b) / 2, (b + c - a) / 2]
+
+
+def _squares_from(distances: Tensor, three: tuple[int, ...]) -> Tensor:
+    """Mean squares of all deltas from the base of three independent ones, `(n,)`.
+
+    A distance from one of these is `m + m_t - 2 p_t`: with the square m of a delta its three products p_t are known.
+    Of the m that Bessel's inequality `sum_t p_t^2 / m_t <= m` allows, that is taken with the least sum of |p_t|.
+    """
+    own = torch.tensor(_squares(distances, three), dtype=torch.float64)
+    squares = torch.empty(len(distances), dtype=torch.float64)
+    for model, row in enumerate(distances[:, list(three)]):
+        if model in three:
+            squares[model] = own[three.index(model)]
+            continue
+        # p_t = (m - off_t) / 2, so the inequality is a quadratic one in m.
+        off = row - own
+        second, first, constant = (float((each / (4 * own)).sum()) for each in (torch.ones(3), -2 * off, off.square()))
+        vertex = (1 - first) / (2 * second)
+        reach = math.sqrt(max(0.0, vertex**2 - constant / second))
+        squares[model] = min(max(float(off.median()), vertex - reach), vertex + reach)
+    return squares
+
+
+def beside_rounding(rest: Tensor, W_i: Tensor) -> float:
+    """Mean square of what a model differs by from a base, beside rounding, where its steps are finest."""
+    rounding = spacing(W_i, W_i.dtype).square().flatten() / 12
+    fine = rounding <= rounding[:: max(1, rounding.numel() // 10**5)].quantile(FINEST)
+    return float((rest.flatten()[fine].square() - rounding[fine]).mean().clamp(min=0))
+
+
+def scatter(W_1: Tensor, grid: torch.dtype) -> DeltaScale:
+    """The size tau of a single model's delta, by the scatter of its entries about the grid.
+
+    Solves `E cos(2 pi W_1 / step) = exp(-2 pi^2 tau^2 / step^2)`, which holds for normal deltas, by bisection.
+    """
+    W_1 = W_1[:: max(1, W_1.numel() // SAMPLED)].cpu()
+    step = spacing(W_1, grid)
+    cosine = float(torch.cos(2 * math.pi * (W_1.double() - nearest(W_1, grid)) / step).mean())
+    low, high = 1e-6 * float(step.median()), 1e3 * float(step.median())
+    while high > 1.001 * low:
+        tau = math.sqrt(low * high)
+        if float(torch.exp(-2 * (math.pi * tau / step).square()).mean()) > cosine:
+            low = tau
+        else:
+            high = tau
+    return DeltaScale(high, math.inf)

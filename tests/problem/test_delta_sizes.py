@@ -1,0 +1,95 @@
+"""Sizes of deltas, and which are independent, before any is known."""
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from detune.problem import Stack
+from detune.problem.delta_sizes import beside_rounding, delta_scales, independent_models, scatter
+from tests.cases import normal, rms, seeded
+from tests.lattice.problems import LatticeProblem
+
+
+@pytest.mark.parametrize(
+    ("n", "delta", "merge"),
+    [
+        (2, 0.3, torch.float32),
+        (3, 0.3, torch.bfloat16),
+        (3, 10.0, torch.bfloat16),
+        (5, 1.0, torch.float16),
+        (3, 0.01, torch.float32),
+    ],
+    ids=str,
+)
+def test_sizes_are_right_within_a_tenth(n, delta, merge):
+    problem = LatticeProblem((512, 384), n=n, delta=delta, merge=merge)
+    scales = delta_scales(problem.stack)
+    sizes = [rms(M_i) for M_i in problem.deltas]
+    if n == 2:
+        # Their difference shows the mean alone.
+        sizes = [(sum(size**2 for size in sizes) / 2) ** 0.5] * 2
+    for scale, size in zip(scales, sizes, strict=True):
+        assert scale.rms == pytest.approx(size, rel=0.1)
+        assert scale.at_most > size
+
+
+def test_a_model_without_a_delta_is_taken_for_a_small_one():
+    problem = LatticeProblem((256, 192), n=3, delta=2.0, merge=torch.bfloat16)
+    first, _, last = problem.stack.matrices
+    sizes = delta_scales(Stack.of([first, problem.W.bfloat16(), last]))
+    assert 0 < sizes[1].rms < 0.2 * sizes[0].rms
+    assert sizes[1].at_most < 0.4 * sizes[0].rms
+
+
+@pytest.mark.parametrize("delta", [0.02, 0.1, 0.3])
+def test_scatter_about_the_grid_is_a_single_models_size(delta):
+    """Entries of a delta of many directions are nearly normal."""
+    problem = LatticeProblem((256, 192), rank=32, n=1, delta=delta)
+    found = scatter(problem.stack.matrices[0], torch.bfloat16)
+    assert found.rms == pytest.approx(rms(problem.deltas[0]), rel=0.1)
+
+
+SHAPE = (192, 160)
+SETS = {
+    "independent": lambda a, b, c, d: [a, b, c, d],
+    "a copy at another strength": lambda a, b, c, d: [a, b, c, 0.7 * a],
+    "a negated copy": lambda a, b, c, d: [a, b, c, -0.5 * a],
+    "a later checkpoint": lambda a, b, c, d: [a, b, c, c + 0.3 * d],
+    "a merge of two": lambda a, b, c, d: [a, b, c, (a + b) / 2],
+    "another on half of one": lambda a, b, c, d: [a, b, c, a / 2 + 0.5 * d],
+    "two copies": lambda a, b, c, d: [a, b, c, d, 0.5 * a, 0.6 * b],
+    "two merges": lambda a, b, c, d: [a, b, c, (a + b) / 2, (b + c) / 2],
+}
+# Of two that are alike the one with the larger delta stays.
+LEFT_OUT = {"independent": (), "a later checkpoint": (2,), "two copies": (4, 5), "two merges": (3, 4)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [0.3, 3.0])
+@pytest.mark.parametrize("kind", SETS)
+def test_independent_models_leave_out_what_others_hold(kind, size, dtype):
+    """In units in the last place of bf16; in any order of the models."""
+    generator = seeded(0)
+    W = (normal(generator, *SHAPE) / 20).bfloat16().double()
+    ulp = 2.0**-5 / 2**8
+    deltas = [normal(generator, SHAPE[0], 8) @ normal(generator, 8, SHAPE[1]) for _ in range(4)]
+    deltas = SETS[kind](*(size * ulp * M_i / rms(M_i) for M_i in deltas))
+    left_out = LEFT_OUT.get(kind, (3,))
+    for order in list(permutations(range(len(deltas))))[::7]:
+        models = independent_models(Stack.of([(W + deltas[i]).to(dtype) for i in order]))
+        assert {order[i] for i in models} == set(range(len(deltas))) - set(left_out)
+
+
+def test_three_models_are_taken_as_they_are():
+    W = normal(seeded(0), 32, 24)
+    assert independent_models(Stack.of([W, W + 0.1, W + 0.2])) == (0, 1, 2)
+
+
+def test_what_is_beside_rounding_shows_where_steps_are_fine():
+    generator = seeded(0)
+    W = (normal(generator, 256, 192) / 20).bfloat16()
+    M = 2e-5 * normal(generator, 256, 192)
+    W_i = (W.double() + M).bfloat16()
+    assert beside_rounding(W_i.double() - W.double(), W_i) == pytest.approx(rms(M) ** 2, rel=0.2)
+    assert beside_rounding(torch.zeros(256, 192), W_i) == 0
