@@ -9,7 +9,7 @@ from detune.audit.page import render
 from tests.families import Fine, edit, plain_family
 
 # Of a tensor, and of a directory.
-HOSTILE = "layer.0.<script>alert(1)</script><a href='https:evil'>%{x}"
+HOSTILE = "layer.0.<script>alert(1)</script><a href='https:evil'>%{x}\u202e\x1b[31m\u2028"
 HOSTILE_FOLDER = "<img src=x onerror=document.title=1>"
 
 

@@ -138,4 +138,10 @@ class TestHostileNames:
         assert "&lt;script&gt;" in texts
         assert "<script" not in texts
         assert "<a href" not in texts
-        assert "%{x}&" not in texts
+        assert r"\\u202e" in texts
+        assert "&gt;%{x}" not in texts
+
+    def test_turn_no_writing(self, hostile_page):
+        markup = re.sub(r"<script.*?</script>", "", hostile_page, flags=re.DOTALL)
+        assert r"\u202e\x1b[31m\u2028" in markup
+        assert [each for each in markup if not each.isprintable() and each != "\n"] == []

@@ -51,6 +51,16 @@ def test_places_are_rewritten_wherever_they_stand() -> None:
     }
 
 
+def test_only_whole_places_are_rewritten() -> None:
+    """In a container models lie in places as short as "/a"."""
+    places = Places(Path("/out"), ["/a", "/b.c", "--like=/a", "/home/ada/x+y"])
+    kept = ["unet/attn.weight", "unet/a/b.c", "/ab", "/a-b", "/a.bin", "/home/adam", "https://example.org/a"]
+    assert places.within(kept) == kept
+    assert places.within(["in /a", "/a/model.bin, /b.c.", "--like=/a", "(/a)", "base+/a", "file:///home/ada/z"]) == [
+        "in a", "a/model.bin, b.c.", "--like=a", "(a)", "base+a", "file://~/z",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fine:
     home = tmp_path / "home-of-ada"
@@ -81,6 +91,7 @@ def test_no_file_that_may_be_published_names_the_home(fine, where, tmp_path, mon
         ["audit", *fine.models, f"--html={out / 'page.html'}", "--weights-only"],
         ["audit", *fine.models, f"--sarif={out / 'audit.sarif'}", "--weights-only"],
         ["pack", *fine.models, "--base", fine.base, "--out", out / "models.pack"],
+        ["family", *fine.models, fine.base, "--mermaid", out / "tree.mmd", "--bom", out / "bom.json"],
         ["defend", "bf16", fine.models[0], out / "release"],
         ["defend", "frozen-a", fine.base.parent / "bert", out / "start", "--rank", "4"],
     ]
@@ -98,6 +109,8 @@ def test_no_file_that_may_be_published_names_the_home(fine, where, tmp_path, mon
             "page.html",
             "audit.sarif",
             "models.pack",
+            "tree.mmd",
+            "bom.json",
             "release",
             "start",
         ),

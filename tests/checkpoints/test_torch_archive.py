@@ -140,10 +140,12 @@ def test_refuses_compressed_archives(saved: Path, tmp_path: Path, method: int) -
         open_checkpoint(write(tmp_path / "x.bin", members_of(saved), method))
 
 
-@pytest.mark.parametrize("order", [b"big", b"", b"middle"])
+@pytest.mark.parametrize("order", [b"big", b"", b"middle", b"little" * 5])
 def test_refuses_another_byte_order(saved: Path, tmp_path: Path, order: bytes) -> None:
     members = [(name, order if name.endswith("byteorder") else data) for name, data in members_of(saved)]
-    with pytest.raises(InputError, match=rf"another byte order; got '{order.decode()}', expected 'little'; load it"):
+    with pytest.raises(
+        InputError, match=rf"another byte order; got '{order[:10].decode()}', expected 'little'; load it"
+    ):
         open_checkpoint(write(tmp_path / "x.bin", members))
 
 

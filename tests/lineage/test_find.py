@@ -216,10 +216,12 @@ def test_the_picture_is_text_whatever_names_hold():
         Node("ancestor-1", None),
         Node('a"] --> b; click', "x", "ancestor-1", EdgeKind.LORA, 8),
         Node("c", "y", "ancestor-1", EdgeKind.LIGHT, sure=False),
+        Node("\u202egnp.c", "z"),
     )
     lines = Lineage(nodes, (), 3, 0.1).to_mermaid().splitlines()
     assert lines[:2] == ["flowchart TD", '  n0(["ancestor-1"]):::hidden']
     assert lines[2] == '  n1["a#34;#93; --#62; b#59; click"]'
+    assert lines[4] == '  n3["#92;u202egnp.c"]'
     assert '  n0 -->|"LoRA of rank 8"| n1' in lines
     assert '  n0 -.->|"light fine-tune"| n2' in lines
 

@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from detune.errors import printable
+
 __all__ = ["DASHES", "SERIES", "SYMBOLS", "Chart", "label", "minus", "new_figure", "to_json"]
 
 # The most characters of a label.
@@ -88,7 +90,8 @@ def minus(error: float) -> str:
 
 
 def label(text: str, longest: int = LONGEST) -> str:
-    """A text of a model's as plotly shows it: shortened in the middle, and without HTML."""
+    """A text of a model's as plotly shows it: shortened in the middle, in one line, and without HTML."""
+    text = printable(text)
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[-longest // 2 :]}"
     # Templates of hovering take "%{" for a variable.

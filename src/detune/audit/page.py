@@ -4,13 +4,14 @@ import base64
 import hashlib
 import shlex
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from detune._runtime import needs_extra
 from detune.audit.assumptions import ASSUMPTIONS
 from detune.audit.figures import charts, error_of
 from detune.audit.naming import short_names
 from detune.audit.record import AuditReport
+from detune.errors import printable
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -43,7 +44,11 @@ def render(report: AuditReport) -> str:
         from markupsafe import Markup
     plotly, script = _asset(PLOTLY), _asset("page.js")
     environment = Environment(
-        loader=PackageLoader("detune.audit", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("detune.audit", "assets"),
+        autoescape=True,
+        finalize=_written_out,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     environment.filters |= {"number": _number, "share": _share, "code": _code, "power": _power, "print": _print}
     shown = charts(report)
@@ -76,11 +81,16 @@ def _policy(*scripts: str) -> str:
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
 
 
+def _written_out(value: Any) -> Any:
+    """Write out the characters of a text that a page would obey, turns of direction among others; keep its lines."""
+    return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
+
+
 def _code(text: str) -> "Markup":
     """Text with what stands between backquotes as code."""
     from markupsafe import Markup, escape
 
-    parts = text.split("`")
+    parts = str(_written_out(text)).split("`")
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if k % 2 else escape(part) for k, part in enumerate(parts)
     )

@@ -1,6 +1,7 @@
 """Places on this machine as files name them that may be given away: from where the file lies, or by name alone."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,14 @@ class Places:
             if path.is_absolute() and path.name:
                 shown = from_out(path, out)
                 names |= dict.fromkeys((place, str(path), os.path.realpath(path)), shown)
-        home = str(Path.home())
-        if len(home) > 1:
-            names.setdefault(home, "~")
-        # The longest first: a model may lie in another's directory.
-        self._names = sorted(names.items(), key=lambda item: -len(item[0]))
+        for home in (str(Path.home()), os.path.realpath(Path.home())):
+            if len(home) > 1:
+                names.setdefault(home, "~")
+        self._names = names
+        # The longest first: a model may lie in another's directory. A place ends where its last name does, and begins
+        # with its first one: "/a" is no part of "unet/attn", nor of "/ab".
+        longest = "|".join(re.escape(place) for place in sorted(names, key=len, reverse=True))
+        self._pattern = re.compile(rf"(?<![\w.-])(?:{longest})(?![\w-]|\.\w)") if names else None
 
     def within(self, content: Any) -> Any:
         """Rewrite every place, wherever it stands in a text."""
@@ -58,9 +62,8 @@ class Places:
             return {self.within(key): self.within(value) for key, value in content.items()}
         if isinstance(content, list | tuple):
             return [self.within(each) for each in content]
-        if isinstance(content, str):
-            for place, shown in self._names:
-                content = content.replace(place, shown)
+        if isinstance(content, str) and self._pattern is not None:
+            return self._pattern.sub(lambda match: self._names[match[0]], content)
         return content
 
 

@@ -10,7 +10,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NoReturn
 
@@ -72,9 +72,12 @@ def read_torch_archive(path: Path, file: IO[bytes]) -> Header:
 def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, _Record]]:
     """Read the pickle of a zip, and place its storages by their keys."""
     records = _records(path, file)
-    order = _content(file, records["byteorder"]) if "byteorder" in records else b"little"
-    if order != b"little":
-        _refuse_byte_order(path, order[:10].decode(errors="replace"))
+    if "byteorder" in records:
+        # Ten bytes tell it from any other: a long one need not be read.
+        record = records["byteorder"]
+        order = _content(file, replace(record, size_bytes=min(record.size_bytes, 10)))
+        if order != b"little":
+            _refuse_byte_order(path, order.decode(errors="replace"))
     pickle = records["data.pkl"]
     if pickle.size_bytes > MAX_PICKLE_BYTES:
         raise InputError(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from detune.errors import InputError
+from detune.errors import InputError, printable
 
 
 class EdgeKind(StrEnum):
@@ -141,5 +141,6 @@ class Lineage:
 
 
 def _quoted(text: str) -> str:
-    """Text as Mermaid takes it whatever is in it: everything but letters, digits and a few signs by its number."""
-    return '"' + "".join(each if each.isalnum() or each in " .-_+" else f"#{ord(each)};" for each in text) + '"'
+    """Text as Mermaid takes it whatever is in it: a line, all but letters, digits and a few signs by its number."""
+    shown = (each if each.isalnum() or each in " .-_+" else f"#{ord(each)};" for each in printable(text))
+    return f'"{"".join(shown)}"'
