@@ -18,6 +18,7 @@ from detune.methods import Intersect
 from detune.methods.agreement import unchanged
 from detune.numerics.device import full_precision
 from detune.problem import NonFinite, NotLowRank, NotRecoverable, Stack
+from detune.problem.delta_sizes import independent_models
 from detune.problem.solving import Prepared, told_by_others
 from detune.problem.stack import matricise
 
@@ -188,10 +189,27 @@ def _matrix(stack: Stack) -> _Outcome:
         size = "full rank" if difference.full_rank else f"rank {difference.rank}"
         return _Outcome((), False, f"the difference of two models has {size}; a third model is needed to split it")
     untouched = unchanged(stack) if any(not pair.rank for pair in differences.by_pair.values()) else None
+    models = independent_models(stack)
+    if len(models) < stack.n:
+        differences = find_differences(stack.part(models))
     try:
         ranks = check_conditions(differences)
     except NotLowRank as why:
         return _Outcome((), untouched is not None, str(why))
     except NotRecoverable as why:
-        return _Outcome(differences.ranks, untouched is not None, str(why))
-    return _Outcome(ranks, True, untouched.reason if untouched else "the adapters can be split")
+        return _Outcome(_of_all(stack, models, differences.ranks), untouched is not None, str(why))
+    reason = untouched.reason if untouched else "the adapters can be split"
+    return _Outcome(_of_all(stack, models, ranks), True, reason)
+
+
+def _of_all(stack: Stack, models: Sequence[int], known: Sequence[int]) -> tuple[int, ...]:
+    """The ranks of all models' changes, from those of independent ones.
+
+    A difference from one of these has both ranks, or fewer where the two have a part in common: the most that is left
+    for the other counts.
+    """
+    ranks = dict(zip(models, known, strict=True))
+    for other in set(range(stack.n)) - set(models):
+        pairs = {i: find_differences(stack.part((other, i))).of(0, 1).rank for i in models[:ENOUGH]}
+        ranks[other] = max(0, *(pair - ranks[i] for i, pair in pairs.items()))
+    return tuple(ranks[i] for i in range(stack.n))
