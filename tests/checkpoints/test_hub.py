@@ -162,6 +162,21 @@ class TestRefused:
         hub.drops_after = None
         assert checkpoint.read("layer.1.weight").shape == (64, 64)
 
+    @pytest.mark.parametrize("rows", [None, 64])
+    def test_without_what_lets_others_in(
+        self, hub: Hub, repositories: list[Path], monkeypatch: pytest.MonkeyPatch, rows: int | None
+    ) -> None:
+        """The Hub sends clients to storage by addresses that hold a signature, and errors tell these."""
+        monkeypatch.setenv("HF_TOKEN", "hf_notforyoureyes")
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError("403 of https://ada:pw@cdn.example/a/b?Expires=9&Signature=abc for hf_notforyoureyes")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+        monkeypatch.setattr("huggingface_hub.HfFileSystem.cat_file", refuse)
+        with pytest.raises(InputError, match=r"; OSError: 403 of https://cdn\.example/a/b\?\.\.\. for \.\.\.; "):
+            open_checkpoint(NAMES[0], rows=rows)
+
     def test_a_damaged_file(self, hub: Hub, repositories: list[Path]) -> None:
         with (repositories[0] / "model.safetensors").open("ab") as file:
             file.write(b"more")

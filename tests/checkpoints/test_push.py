@@ -160,6 +160,12 @@ class TestRefused:
             detune.push(recovered, "org/base")
         assert writable.seen == []
 
+    def test_a_report_of_adapters_without_any(self, writable: Hub, recovered: Path) -> None:
+        (recovered / "detune.json").write_text('{"format": "detune-extract/1"}')
+        with pytest.raises(InputError, match=r"recovered holds no adapters; detune.json speaks of some; extract them"):
+            detune.push(recovered, "org/base")
+        assert writable.seen == []
+
     def test_a_link_out_of_the_model(self, writable: Hub, recovered: Path) -> None:
         (recovered / "README.md").unlink()
         (recovered / "README.md").symlink_to("/etc/hostname")

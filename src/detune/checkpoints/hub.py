@@ -17,7 +17,17 @@ from detune.checkpoints.layout import component_dirs, is_index, pick_weights, we
 from detune.checkpoints.side_files import CARD, MAX_CARD_BYTES, MAX_SIDE_FILE_BYTES, is_side_file
 from detune.errors import InputError, reason_of
 
-__all__ = ["HubFile", "Repository", "cached_snapshot", "fetch", "find_repository", "is_hub_id", "is_on_hub", "locate"]
+__all__ = [
+    "HubFile",
+    "Repository",
+    "cached_snapshot",
+    "fetch",
+    "find_repository",
+    "is_hub_id",
+    "is_on_hub",
+    "locate",
+    "without_secrets",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +299,7 @@ def _explain(hub_id: str, error: Exception) -> InputError:
         )
     return InputError(
         f"{hub_id!r} is not an existing path, and cannot be fetched from the Hub",
-        f"{type(error).__name__}: {reason_of(error)}",
+        without_secrets(f"{type(error).__name__}: {reason_of(error)}"),
         "check the connection and HF_HUB_OFFLINE, or give a local directory",
     )
 
@@ -298,4 +308,18 @@ def _answer(error: Exception) -> str:
     """The Hub's answer, in its own words where it has any."""
     status = getattr(getattr(error, "response", None), "status_code", "an error")
     said = getattr(error, "server_message", None)
-    return f"it answered {status}" + (f", {said}" if said else "")
+    return f"it answered {status}" + (f", {without_secrets(said)}" if said else "")
+
+
+def without_secrets(said: str) -> str:
+    """A text without what lets others in: signatures and passwords in addresses, and the token of the Hub.
+
+    Example:
+        >>> without_secrets("403 for https://ada:pw@cdn.example/a?Expires=9&Signature=abc")
+        '403 for https://cdn.example/a?...'
+    """
+    from huggingface_hub import get_token
+
+    token = get_token()
+    said = re.sub(r"(\w://)[^/\s'\"@]*@", r"\1", re.sub(r"\?[^\s'\"]+", "?...", said))
+    return said.replace(token, "...") if token else said

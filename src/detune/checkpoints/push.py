@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from detune import __version__
 from detune.checkpoints.headers import PICKLE_SUFFIXES, read_header
-from detune.checkpoints.hub import is_hub_id
+from detune.checkpoints.hub import is_hub_id, without_secrets
 from detune.checkpoints.layout import pick_weights, read_json
 from detune.checkpoints.mark import MARK, missing_files
 from detune.checkpoints.opening import open_checkpoint
@@ -163,7 +163,7 @@ def push(directory: str | Path, repository: str, *, public: bool = False, messag
             )
     return Pushed(
         repository,
-        f"{api.endpoint}/{repository}",
+        f"{without_secrets(api.endpoint)}/{repository}",
         commit,
         bool(info.private),
         found.kind,
@@ -233,6 +233,8 @@ def _content(root: Path) -> tuple[str, list[str]]:
     if (root / MARK).is_file() and _field(root / MARK, "format").startswith("detune-extract/"):
         configs = [path for depth in ("*", "*/*") for path in root.glob(f"{depth}/{_CONFIG}")]
         adapters = sorted(path.parent.relative_to(root) for path in configs)
+        if not adapters:
+            raise InputError(f"{root} holds no adapters", f"{MARK} speaks of some", "extract them again")
         cards = [path.relative_to(root).as_posix() for path in root.glob("*/README*.md") if _travels_along(path.name)]
         return "adapters", [*cards, *(name for folder in adapters for name in _adapter(root, folder))]
     if components := _component_adapters(root):
@@ -299,7 +301,7 @@ def _explained(repository: str) -> Iterator[None]:
         raise OutputError(f"cannot push to {repository!r}", "there is no token for the Hub", _LOG_IN) from None
     except Exception as error:
         status = _status(error)
-        found = _without_secrets(f"{type(error).__name__}: {reason_of(error.__cause__ or error)}")
+        found = without_secrets(f"{type(error).__name__}: {reason_of(error.__cause__ or error)}")
         if status in (401, 403):
             raise OutputError(f"cannot push to {repository!r}", f"the Hub answered {status}", _LOG_IN) from error
         raise OutputError(
@@ -317,12 +319,3 @@ def _status(error: BaseException | None) -> int | None:
             return int(status)
         error = error.__cause__
     return None
-
-
-def _without_secrets(said: str) -> str:
-    """A message without signatures of addresses, and without the token."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    said = re.sub(r"\?[^\s'\"]+", "?...", said)
-    return said.replace(token, "...") if token else said

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from detune.checkpoints.entries import Header
-from detune.checkpoints.hub import Repository
+from detune.checkpoints.hub import Repository, without_secrets
 from detune.checkpoints.safetensors_file import parse_safetensors
 from detune.checkpoints.storage import Part
 from detune.errors import InputError, reason_of
@@ -78,7 +78,7 @@ class HubFiles:
         except Exception as error:
             raise InputError(
                 f"cannot read {what} of {self.where(file)} from the Hub",
-                f"{type(error).__name__}: {reason_of(error)}",
+                without_secrets(f"{type(error).__name__}: {reason_of(error)}"),
                 f"try again, or download it with `hf download {self._repository.name}`",
             ) from error
         if len(content) != stop - start:
