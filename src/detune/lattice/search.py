@@ -36,8 +36,10 @@ HELD, TESTED = 1 / 16, 1 << 12
 BLOCK, BLOCK_PER_RANK = 512, 16
 # Least squares promises variances that are too small where it lacks directions.
 WIDE = 4.0
-# Newton steps for the others, and how far each may bring down what a row is uncertain by.
-STEPS_OUT, MOST_FALL = 3, 0.2
+# Newton steps for the others: every so many of the entries are looked at, and how far each may bring down what a row is
+# uncertain by. In random 2048x2048 matrices the first steps from a part of the entries save a tenth of the time and cost
+# 0.02 % of the bits.
+STEPS_OUT, MOST_FALL = (4, 2, 1), 0.2
 # Deltas of more steps than this do not show modulo the step of a single fine model.
 MOST_STEPS = 8.0
 # Deltas below this share of the models' step do not show in least squares, which takes rounding for noise. Measured on
@@ -419,13 +421,15 @@ def _extended(
             variance = torch.minimum(variance, WIDE * start.rows * (start.right.square().mean()))
         left[rows], variance[rows] = e.left, e.rows
         whole.append(replace(e, left=left, rows=variance))
-    seen: Sequence[Estimate] = [e.part(slice(None), columns) for e in whole]
-    for _ in range(STEPS_OUT):
-        # The first steps are taken far from the answer, and promise too much.
-        least = [MOST_FALL * e.rows for e in seen]
-        seen = stepped(entries, seen, grid)
-        seen = [replace(e, rows=torch.maximum(e.rows, rows)) for e, rows in zip(seen, least, strict=True)]
-    return tuple(replace(e, left=found.left, rows=found.rows) for e, found in zip(whole, seen, strict=True))
+    seen = [e.part(slice(None), columns) for e in whole]
+    for every in STEPS_OUT:
+        # The first steps are taken far from the answer, and promise too much: a part of the entries is enough for them.
+        some = None if every == 1 else torch.arange(0, entries.shape[1], every)
+        here = entries if some is None else entries.part(None, some)
+        found = stepped(here, [e.part(slice(None), _all_or(some)) for e in seen], grid)
+        least = [torch.maximum(new.rows, MOST_FALL * e.rows) for new, e in zip(found, seen, strict=True)]
+        seen = [replace(e, left=new.left, rows=v) for e, new, v in zip(seen, found, least, strict=True)]
+    return tuple(replace(e, left=new.left, rows=new.rows) for e, new in zip(whole, seen, strict=True))
 
 
 def _some(size: int, most: int, seed: int) -> Tensor | None:
