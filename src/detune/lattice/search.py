@@ -36,9 +36,9 @@ HELD, TESTED = 1 / 16, 1 << 12
 BLOCK, BLOCK_PER_RANK = 512, 16
 # Least squares promises variances that are too small where it lacks directions.
 WIDE = 4.0
-# Newton steps for the others: each looks at every second entry or at all, and may bring down what a row is uncertain by
-# so far. In random 2048x2048 matrices half of the entries in the first steps cost 0.02 % of the bits, and save a tenth of
-# the time; a quarter of them left columns wrong in small matrices.
+# Newton steps for the others: each looks at every second entry, or at all, and brings down what a row is uncertain by,
+# to a fifth at most. In random 2048x2048 matrices half of the entries in the first steps cost 0.02 % of the bits and
+# save a tenth of the time; a quarter of them left columns wrong in small matrices.
 STEPS_OUT, MOST_FALL = (2, 2, 1), 0.2
 # Deltas of more steps than this do not show modulo the step of a single fine model.
 MOST_STEPS = 8.0
