@@ -137,13 +137,16 @@ def _known(root: Path, file: str, metadata: Mapping[str, str]) -> _Known | None:
     # Neither the maps nor the parser of settings are stable interfaces: whatever goes wrong, names stay as they are.
     try:
         import transformers
-        from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         with quiet(), torch.device("meta"):
             config = load_pretrained(transformers.AutoConfig, root, gguf_file=file)
             require_reasonable(config.to_dict(), root / file)
             model = transformers.AutoModelForCausalLM.from_config(config)
-            names = get_gguf_hf_weights_map(model, TensorProcessor())
+        (kind,) = (kind for kind, name in MODEL_ARCH_NAMES.items() if name == metadata["architecture"])
+        known = get_tensor_name_map(kind, config.num_hidden_layers)
+        own_names = {name: known.get_name(name, (".weight", ".bias")) for name in model.state_dict()}
+        names = {own: name for name, own in own_names.items() if own is not None}
         config.architectures = [type(model).__name__]
         counts = (config.num_attention_heads, config.num_key_value_heads) if metadata["architecture"] == "llama" else ()
         told = metadata.get("heads")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from detune._runtime import needs_extra, quiet, seeded, use_threads
-from detune.checkpoints import load_pretrained
+from detune.checkpoints import load_pretrained, open_checkpoint
 from detune.demo.texts import passages
 from detune.errors import DetuneError
 
@@ -80,8 +80,8 @@ def language_model(out_dir: Path) -> Path:
         DetuneError: The extra `demo` or the package with the weights is not installed.
     """
     with needs_extra("demo"):
-        import gguf  # noqa: F401  # transformers reads the file with it
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        import gguf  # noqa: F401  # the file is read with it
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     # Found, not imported: the package is a plug-in of a program that is not needed to read its file.
     spec = find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
@@ -89,11 +89,11 @@ def language_model(out_dir: Path) -> Path:
     folder = Path(spec.origin).parent
     # transformers shows the unpacking on stderr whatever it is told.
     with quiet(), redirect_stderr(io.StringIO()):
-        packed = load_pretrained(AutoModelForCausalLM, folder, gguf_file=_FILE, dtype=torch.float32)
-        del packed.config.quantization_config
-        state = packed.state_dict()
-        model = type(packed).from_pretrained(None, config=packed.config, state_dict=state, dtype=torch.bfloat16)
-        model.save_pretrained(out_dir)
+        with open_checkpoint(folder / _FILE) as packed:
+            state = {name: packed.read(name) for name in packed.tensors}
+            config = AutoConfig.for_model(**json.loads(packed.made_files()["config.json"]))
+        kind = type(AutoModelForCausalLM.from_config(config))
+        kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.bfloat16).save_pretrained(out_dir)
         load_pretrained(AutoTokenizer, folder, gguf_file=_FILE).save_pretrained(out_dir)
     return out_dir
 
