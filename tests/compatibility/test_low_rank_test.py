@@ -137,3 +137,18 @@ def test_knows_what_values_were_rounded_to(dtype):
     values = normal(seeded(), 20, 20).to(dtype)
     assert rounded_to(values) is dtype
     assert rounded_to(values.double()) is (torch.float64 if dtype is torch.float32 else dtype)
+
+
+def test_what_lapack_cannot_do_in_float32_is_done_in_float64(monkeypatch):
+    """It gives up on some products of differences of which most rows are zero."""
+    eigvalsh = torch.linalg.eigvalsh
+
+    def failing(matrix: Tensor) -> Tensor:
+        if matrix.dtype is torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigvalsh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", failing)
+    base = normal(seeded(), 80, 60)
+    relation = relate(base.float(), (base + delta(seeded(1), base, 3)).float())
+    assert (relation.kind, relation.rank) == (Kind.LOW_RANK, 3)

@@ -98,3 +98,21 @@ def test_one_in_bf16_that_is_no_fine_tune_is_refused_as_before():
 def test_half_precision_of_two_kinds_is_one_kind():
     W_star, deltas = base(on_grid=False), [lora(i, 3.0) for i in range(4)]
     assert Auto().solve(merges(W_star, deltas, [torch.float16] * 3 + [COARSE])).source_models == ()
+
+
+def test_a_coarse_model_that_hides_the_deltas_of_fine_ones_does_not_pass_for_the_base():
+    """In bf16 nothing shows of two small deltas: a large one seems to be what both models differ by from the base."""
+    W_star, deltas = base(on_grid=True), [lora(0, 20.0), lora(1, 0.05), lora(2, 0.05)]
+    recovery = Auto().solve(merges(W_star, deltas, [COARSE, torch.float16, torch.float16]))
+    assert recovery.ranks[0] == 2
+    assert float(recovery.weight.eq(W_star).double().mean()) > 0.98
+    assert "all in bfloat16, which hides directions of some adapters" in recovery.reason
+
+
+@pytest.mark.parametrize("steps", [0.3, 0.6, 0.9])
+def test_one_fine_model_is_not_enough_where_it_leaves_more_than_noise(steps):
+    """Alone it gives 7 to 38 % of the bits wrong; three of three kinds give them all."""
+    W_star, deltas = base(on_grid=True), [lora(i, steps, rank=1) for i in range(3)]
+    recovery = Auto().solve(merges(W_star, deltas, [COARSE, torch.float16, FINE]))
+    assert recovery.source_models == ()
+    assert torch.equal(recovery.weight, W_star)

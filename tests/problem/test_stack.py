@@ -121,3 +121,11 @@ def test_an_overflow_is_not_taken_for_bad_input():
     ) as refused:
         stack.require_finite(stack.matrices[0].sum())
     assert not isinstance(refused.value, NonFinite)
+
+
+def test_models_agree_in_their_numbers_whatever_dtype_they_have():
+    own, other = (normal(seeded(seed), 20, 10).bfloat16() for seed in range(2))
+    zero = torch.zeros_like(own)
+    assert Stack.of([own, other, own.float(), other.float()]).versions == ((0, 2), (1, 3))
+    assert Stack.of([own.float(), own.float() * (1 + 2**-20)]).versions == ((0,), (1,))
+    assert Stack.of([zero, -zero.float()]).versions == ((0,), (1,))

@@ -24,6 +24,17 @@ def test_float32_files_of_half_precision_are_told_by_their_values():
     assert [each.dtype for each in as_rounded([halves[0].float(), fine])] == [torch.float32] * 2
 
 
+def test_fp16_files_of_bf16_are_told_by_their_values_where_all_are_so():
+    # All but the smallest numbers of bf16 are numbers of fp16 too.
+    converted = [(0.05 * normal(seeded(seed), 64, 64)).bfloat16().half() for seed in range(3)]
+    assert [each.dtype for each in as_rounded(converted)] == [torch.bfloat16] * 3
+    assert [each.dtype for each in as_rounded([converted[0].float(), converted[1], converted[2].bfloat16()])] == [
+        torch.bfloat16
+    ] * 3
+    merged = normal(seeded(3), 64, 64).half()
+    assert [each.dtype for each in as_rounded([*converted, merged])] == [torch.float16] * 4
+
+
 def test_rows_are_sampled_evenly():
     rows = torch.arange(1000)[:, None]
     assert sample_rows(rows, 10).flatten().tolist() == list(range(0, 1000, 100))

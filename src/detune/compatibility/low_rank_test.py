@@ -206,7 +206,11 @@ def _singular_values(scaled: Tensor) -> Tensor:
     wide = scaled if scaled.shape[0] <= scaled.shape[1] else scaled.mT
     for dtype, most in SQUARABLE.items():
         rounded = wide.to(dtype)
-        values: Tensor = torch.linalg.eigvalsh(product(rounded, rounded.mT)).clamp(min=0).sqrt().flip(0)
+        try:
+            values: Tensor = torch.linalg.eigvalsh(product(rounded, rounded.mT)).clamp(min=0).sqrt().flip(0)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it has no list of names
+            # LAPACK gives up on some float32 matrices of which most rows are zero.
+            continue
         least = float(values[min(len(values) - 1, int(FULL_SHARE * len(values)))])
         is_full = least > max(SEEN[dtype] * float(values[0]), 2 * EDGE * sum(size**0.5 for size in wide.shape))
         if is_full or float(values[0]) < most:

@@ -2,7 +2,8 @@
 
 Least squares weighs all models alike: one bf16 merge beside three in float32 leaves its own rounding in W, and rounds
 away what it holds of a small delta. So W is found from the finely stored models where they are enough; the
-differences of the others from it are their `M_i`.
+differences of the others from it are their `M_i`. Where too few are fine, all are asked, as coarse as the coarsest if
+that hides what the others show.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 from detune.fitting.differences import find_differences
 from detune.fitting.normal_operator import NormalOperator
 from detune.identifiability.null_space import basis_error_variances, undetermined
+from detune.lattice import is_coarse
+from detune.numerics.float_grid import name_of
 from detune.numerics.linalg import thin_svd
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import NotLowRank, NotRecoverable, Recovery
@@ -21,6 +24,8 @@ from detune.problem.storage_noise import FLOOR_RATIO
 
 # Models whose steps are more than 64 times the finest are coarse: float32 and fp16 are 2^13 apart, fp16 and bf16 2^3.
 COARSE = 64.0
+# Fewer models show no ranks of their own.
+FEWEST = 3
 # A base in float32 may have been rounded to bf16 before its merge was: the variance is twice that of one rounding.
 ROUNDED_TWICE = 2**0.5
 
@@ -36,13 +41,14 @@ def solve_from_finest(stack: Stack, solve: Solve, rank: int | None) -> Recovery 
         rank: The most that any `M_i` can have.
 
     Returns:
-        The recovery; None where all models are stored about alike, where the fine ones are not enough, and where
-        another model does not differ from their answer by a low rank.
+        The recovery; None where all models are stored about alike, where the fine ones are not enough and the coarse
+        ones hide nothing, and where another model does not differ from their answer by a low rank.
     """
     fine = _fine_models(stack)
-    if len(fine) == stack.n:
-        return None
-    return solve_from(stack, fine, solve, rank, "the others are stored far more coarsely")
+    found = None
+    if len(fine) < stack.n:
+        found = solve_from(stack, fine, solve, rank, "the others are stored far more coarsely")
+    return found or _solve_rounded_alike(stack, solve, rank)
 
 
 def solve_from(
@@ -96,12 +102,39 @@ def _fine_models(stack: Stack) -> tuple[int, ...]:
     return tuple(i for i, step in enumerate(steps) if step <= COARSE * min(steps))
 
 
+def _solve_rounded_alike(stack: Stack, solve: Solve, rank: int | None) -> Recovery | None:
+    """The answer of all models in the coarsest of their dtypes, where that hides a part of some delta.
+
+    Pairs of neighbours on a ring are looked at: each difference has at most the ranks of all others. Where it has more,
+    a coarse model hides directions that the fine ones show, and least squares would give them to the wrong models.
+    Where it has as many, the model between the others may have no delta, but then they differ by both of theirs. None
+    where nothing is hidden so, and where deltas are so small that only single entries tell of them.
+    """
+    dtypes = stack.rounded_dtypes
+    if stack.n < FEWEST or len(set(dtypes)) == 1 or stack.noise_override or is_coarse(stack):
+        return None
+    found = sorted(find_differences(stack, rank).by_pair.values(), key=lambda difference: difference.rank)
+    ranks = [difference.rank for difference in found]
+    energies = [float(difference.singular_values.square().sum()) for difference in found]
+    adds_up = 2 * ranks[-1] < sum(ranks) or (2 * ranks[-1] == sum(ranks) and 2 * energies[-1] > sum(energies[:-1]))
+    if adds_up:
+        return None
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    alike = replace(stack, matrices=tuple(W_i.to(coarsest) for W_i in stack.matrices))
+    answer = solve(alike, rank)
+    return replace(
+        answer, reason=f"{answer.reason}; all in {name_of(coarsest)}, which hides directions of some adapters"
+    )
+
+
 def _is_enough(part: Stack, found: Recovery) -> bool:
     """Whether the others have nothing to add: the answer is at the noise, and the only one."""
-    if found.bits is not None or not found.deltas:
+    if not found.deltas:
         return True
     if found.noise_ratio is None or found.noise_ratio > FLOOR_RATIO:
         return False
+    if found.bits is not None:
+        return True
     spaces = [SVDFactors.of(M_i) for M_i in found.deltas]
     operator = NormalOperator.of([space.U for space in spaces], [space.V for space in spaces])
     return not undetermined(operator, *basis_error_variances(part, spaces))

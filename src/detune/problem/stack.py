@@ -223,7 +223,7 @@ class Stack:
 
     @cached_property
     def versions(self) -> tuple[tuple[int, ...], ...]:
-        """Models that agree in every bit, by the first of each group.
+        """Models that agree in every number, whatever dtype it is stored in, by the first of each group.
 
         Raises:
             NonFinite: A model holds NaN or Inf.
@@ -351,13 +351,14 @@ def _median_size(matrix: Tensor) -> float:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Bytes are compared: some float dtypes know no equality, and zeros have signs."""
+    """Bytes are compared: some float dtypes know no equality, and zeros have signs. Of two dtypes, those in float64."""
+    wide = a.dtype if a.dtype == b.dtype else torch.float64
     # Most differ in the first row already.
-    return a.dtype == b.dtype and torch.equal(_bytes(a[:1]), _bytes(b[:1])) and torch.equal(_bytes(a), _bytes(b))
+    return all(torch.equal(_bytes(a[rows], wide), _bytes(b[rows], wide)) for rows in (slice(1), slice(None)))
 
 
-def _bytes(matrix: Tensor) -> Tensor:
-    return matrix.contiguous().view(torch.uint8)
+def _bytes(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    return matrix.to(dtype).contiguous().view(torch.uint8)
 
 
 def _compute_dtype(matrices: tuple[Tensor, ...]) -> torch.dtype:
