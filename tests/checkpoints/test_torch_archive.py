@@ -231,3 +231,17 @@ def test_torch_does_not_load_it(saved: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch, "load", refuse)
     assert len(open_checkpoint(saved).tensors) == len(example())
+
+
+def test_a_storage_of_two_dtypes_is_refused(tmp_path: Path) -> None:
+    """torch would read both tensors with the dtype of the first."""
+    tensors = {"a": torch.arange(4).half(), "b": torch.tensor(7)}
+    torch.save(tensors, tmp_path / "saved.bin")
+    members = [
+        (name, data.replace(b"X\1\0\0\0" + b"1", b"X\1\0\0\0" + b"0") if name.endswith("data.pkl") else data)
+        for name, data in members_of(tmp_path / "saved.bin")
+    ]
+    path = write(tmp_path / "x.bin", members)
+    assert torch.load(path, weights_only=True)["b"].dtype == torch.float16
+    with pytest.raises(InputError, match=r"x\.bin is damaged; its storage '0' is torch\.float16 and torch\.int64"):
+        open_checkpoint(path)

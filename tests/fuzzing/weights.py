@@ -243,8 +243,8 @@ def read_scaled(folder: Path, _: Path) -> None:
         scale = stored.get(f"{name}_scale")
         if scale is not None and scale.ndim == 1:  # one of each row
             scale = scale[:, None]
-        if scale is not None and name in stored and scale.numel() not in (1, len(stored[name])):
-            continue  # one of several rows each
+        if scale is not None and name in stored and scale.numel() > 1 and scale.shape != (len(stored[name]), 1):
+            continue  # one of several rows or columns each
         if name in stored and stored[name].dtype in (torch.float8_e4m3fn, torch.int8) and scale is not None:
             if not torch.allclose(tensor.float(), stored[name].float() * scale.float(), rtol=1e-6, equal_nan=True):
                 raise Wrong(f"{name!r} is not its codes times its scale")

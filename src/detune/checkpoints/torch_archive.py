@@ -65,6 +65,7 @@ def read_torch_archive(path: Path, file: IO[bytes]) -> Header:
     if not isinstance(state, dict):
         kind = state.what if isinstance(state, Foreign) else type(state).__name__
         raise InputError(f"{path} is not a table of tensors", f"got {kind}", "save the state dict of the model")
+    _require_one_dtype(path, state)
     entries = [_entry(path, name, value, records) for name, value in state_dict(path, state).items()]
     return Header(tuple(sorted(entries, key=lambda entry: entry.offset)), {}, None)
 
@@ -167,6 +168,17 @@ def _records(path: Path, file: IO[bytes]) -> Mapping[str, _Record]:
 def _content(file: IO[bytes], record: _Record) -> bytes:
     file.seek(record.offset)
     return file.read(record.size_bytes)
+
+
+def _require_one_dtype(path: Path, state: Mapping[Any, Any]) -> None:
+    """Refuse a storage that tensors take for numbers of several dtypes: `torch.load` goes by the first to come."""
+    dtypes: dict[Any, Any] = {}
+    for tensor in tensors_in(state):
+        storage = tensor.storage
+        first = dtypes.setdefault(storage.key, storage.dtype)
+        if first != storage.dtype:
+            both = " and ".join(sorted(map(str, (first, storage.dtype))))
+            raise InputError(f"{path} is damaged", f"its storage {storage.key!a} is {both}", DAMAGED)
 
 
 def _entry(path: Path, name: Any, value: Any, records: Mapping[str, _Record]) -> Entry:
