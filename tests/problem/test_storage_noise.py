@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from detune.problem.storage_noise import as_rounded, sample_rows, storage_energy, storage_variance
+from detune.problem.storage_noise import (
+    OVER_EDGE,
+    as_rounded,
+    noise_edge,
+    sample_rows,
+    storage_energy,
+    storage_variance,
+)
 from tests.cases import normal, seeded
 
 
@@ -39,3 +46,18 @@ def test_rows_are_sampled_evenly():
     rows = torch.arange(1000)[:, None]
     assert sample_rows(rows, 10).flatten().tolist() == list(range(0, 1000, 100))
     assert sample_rows(rows[:5], 10).equal(rows[:5])
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 64), (48, 256)])
+def test_noise_of_one_variance_ends_at_its_edge(shape):
+    edge = noise_edge(shape, 4.0)
+    assert edge == pytest.approx(float(noise_edge(shape, torch.full((5, shape[1]), 4.0, dtype=torch.float64))))
+    largest = [float(torch.linalg.matrix_norm(2 * normal(seeded(seed), *shape), 2)) for seed in range(20)]
+    assert 0.9 * edge < min(largest)
+    assert max(largest) < OVER_EDGE * edge
+
+
+def test_the_edge_of_unequal_variances_is_a_bound():
+    variance = torch.rand(96, 64, generator=seeded(), dtype=torch.float64) ** 4
+    largest = float(torch.linalg.matrix_norm(variance.sqrt() * normal(seeded(1), 96, 64), 2))
+    assert largest < float(noise_edge((96, 64), variance)) < 1.5 * largest

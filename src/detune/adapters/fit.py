@@ -17,17 +17,17 @@ from detune.problem.low_rank import LowRank
 from detune.problem.recovery import NotLowRank
 from detune.problem.solving import Prepared
 from detune.problem.stack import Stack
+from detune.problem.storage_noise import OVER_EDGE, noise_edge
 
-# A singular value counts from this multiple of the noise's estimated norm. Less than where models are split from each
-# other: one of the noise that is taken in spoils nothing here.
-SIGNAL = 1.1
-# Alternations; the share of entries inside grows by less than 1e-3 in those after.
+# Alternations: any number does from there on, as the share of entries inside grows by less than 1e-3 in those after.
 STEPS = 32
-# Aimed at this much inside an interval, in its half widths: what lies on the edge may fall either way in a merge.
+# Aimed at this much inside an interval, in its half widths: what lies on the edge may fall either way in a merge. Any
+# small number does.
 MARGIN = 0.03
-# The step is this over the share of violated entries: half of Newton's, which overshoots (see `_into_intervals`).
+# The step is this over the share of violated entries: half of Newton's, which overshoots (see `_into_intervals`):
+# any number does between that and slow.
 DAMPING = 0.5
-# With fewer violations a longer step would only follow single entries.
+# With fewer violations a longer step would only follow single entries: any small number does.
 FEWEST_VIOLATED = 1e-3
 
 
@@ -70,7 +70,8 @@ def _fit(stack: Stack, exponent: int, rank: int | None) -> LowRank:
         exponent: The matrices as stored are `2^exponent` times as large: small ones may have longer steps there.
         rank: The most that `M_i` can have.
     """
-    difference = find_differences(stack, signal=SIGNAL).of(0, 1)
+    # Lower than where models are split from each other: a direction of the noise that is taken in spoils nothing here.
+    difference = find_differences(stack, signal=OVER_EDGE).of(0, 1)
     if difference.full_rank:
         raise NotLowRank((difference.pair,), stack.shape)
     if not difference.rank:
@@ -90,8 +91,8 @@ def _least_squares(D: Tensor, difference: Difference, dtype: torch.dtype, rank: 
     V, S, Z = thin_svd(D.mT @ left)
     # A merge in this dtype has rounded `M_i` as well, a product of factors, before it was added.
     rounding = PRODUCT_ROUNDING.get(dtype, 0.5) * torch.finfo(dtype).eps * float(S.norm())
-    edge = (D.shape[0] ** 0.5 + D.shape[1] ** 0.5) / D.numel() ** 0.5
-    r = int(S.gt(max(difference.noise_norm, SIGNAL * rounding * edge)).sum())
+    edge = noise_edge((D.shape[0], D.shape[1]), rounding**2 / D.numel())
+    r = int(S.gt(max(difference.noise_norm, OVER_EDGE * edge)).sum())
     r = r if rank is None else min(rank, r)
     return LowRank((left.double() @ Z[:, :r] * S[:r]).to(D.dtype), V[:, :r].to(D.dtype))
 

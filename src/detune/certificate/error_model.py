@@ -17,19 +17,17 @@ from detune.lattice import is_coarse
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import Recovery
 from detune.problem.stack import Stack
-from detune.problem.storage_noise import FLOOR_RATIO
+from detune.problem.storage_noise import COMPUTED, FLOOR_RATIO
 
 # A part is most of a whole from a half on, and a share of it that counts from a quarter on (definitions of doubts).
 MOST, MUCH = 0.5, 0.25
 # An excess of variance over the storage noise's is one from a fifth on: twice the scatter of its estimate, a few per
 # cent, and of the rounding that a merge adds on its way (definition of a doubt).
 EXCESS = 1.2
-# Factors are computed to 32 units of float64's precision: the square root of a thousand products (derived).
-COMPUTED = 32.0
 # The noise that rounding must leave is known as well as if 30 entries had been seen: it decides where residuals have
 # few degrees of freedom, and nowhere else (derived).
 PRIOR = 30.0
-# A direction shows from twice the noise's largest singular value: as in `problem.storage_noise`, of a residual.
+# A direction shows from twice the noise's largest singular value (measured, see `problem.storage_noise`).
 NOTICED = FLOOR_RATIO
 # A spectrum whose weakest singular value found is three times what shows has no more to come (definition of a doubt).
 GAP = 3.0
@@ -44,9 +42,9 @@ ALIKE = 12.0
 # In fewer than sixteen directions a sum of squares scatters by a factor of two: two standard deviations of chi-square's
 # logarithm (derived).
 FEW = 16.0
-# Storing is steep where it makes twenty times as much of a hundredth of an error: ranges are then of orders.
+# Storing is steep where it makes twenty times as much of a hundredth of an error: ranges are then of orders
+# (definition of a doubt).
 STEEP = 2.0
-
 # Parts of the models disagree by ten times the predicted error (mean square) only if something is wrong: two halves
 # alone have twice its variance (definition of a doubt).
 DISAGREEING = 10.0
@@ -242,7 +240,7 @@ class ErrorModel:
     def _doubts(self, after: StoredError, disagreed: float) -> tuple[tuple[bool, str], ...]:
         """Each reason for which the prediction may be wrong, with whether it holds."""
         few, runs_on, noise = round(self.traces.directions), self._runs_into_noise, float(self.variances.mean())
-        computed = (COMPUTED * torch.finfo(torch.float64).eps) ** 2 * self._energy
+        computed = COMPUTED**2 * self._energy
         explained = self._excess_over(self.variances + computed) <= FLOOR_RATIO**2
         unexplained = not explained and self.excess > FLOOR_RATIO**2
         told = bool(self.stack.noise_override)

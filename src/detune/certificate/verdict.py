@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 # No range is narrower than a factor of two to either side: "to the storage floor" promises no more, and a base that is
 # unlike those of the corpus costs less than that (definition of the verdict).
 BAND = 0.3
-# What raises the upper end of a range by less is no doubt: a sixth of the band.
+# What raises the upper end of a range by less is no doubt: a sixth of the band (definition of a doubt).
 LITTLE = 0.05
 
 

@@ -12,10 +12,11 @@ from detune.compatibility.light import some_of_each_kind
 from detune.compatibility.model_set import Models, rows_to_read
 from detune.compatibility.reading import Reading
 from detune.compatibility.shared import some
-from detune.compatibility.tensor_ranks import ENOUGH, ChangedTensor, ForeignTensor, find_tensor_change
+from detune.compatibility.tensor_ranks import ChangedTensor, ForeignTensor, find_tensor_change
 from detune.compatibility.views import Fit
 from detune.documents import document, to_json
 from detune.errors import InputError
+from detune.problem.recovery import FEWEST_MODELS
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,8 @@ def _verdict(known: _Sorted, tensors: Sequence[ChangedTensor]) -> tuple[bool, st
     if not known.members:
         sources = " and ".join("{" + ", ".join(models[i].spec for i in c) + "}" for c in known.largest)
         return False, f"{len(known.largest)} sources with {size} model{'s' * (size > 1)} each: {sources}"
-    if size < ENOUGH:
-        return False, f"{size} of {n} models share a source: recovery needs {ENOUGH}"
+    if size < FEWEST_MODELS:
+        return False, f"{size} of {n} models share a source: recovery needs {FEWEST_MODELS}"
     matrices = [row for row in tensors if len(row.shape) > 1]
     lost = [row.name for row in matrices if not row.enough]
     others = sum(not row.enough for row in tensors) - len(lost)

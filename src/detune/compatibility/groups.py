@@ -21,9 +21,10 @@ from detune.errors import InputError
 from detune.problem import NonFinite
 from detune.problem.stack import matricise
 
-# Matrices that are looked at first; if all say the same, that is the answer.
+# Matrices that are looked at first; if all say the same, that is the answer. Any number
+# does that has all kinds in it.
 LOOKED_AT = 12
-# Matrices that decide why a model does not belong.
+# Matrices that decide why a model does not belong: any odd number does.
 ASKED_WHY = 5
 # A base's matrix, told of a model that is not of the family.
 STRANGER = {

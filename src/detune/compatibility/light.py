@@ -19,19 +19,22 @@ from detune.compatibility.model_set import noise_of
 from detune.compatibility.shared import is_shared
 from detune.problem.stack import matricise
 
-# Rows of a matrix that are looked at: four thousand entries even of 64 columns.
+# Rows of a matrix that are looked at: four thousand entries even of 64 columns, of which a share is known to a per cent
+# (derived).
 ROWS = 64
 # Models are light that differ in less than two entries of three, each from each: where two models changed a share c of
-# the entries each, they differ in about 1 - (1 - c)^2 of them, so that most of each one's are the base's own.
+# the entries each, they differ in about 1 - (1 - c)^2 of them, so that most of each one's are the base's own
+# (derived: c = 0.42).
 LIGHT = 2 / 3
-# A model left a matrix alone that seems to have changed fewer entries than this share of what the others did. On four
+# A model left a matrix alone that seems to have changed fewer entries than a fifth of what the others did. On four
 # LoRAs of a language model and their base (`benchmarks/llm_models.py`), three at a time, a model that left one alone
 # had -0.04 to 0.21 of it, at most 0.14 in nineteen matrices of twenty, by what the others have in common; one that
-# changed it had 0.33 and more where the others had changed up to three times as much.
+# changed it had 0.33 and more where the others had changed up to three times as much
+# (measured).
 LEFT_ALONE = 0.2
-# Entries of all models together that are looked at.
+# Entries of all models together that are looked at: any number does, it bounds memory.
 ENTRIES = 1 << 18
-# Tensors of a kind whose ranks are looked for although deltas are light.
+# Tensors of a kind whose ranks are looked for although deltas are light: any number does, it bounds time.
 EACH = 3
 BELOW_A_STEP = "deltas are below a step of half precision, where a full fine-tune cannot be told from LoRA"
 HALVES = (torch.bfloat16, torch.float16)

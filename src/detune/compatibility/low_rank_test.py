@@ -22,34 +22,36 @@ from torch import Tensor
 
 from detune.numerics.linalg import product
 from detune.numerics.random import seeded
+from detune.problem.low_rank import FULL_SHARE, is_full_rank
 from detune.problem.solving import told_by_others
 from detune.problem.stack import Stack
-from detune.problem.storage_noise import storage_variance
+from detune.problem.storage_noise import OVER_EDGE, noise_edge, storage_variance
 
-# Smaller matrices are full after a few ranks and tell nothing.
+# Smaller matrices are full after a few ranks and tell nothing: two adapters of rank 32, an ordinary one, fill 64
+# directions (derived).
 SMALLEST = 64
-# Rows and columns looked at; more, where the rank found is a large part of them.
+# Rows and columns looked at; more, where the rank found is a large part of them. Any numbers do that double: a sample
+# of rank k shows rank k.
 FIRST_SAMPLE = 256
 MIDDLE_SAMPLE = 512
 LAST_SAMPLE = 1024
 LARGE_PART = 1 / 3
-# Squares of singular values up to these, in units of the noise, leave it some digits: three of float32's, nine of
-# float64's.
+# Singular values up to these, in units of the noise, leave it some digits once they are squared: three of float32's,
+# nine of float64's (derived).
 SQUARABLE = {torch.float32: 3e3, torch.float64: 1e6}
 # Squares of singular values down to this share of the largest are known well enough to say that these are not noise:
 # some hundred times what rounding adds to them (derived: eps of the dtype, times a few hundred rows).
 SEEN = {torch.float32: 3e-2, torch.float64: 1e-6}
-# A singular value is signal from this multiple of the noise's largest: finite matrices scatter by some per cent.
-EDGE = 1.1
-# More than 7/8 of the singular values over the noise are no low rank.
-FULL_SHARE = 7 / 8
-# Left after the rank, in units of the storage noise's variance: 1 for a low rank, about 1.6 for a cut-off full one.
+# Left after the rank, in units of the storage noise's variance: 1 for a low rank, up to 1.26 with weak directions in
+# tiny matrices, about 1.6 for a cut-off full one (derived: the quarter-circle law, see `docs/method.md`).
 MOST_LEFT = 1.3
 # Share of the singular values that may lie within a factor of 3 above the noise, where more than noise is left below.
+# Of a full spectrum with fewer than 7/8 of its values over the noise a quarter at least lie there (derived: the
+# quarter-circle law); flat LoRAs just above the noise crowd there too, which what is left tells apart.
 CROWD = 0.15
 CROWD_FACTOR = 3.0
 # A delta carries rounding errors of its own, in eps of the difference: of a product of many terms, or of one rounding
-# where the product was exact for the dtype.
+# where the product was exact for the dtype (derived).
 PRODUCT_ROUNDING = {torch.float32: 4.0, torch.float64: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 
@@ -212,7 +214,9 @@ def _singular_values(scaled: Tensor) -> Tensor:
             # LAPACK gives up on some float32 matrices of which most rows are zero.
             continue
         least = float(values[min(len(values) - 1, int(FULL_SHARE * len(values)))])
-        is_full = least > max(SEEN[dtype] * float(values[0]), 2 * EDGE * sum(size**0.5 for size in wide.shape))
+        is_full = least > max(
+            SEEN[dtype] * float(values[0]), 2 * OVER_EDGE * noise_edge((wide.shape[0], wide.shape[1]), 1.0)
+        )
         if is_full or float(values[0]) < most:
             return values.double()
     values = torch.linalg.svdvals(scaled)
@@ -221,7 +225,7 @@ def _singular_values(scaled: Tensor) -> Tensor:
 
 def _judge(values: Tensor, p: int, q: int) -> Relation:
     most, edges, rank = len(values), _edges(len(values), p, q), numerical_rank(values, p, q)
-    if rank > FULL_SHARE * most:
+    if is_full_rank(rank, most):
         return Relation(Kind.FULL_RANK, rank)
     left = float(values[rank:].square().sum()) / ((p - rank) * (q - rank))
     crowd = int(values[:rank].lt(CROWD_FACTOR * edges[rank]).sum()) / most
@@ -244,8 +248,8 @@ def numerical_rank(values: Tensor, p: int, q: int) -> int:
 
 def _edges(most: int, p: int, q: int) -> Tensor:
     """Above what a singular value is signal after k others, for each k, `(most,)`, float64."""
-    k = torch.arange(most, dtype=torch.float64)
-    return EDGE * ((p - k).sqrt() + (q - k).sqrt())
+    edges = [OVER_EDGE * noise_edge((p - k, q - k), 1.0) for k in range(most)]
+    return torch.tensor(edges, dtype=torch.float64)
 
 
 def rounded_to(matrix: Tensor) -> torch.dtype:

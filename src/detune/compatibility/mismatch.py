@@ -16,19 +16,20 @@ from detune.compatibility.low_rank_test import LAST_SAMPLE, sample
 from detune.problem.solving import told_by_others
 from detune.problem.stack import Stack
 
-# Above this cosine two matrices are versions of one: matrices of two bases have one of about `1 / sqrt(out in)`.
+# Above this cosine two matrices are versions of one: matrices of two bases have one of about `1 / sqrt(out in)`
+# (derived), and any number does far from both.
 CLOSE = 0.5
 # Above this cosine a difference holds what NF4 rounds off the member: by chance it is `1 / sqrt(out in)`, and some 0.4
-# with deltas as large as the rounding.
+# with deltas as large as the rounding (derived: half of that).
 ROUNDED = 0.2
-# Rows that are looked up among those of the other matrix.
+# Rows that are looked up among those of the other matrix: any number does that a share can be told from.
 LOOKED_UP = 64
 # A row is found where the nearest is this much nearer than the second (Lowe 2004, doi
 # 10.1023/B:VISI.0000029664.99615.94, section 7.1); among unrelated rows the two are about as far.
 NEARER = 0.75
-# This share of the rows must be found, each in another place.
+# This share of the rows must be found, each in another place: any number does between none and all.
 FOUND = 0.75
-# Sorting the rows of a larger matrix takes too long.
+# Sorting the rows of a larger matrix takes too long: any number does that is a bearable time.
 MOST_SORTED = 1 << 26
 
 

@@ -15,7 +15,8 @@ Shape = tuple[int, ...]
 
 # What torch puts into names that says nothing about the model.
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# Prefixes that are exchanged for one another must leave names alike in so many parts, and so many names.
+# Prefixes that are exchanged for one another must leave names alike in two parts, and two names: `weight` alone is what
+# all names end with, and one name is no pattern (definition of an alignment).
 LEAST_PARTS = 2
 LEAST_NAMES = 2
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from detune.checkpoints import Checkpoint
 from detune.errors import InputError
 
+# Bytes compared at a time, bytes compared first, and names listed: any numbers do.
 BLOCK_BYTES = 4 * 2**20
 SAMPLE_BYTES = 4096
 LISTED = 4

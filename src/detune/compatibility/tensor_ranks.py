@@ -19,13 +19,12 @@ from detune.methods.agreement import unchanged
 from detune.numerics.device import full_precision
 from detune.problem import NonFinite, NotLowRank, NotRecoverable, Stack
 from detune.problem.delta_sizes import independent_models
+from detune.problem.recovery import FEWEST_MODELS
 from detune.problem.solving import Prepared, told_by_others
 from detune.problem.stack import matricise
 
 Known = TypeVar("Known")
 
-# Models that a matrix's adapters can be split with.
-ENOUGH = 3
 # An unrelated tensor of a model that belongs.
 ANEW = "re-initialised: unrelated to the others'"
 
@@ -114,7 +113,7 @@ def find_tensor_change(
     bits = find_bit_change([models[i] for i in holders], name)
     changed = _placed(dict(zip(holders, bits.changed, strict=True)), members)
     if bits.light and not look_closer:
-        enough = len(holders) >= ENOUGH
+        enough = len(holders) >= FEWEST_MODELS
         return TensorChange(ChangedTensor(name, shape, (), enough, BELOW_A_STEP, changed, light=True))
     groups = [tuple(holders)]
     if not bits.light and tells(models[holders[0]], name):
@@ -141,7 +140,7 @@ def find_tensor_change(
 
 
 def _placed(known: Mapping[int, Known], members: Sequence[int]) -> tuple[Known | None, ...]:
-    """What is known of some models, in the order of the members."""
+    """The known ranks of some models, in the order of the members."""
     return tuple(known.get(i) for i in members)
 
 
@@ -176,7 +175,7 @@ def _find_ranks(models: Sequence[Checkpoint], name: str, device: torch.device | 
 
 
 def _vector(stack: Stack) -> _Outcome:
-    untouched = unchanged(stack) if stack.n >= ENOUGH else None
+    untouched = unchanged(stack) if stack.n >= FEWEST_MODELS else None
     if untouched is not None:
         return _Outcome((), True, untouched.reason)
     return _Outcome((), False, "a vector cannot be low-rank: it can only be averaged")
@@ -184,7 +183,7 @@ def _vector(stack: Stack) -> _Outcome:
 
 def _matrix(stack: Stack) -> _Outcome:
     differences = find_differences(stack)
-    if stack.n < ENOUGH:
+    if stack.n < FEWEST_MODELS:
         difference = differences.of(0, 1)
         size = "full rank" if difference.full_rank else f"rank {difference.rank}"
         return _Outcome((), False, f"the difference of two models has {size}; a third model is needed to split it")
@@ -210,6 +209,6 @@ def _of_all(stack: Stack, models: Sequence[int], known: Sequence[int]) -> tuple[
     """
     ranks = dict(zip(models, known, strict=True))
     for other in set(range(stack.n)) - set(models):
-        pairs = {i: find_differences(stack.part((other, i))).of(0, 1).rank for i in models[:ENOUGH]}
+        pairs = {i: find_differences(stack.part((other, i))).of(0, 1).rank for i in models[:FEWEST_MODELS]}
         ranks[other] = max(0, *(pair - ranks[i] for i, pair in pairs.items()))
     return tuple(ranks[i] for i in range(stack.n))

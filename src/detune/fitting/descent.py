@@ -17,10 +17,12 @@ from detune.fitting.least_squares import solve_given_rows
 from detune.numerics.linalg import orthonormal
 from detune.problem.low_rank import LowRank
 from detune.problem.stack import Stack
+from detune.problem.storage_noise import noise_edge
 
-# Shares of a step that are tried, longest first.
+# Shares of a step that are tried, longest first: any numbers do that fall by a factor of two to three.
 STEP_LENGTHS = (1.0, 0.4, 0.15, 0.05)
-# A misfit that changes by less than this share of the largest squared singular value of noise is as good as it gets.
+# A misfit is as good as it gets if it changes by less than this share of the noise's largest squared singular value:
+# a direction is worth more than a whole one (derived).
 ENOUGH = 3e-3
 # Most steps, and most where the answer will be held down (measured on merges of all-MiniLM-L6-v2 in 8 bits: the same
 # answers as with all steps).
@@ -78,7 +80,7 @@ def damped_gauss_newton(stack: Stack, V: Sequence[Tensor]) -> tuple[LowRank, ...
         V: Orthonormal row spaces to start from, `(in, r_i)`.
     """
     noise = float(stack.noise.square().mean().sqrt())
-    floor = noise * (stack.shape[0] ** 0.5 + stack.shape[1] ** 0.5)
+    floor = noise_edge(stack.shape, noise**2)
     steps = FEW_STEPS if stack.noise_override else MOST_STEPS
     return descend(centred(stack), [V_i.double() for V_i in V], noise, ENOUGH * floor**2, steps).deltas
 

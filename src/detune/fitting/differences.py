@@ -19,24 +19,28 @@ from torch import Tensor
 from detune.fitting.pair_ranks import solve_ranks
 from detune.numerics.linalg import orthonormal, product, thin_svd
 from detune.numerics.random import seeded
-from detune.problem.recovery import MOST_RANK
+from detune.problem.low_rank import MOST_RANK, is_full_rank
 from detune.problem.stack import SMALL_ENTRIES, Stack
 
+# Test vectors beyond the rank: five to ten (Halko, Martinsson & Tropp 2011, arXiv 0909.4061, Section 4.3).
 OVERSAMPLING = 8
+# The rank looked for first: any number does, as it is widened where it is too small.
 FIRST_RANK = 32
-# Rows after folding: where storage noise is far below the deltas, and where it is not and folding more would lift it.
+# Rows after folding: any numbers do that are twice the ranks. In half precision storage noise is not far below the
+# deltas, and folding more would lift it.
 FOLDED_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 1024, torch.float16: 1024}
-# Folding keeps a space of up to this share of its rows.
+# Folding keeps a space of up to half of its rows: singular values change by a factor of `1 ± sqrt(1 / 2)`, and none is
+# lost (derived).
 FOLDED_RANK = 0.5
-# More than 7/8 of all singular values are a spectrum that runs out, unless the last stands four times over the noise
-# and some values do not.
+# A spectrum that takes nearly all of the shape ends there all the same if its last value stands four times over the
+# noise and some values do not (definition of a gap).
 WELL_ABOVE = 4.0
-# A singular value counts as signal from this multiple of the noise's estimated spectral norm. The estimate is a bound,
-# a fifth above what noise reaches where all entries are of a kind; noise alone does not come near.
+# A singular value counts as signal from this multiple of the noise's edge, a bound (arXiv 1408.6185) that lies a fifth
+# above what rounding reaches where all entries are of a kind: noise alone does not come near.
 SIGNAL = 1.15
 # Test vectors show a direction weaker than it is: one hardly above the noise by at most a quarter. Where a value lies
-# between, the matrix is multiplied once more (Halko, Martinsson & Tropp 2011, Algorithm 4.3). Test vectors show more of
-# small matrices, and `detune.ranks.search` looks closer there.
+# between, the matrix is multiplied once more (Halko, Martinsson & Tropp 2011, arXiv 0909.4061, Algorithm 4.3). Test
+# vectors show more of small matrices, and `detune.ranks.search` looks closer there.
 HIDDEN = 0.75
 
 
@@ -150,7 +154,7 @@ def find_differences(
 def _is_full_rank(S: Tensor, noise_norm: float, most: int) -> bool:
     """Whether singular values over the noise are too many for a low rank, of at most `most`."""
     ends = len(S) < most and float(S[-1:].sum()) > WELL_ABOVE * noise_norm
-    return len(S) > MOST_RANK or (len(S) > most - most // 8 and not ends)
+    return len(S) > MOST_RANK or (is_full_rank(len(S), most) and not ends)
 
 
 def _fold(stack: Stack, rows: int, seed: int) -> Tensor:

@@ -14,6 +14,7 @@ from detune.numerics.linalg import gram, inverse_of_normal, product, weighted_su
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import Residuals
 from detune.problem.stack import Block, Stack
+from detune.problem.storage_noise import COMPUTED
 
 
 def project_right(stack: Stack, V: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -213,7 +214,7 @@ class _Accumulator:
         # Float64 models are as finely rounded as the computation: its own rounding, some eps of the deltas, is in the
         # residual too.
         out, columns = stack.shape
-        computed = 32 * torch.finfo(torch.float64).eps * (spread / (stack.n * out * columns)) ** 0.5
+        computed = COMPUTED * (spread / (stack.n * out * columns)) ** 0.5
         variance = float(stack.noise.square().mean()) + computed**2
         expected = variance * _degrees_of_freedom(stack, deltas)
         return WStep(

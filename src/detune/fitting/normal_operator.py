@@ -17,13 +17,14 @@ from detune.numerics.linalg import inverse_of_normal, joint_basis, product
 
 __all__ = ["NormalOperator"]
 
-# Conjugate gradients on singular equations are stopped when the residual is a thousand times the least so far.
+# Conjugate gradients on singular equations are stopped when the residual is a thousand times the least so far: any
+# number does, as it grows by orders once rounding has the upper hand.
 DIVERGED = 1e3
-# A float64 system of 128^2 unknowns or more is solved in float32 first,
+# A float64 system of 128^2 unknowns or more is solved in float32 first: any number does, smaller ones take no time;
 LARGE_CORE = 128**2
-# to this share of its right-hand side, 25 times float32's precision (derived),
+# first to this share of its right-hand side, 25 times float32's precision (derived);
 IN_SINGLE = 3e-6
-# and again, as long as no more than a tenth is left each time.
+# then again, as long as no more than a tenth is left each time: any number does that is well below one.
 REFINED = 0.1
 
 

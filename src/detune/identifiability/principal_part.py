@@ -17,7 +17,7 @@ from detune.problem.storage_noise import FLOOR_RATIO
 
 __all__ = ["lacks_principal_part", "require_own_adapters"]
 
-# Adapters that start from one part of the base and are trained a little stay closer than this to each other (cosine):
+# Adapters that start from one part of the base and are trained a little have a larger cosine than 0.9 to each other:
 # 0.95 to 0.97 for PEFT's PiSSA and OLoRA, at most 0.11 for eight other methods (measured on `tiny_set` of
 # benchmarks/peft_sets.py, three and five models). Checkpoints of one run do too; the null space tells these apart.
 ALIKE = 0.9

@@ -13,6 +13,7 @@ from detune.compatibility.groups import tells
 from detune.compatibility.levels import level_noise
 from detune.compatibility.light import by_kind
 from detune.compatibility.low_rank_test import sample
+from detune.compatibility.mismatch import CLOSE
 from detune.compatibility.model_set import Models, damaged, rows_to_read
 from detune.errors import InputError
 from detune.lineage.describe import describe_tree
@@ -20,11 +21,9 @@ from detune.lineage.geometry import Geometry
 from detune.lineage.tree import Lineage, Node
 from detune.problem.stack import matricise
 
-# Matrices looked at, of all kinds in turn, and rows and columns of each.
+# Matrices looked at, of all kinds in turn, and rows and columns of each: any numbers do, they bound the time.
 MATRICES = 12
 SIZE = 256
-# Models are of one tree whose matrices have a larger cosine: those of two bases have one of about `1 / sqrt(out in)`.
-CLOSE = 0.5
 
 
 def find_lineage(

@@ -1,4 +1,4 @@
-"""What the weights of several models say about their descent: distances, ranks, and who was rounded last.
+"""The evidence of weights for descent: distances, ranks, and who was rounded last.
 
 Let `W_j = W_i + M` for each step of training, with updates M that have nothing to do with each other. Then
 
@@ -25,13 +25,16 @@ from detune.compatibility.light import is_light
 from detune.compatibility.low_rank_test import Kind, Relation, numerical_rank, relate, rounded_to
 from detune.problem.storage_noise import storage_variance
 
-# Matrices in which ranks and roundings of two models are looked at.
+# Matrices in which ranks and roundings of two models are looked at: any number does, it bounds the time.
 LOOKED_AT = 4
-# A rank of more than half of the smaller side leaves no residual to judge rounding by.
+# A rank of more than half of the smaller side leaves no residual to judge rounding by: a quarter
+# of the entries (derived).
 MOST_RANK = 1 / 2
-# The part of each rounding that is seen. An error above the second is no estimate: that side's steps are too fine.
+# The part of each rounding that is seen. An error above the second is no estimate: that side's steps are too fine
+# (measured, see docs/lineage.md).
 SEEN, UNKNOWN = 0.9, 0.5
 TINY = torch.finfo(torch.float64).tiny
+# No error is smaller: any number does that is far below those that are measured.
 LEAST = 1e-3
 
 
@@ -50,7 +53,7 @@ class Rounding(NamedTuple):
 
 
 class Geometry:
-    """The same blocks of several models' matrices, compared.
+    """Blocks of several models' matrices at the same places, compared.
 
     Args:
         blocks: For each matrix looked at the block of each model, `(rows, columns)` as stored.

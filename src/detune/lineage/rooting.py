@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from detune.lineage.topology import Tree
 
 # Where nothing else tells, the node with most neighbours: most publishers fine-tune one base several times.
+# Any number does that all its neighbours together keep below a piece of evidence.
 HUB = 0.1
-# A direction is known where the best root that gives it is ahead of the best that gives the other by this: odds of 7.
+# A direction is known where the best root that gives it is ahead of the best that gives the other by this: odds of 7
+# (definition).
 SURE = 2.0
 
 

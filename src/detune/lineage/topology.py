@@ -12,18 +12,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# Ways that go together for less than this share of the shorter one part at v, whatever ranks say.
+# Ways that go together for less than a fiftieth of the shorter one part at v, whatever ranks say (measured with
+# the others, see `describe`).
 APART = 0.02
-# From this share on they go together, and so do updates of which ranks say that the other share is one and the same.
+# From this share on they go together, and so do updates of which ranks say that the other share is one and the same
+# (measured with the others).
 TOGETHER, TOGETHER_BY_RANK = 0.25, 0.1
-# An update that goes on in one run has all of the ranks before it in common with those: that says nothing of a node.
+# An update that goes on in one run has all of the ranks before it in common with those: that says nothing of a node
+# (measured with the others).
 ALL = 0.9
 # Where ranks say nothing, the cosine at v must be more than updates have in common that were trained on like data: 0.16
-# at most (LoRAs of a language model, `benchmarks/llm_models.py`).
+# at most (measured: LoRAs of a language model, `benchmarks/llm_models.py`).
 IN_COMMON = 0.17
-# Hidden nodes that are nearer to each other than this share of the way between the models beside them are one.
+# Hidden nodes that are nearer to each other than 0.15 of the way between the models beside them are one (measured
+# with the others).
 ONE = 0.15
-# Of ways that go together about equally far, all lead through one node.
+# Ways that go together about equally far all lead through one node (measured with the others).
 ALIKE = 1.3
 
 Shared = Callable[[int, int, int], float | None]

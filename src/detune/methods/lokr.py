@@ -21,17 +21,20 @@ from detune.numerics.random import seeded
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
-from detune.problem.storage_noise import FLOOR_RATIO
+from detune.problem.storage_noise import FLOOR_RATIO, noise_edge
 
-# Rows and columns of a rearranged difference that are looked at.
+# Rows and columns of a rearranged difference that are looked at: any number does that is well above the ranks.
 SAMPLE = 32
-# A rearrangement with fewer rows or columns is of low rank whatever is in it.
+# A rearrangement with fewer rows or columns is of low rank whatever is in it: a difference of two
+# products has rank 2, which is to be less than half of them (derived).
 FEWEST = 6
-# A singular value counts from four times what storage noise adds to a sample.
+# A singular value counts from four times what storage noise adds to a sample: noise of entries whose steps are up to
+# four times the typical one does not reach there (derived).
 SIGNAL = 4.0
-# A rearrangement is worth trying if a difference has at most half of the rank that the sample could show.
+# A rearrangement is worth trying if a difference has at most half of the rank that the sample could show: any share
+# does, as the lowest ranks are tried first.
 LOW = 0.5
-# Shapes that are tried in full.
+# Shapes that are tried in full: any number does, each costs a solution.
 MOST_TRIED = 4
 
 Blocks = tuple[int, int]
@@ -117,15 +120,15 @@ class LoKr:
             return [plain]
         stack.require_finite(torch.stack([W_i.sum(dtype=torch.float64) for W_i in stack.matrices]))
         first, second = (W_i.to(stack.device, torch.float64) for W_i in stack.matrices[:2])
-        noise = SIGNAL * float(torch.hypot(stack.noise[0], stack.noise[1]))
+        variance = SIGNAL**2 * float(stack.noise[:2].square().sum())
         ranks = {
             blocks: share
             for blocks in _shapes(out, columns)
-            if (share := self._rank(second - first, blocks, noise)) is not None
+            if (share := self._rank(second - first, blocks, variance)) is not None
         }
         return [*sorted(ranks, key=lambda blocks: ranks[blocks])[:MOST_TRIED], plain]
 
-    def _rank(self, difference: Tensor, blocks: Blocks, noise: float) -> int | None:
+    def _rank(self, difference: Tensor, blocks: Blocks, variance: float) -> int | None:
         """The rank of some rows and columns of a rearranged difference; None where it is not low."""
         arranged = _blockwise(difference, blocks)
         generator = seeded(self.seed, difference.device)
@@ -136,7 +139,7 @@ class LoKr:
         b, width = arranged.shape[1], arranged.shape[3]
         sample = arranged[(rows // b)[:, None], (rows % b)[:, None], (columns // width)[None], (columns % width)[None]]
         p, q = sample.shape
-        rank = int(torch.linalg.svdvals(sample).gt(noise * (p**0.5 + q**0.5)).sum())
+        rank = int(torch.linalg.svdvals(sample).gt(noise_edge((p, q), variance)).sum())
         return rank if rank <= LOW * min(p, q) else None
 
 

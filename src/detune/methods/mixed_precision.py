@@ -18,15 +18,15 @@ from detune.lattice import is_coarse
 from detune.numerics.float_grid import name_of
 from detune.numerics.linalg import thin_svd
 from detune.problem.low_rank import LowRank, SVDFactors
-from detune.problem.recovery import NotLowRank, NotRecoverable, Recovery
+from detune.problem.recovery import FEWEST_MODELS, NotLowRank, NotRecoverable, Recovery
 from detune.problem.stack import Stack
 from detune.problem.storage_noise import FLOOR_RATIO
 
-# Models whose steps are more than 64 times the finest are coarse: float32 and fp16 are 2^13 apart, fp16 and bf16 2^3.
+# Models whose steps are more than 64 times the finest are coarse: float32 and fp16 are 2^13 apart, fp16 and bf16
+# 2^3, and 64 is between (derived).
 COARSE = 64.0
-# Fewer models show no ranks of their own.
-FEWEST = 3
-# A base in float32 may have been rounded to bf16 before its merge was: the variance is twice that of one rounding.
+# A base in float32 may have been rounded to bf16 before its merge was: the variance is twice that of one rounding
+# (derived).
 ROUNDED_TWICE = 2**0.5
 
 Solve = Callable[[Stack, int | None], Recovery]
@@ -111,7 +111,7 @@ def _solve_rounded_alike(stack: Stack, solve: Solve, rank: int | None) -> Recove
     where nothing is hidden so, and where deltas are so small that only single entries tell of them.
     """
     dtypes = stack.rounded_dtypes
-    if stack.n < FEWEST or len(set(dtypes)) == 1 or stack.noise_override or is_coarse(stack):
+    if stack.n < FEWEST_MODELS or len(set(dtypes)) == 1 or stack.noise_override or is_coarse(stack):
         return None
     found = sorted(find_differences(stack, rank).by_pair.values(), key=lambda difference: difference.rank)
     ranks = [difference.rank for difference in found]

@@ -16,14 +16,12 @@ from torch import Tensor
 from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
-# The changes are not sparse where two models agree in fewer than half of the entries.
+# The changes are not sparse where two models agree in fewer than half of the entries (definition).
 LEAST_AGREED = 0.5
-
 # Twice as many entries without two that agree as independent choices would leave, and ten more: all models changed the
-# same ones.
+# same ones. By chance it comes less than once in a million matrices (derived: Poisson's law, 3e-7 at most).
 MORE_THAN_CHANCE = 2.0
 A_FEW = 10
-
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

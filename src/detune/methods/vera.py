@@ -25,20 +25,21 @@ from detune.numerics.float_grid import times_power_of_two
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
+from detune.problem.storage_noise import COMPUTED, FLOOR_RATIO
 
-# What differs outside of A's row space, over the storage noise (mean square), shows that A is another.
-MOST_OUTSIDE = 4.0
+# Most steps: any number does, as each falls by a factor near the end.
 STEPS = 60
-# The last step is one that lowers the misfit by less than a ten-thousandth.
+# The last step is one that lowers the misfit by less than a ten-thousandth: any number does that is small.
 CONVERGED = 1 - 1e-4
+# Levenberg's damping: any numbers do, it is adapted.
 FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-2, 1e-12, 1e8
-# At the start all c_i are one, and the common part of the b_i is not determined.
+# At the start all c_i are one, and the common part of the b_i is not determined: any small
+# number does.
 RIDGE = 1e-3
-# Rows whose equations are held at once.
+# Rows whose equations are held at once: any number does.
 CHUNK = 512
-# Differences are computed to this relative precision.
-COMPUTED = 32 * torch.finfo(torch.float64).eps
-# Draws of noise that the error is predicted from.
+# Draws of noise that the error is predicted from: the mean of four energies of thousands of entries is known to some
+# per cent (derived).
 PROBES = 4
 
 
@@ -128,7 +129,7 @@ class VeRA:
         outside = float((models - inside @ Q.mT).square().mean())
         share = (stack.n - 1) / stack.n * (1 - Q.shape[1] / stack.shape[1])
         noise = float(stack.noise.square().mean()) * share + COMPUTED**2 * float(models.square().mean())
-        if outside > MOST_OUTSIDE * noise:
+        if outside > FLOOR_RATIO**2 * noise:
             return None
         return _Fit(A, B, *_Problem(B, R).solve(inside))
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from detune.errors import DetuneError
 from detune.numerics.float_grid import times_power_of_two
-from detune.problem.low_rank import LowRank
+from detune.problem.low_rank import MOST_RANK, LowRank
 from detune.problem.stack import Stack
 
-# A difference of a higher rank is one of full rank: the ranks of two of LoWRA Bench's adapters (arXiv 2402.10208) add
-# up to 128 at most, and eight times that is left for others.
-MOST_RANK = 1024
+# A difference of two models splits into two adapters in infinitely many ways; a third model decides (derived, see
+# `docs/method.md`).
+FEWEST_MODELS = 3
 
 
 class NotRecoverable(DetuneError):

@@ -15,7 +15,7 @@ from detune.errors import InputError
 from detune.numerics.device import find_device, multiplies_bfloat16, upload
 from detune.numerics.linalg import weighted_sum
 from detune.numerics.random import seeded
-from detune.problem.storage_noise import as_rounded, sample_rows, storage_variance
+from detune.problem.storage_noise import as_rounded, noise_edge, sample_rows, storage_variance
 
 
 class NonFinite(InputError):
@@ -192,7 +192,7 @@ class Stack:
         reference = sample_rows(self.matrices[0]).to(self.dtype)
         for i, W_i in enumerate(self.matrices[1:], 1):
             difference = sample_rows(W_i).to(self.dtype) - reference
-            rounding = self._spectral_norm(storage_variance(difference.bfloat16()), rows)
+            rounding = noise_edge(self.shape, storage_variance(difference.bfloat16()))
             if not bool(rounding <= COVERED * torch.hypot(self.noise_norm(0, rows), self.noise_norm(i, rows))):
                 return self.dtype
         return torch.bfloat16
@@ -319,18 +319,11 @@ class Stack:
     def noise_norm(self, model: int, rows: int) -> Tensor:
         """Estimated spectral norm of a model's rounding error after folding onto `rows`, a float64 scalar.
 
-        For independent entries with variances `v` it is `max_row sqrt(sum v) + max_col sqrt(sum v)` (Bandeira & van
-        Handel 2016, Theorem 1.1, without its lower-order term); on equal variances, `sigma (sqrt d + sqrt k)`. Folding
-        d rows onto m adds up `d / m` variances in each entry.
+        The edge of the noise, see `noise_edge`. Folding d rows onto m adds up `d / m` variances in each entry.
         """
-        return self._spectral_norm(self._variances[model], rows)
-
-    def _spectral_norm(self, variance: Tensor, rows: int) -> Tensor:
-        """Estimated spectral norm of noise with these variances of some rows, `(rows, in)`; see `noise_norm`."""
-        out, width = self.shape
-        columns = variance.mean(dim=0).max() * out
-        longest = variance.mean(dim=1).max() * width * out / rows
-        return columns.sqrt() + longest.sqrt()
+        out, columns = self.shape
+        norm: Tensor = (out / rows) ** 0.5 * noise_edge((rows, columns), self._variances[model])
+        return norm
 
 
 def matricise(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""The model of storage noise: every weight was rounded once to its dtype."""
+"""The model of storage noise: every weight was rounded once to its dtype. Where it ends, and what is more than it."""
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -11,6 +12,12 @@ from detune.numerics.float_grid import lies_on, spacing
 # the noise for LoRA, rsLoRA, AdaLoRA and VB-LoRA, and 180 times and more for HRA (measured on `tiny_set` of
 # benchmarks/peft_sets.py, three and five models).
 FLOOR_RATIO = 2.0
+# Factors are computed to 32 units of float64's precision: the square root of a thousand products (derived).
+COMPUTED = 32 * torch.finfo(torch.float64).eps
+# A singular value is signal from this multiple of the edge of the noise: finite matrices scatter. Of 64x64 entries one
+# draw in 10^5 goes beyond, of larger ones fewer (derived: the Tracy-Widom law, Johnstone 2001, doi
+# 10.1214/aos/1009210544).
+OVER_EDGE = 1.1
 
 
 def storage_variance(values: Tensor) -> Tensor:
@@ -28,6 +35,33 @@ def storage_variance(values: Tensor) -> Tensor:
 def storage_energy(matrix: Tensor) -> float:
     """Expected energy of the rounding error of a stored matrix, judged by some rows as the noise of the models is."""
     return float(storage_variance(sample_rows(matrix)).mean()) * matrix.numel()
+
+
+@overload
+def noise_edge(shape: tuple[int, int], variance: float) -> float: ...
+@overload
+def noise_edge(shape: tuple[int, int], variance: Tensor) -> Tensor: ...
+def noise_edge(shape: tuple[int, int], variance: float | Tensor) -> float | Tensor:
+    """The edge of the spectrum of independent noise: the largest singular value that it has, to some per cent.
+
+        max_row sqrt(sum variance) + max_column sqrt(sum variance)
+
+    (Bandeira & van Handel 2016, arXiv 1408.6185, Theorem 1.1, without its lower-order term). On equal variances it is
+    `sigma (sqrt d + sqrt k)` (Davidson & Szarek 2001, Theorem II.13); on unequal ones it is a bound, up to a third too
+    high.
+
+    Args:
+        shape: `(rows, columns)` of the noise.
+        variance: One for all entries, or those of some rows, which stand for all: `(some, columns)`, float64.
+
+    Returns:
+        A float for one variance, a float64 scalar on the variances' device for several.
+    """
+    rows, columns = shape
+    if not isinstance(variance, Tensor):
+        return float(variance**0.5 * (rows**0.5 + columns**0.5))
+    column, row = variance.mean(dim=0).max() * rows, variance.mean(dim=1).max() * columns
+    return column.sqrt() + row.sqrt()
 
 
 def as_rounded(samples: Sequence[Tensor]) -> list[Tensor]:

@@ -22,18 +22,18 @@ from detune.problem.low_rank import LowRank
 from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
-# An entry is wild from so many times the typical size on, if it is so many times what another model holds there, or all
-# hold such: its rounding is then as much as that of a million others (derived). The largest weights of language models
-# are some hundreds of times the typical size, and adapters change an entry by far less.
+# An entry is wild from a thousand times the typical size on, if it is as many times what another model holds there, or
+# all hold such: its rounding is then as much as that of a million others (derived). The largest weights of language
+# models are some hundreds of times the typical size, and adapters change an entry by far less.
 APART = 1e3
-# More of a model's entries than this share are another matrix: any number does that is well below a half.
+# A larger share of a model's entries is another matrix: any number does that is well below a half.
 MOST = 0.1
 # If all models hold such entries in more of the places, in the same ones, it is a matrix of two scales: any number does
 # that is far below a share that one model may have lost.
 MOST_EVERYWHERE = 0.01
 # Columns that tell what a row's deltas are: any number does that is well above the ranks.
 TELLING = 4096
-# So many are named: any number does that leaves a sentence readable.
+# Entries that are named: any number does that leaves a sentence readable.
 NAMED = 3
 
 Split = Callable[[Stack], Sequence[LowRank]]
@@ -112,7 +112,7 @@ class WildEntries:
         return replace(stack, matrices=tuple(matrices))
 
     def foretold(self, stack: Stack, split: Split) -> Tensor:
-        """What the models would hold in these places, as far as the others tell.
+        """The values that the models would hold in these places, by the others.
 
         Args:
             stack: The models, with anything finite for the wild entries.
@@ -158,7 +158,7 @@ class WildEntries:
         return [M_i.right.cpu().double() for M_i in deltas] if all(type(M_i) is LowRank for M_i in deltas) else []
 
     def entries(self, recovery: Recovery) -> Tensor:
-        """What an answer says that the models hold in these places, `(p, n)`, float64."""
+        """The values of an answer in these places for each model, `(p, n)`, float64."""
         weight = _at(recovery.weight, self.rows, self.columns).double()[:, None].expand_as(self.stored)
         deltas = [_at(M_i.dense(), self.rows, self.columns).double() for M_i in recovery.deltas]
         return weight + torch.stack(deltas, dim=1) if deltas else weight

@@ -21,7 +21,8 @@ from detune.recovery.summary import doubts, report_table
 
 __all__ = ["recovery_cards"]
 
-# A family of a thousand kinds of tensors, or of reasons, is for `detune.json`.
+# A family of a thousand kinds of tensors, or of reasons, is for `detune.json`: any number
+# does that a page can hold.
 MOST_LINES = 100
 
 WORTH = {
@@ -96,7 +97,7 @@ Spectral DeTuning, Horwitz, Kahana & Hoshen, *Recovering the Pre-Fine-Tuning Wei
 
 
 def _what(report: Report, models: int) -> str:
-    """What the weights are: where nothing was solved, no recovery."""
+    """The name of the weights: where nothing was solved, no recovery."""
     counted = f"{models} fine-tuned model{'s' * (models != 1)}"
     made = f"by detune {text(report.versions['detune'])}."
     if any(row.method not in NOT_SOLVED or row.verdict is Verdict.EXACT for row in report.tensors):

@@ -18,15 +18,14 @@ from detune.numerics.float_grid import name_of
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.problem.solving import Prepared, solve, wild_entries_of
 from detune.problem.stack import matricise
-from detune.problem.storage_noise import sample_rows
+from detune.problem.storage_noise import FLOOR_RATIO, sample_rows
 from detune.recovery.report import TensorResult
 
-# What adapters leave of models that they explain, in units of the storage noise.
-EXPLAINED = 1.5
 # Where models have trained rows of their own, most rows are as they were, and most entries of the others are not. Low
-# ranks change all rows; where rounding leaves most entries as they were, it does so in all rows, too.
+# ranks change all rows; where rounding leaves most entries as they were, it does so in all rows, too
+# (definition: most is more than half).
 FEW_ROWS, MOST_ENTRIES = 0.5, 0.5
-# A low rank in some of the rows differs between any two models.
+# A low rank in some of the rows differs between any two models (definition of most).
 MOSTLY_ALONE = 0.5
 
 
@@ -143,7 +142,7 @@ def _solve(stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype, 
 def _unexplained(result: TensorResult) -> bool:
     """Whether some models may not belong here: where adapters explain all of them to the noise, all do."""
     if result.verdict is Verdict.APPROXIMATE and result.noise_ratio is not None:
-        return result.noise_ratio > EXPLAINED
+        return result.noise_ratio > FLOOR_RATIO
     return result.verdict not in (Verdict.EXACT, Verdict.FLOOR)
 
 

@@ -33,7 +33,8 @@ MASK = ".mask"
 FACTORS = ".lora"
 """Suffixes of the parts of a tensor."""
 
-# How long what is on the disk may wait until it is written down; a killed run does that much again.
+# How long what is on the disk may wait until it is written down; a killed run does that much again. Any
+# number does that is short beside the work on a tensor, and long beside the writing of a line.
 RECORD_SECONDS = 5.0
 
 

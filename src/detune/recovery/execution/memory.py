@@ -4,7 +4,7 @@ import ctypes
 
 __all__ = ["keep_freed_memory"]
 
-# glibc's names for what `mallopt` sets (malloc.h).
+# glibc's names for what `mallopt` sets (malloc.h), by definition.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
