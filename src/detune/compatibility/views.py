@@ -13,27 +13,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-import torch
-from torch import Tensor
-
 from detune.checkpoints import Checkpoint, Excerpt, Part, TensorInfo, View, raw
 from detune.compatibility.names import TwoWays, align_names, bare
 from detune.compatibility.shared import LISTED, is_shared, some
+from detune.compatibility.vocabulary import first_own_row, is_vocabulary, resized_rows, vocabulary_sizes
 from detune.errors import InputError
 from detune.numerics.float_grid import name_of
+from detune.problem.recovery import FEWEST_MODELS
 
 __all__ = ["Alignment", "Fit", "align", "is_stack", "view_of"]
 
-# A model that has less than half of the layout's tensors is of another architecture.
+# A model that has less than half of the layout's tensors is of another architecture (definition).
 SAME_ARCHITECTURE = 1 / 2
-# What embeddings and heads, with a row for each token, are called.
-VOCABULARY = ("embed", "wte", "lm_head", "decoder", "predictions")
 # What stacks `(experts, out, in)` or `(experts, in, out)` are called in transformers: kernels can have that shape too.
 STACK = re.compile(r"expert|(^|[._])moe[._]")
-# So many rows at the end are looked at for tokens that every model has added; if more differ, they were trained.
-LOOKED_AT = (1, 32, 1024)
-# Models without which a vocabulary is not the base's: matrices cannot be split with fewer.
-ENOUGH = 3
 
 
 @dataclass(frozen=True)
@@ -135,7 +128,7 @@ def align(models: Sequence[Checkpoint], like: int | None = None) -> Alignment:
     for name, info in reference.items():
         holders = [View(whole[i], {name: found[i].parts[name]}) for i in fitting if name in found[i].parts]
         looked_at = not any(isinstance(models[i], Excerpt) for i in fitting)
-        own = _first_own_row(holders, name) if looked_at and _is_vocabulary(name) else None
+        own = first_own_row(holders, name) if looked_at and is_vocabulary(name) else None
         pieces[name] = _cut(info, [holder.tensors[name].shape for holder in holders], own)
     fits = [_fit(whole[layout], model, each, pieces) for model, each in zip(whole, found, strict=True)]
     return Alignment(
@@ -192,13 +185,13 @@ def _find(layout: Checkpoint, model: Checkpoint) -> _Found:
             "save them from one class, or give only the part that they have in common",
         ) from None
     _check_single(model, names.values())
-    vocabularies = _vocabularies(layout, model, names)
+    sizes = vocabulary_sizes(layout, model, names)
     parts, unlike = {}, {}
     for name, own in names.items():
         expected, info = layout.tensors[name], model.tensors[own]
         if expected.dtype.is_floating_point != info.dtype.is_floating_point:
             unlike[name] = f"stored as {name_of(info.dtype)} instead of {name_of(expected.dtype)}"
-        elif info.shape == expected.shape or _rows(expected, info) in vocabularies:
+        elif info.shape == expected.shape or resized_rows(expected, info) in sizes:
             parts[name] = Part(own)
         elif _is_turned(name, expected.shape, info.shape):
             parts[name] = Part(own, turned=True)
@@ -223,27 +216,6 @@ def _check_single(model: Checkpoint, used: Collection[str]) -> None:
 def _tie(model: Checkpoint, name: str, other: str) -> bool:
     """Whether two tensors of a model are one."""
     return is_shared([View(model, {"tie": Part(each)}) for each in (name, other)], "tie")
-
-
-def _vocabularies(layout: Checkpoint, model: Checkpoint, names: Mapping[str, str]) -> set[tuple[int, int] | None]:
-    """Numbers of tokens, in the layout and in the model, where they differ."""
-    return {
-        _rows(layout.tensors[name], model.tensors[own])
-        for name, own in names.items()
-        if _is_vocabulary(name) and len(layout.tensors[name].shape) > 1
-    } - {None}
-
-
-def _is_vocabulary(name: str) -> bool:
-    """Whether a tensor is called as those are that have a row for each token."""
-    return any(part in name for part in VOCABULARY)
-
-
-def _rows(expected: TensorInfo, info: TensorInfo) -> tuple[int, int] | None:
-    """The numbers of rows of two tensors that have only those different."""
-    ours, theirs = expected.shape, info.shape
-    alike = bool(ours) and len(ours) == len(theirs) and ours[1:] == theirs[1:]
-    return (ours[0], theirs[0]) if alike and ours[0] != theirs[0] else None
 
 
 def _is_turned(name: str, shape: Sequence[int], other: Sequence[int]) -> bool:
@@ -287,30 +259,6 @@ def _misfit(layout: Checkpoint, model: Checkpoint, found: _Found) -> InputError:
         f"{len(found.parts)} of {len(expected)} tensors are alike, {'; '.join(parts)}",
         "give checkpoints of one architecture",
     )
-
-
-def _first_own_row(holders: Sequence[View], name: str) -> int | None:
-    """The row from which on each model has its own, of those that all have; None where there are none such, or many.
-
-    Tokens that every model has added by itself are no rows of the base's, and need not be looked at with the others.
-    """
-    rows = min((holder.tensors[name].shape[0] for holder in holders), default=0)
-    alike = {(holder.tensors[name].shape[1:], holder.tensors[name].dtype) for holder in holders}
-    if len(holders) < 2 or len(alike) != 1 or len(holders[0].tensors[name].shape) != 2:
-        return None
-    for count in LOOKED_AT:
-        start = max(0, rows - count)
-        shared = _equal_rows(holders, name, slice(start, rows)).nonzero()
-        if len(shared):
-            first = start + int(shared[-1]) + 1
-            return first if first < rows else None
-    return None
-
-
-def _equal_rows(holders: Sequence[View], name: str, rows: slice) -> Tensor:
-    """Which of some rows have the same bytes in all models, `(rows,)`, bool."""
-    first, *others = (holder.read_rows(name, [rows]).contiguous().view(torch.uint8).flatten(1) for holder in holders)
-    return torch.stack([first.eq(other).all(dim=1) for other in others]).all(dim=0)
 
 
 def _cut(info: TensorInfo, shapes: Sequence[Sequence[int]], own: int | None) -> dict[str, Part]:
@@ -367,12 +315,12 @@ def _layout(models: Sequence[Checkpoint]) -> int:
     names = Counter(name for model in models for name in model.tensors)
     shapes = Counter((name, info.shape) for model in models for name, info in model.tensors.items())
     most = len(models) // 2 + 1
-    enough = max(most, min(ENOUGH, len(models)))
+    enough = max(most, min(FEWEST_MODELS, len(models)))
 
     def rank(i: int) -> tuple[int, int, int, int, int]:
         tensors = models[i].tensors
         named = sum(1 if names[name] >= most else -1 for name in tensors)
-        needed = {name: enough if _is_vocabulary(name) else most for name in tensors}
+        needed = {name: enough if is_vocabulary(name) else most for name in tensors}
         shaped = sum(1 if shapes[name, tensors[name].shape] >= count else -1 for name, count in needed.items())
         entries = sum(math.prod(info.shape) for info in tensors.values())
         return named, shaped, -sum(name.count(".") for name in tensors), -entries, -i

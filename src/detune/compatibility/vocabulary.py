@@ -1,0 +1,71 @@
+"""Vocabularies of different sizes: tensors with a row for each token, of which models share the first.
+
+Fine-tunes add tokens, or pad their number to a multiple. Rows that models share are compared and solved as the base's;
+rows that each has by itself are not.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from detune.checkpoints import Checkpoint, TensorInfo, View
+
+__all__ = ["first_own_row", "is_vocabulary", "resized_rows", "vocabulary_sizes"]
+
+# What embeddings and heads, with a row for each token, are called.
+VOCABULARY = ("embed", "wte", "lm_head", "decoder", "predictions")
+# Rows at the end that are looked at for tokens that every model has added: any numbers do that end above the tokens
+# anybody adds; if more differ, they were trained.
+LOOKED_AT = (1, 32, 1024)
+
+
+def vocabulary_sizes(layout: Checkpoint, model: Checkpoint, names: Mapping[str, str]) -> set[tuple[int, int] | None]:
+    """Numbers of tokens, in the layout and in the model, where they differ.
+
+    Args:
+        layout: The model that the other is held against.
+        model: The other.
+        names: Its own name for each of the layout's.
+    """
+    return {
+        resized_rows(layout.tensors[name], model.tensors[own])
+        for name, own in names.items()
+        if is_vocabulary(name) and len(layout.tensors[name].shape) > 1
+    } - {None}
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor is called as those are that have a row for each token."""
+    return any(part in name for part in VOCABULARY)
+
+
+def resized_rows(expected: TensorInfo, info: TensorInfo) -> tuple[int, int] | None:
+    """The numbers of rows of two tensors that have only those different."""
+    ours, theirs = expected.shape, info.shape
+    alike = bool(ours) and len(ours) == len(theirs) and ours[1:] == theirs[1:]
+    return (ours[0], theirs[0]) if alike and ours[0] != theirs[0] else None
+
+
+def first_own_row(holders: Sequence[View], name: str) -> int | None:
+    """The row from which on each model has its own, of those that all have; None where there are none such, or many.
+
+    Tokens that every model has added by itself are no rows of the base's, and need not be looked at with the others.
+    """
+    rows = min((holder.tensors[name].shape[0] for holder in holders), default=0)
+    alike = {(holder.tensors[name].shape[1:], holder.tensors[name].dtype) for holder in holders}
+    if len(holders) < 2 or len(alike) != 1 or len(holders[0].tensors[name].shape) != 2:
+        return None
+    for count in LOOKED_AT:
+        start = max(0, rows - count)
+        shared = _equal_rows(holders, name, slice(start, rows)).nonzero()
+        if len(shared):
+            first = start + int(shared[-1]) + 1
+            return first if first < rows else None
+    return None
+
+
+def _equal_rows(holders: Sequence[View], name: str, rows: slice) -> Tensor:
+    """Which of some rows have the same bytes in all models, `(rows,)`, bool."""
+    first, *others = (holder.read_rows(name, [rows]).contiguous().view(torch.uint8).flatten(1) for holder in holders)
+    return torch.stack([first.eq(other).all(dim=1) for other in others]).all(dim=0)
