@@ -22,8 +22,7 @@ from torch import Tensor
 from detune.fitting.differences import find_differences
 from detune.fitting.subspaces import find_spaces
 from detune.problem import Stack
-from detune.ranks.score_tests import weakest_directions
-from detune.ranks.search import select_ranks
+from detune.ranks.search import select_ranks, weakest_directions
 
 SIZES = {96: 0.3, 128: 0.25, 192: 0.2, 256: 0.13, 384: 0.07, 512: 0.03, 768: 0.02}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
