@@ -9,10 +9,22 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "detune"
 
-# Packages in which every constant has a source. The others are on their way here.
-SOURCED = ("identifiability", "numerics", "problem")
+# Packages in which every constant has a source.
+SOURCED = (
+    *("numerics", "problem", "fitting", "identifiability", "ranks", "methods", "certificate"),
+    *("compatibility", "lineage", "adapters", "recovery"),
+)
+# Modules that are on their way here.
+LATER = {"methods/agreement.py", "methods/auto.py"}
 
-SAYS_WHY = re.compile(r"\b(derived|measured|by definition|arXiv|doi|any number does)\b", re.IGNORECASE)
+# Sources that leave no choice.
+FOLLOWS = re.compile(r"\b(derived|arXiv|doi)\b", re.IGNORECASE)
+# What bounds time or memory, and what lies between cases that are far apart, decides nothing.
+DECIDES_NOTHING = re.compile(r"\bany (small |odd )?(number|numbers|share) (does|do)\b", re.IGNORECASE)
+CHOSEN = re.compile(r"\b(measured|definitions?)\b", re.IGNORECASE)
+
+# Numbers that were chosen, by a measurement or by what is meant, in all these packages. One more needs a reason.
+MOST_CHOSEN = 60
 
 
 def constants(file: Path) -> Iterator[tuple[str, str]]:
@@ -44,15 +56,33 @@ def is_number(node: ast.expr) -> bool:
     )
 
 
-@pytest.mark.parametrize("package", SOURCED)
-def test_every_constant_has_a_source(package):
-    found = {
-        f"{file.relative_to(SOURCE)}: {name}": comment
-        for file in sorted((SOURCE / package).rglob("*.py"))
+def constants_of(package: str) -> dict[str, str]:
+    """Return the comment of each constant of a package."""
+    files = {str(file.relative_to(SOURCE)): file for file in sorted((SOURCE / package).rglob("*.py"))}
+    return {
+        f"{path}: {name}": comment
+        for path, file in files.items()
+        if path not in LATER
         for name, comment in constants(file)
     }
+
+
+@pytest.mark.parametrize("package", SOURCED)
+def test_every_constant_has_a_source(package):
+    found = constants_of(package)
     assert found
-    assert [name for name, comment in found.items() if not SAYS_WHY.search(comment)] == []
+    sources = (FOLLOWS, DECIDES_NOTHING, CHOSEN)
+    assert [name for name, comment in found.items() if not any(source.search(comment) for source in sources)] == []
+
+
+def test_few_constants_were_chosen():
+    chosen = [
+        name
+        for package in SOURCED
+        for name, comment in constants_of(package).items()
+        if not FOLLOWS.search(comment) and not DECIDES_NOTHING.search(comment)
+    ]
+    assert len(chosen) <= MOST_CHOSEN, chosen
 
 
 def test_a_constant_without_a_source_is_found(tmp_path):

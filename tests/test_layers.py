@@ -221,3 +221,11 @@ def test_inspecting_loads_no_library_of_models(tmp_path):
     heavy = {"transformers", "peft", "diffusers", "datasets", "pandas", "scipy", "sympy", "sklearn", "huggingface_hub"}
     assert "torch" in done.stdout.split()
     assert not heavy & set(done.stdout.split())
+
+
+def test_every_module_of_the_solvers_has_a_test_file_of_its_name():
+    solvers = ("numerics", "problem", "fitting", "identifiability", "ranks", "lattice", "methods")
+    tested = {file.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")}
+    modules = [file.relative_to(SOURCE) for part in solvers for file in (SOURCE / part).glob("*.py")]
+    named = {str(module): module.with_name(f"test_{module.name}") for module in modules if module.stem != "__init__"}
+    assert [module for module, test in named.items() if test not in tested] == []
