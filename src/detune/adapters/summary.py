@@ -37,7 +37,7 @@ def adapter_table(rows: Sequence["AdapterRow"]) -> tuple[tuple[str, ...], list[t
 
 
 def adapter_sentence(figures: Mapping[str, Any]) -> str:
-    """What is in an adapter, and what PEFT's merge of it gives back.
+    """The content of an adapter, and what PEFT's merge of it gives back.
 
     Args:
         figures: Of `Extraction.summary`.

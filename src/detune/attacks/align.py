@@ -32,7 +32,7 @@ _STORED = 1.1
 # A merge that was rounded, turned, rounded, turned back and rounded has sqrt(3) times the noise of storage, the basis
 # that it was turned by has a little, and ranks are better told where noise is told too large than too small.
 _ROUNDED_OFTEN = 2.5
-# A misfit of up to this share of what was told is it; else so many times as much is told next.
+# A misfit of up to 0.9 of the noise that was told is that noise; else 1.3 times the misfit is told next.
 _EXPLAINED, _MARGIN = 0.9, 1.3
 _TRIES = 4
 # Directions that are not there for so many times the noise may be noise: if without them the predicted W-Error, of the

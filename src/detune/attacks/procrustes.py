@@ -38,7 +38,7 @@ _COMPUTED = 16 * torch.finfo(torch.float64).eps
 # Two stored matrices, one of them turned, have twice the storage variance of one; a merge that was stored before it was
 # turned had been rounded once before, and both were.
 _ROUNDINGS = 4
-# Left outside the large directions by no more than this many times that variance: rounding.
+# A variance outside the large directions of up to this multiple of rounding's is rounding.
 _AT_NOISE = 4.0
 
 

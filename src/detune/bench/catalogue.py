@@ -29,7 +29,7 @@ class RecipeEntry:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What the benchmark can run on.
+    """The subsets that the benchmark can run on.
 
     Attributes:
         repository: The Hub dataset of the published subsets.

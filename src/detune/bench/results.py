@@ -38,7 +38,7 @@ __all__ = ["EXACT_W_ERROR", "Cell", "CellResult", "Environment", "LayerResult", 
 logger = logging.getLogger(__name__)
 
 EXACT_W_ERROR = 2 * math.log10(sys.float_info.epsilon)
-"""What a layer without any error counts as, log10 of float64's epsilon squared: lower than any error there can be."""
+"""The W-Error of a layer without any error, log10 of float64's epsilon squared: lower than any error there can be."""
 
 
 # A hundred thousand layers take a fifth of it.

@@ -206,7 +206,7 @@ def command_block(words: Sequence[str], function: str, places: Places) -> str:
 
 
 def licence_section(licence: Licence | None, whose: str) -> str:
-    """What a card says of the licence, as Markdown.
+    """A card's words on the licence, as Markdown.
 
     Args:
         licence: The one that all inputs state, if they do.

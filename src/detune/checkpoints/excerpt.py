@@ -19,7 +19,7 @@ from detune.checkpoints.source import Checkpoint
 __all__ = ["Excerpt", "runs_of_rows"]
 
 RUNS = 4
-# What was read last is kept, up to so many bytes: a tensor is looked at several times.
+# Bytes of what was read last that are kept: a tensor is looked at several times.
 KEPT_BYTES = 64 * 2**20
 
 

@@ -35,7 +35,7 @@ def open_checkpoint(spec: str | Path, *, merge_dtype: torch.dtype | None = None,
             `BASE+ADAPTER`, a model with a LoRA of PEFT, diffusers or kohya to be merged on the fly.
         merge_dtype: For `BASE+ADAPTER`: the dtype in which touched tensors are merged and presented. None
             is the base's own dtype, merged bit for bit as PEFT does it.
-        rows: Show only so many rows of every matrix, see `Excerpt`. The weights of a Hub id are then read where they
+        rows: Rows of every matrix that are shown, see `Excerpt`. The weights of a Hub id are then read where they
             are; otherwise they are downloaded.
 
     Returns:

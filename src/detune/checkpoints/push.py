@@ -34,7 +34,7 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may w
 
 @dataclass(frozen=True)
 class Publication:
-    """What a directory holds that can be published.
+    """The content of a directory that can be published.
 
     Attributes:
         directory: The directory.
@@ -227,7 +227,7 @@ def check_repository(repository: str, public: bool, found: Publication | None = 
 
 
 def _content(root: Path) -> tuple[str, list[str]]:
-    """What a directory is, and the files that a loader reads."""
+    """The kind of a directory, and the files that a loader reads."""
     if any(root.glob(_CONFIG)):
         return "adapter", _adapter(root, Path())
     if (root / MARK).is_file() and _field(root / MARK, "format").startswith("detune-extract/"):

@@ -19,7 +19,7 @@ from detune.checkpoints.source import Checkpoint, TensorInfo
 
 __all__ = ["Coding", "Decoded", "rows_of_heads"]
 
-# Rows that the noise of a matrix is judged by: so many neighbours at so many places.
+# Rows that the noise of a matrix is judged by: neighbours, and the places where they are taken.
 NOISE_ROWS, NOISE_PLACES = 8, 8
 
 

@@ -27,7 +27,7 @@ MAX_SIDE_FILE_BYTES = 256 * 2**20
 """The largest tokenizers take a tenth of it."""
 
 CARD = "README.md"
-"""What a model says of itself. It does not travel: what is made of a model has a card of its own."""
+"""A model's words on itself. They do not travel: what is made of a model has a card of its own."""
 
 MAX_CARD_BYTES = 2**20
 """Cards of popular models have some 50 kB."""

@@ -26,7 +26,7 @@ from detune.errors import DetuneError
 __all__ = ["METHODS", "cli", "main"]
 
 CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3")
-"""What the Hub is asked through."""
+"""Options by which the Hub is asked."""
 
 INTERRUPTED, NOTHING_KEPT = "detune: interrupted, nothing unfinished passes for a result", "nothing is kept"
 
@@ -91,5 +91,5 @@ def main() -> None:
 
 
 def _notes(error: BaseException) -> list[str]:
-    """What was said to an error on its way, as `kept_for_later` does."""
+    """The words that an error was given on its way, as `kept_for_later` does."""
     return getattr(error, "__notes__", [])

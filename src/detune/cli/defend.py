@@ -30,7 +30,7 @@ ABOUT = {
     "lorenc": "take the base's largest singular values out of linear layers; adapters bring them back",
     "frozen-a": "write the adapter that all fine-tunes of a base must start from, with its A frozen",
 }
-"""What `detune.defences.DEFENCES` has, and the one that comes before the training; a test holds them together."""
+"""The defences of `DEFENCES`, and the one that comes before the training; a test holds them together."""
 
 SETTINGS: dict[str, tuple[Callable[..., Any], ...]] = {
     "noise": (

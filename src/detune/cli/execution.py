@@ -13,9 +13,9 @@ from detune.errors import DetuneError
 __all__ = ["Sectioned", "device_at", "execution_options", "executor_of"]
 
 _OPTIONS = (
-    click.option("--workers", type=click.IntRange(min=1), help="Compute in so many processes of this machine."),
+    click.option("--workers", type=click.IntRange(min=1), help="Number of worker processes on this machine."),
     click.option("--scheduler", metavar="ADDRESS", help="Compute on a Dask cluster: tcp://host:8786."),
-    click.option("--slurm", type=click.IntRange(min=1), metavar="JOBS", help="Compute in so many jobs of Slurm."),
+    click.option("--slurm", type=click.IntRange(min=1), metavar="JOBS", help="Number of Slurm jobs to compute in."),
 )
 
 

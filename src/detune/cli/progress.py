@@ -30,7 +30,7 @@ class Bar(Protocol):
 
 
 class Progress:
-    """What a command tells of its tensors, as a bar. Called with a name when one is begun, and with what it became.
+    """A bar of a command's tensors. Called with a name when one is begun, and with what it became.
 
     Args:
         bar: The bar.
@@ -74,7 +74,7 @@ class Progress:
         self._stage, self._stage_began = name, now
 
     def _describe(self) -> str:
-        """What is in work, and for how long: a long one is seen to live."""
+        """The tensors in work, and for how long: a long one is seen to live."""
         now, began = time.monotonic(), list(self._began.items())
         if began:
             name, since = began[0]
@@ -86,7 +86,7 @@ class Progress:
 
     @property
     def longest(self) -> str:
-        """What has taken longest; empty where all of it was quick."""
+        """The tensors that took longest; empty where all were quick."""
         if sum(self._seconds.values()) < WORTH_TELLING_SECONDS:
             return ""
         longest = sorted(self._seconds.items(), key=lambda item: -item[1])[:LONGEST]

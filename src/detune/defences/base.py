@@ -10,7 +10,7 @@ from detune.checkpoints import Checkpoint
 __all__ = ["Change", "Defence"]
 
 Change = Callable[[str, Tensor], Tensor]
-"""Of one tensor, by its name, as stored: what is released in its stead, of the same shape and dtype."""
+"""The release of one tensor, from its name and its values as stored: of the same shape and dtype."""
 
 
 class Defence(Protocol):

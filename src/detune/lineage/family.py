@@ -1,4 +1,4 @@
-"""What is said of a family: which models share a source, and their tree."""
+"""The report on a family: which models share a source, and their tree."""
 
 from dataclasses import dataclass, fields
 

@@ -8,7 +8,7 @@ from detune.errors import InputError, printable
 
 
 class EdgeKind(StrEnum):
-    """What made a model of its parent."""
+    """The step that made a model of its parent."""
 
     LORA = "LoRA"
     """Low-rank updates, merged."""
@@ -63,7 +63,7 @@ class Node:
 
     @property
     def edge(self) -> str:
-        """What made it of its parent, in a few words."""
+        """The step that made it of its parent, in a few words."""
         if self.kind is None:
             return ""
         said = f"{self.kind} of rank {self.rank}" if self.rank and self.kind is EdgeKind.LORA else str(self.kind)

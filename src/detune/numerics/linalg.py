@@ -15,7 +15,7 @@ _LARGE = 1 << 21
 # Spaces are far from each other where no pivot of their bases' Gram matrix is smaller; each is at most 1. Rounding is
 # then enlarged about tenfold at most (derived).
 _FAR = 0.1
-# Squares of singular values that are no less than this share of the largest are about as exact in float32 as half
+# Squares of singular values of 1e-4 of the largest or more are about as exact in float32 as half
 # precision stores numbers (derived: 6e-8 / 1e-4 is about 2^-11).
 _CLOSE = 1e-4
 # The smallest pivot over the largest down to which Cholesky QR in a dtype, done twice, is exact for it: the condition

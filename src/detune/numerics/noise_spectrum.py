@@ -29,10 +29,10 @@ def hard_threshold(short: int, long: int) -> float:
 
 @cache
 def noise_singular_value(share: float, short: int, long: int) -> float:
-    """The singular value below which so many are, of independent entries of variance one (Marchenko & Pastur).
+    """The singular value below which a share of them lies, for independent entries of variance one.
 
-    The density of the squares over `long`, with `b = short / long`, is `sqrt((x_+ - x)(x - x_-)) / (2 pi b x)` between
-    `x_± = (1 ± sqrt b)^2`.
+    By the law of Marchenko & Pastur, with `b = short / long`, the density of the squares over `long` is
+    `sqrt((x_+ - x)(x - x_-)) / (2 pi b x)` between `x_± = (1 ± sqrt b)^2`.
     """
     b = short / long
     low, high = (1 - b**0.5) ** 2, (1 + b**0.5) ** 2

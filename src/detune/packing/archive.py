@@ -15,10 +15,10 @@ from detune.files import open_regular
 from detune.packing.layout import Compressor
 
 LEVEL = 1
-"""Of zstd: its fastest. The bytes of weights repeat nothing that a longer search would find."""
+"""zstd's fastest level. The bytes of weights repeat nothing that a longer search would find."""
 
 USUAL_LEVEL = 3
-"""What zstd does unless told otherwise: what a pack is compared with."""
+"""zstd's own level by default: a pack is compared with that."""
 
 MANIFEST = "manifest.json"
 

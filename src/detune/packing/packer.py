@@ -32,7 +32,7 @@ from detune.problem.stack import matricise
 from detune.recovery.api import recover
 from detune.recovery.loop import OnStart, OnTensor
 
-# A prediction that leaves more than this share of the bytes is held against no prediction at all.
+# A prediction that leaves a larger share of the bytes is held against no prediction at all.
 POOR = 1 / 2
 
 

@@ -22,7 +22,7 @@ from detune.problem.stack import matricise
 
 # Five fine-tunes of one base take a sixth of their size; a hundred that nobody changed, about a hundredth.
 MAX_GROWTH = 1000
-# Less than this does no harm, whatever it was.
+# Fewer bytes do no harm, whatever it was.
 SMALL_BYTES = 64 * 2**20
 
 

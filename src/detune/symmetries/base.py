@@ -121,7 +121,7 @@ class Layer:
 
 
 Describe = Callable[[Mapping[str, Any], Mapping[str, Sequence[int]]], tuple[Layer, ...]]
-"""Of an architecture: from a config and the shapes of the tensors to the layers."""
+"""The layers of an architecture: from a config and the shapes of the tensors to the layers."""
 
 
 def prefixes(names: Iterable[str], stem: str, end: str) -> tuple[str, ...]:

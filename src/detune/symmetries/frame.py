@@ -16,7 +16,7 @@ from detune.symmetries.base import Attention, FeedForward, NormInto
 __all__ = ["Actions", "HeadFrame", "NeuronFrame", "NormFrame", "complex_blocks", "expand", "join"]
 
 Actions = Mapping[str, tuple[Action, ...]]
-"""What is done to each tensor, by its name; the others stay."""
+"""The change of each tensor, by its name; the others stay."""
 
 
 @dataclass(frozen=True)

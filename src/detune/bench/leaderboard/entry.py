@@ -23,7 +23,7 @@ FORMAT: Literal["detune-leaderboard/1"] = "detune-leaderboard/1"
 _MOST_BYTES = 2**20
 
 Line = Annotated[str, Field(min_length=1, pattern=r"^[^\n|]*$")]
-"""What goes into a cell of a table."""
+"""The content of a cell of a table."""
 
 WError = Annotated[float, Field(ge=EXACT_W_ERROR, le=77)]
 """From no error at all to the square of the largest float32."""

@@ -18,7 +18,7 @@ W_ERROR_TOLERANCE = 0.1
 """Another machine adds in another order."""
 
 EMBEDDINGS_FLOOR = 1e-4
-"""Of two smaller distances, rounding decides which is smaller."""
+"""The smallest distance that counts: between two smaller ones rounding decides."""
 
 ACCURACY_TOLERANCE = 0.005
 """A few passages of some hundreds."""

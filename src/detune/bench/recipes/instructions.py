@@ -129,7 +129,7 @@ def examples(task: str, count: int) -> list[Example]:
 
     Args:
         task: One of `SUBJECTS`.
-        count: At most so many.
+        count: The most that are taken.
 
     Returns:
         Examples in a fixed order, fewer than `count` where the subject has no more text.
@@ -150,7 +150,7 @@ def pairs(task: str, count: int) -> list[Pair]:
 
     Args:
         task: One of `PREFERENCES`.
-        count: At most so many.
+        count: The most that are taken.
 
     Returns:
         Pairs in a fixed order, fewer than `count` where a subject has no more text. No answer is empty, and none is

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["BASE_SEED", "Pretraining", "fit", "save_model", "settings_of", "workplace"]
 
 BASE_SEED = 0
-"""Of the base's initial weights and the order of its texts: there is one base."""
+"""Seed of the base's initial weights and of the order of its texts: there is one base."""
 
 _BOS, _EOS, _PAD = _SPECIAL = ("<s>", "</s>", "<pad>")
 
