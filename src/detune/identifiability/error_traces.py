@@ -22,8 +22,8 @@ from detune.identifiability.null_space import ZERO, dense_core
 from detune.numerics.random import seeded
 from detune.numerics.trace import probe
 
-# A core of at most 700 unknowns is decomposed, which is exact and takes 0.2 s on one thread (measured); a larger one is
-# probed.
+# A core of at most 700 unknowns is decomposed, exactly and in 0.2 s on one thread; a larger one is probed. Any
+# number does that is as quick.
 DENSE = 700
 PROBES = 8
 # Two probes do where the standard error of the whole is below a hundredth: 0.004 in log10, far below the 0.3 that a

@@ -23,8 +23,8 @@ from detune.problem.stack import Stack
 # Eigenvalues of sums of projectors below this are zeros of the arithmetic: float64's precision times 10^4, a large
 # joint width, and a factor of five to spare (derived).
 ZERO = 1e-11
-# A core of at most 2500 unknowns has its spectrum computed, in 50 MB and 1.7 s on one thread (measured); a larger one
-# is probed.
+# A core of at most 2500 unknowns has its spectrum computed, in 50 MB and 1.7 s on one thread; larger ones are probed.
+# Any number does that is as quick.
 COUNTED = 2500
 PROBES = 4
 # Conjugate gradients for the probes leave this share of each entry: with 10^4 unknowns a hundredth in the sum, and

@@ -36,7 +36,7 @@ class NonFinite(InputError):
 BLOCK_ENTRIES = 1 << 18
 BLOCK_ROWS = 64
 # Matrices of up to a million entries are computed in float64: `auto` takes 0.2 s on one thread for three of 1024x1024
-# (measured, random matrices, rank 16).
+# (random matrices, rank 16), and any number does that is as quick.
 SMALL_ENTRIES = 1 << 20
 # A float32 GEMM over D with blocked accumulation errs by about 3e-7 rms(D) per unit test vector: by a fiftieth of the
 # storage noise sigma where rms(D) is 2^16 sigma (derived).

@@ -20,8 +20,8 @@ __all__ = ["SHARED_OUT", "TensorLoad", "TensorScheduler", "computing_threads"]
 
 Result = TypeVar("Result")
 
-# Matrices with fewer entries are computed on one thread: up to 1024x1024 a second was no faster
-# (measured), and may have to wait.
+# Matrices with fewer entries are computed on one thread: up to 1024x1024 a second was no faster,
+# and may have to wait. Any number does near it.
 SHARED_OUT = 2**20
 # What may be held at a time, in float32 copies of the largest tensor, so that with what waits to be written it is six;
 # one tensor alone may hold what it needs. Any number does, it bounds memory.
