@@ -1,5 +1,6 @@
 """fp8 and int8 with their scales beside them: read as what they mean, with the noise of their grid."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def test_scales_have_several_names(tmp_path, weight, scale):
         assert model.tensors["a.weight"].quantised == "float8_e4m3fn, one scale"
 
 
+def test_bitsandbytes_8_bits_are_levels_of_a_row(tmp_path, weight):
+    largest = weight.abs().amax(dim=1)
+    codes = (weight / largest[:, None] * 127).round().to(torch.int8)
+    state = {"a.weight": codes, "a.SCB": largest, "a.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    with open_checkpoint(save(tmp_path / "model.safetensors", state)) as model:
+        assert list(model.tensors) == ["a.weight"]
+        torch.testing.assert_close(model.read("a.weight"), codes * largest[:, None] / 127)
+        error = float((model.read("a.weight") - weight).square().mean().sqrt())
+        assert model.noise("a.weight") == pytest.approx(error, rel=0.1)
+
+
 def test_a_stack_of_experts_has_scales_for_each(tmp_path):
     codes = torch.randn(3, 256, 128, generator=torch.Generator().manual_seed(1)).to(FP8)
     scale = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]], [[5.0], [6.0]]])
@@ -113,9 +125,38 @@ def test_the_output_is_bf16_and_has_no_scales(tmp_path, weight):
     assert torch.equal(written["a.weight"], expected.bfloat16())
 
 
+def test_the_output_is_not_configured_as_quantised(tmp_path, weight):
+    """A loader would look for scales that are not there."""
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    save(model_dir / "model.safetensors", {"a.weight": weight.to(FP8), "a.weight_scale": torch.tensor(1.0)})
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors"}}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    (model_dir / "quantization_config.json").write_text("{}")
+    with open_checkpoint(model_dir) as model, CheckpointWriter(model, tmp_path / "out") as writer:
+        writer.copy("a.weight")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "llama"}
+    assert not (tmp_path / "out" / "quantization_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"a.qweight": torch.zeros(8, 4, dtype=torch.int32)}, r"packed for a kernel; 'a\.qweight' is int32 of shape"),
+        ({"a.weight_packed": torch.zeros(8, 4, dtype=torch.int32)}, r"packed for a kernel; 'a\.weight_packed' is"),
+        ({"a.weight": torch.zeros(8, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(1)}, "packed for a kernel"),
+        ({"a.weight": torch.zeros(8, 4, dtype=torch.int8)}, "has no scale; it is stored as int8, and a.weight_scale"),
+    ],
+)
+def test_numbers_that_are_no_weights_are_refused(tmp_path, state, message):
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(save(tmp_path / "model.safetensors", state))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda state: state.update({"a.weight_scale_inv": torch.ones(1)}), r"'a\.weight' of .* has two scales"),
         (lambda state: state.pop("a.weight_scale"), r"tensor 'a\.weight' of .* has no scale; it is stored as float8"),
         (
             lambda state: state.update({"a.weight_scale": torch.ones(3, 1)}),

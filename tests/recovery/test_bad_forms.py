@@ -45,6 +45,11 @@ def zero_points_for_other_rows(model: Path) -> Path:
     return edited(model, lambda state: state.update({"layer.2.weight_zero_point": torch.zeros(7, 1)}))
 
 
+def packed(model: Path) -> Path:
+    edit(model, lambda state: state.update({"layer.2.qweight": torch.zeros(10, 64, dtype=torch.int32)}))
+    return model
+
+
 def cut_short(model: Path) -> Path:
     path = model.with_suffix(".gguf")
     writer = gguf.GGUFWriter(path, "other")
@@ -77,6 +82,7 @@ def one_tensor_twice(model: Path) -> Path:
         (without_a_scale, "tensor 'layer.2.weight' of {model} has no scale; ", COPY_AGAIN),
         (scales_for_other_rows, "the scales 'layer.2.weight_scale' of {model} do not fit their tensor; ", COPY_AGAIN),
         (zero_points_for_other_rows, "the scales 'layer.2.weight_zero_point' of {model} do not fit ", COPY_AGAIN),
+        (packed, "{model} holds weights packed for a kernel; 'layer.2.qweight' is int32", "dequantise them with the "),
         (cut_short, "{model} is damaged, cut short, or no GGUF file; it ends at byte ", "copy the file again"),
         (two_towers, "the tensors of {model} and {other} can be matched in two ways; ", "save them from one class"),
         (one_tensor_twice, "{model} holds a tensor twice; ", "save the model again, without the wrapper"),

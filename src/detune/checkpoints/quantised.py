@@ -5,7 +5,7 @@ the names of the weights, with the noise that their levels stand for, and the sc
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -63,6 +63,7 @@ class Decoded(Checkpoint):
         names: Other names for stored tensors.
         heads: For tensors whose rows are stored in llama.cpp's order, by stored names, the number of heads.
         made: Small files that a checkpoint made like this one needs and that are not on disk.
+        dropped: Names of small files that say how the stored one is quantised.
 
     Attributes:
         stored: As given.
@@ -76,10 +77,11 @@ class Decoded(Checkpoint):
         names: Mapping[str, str] = MappingProxyType({}),
         heads: Mapping[str, int] = MappingProxyType({}),
         made: Mapping[str, bytes] = MappingProxyType({}),
+        dropped: Collection[str] = (),
     ) -> None:
         self.spec, self.root, self.index_files = stored.spec, stored.root, stored.index_files
         self.stored = stored
-        self._codings, self._heads, self._made = dict(codings), dict(heads), made
+        self._codings, self._heads, self._made, self._dropped = dict(codings), dict(heads), made, dropped
         # By name, first and last row: families ask for it, and recoveries again.
         self._noise: dict[tuple[str, int, int], float | None] = {}
         shown = {own: names.get(own, own) for own in stored.tensors if own not in hidden}
@@ -164,7 +166,7 @@ class Decoded(Checkpoint):
 
     def side_files(self) -> list[Path]:
         """See `Checkpoint.side_files`."""
-        return self.stored.side_files()
+        return [path for path in self.stored.side_files() if path.name not in self._dropped]
 
     def made_files(self) -> Mapping[str, bytes]:
         """See `Checkpoint.made_files`."""

@@ -6,28 +6,47 @@
 | DeepSeek, transformers | `x.weight` | `x.weight_scale_inv`, one for each block of 128 x 128 |
 | ComfyUI | `x.weight` | `x.scale_weight`, one |
 | compressed-tensors, integers | `x.weight` | the same, after `x.weight_zero_point` is taken off |
+| bitsandbytes, 8 bits | `x.weight` | `x.SCB / 127`, one a row |
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from detune.checkpoints.layout import read_json
 from detune.checkpoints.quantised import Coding, Decoded
-from detune.checkpoints.source import Checkpoint
+from detune.checkpoints.source import Checkpoint, TensorInfo
 from detune.errors import InputError
 
 __all__ = ["FP8", "Scaled", "with_scales"]
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
-SCALES = ("weight_scale", "weight_scale_inv", "scale_weight")
+SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "SCB")
+# bitsandbytes stores the largest magnitude of a row, which is level 127.
+FACTORS = {"SCB": 1 / 127}
+# Numbers that are packed in the order of a kernel: GPTQ and AWQ, compressed-tensors, bitsandbytes' 4 bits.
+PACKED = ("qweight", "weight_packed", "absmax")
 # What belongs to running a quantised model, not to its weights.
-OTHERS = ("input_scale", "input_zero_point", "scale_input", "k_scale", "v_scale", "q_scale", "output_scale")
+OTHERS = (
+    "input_scale",
+    "input_zero_point",
+    "scale_input",
+    "k_scale",
+    "v_scale",
+    "q_scale",
+    "output_scale",
+    "weight_format",
+)
 # An empty tensor by which ComfyUI knows its files.
 MARKER = "scaled_fp8"
+# What says in a configuration that weights are quantised, and files that say nothing else.
+CONFIGS = ("quantization_config", "compression_config")
+CONFIG_FILES = ("quantization_config.json", "quantize_config.json")
 # Sides of blocks that are in use.
 SIDES = (128, 64, 32, 16, 256, 512, 1024)
 
@@ -43,6 +62,7 @@ class Scaled:
         shape: Of the numbers.
         sides: How many neighbours have one scale, in each dimension.
         about: See `Coding`.
+        factor: What all scales are multiplied by.
     """
 
     weight: str
@@ -51,18 +71,19 @@ class Scaled:
     shape: tuple[int, ...]
     sides: tuple[int, ...]
     about: str
+    factor: float = 1.0
 
     def decode(self, stored: Checkpoint, rows: slice) -> Tensor:
         """See `Coding.decode`."""
         values = self._codes(stored, rows).float()
         if self.zero_point is not None:
             values = values - self._spread(stored, self.zero_point, rows)
-        return values if self.scale is None else values * self._spread(stored, self.scale, rows)
+        return values if self.scale is None else values * (self.factor * self._spread(stored, self.scale, rows))
 
     def steps(self, stored: Checkpoint, rows: slice) -> Tensor:
         """See `Coding.steps`."""
         step = _spacing(self._codes(stored, rows))
-        return step if self.scale is None else step * self._spread(stored, self.scale, rows).abs()
+        return step if self.scale is None else step * self.factor * self._spread(stored, self.scale, rows).abs()
 
     def _codes(self, stored: Checkpoint, rows: slice) -> Tensor:
         return stored.read_rows(self.weight, [rows]) if self.shape else stored.read(self.weight)
@@ -80,16 +101,31 @@ def with_scales(model: Checkpoint) -> Checkpoint:
     """A checkpoint with its fp8 and scaled tensors read as what they mean; itself where it has none.
 
     Raises:
-        InputError: A scale is missing, or does not fit its tensor.
+        InputError: A scale is missing, there twice, or does not fit its tensor; or weights are packed.
     """
-    scales = {_weight_of(name): name for name in model.tensors if _ending(name) in SCALES}
-    scales = {
-        weight: name for weight, name in scales.items() if weight in model.tensors and model.tensors[weight].shape
-    }
+    _require_unpacked(model)
+    scales: dict[str, str] = {}
+    for name in model.tensors:
+        weight = _weight_of(name)
+        if _ending(name) not in SCALES or weight not in model.tensors or not model.tensors[weight].shape:
+            continue
+        if weight in scales:
+            raise InputError(
+                f"tensor {weight!r} of {model.spec} has two scales",
+                f"found {scales[weight]!r} and {name!r}",
+                "remove the one that does not belong to it, or convert the model to bf16",
+            )
+        scales[weight] = name
     codings: dict[str, Coding] = {}
     for name, info in model.tensors.items():
         if name in scales and info.shape and (info.dtype in FP8 or _is_integer(info.dtype)):
             codings[name] = _coding(model, name, scales[name])
+        elif _is_code(name, info):
+            raise InputError(
+                f"tensor {name!r} of {model.spec} has no scale",
+                f"it is stored as {_name(info.dtype)}, and {name}_scale is not there",
+                "copy the model again, or convert it to bf16",
+            )
         elif info.dtype in FP8 and len(info.shape) > 1:
             if scales:
                 raise InputError(
@@ -102,7 +138,36 @@ def with_scales(model: Checkpoint) -> Checkpoint:
     if not codings:
         return model
     hidden = {name for name in model.tensors if _ending(name) in (*OTHERS, MARKER, "weight_zero_point")}
-    return Decoded(model, codings, frozenset(hidden | {scales[name] for name in codings if name in scales}))
+    hidden |= {scales[name] for name in codings if name in scales}
+    return Decoded(model, codings, frozenset(hidden), made=_plain_configs(model), dropped=CONFIG_FILES)
+
+
+def _require_unpacked(model: Checkpoint) -> None:
+    """Refuse weights that only the library that packed them can read."""
+    for name, info in model.tensors.items():
+        if _ending(name) in PACKED or ".quant_state." in name:
+            raise InputError(
+                f"{model.spec} holds weights packed for a kernel",
+                f"{name!r} is {_name(info.dtype)} of shape {list(info.shape)}",
+                "dequantise them with the library that packed them, and save that",
+            )
+
+
+def _is_code(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor is a matrix of weights in 8 bits that are levels, not numbers."""
+    return info.dtype in (torch.int8, torch.uint8) and len(info.shape) > 1 and _ending(name) == "weight"
+
+
+def _plain_configs(model: Checkpoint) -> dict[str, bytes]:
+    """The configurations of a quantised model as those of what it is dequantised to, where they have to be others."""
+    plain = {}
+    for path in model.side_files():
+        if path.name == "config.json":
+            config = read_json(model.root / path)
+            if isinstance(config, Mapping) and any(key in config for key in CONFIGS):
+                kept = {key: value for key, value in config.items() if key not in CONFIGS}
+                plain[path.as_posix()] = (json.dumps(kept, indent=2) + "\n").encode()
+    return plain
 
 
 def _coding(model: Checkpoint, name: str, scale: str) -> Scaled:
@@ -114,7 +179,8 @@ def _coding(model: Checkpoint, name: str, scale: str) -> Scaled:
     per = [f"{side}" if side > 1 else "1" for side in sides]
     blocks = "one scale" if math.prod(model.tensors[scale].shape) == 1 else f"a scale for each {'x'.join(per)}"
     found = zero_point if zero_point in model.tensors else None
-    return Scaled(name, scale, found, info.shape, sides, f"{_name(info.dtype)}, {blocks}")
+    factor = FACTORS.get(_ending(scale), 1.0)
+    return Scaled(name, scale, found, info.shape, sides, f"{_name(info.dtype)}, {blocks}", factor)
 
 
 def _sides(model: Checkpoint, name: str, scale: str) -> tuple[int, ...]:
