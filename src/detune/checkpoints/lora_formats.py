@@ -23,7 +23,7 @@ from detune.checkpoints.module_patterns import by_module
 from detune.checkpoints.source import Checkpoint
 from detune.errors import InputError
 
-__all__ = ["AdapterTable", "Factors", "read_table"]
+__all__ = ["AdapterTable", "Factors", "Scaling", "check_config", "rank_of", "read_table"]
 
 # Settings of LoraConfig under which a merge is more than W + scaling * B @ A on the named modules.
 _UNSUPPORTED = (
@@ -125,7 +125,7 @@ def _read_peft(adapter: Checkpoint, file: Path, allow_extra: bool) -> AdapterTab
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InputError(f"adapter {path.parent} is of type {kind}", "only LORA is read here", _merge_first(file))
-    _check_config(config, file, () if allow_extra else ("modules_to_save",))
+    check_config(config, file, () if allow_extra else ("modules_to_save",))
     trained = [f".{module}." for module in config.get("modules_to_save") or ()]
     stored = {name.removeprefix("base_model.model."): name for name in adapter.tensors}
     extra = {name: key for name, key in stored.items() if any(module in f".{name}" for module in trained)}
@@ -145,13 +145,23 @@ def _read_diffusers(adapter: Checkpoint, file: Path) -> AdapterTable:
         component, _, setting = key.partition(".")
         configs.setdefault(component, {})[setting] = value
     for config in configs.values():
-        _check_config(config, file, ("modules_to_save",))
+        check_config(config, file, ("modules_to_save",))
     alphas = {name: name for name in adapter.tensors if name.endswith(".alpha")}
     renamed = _peft_names([name for name in adapter.tensors if name not in alphas], file)
     return AdapterTable(_pair(adapter, file, renamed | alphas, configs), (), False)
 
 
-def _check_config(config: Mapping[str, Any], file: Path, also_refused: Sequence[str]) -> None:
+def check_config(config: Mapping[str, Any], file: Path, also_refused: Sequence[str] = ()) -> None:
+    """Refuse settings under which an adapter is more than `W + scaling * B @ A`.
+
+    Args:
+        config: As in PEFT's LoraConfig.
+        file: The adapter, for messages.
+        also_refused: Settings that may not be there either.
+
+    Raises:
+        InputError: There are some.
+    """
     unsupported = [f"{key}={json.dumps(config[key])}" for key in (*_UNSUPPORTED, *also_refused) if config.get(key)]
     if config.get("bias", "none") != "none":
         unsupported.append(f"bias={config['bias']}")
@@ -166,7 +176,7 @@ def _refuse(file: Path, found: str) -> None:
 
 
 def _merge_first(file: Path) -> str:
-    if file.stem == "adapter_model":
+    if file.stem in ("adapter_model", "adapter_config"):
         return f"merge {file.parent.name} with PEFT's merge_and_unload and give the merged model"
     return f"merge {file.name} with diffusers' fuse_lora and give the merged model"
 
@@ -245,7 +255,7 @@ def _pair(
     has_alphas = any(name.endswith(".alpha") for name in others)
     modules = [module.rpartition("/") for module in pairs]
     scalings = {
-        component: _Scaling.read(config, [path for place, _, path in modules if place == component], file)
+        component: Scaling.read(config, [path for place, _, path in modules if place == component], file)
         for component, config in configs.items()
     }
     factors: list[Factors] = []
@@ -255,7 +265,7 @@ def _pair(
         if set(pair) != set(kinds):
             raise InputError(f"{file} is incomplete", f"module {module!r} has only {sorted(pair)}", "copy it again")
         A, B = (pair[kind] for kind in kinds)
-        rank = _rank(adapter, file, module, A, B)
+        rank = rank_of(adapter, file, module, A, B)
         component, _, path = module.rpartition("/")
         if component in scalings:
             alpha, scaling = scalings[component].of(path, rank, file)
@@ -272,7 +282,19 @@ def _pair(
     return tuple(factors)
 
 
-def _rank(adapter: Checkpoint, file: Path, module: str, A: str, B: str) -> int:
+def rank_of(adapter: Checkpoint, file: Path, module: str, A: str, B: str) -> int:
+    """The rank of two factors.
+
+    Args:
+        adapter: The checkpoint that holds them.
+        file: For messages.
+        module: Likewise.
+        A: Name of one.
+        B: Name of the other.
+
+    Raises:
+        InputError: They do not fit each other.
+    """
     a, b = adapter.tensors[A].shape, adapter.tensors[B].shape
     # The B of a kernel is a convolution of size one: together they are one product of matrices.
     fits = len(a) == len(b) >= 2 and a[0] == b[1] > 0 and all(size == 1 for size in b[2:])
@@ -297,7 +319,7 @@ def _stored_alpha(adapter: Checkpoint, file: Path, module: str, stored: str | No
 
 
 @dataclass(frozen=True)
-class _Scaling:
+class Scaling:
     """The part of a LoraConfig that sets the size of the updates.
 
     Attributes:
@@ -311,7 +333,7 @@ class _Scaling:
     rank_stabilised: bool
 
     @classmethod
-    def read(cls, config: Mapping[str, Any], modules: Sequence[str], file: Path) -> "_Scaling":
+    def read(cls, config: Mapping[str, Any], modules: Sequence[str], file: Path) -> "Scaling":
         """Read it for some modules; the file is for messages."""
         return cls(
             by_module(config.get("rank_pattern"), config.get("r"), modules, f"rank_pattern of {file}"),

@@ -5,14 +5,15 @@ as `x.lora_A.default.weight`. A module that was trained whole is there twice, `x
 `x.modules_to_save.default.weight`.
 """
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from detune.checkpoints.layout import read_json
+from detune.checkpoints.lora_formats import Scaling, check_config, rank_of
 from detune.checkpoints.quantised import Decoded
 from detune.checkpoints.source import Checkpoint
 from detune.errors import InputError
@@ -22,6 +23,8 @@ __all__ = ["Unmerged", "without_adapters"]
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer."
 ORIGINAL = ".original_module."
+# What DoRA has beside the factors.
+MAGNITUDE = "lora_magnitude_vector"
 # What adapters of an older PEFT, or of a layer that keeps its own names, are known by.
 FACTORS = re.compile(r"(?P<module>.+)\.(?P<kind>lora_[AB]|lora_embedding_[AB])\.(?P<adapter>[^.]+)(?:\.weight)?")
 
@@ -48,8 +51,11 @@ class Unmerged(Decoded):
             match = FACTORS.fullmatch(name)
             if match is None:
                 others.append(name)
-            else:
-                self.adapters[match["adapter"]][match["module"].removeprefix(PREFIX), match["kind"]] = name
+                continue
+            found, place = self.adapters[match["adapter"]], (match["module"].removeprefix(PREFIX), match["kind"])
+            if place in found:
+                raise _twice(stored, name, found[place])
+            found[place] = name
         self.others = tuple(others)
 
     @property
@@ -77,20 +83,54 @@ class Unmerged(Decoded):
             name: A key of `tensors` that has factors.
 
         Raises:
-            InputError: A file can no longer be read, or the configuration is malformed.
+            InputError: A file can no longer be read, the configuration is malformed, or the two are no LoRA of it.
         """
         factors = self.factors(name)
         if factors is None:
             raise KeyError(name)
+        path, module, shape = self.root / "adapter_config.json", name.rpartition(".")[0], self.tensors[name].shape
+        rank = rank_of(self.stored, self.root, module, *factors)
+        scaling = _scaling(path, module, rank) if path.is_file() else None
         A, B = (self.stored.read(own) for own in factors)
-        path = self.root / "adapter_config.json"
-        if not path.is_file():
-            return A, B, None
-        config = read_json(path)
-        alpha = config.get("lora_alpha") if isinstance(config, dict) else None
-        if not isinstance(alpha, int | float):
-            raise InputError(f"{path} has no lora_alpha", f"got {alpha!r}", "copy the model again")
-        return A, B, alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0])
+        # Of an embedding and of GPT-2's layers it is transposed.
+        update = (B.shape[0], *A.shape[1:])
+        fits = shape in (update, update[::-1] if len(update) == 2 else update)
+        if not fits or not all(each.is_floating_point() for each in (A, B)) or not _are_finite(A, B, scaling):
+            raise InputError(
+                f"the factors of {name!r} in {self.spec} are no LoRA of it",
+                f"they are {A.dtype} {tuple(A.shape)} and {B.dtype} {tuple(B.shape)}, the tensor has {tuple(shape)}: "
+                "expected finite numbers that make one of its shape",
+                "copy the model again",
+            )
+        if any(own.startswith((f"{PREFIX}{module}.{MAGNITUDE}", f"{module}.{MAGNITUDE}")) for own in self.others):
+            raise InputError(
+                f"the adapter of {name!r} in {self.spec} is more than plain LoRA",
+                "it has a magnitude for each row, as DoRA does",
+                "merge it with PEFT's merge_and_unload and give the merged model",
+            )
+        return A, B, scaling
+
+
+def _scaling(path: Path, module: str, rank: int) -> float:
+    """What the product of a module's factors is multiplied by, as a configuration says it."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is malformed", "expected a table", "copy the model again")
+    check_config(config, path)
+    # Files of people who merge by hand need not say r.
+    settings = {"r": rank, **config}
+    return Scaling.read(settings, [module], path).of(module, rank, path)[1]
+
+
+def _are_finite(A: Tensor, B: Tensor, scaling: float | None) -> bool:
+    scaled = B.float() * (1.0 if scaling is None else scaling)
+    return bool(A.isfinite().all()) and bool(scaled.isfinite().all())
+
+
+def _twice(model: Checkpoint, name: str, other: str) -> InputError:
+    return InputError(
+        f"{model.spec} holds two tensors for one place of the base", f"they are {other!r} and {name!r}", "remove one"
+    )
 
 
 def without_adapters(model: Checkpoint) -> Checkpoint:
@@ -108,4 +148,8 @@ def without_adapters(model: Checkpoint) -> Checkpoint:
         owners = [name[: k.start()] for k in re.finditer(r"\.", name)]
         if not FACTORS.fullmatch(name) and not any(owner in wrapped or owner in copied for owner in owners):
             names[name] = name.removeprefix(PREFIX)
+    owners_of: dict[str, str] = {}
+    for own, name in names.items():
+        if owners_of.setdefault(name, own) != own:
+            raise _twice(model, own, owners_of[name])
     return Unmerged(model, names)
