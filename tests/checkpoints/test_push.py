@@ -2,6 +2,8 @@
 
 import json
 import logging
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 import detune
 from benchmarks.hub_server import Hub
 from detune.checkpoints import open_checkpoint, what_to_push
+from detune.cli.signals import Interrupted
 from detune.errors import InputError, OutputError
 from tests.families import Fine, plain_family, plain_state, save_plain, shard, tree
 from tests.schemas import require_valid
@@ -252,6 +255,19 @@ class TestFromTheCommandLine:
         ran = command("recover", *fine.specs, "--out", tmp_path / "out", "--method", "mean", "--push", "org/base")
         assert ran.code == 2
         assert len(ran.err.splitlines()) == 1
+        assert ran.err.endswith("out is finished: `detune push` takes it from there\n")
+        assert (tmp_path / "out" / "detune.json").exists()
+
+    def test_a_push_that_is_interrupted_says_so_too(
+        self, command, writable: Hub, fine: Fine, tmp_path: Path, monkeypatch
+    ) -> None:
+        def interrupt(*_: object, **__: object) -> None:
+            raise Interrupted(signal.SIGINT)
+
+        monkeypatch.setattr(detune, "push", interrupt)
+        monkeypatch.setattr("detune.cli.leave", sys.exit)
+        ran = command("recover", *fine.specs, "--out", tmp_path / "out", "--method", "mean", "--push", "org/base", "-q")
+        assert (ran.code, ran.out) == (130, "")
         assert ran.err.endswith("out is finished: `detune push` takes it from there\n")
         assert (tmp_path / "out" / "detune.json").exists()
 

@@ -175,11 +175,12 @@ def require_base(base: Checkpoint, models: Sequence[Checkpoint], *, full: bool =
         resemblance = why_foreign(pair, 1, 0, foreign[len(foreign) // 2])
         if full and resemblance.cause is Cause.FULL:
             continue
+        instead = "; extract --denoise keeps what stands over the noise" if resemblance.cause is Cause.FULL else ""
         raise InputError(
             f"{base.spec} is not the base of {model.spec}",
             f"they differ at full rank in {len(foreign)} of {len(found.splits)} matrices, first {foreign[0]!r}",
             f"{STRANGER[resemblance.cause]} (cosine {resemblance.cosine:.2f}): give the base that it was fine-tuned "
-            "from by LoRA",
+            f"from by LoRA{instead}",
         )
 
 
