@@ -35,8 +35,8 @@ _ROUNDED_OFTEN = 2.5
 # A misfit of up to 0.9 of the noise that was told is that noise; else 1.3 times the misfit is told next.
 _EXPLAINED, _MARGIN = 0.9, 1.3
 _TRIES = 4
-# Directions that are not there for so many times the noise may be noise: if without them the predicted W-Error, of the
-# same noise, is better by more than this.
+# Directions that are not there for twice the noise may be noise: if without them the predicted W-Error, at the noise
+# as it is, is better by more than one.
 _CLEAR, _FAR_BETTER = 2.0, 1.0
 # Of rows and columns, each made even for the other.
 _TURNS = 3

@@ -27,7 +27,7 @@ from detune.problem.storage_noise import storage_energy
 
 __all__ = ["Certificate", "Verdict", "assess", "certify"]
 
-# A range no longer than this is that of an answer at the storage floor: a factor of 1.6 in the root mean squared error
+# A range of up to 0.8 is that of an answer at the storage floor: a factor of 1.6 in the root mean squared error
 # to either side; on a grid, where an answer may be far better than that, no longer than the shortest range, with room
 # for rounding (definitions of the verdict).
 NARROW, BANDS = 0.8, 2 * BAND + 1e-9

@@ -52,7 +52,7 @@ DISAGREEING = 10.0
 
 @dataclass(frozen=True)
 class ErrorModel:
-    """What the data say of an answer with deltas.
+    """The evidence of the data on an answer with deltas.
 
     Attributes:
         stack: The models.
@@ -116,7 +116,7 @@ class ErrorModel:
 
     @cached_property
     def entries(self) -> int:
-        """Of the matrix."""
+        """The number of entries of the matrix."""
         return self.recovery.weight.numel()
 
     @cached_property
@@ -174,7 +174,7 @@ class ErrorModel:
 
     @cached_property
     def could_hide(self) -> float:
-        """The same, if spectra that run into the noise may go on by any step: each with one direction more."""
+        """Mean squared error from such directions, if spectra that run into the noise may go on by any step."""
         return max(self.hidden, sum(self._hidden_by_side(math.inf)) if self._runs_into_noise else 0.0)
 
     @cached_property
@@ -223,7 +223,7 @@ class ErrorModel:
         return not self.stack.noise_override and after.slope > STEEP
 
     def _covariates(self, after: StoredError) -> dict[str, float]:
-        """What says how good the prediction is; ratios as log10."""
+        """The figures that say how good the prediction is; ratios as log10."""
         finest = min(torch.finfo(W_i.dtype).eps for W_i in self.stack.matrices)
         return {
             "amplification": log_ratio(self.amplified),
@@ -319,7 +319,7 @@ class ErrorModel:
         return self.weakest_direction < GAP
 
     def _hidden_by_side(self, gap: float) -> list[float]:
-        """From directions of the rows and of the columns that are less than so many times weaker than those found."""
+        """The mean square of directions of rows and of columns that are weaker than those found, up to a factor."""
         by_side = [0.0, 0.0]
         for undetected in self._undetected:
             i, strengths = undetected.model, undetected.strengths
@@ -337,7 +337,7 @@ class ErrorModel:
 
     @cached_property
     def _undetected(self) -> tuple[UndetectedDirections, ...]:
-        """What could have escaped; where no spectrum runs into the noise, only what is asked for, which is quick."""
+        """The directions that could have escaped: few, and quick, where no spectrum runs into the noise."""
         least = None if self._runs_into_noise else [each / GAP for each in self._weakest]
         return undetected_directions(self.operator, self._noticed, least)
 

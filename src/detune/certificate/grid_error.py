@@ -22,7 +22,7 @@ FORESEEABLE = 0.95
 SHOWN = -9.0
 # Spaces are close to each other where least squares amplifies noise by an eighth or more (definition of a doubt).
 CLOSE_SPACES = 1.125
-# Fewer certain entries than this share leave the error to how far the others can be trusted (definition of a doubt).
+# Fewer certain entries than 95 % leave the error to how far the others can be trusted (definition of a doubt).
 MOSTLY_CERTAIN = 0.95
 # From this amplification on a fit that least squares began has errors that it does not know of, many entries alike:
 # 18 of 1.0 million entries called certain were wrong, 2 of 52 million elsewhere (measured: `benchmarks/corpus.py`, its

@@ -173,7 +173,7 @@ class _Sums:
 
 @dataclass
 class _Pass:
-    """What a pass over the models adds up, block by block, compute dtype.
+    """Sums of a pass over the models, block by block, compute dtype.
 
     Attributes:
         E: `U_i^T e_i`, `(r_i, in)` each.

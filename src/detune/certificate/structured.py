@@ -48,7 +48,7 @@ def certify_structured(
 
 
 def _of_frozen(stack: Stack, recovery: Recovery) -> Certificate:
-    """What known factors leave unknown is far less than a rank: the misfit and draws of noise tell."""
+    """Known factors leave far less unknown than a rank does: the misfit and draws of noise tell."""
     mse = expected_mse(stack, recovery)
     left = recovery.noise_ratio or 0.0
     if left > FLOOR_RATIO:
@@ -84,7 +84,7 @@ def _but_for_scales(stack: Stack, recovery: Recovery, deltas: Sequence[LowRank],
 
 
 def _of_rearranged(check: Solve, recovery: Recovery) -> Solve:
-    """The same for models that were rearranged."""
+    """The certificate of models that were rearranged."""
     first = recovery.deltas[0]
     assert isinstance(first, Rearranged)
 

@@ -260,7 +260,7 @@ def _component_adapters(root: Path) -> list[Path]:
 
 
 def _field(path: Path, key: str) -> str:
-    """What a file says at a key; empty where it says nothing, or is no table."""
+    """The text of a file at a key; empty where there is none, or no table."""
     content = read_json(path)
     return str(content.get(key)) if isinstance(content, dict) else ""
 

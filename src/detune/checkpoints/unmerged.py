@@ -112,7 +112,7 @@ class Unmerged(Decoded):
 
 
 def _scaling(path: Path, module: str, rank: int) -> float:
-    """What the product of a module's factors is multiplied by, as a configuration says it."""
+    """The factor of the product of a module's factors, as a configuration says it."""
     config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path} is malformed", "expected a table", "copy the model again")

@@ -21,7 +21,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the wh
 
 @dataclass(frozen=True)
 class Output:
-    """What was asked for on the command line.
+    """The output that was asked for on the command line.
 
     Attributes:
         quiet: Whether nothing is to be printed but errors and JSON.

@@ -21,7 +21,7 @@ from detune.problem.storage_noise import noise_edge
 
 # Shares of a step that are tried, longest first: any numbers do that fall by a factor of two to three.
 STEP_LENGTHS = (1.0, 0.4, 0.15, 0.05)
-# A misfit is as good as it gets if it changes by less than this share of the noise's largest squared singular value:
+# A misfit is as good as it gets if it changes by less than 3e-3 of the noise's largest squared singular value:
 # a direction is worth more than a whole one (derived).
 ENOUGH = 3e-3
 # Most steps, and most where the answer will be held down (measured on merges of all-MiniLM-L6-v2 in 8 bits: the same

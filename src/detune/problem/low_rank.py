@@ -16,7 +16,7 @@ ROUNDING = 1e-13
 # A difference of a higher rank is one of full rank: the ranks of two of LoWRA Bench's adapters (arXiv 2402.10208) add
 # up to 128 at most, and eight times that is left for others.
 MOST_RANK = 1024
-# So is one of more than this share of what its shape allows: of a square matrix it leaves less than a 64th of the
+# So is one of more than 7/8 of what its shape allows: of a square matrix it leaves less than a 64th of the
 # entries' degrees of freedom to judge noise by (derived).
 FULL_SHARE = 7 / 8
 
