@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +46,21 @@ def test_a_chain_with_its_base(tmp_path, dtype):
     # Parents first.
     names = [node.name for node in found.nodes]
     assert all(names.index(node.parent) < names.index(node.name) for node in found.nodes if node.parent)
+
+
+@pytest.mark.parametrize("value", [1e30, -1e5])
+def test_a_damaged_entry_changes_nothing(tmp_path, value):
+    models = Descent()
+    models.lora("sft", "base", 8)
+    for k in range(2):
+        models.lora(f"dpo-{k}", "sft", 2)
+    specs = models.saved(tmp_path, "base", "sft", "dpo-0", "dpo-1")
+    before = detune.find_lineage(specs)
+    for spec, place in ((specs[1], (3, 5)), (specs[2], (90, 7))):
+        edit(Path(spec), lambda state, place=place: state["layers.1.weight"].index_put_(
+            tuple(torch.tensor([each]) for each in place), torch.tensor(value)))  # fmt: skip
+    assert edges(detune.find_lineage(specs)) == edges(before)
+    assert edges(before)["dpo-0"][0] == "sft"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

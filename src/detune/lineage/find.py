@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from detune._runtime import use_threads
 from detune.checkpoints import Checkpoint, Excerpt
@@ -19,7 +20,8 @@ from detune.errors import InputError
 from detune.lineage.describe import describe_tree
 from detune.lineage.geometry import Geometry
 from detune.lineage.tree import Lineage, Node
-from detune.problem.stack import matricise
+from detune.problem.stack import Stack, matricise
+from detune.problem.wild import WildEntries
 
 # Matrices looked at, of all kinds in turn, and rows and columns of each: any numbers do, they bound the time.
 MATRICES = 12
@@ -89,11 +91,18 @@ def _look(models: Sequence[Checkpoint], names: Sequence[str]) -> Geometry | None
         for model, block in zip(models, found, strict=True):
             if not bool(torch.isfinite(block).all()):
                 raise damaged(name, model.spec)
-        blocks.append(found)
+        blocks.append(_tame(found))
         noise.append([model.noise(name) or level_noise(each) for model, each in zip(models, rows, strict=True)])
         if len(blocks) == MATRICES:
             break
     return Geometry(blocks, noise) if blocks else None
+
+
+def _tame(block: list[Tensor]) -> list[Tensor]:
+    """A block of every model, with what the others hold in place of wild entries: one alone would decide distances."""
+    stack = Stack(tuple(block), torch.float64, block[0].device)
+    wild = WildEntries.of(stack)
+    return block if wild is None else list(wild.filled(stack, wild.foretold(stack, lambda part: ())).matrices)
 
 
 def _tells(model: Checkpoint, name: str) -> bool:
