@@ -29,7 +29,7 @@ def test_a_model_that_left_its_matrix_alone_is_copied():
     found = left_alone(Stack.of(matrices), 1, "a sign")
     assert found.weight.equal(matrices[1])
     assert found.weight.data_ptr() != matrices[1].data_ptr()
-    assert (found.method, found.noise_ratio) == ("unchanged", 0.0)
+    assert (found.method, found.noise_ratio, found.left_alone) == ("unchanged", 0.0, True)
     assert found.reason == "a sign: taken to have left it as the base has it"
 
 

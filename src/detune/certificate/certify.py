@@ -52,7 +52,7 @@ def certify(
     unit, as_solved = prepared.as_solved(recovery)
     scale, wild = prepared.scale, prepared.wild
     found = _certify(unit, as_solved.with_plain_errors(), stored, check)
-    if recovery.bits is not None or recovery.method == "unchanged":
+    if recovery.bits is not None or recovery.left_alone:
         found = found.rounded(name_of(stored), _lost(as_solved.weight, stored))
     found = found.times_power_of_two(scale.exponent)
     if scale.fixed_step:
@@ -81,7 +81,7 @@ def _certify(stack: Stack, recovery: Recovery, stored: torch.dtype, check: Solve
         part, of_part = finest_part(stack, recovery)
         return _certify(part, of_part, stored, check)
     has_model = bool(recovery.deltas) or recovery.expected is not None
-    fitted = has_model and recovery.bits is None and recovery.method != "unchanged"
+    fitted = has_model and recovery.bits is None and not recovery.left_alone
     disagreed = disagreement(stack, check) if check is not None and fitted else None
     found = assess(stack, recovery, stored, disagreed or 0.0)
     return found if isinstance(found, Certificate) else calibrated(found)
@@ -99,7 +99,7 @@ def assess(stack: Stack, recovery: Recovery, stored: torch.dtype, disagreed: flo
     Returns:
         What a range follows from; the certificate itself where none does.
     """
-    if recovery.method == "unchanged":
+    if recovery.left_alone:
         return _of_unchanged(stack, recovery)
     if recovery.bits is not None and is_exact(stack, recovery):
         return Certificate(Verdict.EXACT, f"every entry is certain {on_grid(recovery.bits)}", 0)

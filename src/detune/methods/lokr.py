@@ -103,7 +103,7 @@ class LoKr:
         recovery = self.method.solve(rearrange_stack(stack, blocks), rank)
         moved = _moved(recovery, blocks, stack.shape)
         a, b = blocks
-        if recovery.method == "unchanged" or blocks == (stack.shape[0], 1):
+        if recovery.left_alone or blocks == (stack.shape[0], 1):
             return moved
         return replace(
             moved,

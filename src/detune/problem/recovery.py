@@ -143,6 +143,7 @@ class Recovery:
         hidden_mse: Where a model is taken, without proof, to have left the matrix alone: the most that the weight's
             mean squared error is if it did not.
         expected: The error of the weight by what the fit itself leaves open, where it is no fit of least squares.
+        left_alone: Whether it is the matrix of a model that is taken to have left it alone: nothing was solved.
         mse_exponent: The mean squared errors here and in `bits` are to be multiplied by `2^mse_exponent`: what they are
             then may have no float.
     """
@@ -162,6 +163,7 @@ class Recovery:
     source_models: tuple[int, ...] = ()
     hidden_mse: float = 0.0
     expected: PredictedError | None = None
+    left_alone: bool = False
     mse_exponent: int = 0
 
     def times_power_of_two(self, exponent: int) -> "Recovery":
@@ -206,6 +208,7 @@ def left_alone(stack: Stack, model: int, sign: str, hidden_mse: float = 0.0) -> 
         f"{sign}: taken to have left it as the base has it",
         noise_ratio=0.0,
         hidden_mse=hidden_mse,
+        left_alone=True,
     )
 
 

@@ -31,7 +31,7 @@ from detune.recovery.execution import (
     require_unchanged,
 )
 from detune.recovery.loop import OnStart, OnTensor
-from detune.recovery.report import NOT_SOLVED, InputRow, Report, TensorResult
+from detune.recovery.report import InputRow, Report, TensorResult
 from detune.recovery.results import Results
 
 
@@ -248,7 +248,7 @@ def _refuse_if_hopeless(rows: Sequence[TensorResult], n: int) -> None:
         raise InputError(f"{n} model{'s' * (n != 1)} show{'s' * (n == 1)} no delta against a grid of the base", reason)
     # Integers that differ are no matrices, and stand as the first model has them.
     hopeless = [row for row in rows if row.verdict is Verdict.NOT_DETERMINED and row.method == "mean"]
-    if hopeless and all(row.method in NOT_SOLVED for row in rows):
+    if hopeless and not any(row.is_solved for row in rows):
         raise InputError(
             f"none of {len(hopeless)} changed matrices can be recovered",
             f"{hopeless[0].name!r}: {hopeless[0].reason}",

@@ -16,7 +16,7 @@ from detune.checkpoints.cards import (
     render_card,
 )
 from detune.markdown import code, table, text
-from detune.recovery.report import NOT_SOLVED, Report
+from detune.recovery.report import Report
 from detune.recovery.summary import doubts, report_table
 
 __all__ = ["recovery_cards"]
@@ -100,7 +100,7 @@ def _what(report: Report, models: int) -> str:
     """The name of the weights: where nothing was solved, no recovery."""
     counted = f"{models} fine-tuned model{'s' * (models != 1)}"
     made = f"by detune {text(report.versions['detune'])}."
-    if any(row.method not in NOT_SOLVED or row.verdict is Verdict.EXACT for row in report.tensors):
+    if any(row.is_solved or row.verdict is Verdict.EXACT for row in report.tensors):
         return f"The weights that {counted} came from, recovered from the fine-tunes alone {made}"
     return f"The `{_method(report)}` of {counted}, made {made} It is there to compare with, and is no recovery."
 

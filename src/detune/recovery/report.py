@@ -14,7 +14,7 @@ from detune.documents import document, to_json
 COPY = "copy"
 """The method where nothing was computed."""
 
-NOT_SOLVED = (COPY, "mean", "single", "none")
+_NOT_SOLVED = (COPY, "mean", "single", "none")
 """Methods that leave the deltas in."""
 
 
@@ -63,6 +63,11 @@ class TensorResult:
     log10_false_positive: float | None = None
     certain: float | None = None
     seconds: float = 0.0
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether a method took the deltas out, or a model left the tensor as the base has it."""
+        return self.method not in _NOT_SOLVED
 
     @classmethod
     def of_json(cls, content: Mapping[str, Any]) -> "TensorResult":
@@ -123,7 +128,7 @@ class Report:
     @property
     def summary(self) -> dict[str, Any]:
         """Counts, and the worst of what was recovered."""
-        solved = [row for row in self.tensors if row.method not in NOT_SOLVED]
+        solved = [row for row in self.tensors if row.is_solved]
         predicted = [row.predicted_w_error for row in solved if row.predicted_w_error is not None]
         return {
             "tensors": len(self.tensors),
