@@ -44,6 +44,15 @@ def test_a_log_for_code_scanning(command, fine, tmp_path, monkeypatch):
     assert [each["location"]["uri"] for each in run["artifacts"]] == [f"model-{i}/model.safetensors" for i in range(4)]
 
 
+@pytest.mark.parametrize("places", [("--out", "a", "--sarif", "a/a.sarif"), ("--html", "a", "--sarif", "./a")])
+def test_places_that_are_in_each_others_way_are_told_at_once(command, fine, tmp_path, monkeypatch, places):
+    monkeypatch.chdir(tmp_path)
+    ran = command("audit", *fine.models[:2], *places, "--weights-only")
+    assert ran.code == 2
+    assert re.search(r"lies inside .*a; each result needs its own place; choose another$", ran.err)
+    assert not list(tmp_path.iterdir())
+
+
 class TestTheExitCode:
     @pytest.mark.parametrize("closeness", ["exact", "floor", "approximate"])
     def test_is_zero_where_nothing_is_given_away(self, command, fine, closeness):

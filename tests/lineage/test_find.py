@@ -290,3 +290,7 @@ def test_family_writes_a_picture_and_json(command, family, tmp_path):
     assert content["format"] == "detune-family/1"
     assert content["lineage"]["nodes"][0]["name"] == "base"
     assert command("family", *family, "--mermaid", tmp_path / "tree.mmd").code == 2
+    ran = command("family", *family, "--mermaid", tmp_path / "both", "--bom", tmp_path / "both")
+    assert ran.code == 2
+    assert "each result needs its own place" in ran.err
+    assert not (tmp_path / "both").exists()

@@ -4,7 +4,7 @@ This layer knows files only. Nothing here computes with weights, except for the 
 """
 
 from detune.checkpoints.adapters import MergedCheckpoint
-from detune.checkpoints.atomic import check_new, new_directory, new_file, resolved
+from detune.checkpoints.atomic import check_new, new_directory, new_file, require_apart, resolved
 from detune.checkpoints.blocks import round_to
 from detune.checkpoints.disk import reported
 from detune.checkpoints.excerpt import Excerpt
@@ -80,6 +80,7 @@ __all__ = [
     "remove_abandoned",
     "remove_spent",
     "reported",
+    "require_apart",
     "require_outside",
     "resolved",
     "round_to",

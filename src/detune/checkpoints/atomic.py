@@ -3,13 +3,14 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import permutations
 from pathlib import Path
 
 from detune.checkpoints.disk import reported, sync, sync_tree
 from detune.checkpoints.staging import CONTENT, remove_abandoned, staging
 from detune.errors import OutputError, reason_of
 
-__all__ = ["Same", "check_new", "new_directory", "new_file", "resolved"]
+__all__ = ["Same", "check_new", "new_directory", "new_file", "require_apart", "resolved"]
 
 # Whether two results are the same, the new one and the one that stands in its place.
 Same = Callable[[Path, Path], bool]
@@ -40,6 +41,20 @@ def check_new(out: Path, *, directory: bool = True) -> None:
         return
     expected = "a new or empty directory" if directory else "a new file"
     raise OutputError(f"{out} exists", f"expected {expected}", "choose another: nothing is ever overwritten here")
+
+
+def require_apart(*places: Path | str | None) -> None:
+    """Refuse places of results of which one is another, or lies inside: the first to come would keep the other out.
+
+    Args:
+        places: As the user gave them; None is no place.
+
+    Raises:
+        OutputError: Two are not apart.
+    """
+    for one, other in permutations([resolved(place) for place in places if place is not None], 2):
+        if one.is_relative_to(other):
+            raise OutputError(f"{one} lies inside {other}", "each result needs its own place", "choose another")
 
 
 @contextmanager

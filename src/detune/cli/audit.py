@@ -75,8 +75,9 @@ def audit(
     from detune._runtime import needs_extra
 
     load_torch()
-    from detune.checkpoints import new_directory, new_file, resolved
+    from detune.checkpoints import new_directory, new_file, require_apart, resolved
 
+    require_apart(out, html, sarif)
     with ExitStack() as opened:
         # What cannot be written is said before anything is computed.
         folder = opened.enter_context(new_directory(out)) if out is not None else None

@@ -178,10 +178,11 @@ def family(
     from detune.cli.tables import show_family
 
     load_torch()
-    from detune.checkpoints import new_file
+    from detune.checkpoints import new_file, require_apart
     from detune.lineage import Family
     from detune.lineage.bom import to_cyclonedx, weight_hashes
 
+    require_apart(mermaid, bom)
     with ExitStack() as opened:
         # What cannot be written is said before anything is computed.
         picture = opened.enter_context(new_file(mermaid)) if mermaid is not None else None

@@ -12,7 +12,6 @@ import stat
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -30,6 +29,7 @@ from detune.checkpoints import (
     remove_abandoned,
     remove_spent,
     reported,
+    require_apart,
     write_mark,
     write_masks,
 )
@@ -37,7 +37,6 @@ from detune.checkpoints.blocks import file_hash
 from detune.checkpoints.cards import InputCard, library_of
 from detune.checkpoints.mark import MARK, find_foreign
 from detune.compatibility.model_set import ModelSet
-from detune.errors import OutputError
 from detune.recovery.card import recovery_cards
 from detune.recovery.execution import CompletedTensor, read_changes, read_masks
 from detune.recovery.report import Report
@@ -70,10 +69,7 @@ class Results:
         Raises:
             OutputError: There is something in the place of a result.
         """
-        places = [path for path in (self.target.out, self.adapters, self.mask) if path is not None]
-        for one, other in permutations(places, 2):
-            if one.is_relative_to(other):
-                raise OutputError(f"{one} lies inside {other}", "each result needs its own place", "choose another")
+        require_apart(self.target.out, self.adapters, self.mask)
         if clean:
             remove_spent(self.target.out)
             for path in (self.adapters, self.mask):
