@@ -10,7 +10,9 @@ def under(prefix: str) -> dict[str, tuple[int, ...]]:
     return {prefix + name: shape for name, shape in NAMES.items()}
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "bert.", "base_model.model.", "model.language_model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "bert.", "base_model.model.", "model.language_model.", "0_Transformer/"]
+)
 def test_a_prefix_more_or_less_is_no_difference(prefix):
     assert align_names(NAMES, under(prefix)) == {name: prefix + name for name in NAMES}
     assert align_names(under(prefix), NAMES) == {prefix + name: name for name in NAMES}

@@ -119,3 +119,10 @@ def test_parts_of_the_models_are_asked_too():
     checked = certify(stack, found, check=Auto().solve)
     assert checked.agreement == pytest.approx(w_error(found.weight, W), abs=0.3)
     assert checked.best_w_error < w_error(found.weight, W) < checked.worst_w_error
+
+
+def test_a_coarse_model_beside_fine_ones_has_no_directions_of_noise():
+    W_star = normal(seeded(40), 96, 64)
+    noises = [0.01, 0.1, 0.01]
+    models = [W_star + noise * normal(seeded(41 + i), 96, 64) for i, noise in enumerate(noises)]
+    assert [M_i.rank for M_i in fit_ard(Stack.of(models, noise=noises)).deltas] == [0, 0, 0]

@@ -116,3 +116,21 @@ def test_one_fine_model_is_not_enough_where_it_leaves_more_than_noise(steps):
     recovery = Auto().solve(merges(W_star, deltas, [COARSE, torch.float16, FINE]))
     assert recovery.source_models == ()
     assert torch.equal(recovery.weight, W_star)
+
+
+def test_two_that_are_quantised_cost_three_that_are_not_nothing():
+    W_star, deltas = base(on_grid=True), [lora(i, 3.0) for i in range(5)]
+    matrices = [(W_star + M_i).to(COARSE) for M_i in deltas]
+    step = 20 * STEP
+    quantised = [((W_star + M_i) / step).round() * step for M_i in deltas[3:]]
+    recovery = Auto().solve(Stack.of([*matrices[:3], *quantised], noise=[None] * 3 + [step / 12**0.5] * 2))
+    assert recovery.source_models == (0, 1, 2)
+    assert len(recovery.deltas) == 5
+    assert torch.equal(recovery.weight, Auto().solve(Stack.of(matrices[:3])).weight)
+
+
+def test_models_of_which_all_make_the_mean_better_are_all_used():
+    W_star, deltas = base(on_grid=False), [lora(i, 300.0) for i in range(4)]
+    noises = [0.01, 0.012, 0.011, 0.015]
+    noisy = [W_star + M_i + noise * normal(seeded(30), *SHAPE) for M_i, noise in zip(deltas, noises, strict=True)]
+    assert Auto().solve(Stack.of(noisy, noise=noises)).source_models == ()

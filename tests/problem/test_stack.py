@@ -129,3 +129,11 @@ def test_models_agree_in_their_numbers_whatever_dtype_they_have():
     assert Stack.of([own, other, own.float(), other.float()]).versions == ((0, 2), (1, 3))
     assert Stack.of([own.float(), own.float() * (1 + 2**-20)]).versions == ((0,), (1,))
     assert Stack.of([zero, -zero.float()]).versions == ((0,), (1,))
+
+
+def test_a_part_of_models_that_storage_alone_has_rounded_has_no_told_noise():
+    matrices = [normal(seeded(seed), 20, 10).bfloat16() for seed in range(3)]
+    stack = Stack.of(matrices, noise=[None, 0.5, None])
+    assert len(stack.noise_override) == 3
+    assert stack.part((0, 2)).noise_override == ()
+    assert stack.part((0, 1)).noise_override == stack.noise_override[:2]

@@ -1,9 +1,11 @@
 """Which tensor of one model is which of another's, where they are saved under other names.
 
 Wrappers put words in front of names, or between them: `module.` (DataParallel), `_orig_mod.` (torch.compile), `bert.`
-(the model inside its head), `base_model.model.` (PEFT). What stays the same is how a name ends, and the tensor's shape.
+(the model inside its head), `base_model.model.` (PEFT), `0_Transformer/` (sentence-transformers of old). What stays the
+same is how a name ends, and the tensor's shape.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +111,7 @@ def _most_common(
             near = by_end.get(end, ()) if len(end) >= LEAST_PARTS or end[0] == name else end if end[0] in found else ()
             alike = [each for each in near if may_be_one(reference[own], other[found[each]])]
             for each in alike:
-                exchange = _Exchange(*(".".join(n.split(".")[: -len(end)]) for n in (name, each)))
+                exchange = _Exchange(*(".".join(_parts(n)[: -len(end)]) for n in (name, each)))
                 if exchange.is_addition or len(end) >= LEAST_PARTS:
                     pairs[exchange][name] = each
             if alike:
@@ -137,5 +139,10 @@ def may_be_one(shape: Shape, other: Shape) -> bool:
 
 def _ends(name: str) -> list[tuple[str, ...]]:
     """How a name ends, from the whole of it to its last part."""
-    parts = tuple(name.split("."))
+    parts = _parts(name)
     return [parts[k:] for k in range(len(parts))]
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """The parts of a name: a slash follows the directory of a pipeline's component."""
+    return tuple(re.split("[./]", name))

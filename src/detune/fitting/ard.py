@@ -195,7 +195,8 @@ def fit_ard(stack: Stack, V: Sequence[Tensor] | None = None, turns: int = TURNS)
         turns: How often rows and columns take turns.
     """
     noise = float(stack.noise.square().mean().sqrt())
-    V = _leading(stack, noise) if V is None else V
+    edges = _edges(stack)
+    V = _leading(stack, edges) if V is None else V
     shown = [torch.linalg.svd(F_i.double(), full_matrices=False) for F_i in project_right(stack, V)]
     # The side on which the models are more alike is the one that K joins.
     left = [of_i.U * of_i.S for of_i in shown]
@@ -205,8 +206,7 @@ def fit_ard(stack: Stack, V: Sequence[Tensor] | None = None, turns: int = TURNS)
         found = turned._replace(deltas=tuple(M_i.transposed for M_i in turned.deltas))
     else:
         found = _take_turns(stack, V, noise, turns)
-    edge = noise_edge(stack.shape, noise**2)
-    step = w_step(stack, [_above(M_i, NOTHING * edge) for M_i in found.deltas])
+    step = w_step(stack, [_above(M_i, NOTHING * edge) for M_i, edge in zip(found.deltas, edges, strict=True)])
     of_step = step.energy, found.taken, noise, found.common, step.relative_residual, step.noise_ratio
     return ARDFit(step.weight, step.deltas, *of_step)
 
@@ -284,16 +284,25 @@ def _take_turns(stack: Stack, V: Sequence[Tensor], noise: float, turns: int) -> 
     return _Turns(tuple(deltas), out * left.taken + columns * right.taken, common)
 
 
-def _leading(stack: Stack, noise: float) -> list[Tensor]:
+def _edges(stack: Stack) -> list[float]:
+    """The edge of the noise in each model's deviation from the mean, brought to the size of one model's noise.
+
+    Where models are quantised differently, the deviation of a fine one has a part of the noise of a coarse one.
+    """
+    n, variances = stack.n, stack.noise.square()
+    deviations = ((1 - 2 / n) * variances + variances.mean() / n) * n / (n - 1)
+    return [noise_edge(stack.shape, float(variance)) for variance in deviations]
+
+
+def _leading(stack: Stack, edges: Sequence[float]) -> list[Tensor]:
     """The row spaces of what may be more than noise in each model's own deviation, `(in, q_i)`, float64."""
     drawn = stack.gaussian(stack.generator(0), stack.shape[1], min(MOST, *stack.shape))
     V = [drawn.double()] * stack.n
     for _ in range(POWER_PASSES):
         U = [orthonormal(F_i.double()) for F_i in project_right(stack, V)]
         V = [orthonormal(E_i.mT.double()) for E_i in project_left(stack, U)]
-    edge = noise_edge(stack.shape, noise**2)
     leading = []
-    for V_i, F_i in zip(V, project_right(stack, V), strict=True):
+    for V_i, F_i, edge in zip(V, project_right(stack, V), edges, strict=True):
         _, S, Vh = torch.linalg.svd(F_i.double(), full_matrices=False)
         # The bulk itself reaches to the edge: none is followed where the first does not stand over it.
         count = int(S.gt(FOLLOWED * edge).sum()) if float(S[0]) > edge else 0

@@ -96,10 +96,18 @@ def finest_part(stack: Stack, recovery: Recovery) -> tuple[Stack, Recovery]:
 
 
 def _fine_models(stack: Stack) -> tuple[int, ...]:
-    steps = [torch.finfo(dtype).eps for dtype in stack.rounded_dtypes]
     if stack.noise_override:
-        return tuple(range(stack.n))
+        return _least_noisy(stack)
+    steps = [torch.finfo(dtype).eps for dtype in stack.rounded_dtypes]
     return tuple(i for i, step in enumerate(steps) if step <= COARSE * min(steps))
+
+
+def _least_noisy(stack: Stack) -> tuple[int, ...]:
+    """The models whose mean has the least noise, `sum sigma_i^2 / m^2`: all, or the finest, as many as show ranks."""
+    order = sorted(range(stack.n), key=lambda i: float(stack.noise[i]))
+    sums = stack.noise[order].square().cumsum(0).tolist()
+    count = min(range(FEWEST_MODELS, stack.n + 1), key=lambda m: sums[m - 1] / m**2, default=stack.n)
+    return tuple(sorted(order[:count]))
 
 
 def _solve_rounded_alike(stack: Stack, solve: Solve, rank: int | None) -> Recovery | None:

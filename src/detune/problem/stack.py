@@ -240,9 +240,12 @@ class Stack:
         return tuple(map(tuple, groups))
 
     def part(self, models: Sequence[int]) -> "Stack":
-        """The stack of some of the models, in that order."""
-        told = tuple(self.noise_override[i] for i in models) if self.noise_override else ()
-        return replace(self, matrices=tuple(self.matrices[i] for i in models), noise_override=told)
+        """The stack of some of the models, in that order; without told noise where all of it is storage's."""
+        stored = replace(self, matrices=tuple(self.matrices[i] for i in models), noise_override=())
+        if not self.noise_override:
+            return stored
+        told = replace(stored, noise_override=tuple(self.noise_override[i] for i in models))
+        return stored if torch.allclose(told.noise, stored.noise, rtol=1e-9, atol=0.0) else told
 
     @cached_property
     def transposed(self) -> "Stack":
