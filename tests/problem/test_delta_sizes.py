@@ -93,3 +93,15 @@ def test_what_is_beside_rounding_shows_where_steps_are_fine():
     W_i = (W.double() + M).bfloat16()
     assert beside_rounding(W_i.double() - W.double(), W_i) == pytest.approx(rms(M) ** 2, rel=0.2)
     assert beside_rounding(torch.zeros(256, 192), W_i) == 0
+
+
+def test_many_models_of_two_kinds_are_sorted_out_at_once():
+    """Fifteen independent ones, and fifteen that have one delta in common: of these one stays."""
+    generator = seeded(5)
+    W = normal(generator, 96, 80)
+    deltas = [0.01 * normal(generator, 96, 3) @ normal(generator, 3, 80) for _ in range(30)]
+    shared = 0.02 * normal(generator, 96, 3) @ normal(generator, 3, 80)
+    models = [W + M_i + shared * (i % 2) for i, M_i in enumerate(deltas)]
+    found = independent_models(Stack.of(models))
+    assert set(range(0, 30, 2)) < set(found)
+    assert len(found) == 16

@@ -152,11 +152,27 @@ def independent_models(stack: Stack) -> tuple[int, ...]:
     products = (squares[:, None] + squares - distances) / 2
     floors = squares.clamp(min=SMALLEST_SHARE**2 * float(squares.max()))
     alike = products.abs() > TOO_ALIKE * (floors[:, None] * floors).sqrt() + SURE * errors / 2
-    for size in range(stack.n, FEWEST - 1, -1):
-        sets = [each for each in combinations(models, size) if not any(alike[pair] for pair in combinations(each, 2))]
-        if sets:
-            return max(sets, key=lambda each: float(squares[list(each)].sum()))
-    return three
+    found = _most_unlike(alike, squares.tolist())
+    return found if len(found) >= FEWEST else three
+
+
+def _most_unlike(alike: Tensor, squares: Sequence[float]) -> tuple[int, ...]:
+    """The most models of which no two are alike; of several such sets the one with the largest deltas.
+
+    Either the model that is like most others is in the set, and these are not, or it is not: copies of one model go at
+    once, where going through all sets would take `2^n` steps.
+    """
+    relatives = [{j for j in range(len(alike)) if j != i and alike[min(i, j), max(i, j)]} for i in range(len(alike))]
+
+    def most(left: frozenset[int]) -> tuple[int, ...]:
+        crowded = max(sorted(left), key=lambda i: len(relatives[i] & left), default=None)
+        if crowded is None or not relatives[crowded] & left:
+            return tuple(left)
+        without = left - {crowded}
+        sets = ((crowded, *most(without - relatives[crowded])), most(without))
+        return max(sets, key=lambda each: (len(each), sum(squares[i] for i in each)))
+
+    return tuple(sorted(most(frozenset(range(len(alike))))))
 
 
 def _squares(distances: Tensor, three: tuple[int, ...]) -> list[float]:
