@@ -63,6 +63,19 @@ def test_adapters_stay_in_their_directory(work: Path, name: str, sharded: bool) 
         assert set(tree(work / out)) == {"detune.json"} | cards | files
 
 
+@pytest.mark.parametrize("component", ["README.md", "detune.json"])
+def test_components_are_no_files_that_are_written(work: Path, component: str) -> None:
+    fine = plain_family(work / "models")
+    for model in fine.models:
+        (model / "model_index.json").write_text(json.dumps({component: ["library", "Class"]}))
+        (model / component).mkdir()
+        (model / "model.safetensors").rename(model / component / "model.safetensors")
+    with pytest.raises(
+        detune.InputError, match=r"names a file as a component; got '(README\.md|detune\.json)'; do not"
+    ):
+        detune.recover(fine.specs, work / "base")
+
+
 @pytest.mark.parametrize("component", ["../elsewhere", "/elsewhere", "a/../../elsewhere", "a\nb", ".."])
 def test_components_are_plain_names(work: Path, component: str) -> None:
     fine = plain_family(work / "models")

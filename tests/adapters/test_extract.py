@@ -351,6 +351,13 @@ def test_a_failure_leaves_neither_adapters_nor_base(fine, tmp_path, monkeypatch)
 
 def test_names_of_adapters(tmp_path):
     assert adapter_names(["a/m", "b/m", "m-1"]) == ("m-2", "m-3", "m-1")
+    # Files lie beside them, and some file systems take "A" for "a".
+    assert adapter_names(["README.md", "Detune.JSON", "adapter_config.json"]) == (
+        "README.md-1",
+        "Detune.JSON-1",
+        "adapter_config.json-1",
+    )
+    assert adapter_names(["A", "a", "a-1"]) == ("A-2", "a-3", "a-1")
     path = tmp_path / "me@home" / "model"
     path.mkdir(parents=True)
     assert adapter_names([str(path), "org/name@v2"]) == ("model", "name")

@@ -24,6 +24,8 @@ from detune.checkpoints import (
     plain_name,
     raw,
 )
+from detune.checkpoints.mark import MARK
+from detune.checkpoints.side_files import CARD
 from detune.compatibility.model_set import Held, ModelSet, damaged
 from detune.metrics import bit_identical, ulps
 from detune.problem import LowRank, NonFinite, NotLowRank, Stack
@@ -245,7 +247,7 @@ def _has_float32_factors(M_i: LowRank) -> bool:
 
 
 def adapter_names(specs: Sequence[str]) -> tuple[str, ...]:
-    """A directory name for each model: the last part of its path or Hub id, with a number where two are the same.
+    """A directory name for each model: the last part of its path or Hub id, with a number where that is taken.
 
     Example:
         >>> adapter_names(["runs/a/final", "runs/b/final", "org/model@main", "one.safetensors"])
@@ -253,12 +255,21 @@ def adapter_names(specs: Sequence[str]) -> tuple[str, ...]:
     """
     paths = [Path(spec if Path(spec).exists() else spec.partition("@")[0]) for spec in specs]
     names = [plain_name(path.resolve().name.removesuffix(".safetensors")) for path in paths]
+    # File systems that take large and small letters for the same have one place for "a" and "A".
+    taken = [name.casefold() for name in (*names, *_FILES)]
     given: list[str] = []
     for name in names:
+        if taken.count(name.casefold()) == 1:
+            given.append(name)
+            continue
         numbered = (f"{name}-{k}" for k in count(1))
-        free = next(candidate for candidate in numbered if candidate not in given and candidate not in names)
-        given.append(free if names.count(name) > 1 else name)
+        given.append(next(each for each in numbered if each.casefold() not in taken))
+        taken.append(given[-1].casefold())
     return tuple(given)
+
+
+# What lies beside the adapters, or makes a directory an adapter.
+_FILES = (CARD, MARK, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 class _Deviation(NamedTuple):

@@ -7,7 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from detune.checkpoints.entries import is_text
+from detune.checkpoints.mark import MARK
 from detune.checkpoints.paths import is_plain_path
+from detune.checkpoints.side_files import CARD
 from detune.errors import InputError, parsing
 from detune.files import MAX_JSON_BYTES, read_regular
 
@@ -101,6 +103,8 @@ def component_dirs(root: Path) -> list[str]:
     for name in found:
         if name not in ("", ".") and not is_plain_path(name):
             raise InputError(f"{root} names a component outside itself", f"got {name!r}", "do not trust this model")
+        if name.casefold() in (CARD.casefold(), MARK):
+            raise InputError(f"{root} names a file as a component", f"got {name!r}", "do not trust this model")
     return list(dict.fromkeys("" if name == "." else name for name in found))
 
 
