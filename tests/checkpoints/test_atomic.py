@@ -88,3 +88,5 @@ def test_links_that_go_round_are_one_line(tmp_path, make):
         make(tmp_path / "loop").__enter__()
     with pytest.raises(OutputError, match="~nobody-has-this-name/x leads nowhere; Could not determine home directory"):
         make("~nobody-has-this-name/x").__enter__()
+    with pytest.raises(OutputError, match=r"a\\x00b leads nowhere; embedded null byte; choose another"):
+        make("a\0b").__enter__()

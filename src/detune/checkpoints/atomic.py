@@ -23,11 +23,11 @@ def resolved(out: Path | str) -> Path:
         out: As the user gave it.
 
     Raises:
-        OutputError: They lead round, or to the home of a user that there is none of.
+        OutputError: They lead round, or to the home of a user that there is none of; no path has such characters.
     """
     try:
         return Path(out).expanduser().resolve()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"{out} leads nowhere", reason_of(error), "choose another") from error
 
 
