@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from detune.checkpoints import CheckpointWriter, open_checkpoint
+from detune.checkpoints import CheckpointWriter, Unmerged, open_checkpoint
 from tests.cases import normal, seeded
 from tests.families import save_plain, shard
 from tests.fuzzing.mutation import edit_json, mutated_bytes, mutated_json, to_json
@@ -252,6 +252,43 @@ def read_scaled(folder: Path, _: Path) -> None:
             same({name: tensor}, {name: stored[name]})
 
 
+# --- a base beside its adapter ---
+
+
+def make_unmerged(folder: Path) -> None:
+    """A layer that PEFT has put a LoRA into, and a norm."""
+    generator = seeded(11)
+    tensors = {f"base_model.model.a.{name}.weight": normal(generator, *shape).float() for name, shape in
+               {"base_layer": (6, 4), "lora_A.default": (2, 4), "lora_B.default": (6, 2)}.items()}  # fmt: skip
+    save_file(tensors | {"base_model.model.norm.weight": torch.ones(4)}, folder / "m.safetensors")
+    (folder / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4, "alpha_pattern": {}}')
+
+
+def mutate_unmerged(draw: Random, folder: Path) -> None:
+    """Change the weights or what says how they are scaled."""
+    if draw.random() < 0.3:
+        edit_json(draw, folder / "adapter_config.json")
+    else:
+        mutate_safetensors(draw, folder)
+
+
+def read_unmerged(folder: Path, _: Path) -> None:
+    """The base is as the library reads it, and the adapter's product has its shape and is finite."""
+    found = read_all(folder / "m.safetensors")
+    stored = load_file(folder / "m.safetensors")
+    with open_checkpoint(folder / "m.safetensors") as model:
+        for name, tensor in found.items() if isinstance(model, Unmerged) else ():
+            own = next(
+                each for each in stored if each.removeprefix("base_model.model.").replace(".base_layer", "") == name
+            )
+            same({name: tensor}, {name: stored[own]})
+            if model.factors(name):
+                A, B, scaling = model.read_factors(name)
+                product = B.double() @ A.double() * (1.0 if scaling is None else scaling)
+                if tensor.shape not in (product.shape, product.mT.shape) or not bool(product.isfinite().all()):
+                    raise Wrong(f"a product of shape {tuple(product.shape)} for {name!r}")
+
+
 # --- an index of shards ---
 
 
@@ -288,5 +325,6 @@ WEIGHTS = (
     Target("training", lambda to: torch.save(training(), to / "m.ckpt"), mutate_torch, read_torch),
     Target("gguf", make_gguf, mutate_gguf, read_gguf),
     Target("llama", make_llama, mutate_llama, read_llama),
+    Target("unmerged", make_unmerged, mutate_unmerged, read_unmerged),
     Target("scaled", make_scaled, mutate_safetensors, read_scaled),
 )
