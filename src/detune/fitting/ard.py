@@ -145,8 +145,11 @@ def shrink_where_run_off(stack: Stack, recovery: Recovery) -> Recovery:
 
 def _held_down(stack: Stack, recovery: Recovery) -> Recovery:
     """The better of the fits from what least squares found and from what each model has of its own; or the mean."""
-    splits = [fit_ard(stack)]
-    if any(M_i.rank for M_i in recovery.deltas):
+    own = fit_ard(stack)
+    splits = [own]
+    # Least squares that leaves more than noise lacks directions, and to start from it takes as long again.
+    is_whole = (recovery.noise_ratio or 0.0) <= AT_NOISE
+    if any(M_i.rank for M_i in recovery.deltas) and (is_whole or not any(M_i.rank for M_i in own.deltas)):
         splits.append(fit_ard(stack, [orthonormal(M_i.right.double()) for M_i in recovery.deltas]))
     split = min(splits, key=lambda split: split.cost)
     if not any(M_i.rank for M_i in split.deltas):
