@@ -32,6 +32,9 @@ BELOW_NOISE = 0.5
 AT_FLOOR = 1.03
 # Deltas twice as large as those of the closed form have run off along what the data leave open.
 RAN_OFF = 2.0
+# Where ranks of differences do not add up, those models are not taken to be independent whose deltas have a larger
+# correlation: an adapter on half of another may have as little with it as two of one seed have (MiniLM: 0.29 and 0.28).
+LITTLE_ALIKE = 0.15
 # No rank search if the weakest singular value stands eight times over the noise.
 CLEAR = 8.0
 # No rank search if over 16 singular values, or an eighth of all, lie within twice the noise.
@@ -70,11 +73,9 @@ class Auto:
         of_versions = solve_versions(stack, self.solve, rank)
         if of_versions is not None:
             return of_versions
-        models = independent_models(stack)
-        if len(models) < stack.n:
-            of_some = solve_from(stack, models, self.solve, rank, "the others' adapters are not independent of theirs")
-            if of_some is not None:
-                return self.lattice.taking_in(stack, of_some, rank) if self.lattice else of_some
+        of_independent = self._of_some(stack, independent_models(stack), rank)
+        if of_independent is not None:
+            return of_independent
         # What was rounded to levels of its own lies on no dtype's grid.
         if self.lattice is None or stack.noise_override:
             return self._least_squares(find_differences(stack, rank, self.seed), rank)
@@ -84,10 +85,29 @@ class Auto:
                 found = self.lattice.of_light(stack, rank)
         return found or self._on_grid(find_differences(stack, rank, self.seed), rank)
 
+    def _of_some(self, stack: Stack, models: tuple[int, ...], rank: int | None) -> Recovery | None:
+        """The answer of models that are independent of each other, and then of all; None where these are all."""
+        if len(models) == stack.n:
+            return None
+        found = solve_from(stack, models, self.solve, rank, "the others' adapters are not independent of theirs")
+        if found is None or not found.deltas:
+            return found
+        if found.bits is not None and self.lattice is not None:
+            return self.lattice.taking_in(stack, found, rank)
+        polished = self.polish.run(stack, [SVDFactors.of(M_i).V for M_i in found.deltas])
+        step = w_step(stack, polished.deltas) if polished.converged else None
+        if step is None or step.noise_ratio > FLOOR_RATIO:
+            return found
+        return _answer(step, found.method, f"{found.reason}; then all models", polished.steps)
+
     def _on_grid(self, first: Differences, rank: int | None) -> Recovery:
         """The closed form, and the base's bits from there; the best of least squares where no grid shows."""
         stack, quick = first.stack, None
         assert self.lattice is not None
+        if stack.n > self.min_models and not _adds_up(first):
+            of_independent = self._of_some(stack, independent_models(stack, LITTLE_ALIKE), rank)
+            if of_independent is not None:
+                return of_independent
         with suppress(NotRecoverable):
             quick = self._closed_form(first, rank, search=False)
         if quick is not None:
@@ -179,18 +199,22 @@ class Auto:
             if step is None or not (polished.converged and step.noise_ratio <= start.noise_ratio):
                 step, method, steps = start, "intersect", 0
         step = step.transposed if spaces.transposed else step
-        return Recovery(
-            step.weight,
-            method,
-            f"closed form from the {spaces}; "
-            + (f"then {steps} Gauss-Newton step{'s' * (steps > 1)}" if steps else "polishing brought it no closer"),
-            step.deltas,
-            tuple(M_i.rank for M_i in step.deltas),
-            step.relative_residual,
-            step.noise_ratio,
-            steps,
-            residuals=step.residuals,
-        )
+        how = f"then {steps} Gauss-Newton step{'s' * (steps > 1)}" if steps else "polishing brought it no closer"
+        return _answer(step, method, f"closed form from the {spaces}; {how}", steps)
+
+
+def _answer(step: WStep, method: str, reason: str, steps: int) -> Recovery:
+    return Recovery(
+        step.weight,
+        method,
+        reason,
+        step.deltas,
+        tuple(M_i.rank for M_i in step.deltas),
+        step.relative_residual,
+        step.noise_ratio,
+        steps,
+        residuals=step.residuals,
+    )
 
 
 def _best_step(spaces: RowSpaces, polished: GaussNewtonFit) -> WStep | None:

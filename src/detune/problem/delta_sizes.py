@@ -127,7 +127,7 @@ def delta_scales(stack: Stack) -> list[DeltaScale]:
     ]
 
 
-def independent_models(stack: Stack) -> tuple[int, ...]:
+def independent_models(stack: Stack, most_alike: float = TOO_ALIKE) -> tuple[int, ...]:
     """The models without those whose deltas are more alike than independent fine-tunes: a copy at another strength.
 
     Distances of three models are those of three independent deltas from one base, whatever they are: of a fine-tune, a
@@ -137,6 +137,7 @@ def independent_models(stack: Stack) -> tuple[int, ...]:
 
     Args:
         stack: The models.
+        most_alike: The largest correlation of two deltas that are not alike.
 
     Returns:
         Which, in order: all where there are three or fewer, and where no three are independent.
@@ -151,7 +152,7 @@ def independent_models(stack: Stack) -> tuple[int, ...]:
     squares = _squares_from(distances, three)
     products = (squares[:, None] + squares - distances) / 2
     floors = squares.clamp(min=SMALLEST_SHARE**2 * float(squares.max()))
-    alike = products.abs() > TOO_ALIKE * (floors[:, None] * floors).sqrt() + SURE * errors / 2
+    alike = products.abs() > most_alike * (floors[:, None] * floors).sqrt() + SURE * errors / 2
     found = _most_unlike(alike, squares.tolist())
     return found if len(found) >= FEWEST else three
 
