@@ -74,6 +74,16 @@ class Estimate:
         """The estimate for the transposed matrix."""
         return Estimate(self.right, self.left, self.columns, self.rows, self.lack)
 
+    def scaled(self, rows: Tensor, columns: Tensor) -> "Estimate":
+        """The estimate with rows and columns multiplied by these numbers; what it lacks is dropped."""
+        up, along = rows.to(self.left), columns.to(self.right)
+        left, right = self.left * up[:, None], self.right * along[:, None]
+        return Estimate(left, right, self.rows * up.square(), self.columns * along.square())
+
+    def wider(self, factor: float) -> "Estimate":
+        """The estimate with all variances multiplied."""
+        return replace(self, rows=factor * self.rows, columns=factor * self.columns, lack=factor * self.lack)
+
     def normalised(self) -> "Estimate":
         """The same product with orthogonal columns of `left`, and `right^T right = in * I`: coordinates are alike."""
         if not self.rank:

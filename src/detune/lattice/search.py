@@ -24,6 +24,7 @@ from detune.lattice.growth import grown
 from detune.lattice.message_passing import stepped, sweep
 from detune.numerics.float_grid import lies_on, name_of, spacing
 from detune.numerics.random import seeded
+from detune.problem.balance import Balance
 from detune.problem.delta_sizes import MOST_ALIKE, DeltaScale, beside_rounding, delta_scales, scatter
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import DecodedBits, NotRecoverable, Recovery, left_alone
@@ -63,7 +64,7 @@ BARREN = 2
 # With fewer models W itself is open, and the fit takes its time.
 FEW_MODELS, MOST_SWEEPS, PATIENCE = 3, 24, 4
 # A start may be off by more than it promises: variances so many times as large are tried for a sign of the grid.
-WIDER = (1.0, 16.0, 256.0, 4096.0)
+WIDER = (1.0, 4.0, 16.0, 64.0, 256.0, 4096.0)
 # A sign: it comes by chance once in ten times.
 SIGN = 1.0
 
@@ -446,12 +447,20 @@ def _all_or(some: Tensor | None) -> Tensor | slice:
 def _from_recovery(stack: Stack, start: Recovery) -> tuple[Estimate, ...]:
     """Estimates from a least-squares fit.
 
-    The noise is that of the model less the mean of the others: a fine model's `M_i` is no better known than their W.
+    The noise is that of the model less the mean of the others: a fine model's `M_i` is no better known than their W. It
+    is as large in all rows and columns once these are balanced.
     """
     own = stack.noise.square().cpu()
+    balance = Balance.of(stack) if set(stack.rounded_dtypes) <= set(HALVES) else None
+    own = balance.noise.square() if balance else own
     noise = own + (own.sum() - own) / max(1, stack.n - 1) ** 2
+    if balance is None:
+        return tuple(
+            replace(Estimate.of(M_i, float(variance)), lack=float(variance) / 2)
+            for M_i, variance in zip(start.deltas, noise, strict=True)
+        )
     return tuple(
-        replace(Estimate.of(M_i, float(variance)), lack=float(variance) / 2)
+        Estimate.of(balance.delta(M_i), float(variance)).scaled(1 / balance.rows, 1 / balance.columns)
         for M_i, variance in zip(start.deltas, noise, strict=True)
     )
 
@@ -503,7 +512,7 @@ def _as_wide_as_shows(
     entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor, sign: float = SIGN
 ) -> list[Estimate] | None:
     """The estimates, as uncertain as they are when a grid shows best; None where none shows."""
-    tries = [[replace(e, lack=e.lack + (wider - 1) * e.variance) for e in estimates] for wider in WIDER]
+    tries = [[e.wider(factor) for e in estimates] for factor in WIDER]
     ratios = [_log10_ratio(entries, tried, grid, held) for tried in tries]
     best = max(range(len(tries)), key=ratios.__getitem__)
     return tries[best] if ratios[best] > sign else None

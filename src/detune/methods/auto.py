@@ -19,6 +19,7 @@ from detune.lattice import HALVES, LatticeSearch, NoGrid
 from detune.methods.agreement import solve_versions, unchanged
 from detune.methods.mixed_precision import solve_from, solve_from_finest
 from detune.methods.spectral import Spectral
+from detune.problem.balance import Balance
 from detune.problem.delta_sizes import independent_models
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import NotRecoverable, Recovery, left_alone
@@ -83,7 +84,7 @@ class Auto:
         if found is None and _is_half(stack):
             with suppress(NoGrid):
                 found = self.lattice.of_light(stack, rank)
-        return found or self._on_grid(find_differences(stack, rank, self.seed), rank)
+        return found or self._on_grid(stack, rank)
 
     def _of_some(self, stack: Stack, models: tuple[int, ...], rank: int | None) -> Recovery | None:
         """The answer of models that are independent of each other, and then of all; None where these are all."""
@@ -100,24 +101,27 @@ class Auto:
             return found
         return _answer(step, found.method, f"{found.reason}; then all models", polished.steps)
 
-    def _on_grid(self, first: Differences, rank: int | None) -> Recovery:
+    def _on_grid(self, stack: Stack, rank: int | None) -> Recovery:
         """The closed form, and the base's bits from there; the best of least squares where no grid shows."""
-        stack, quick = first.stack, None
         assert self.lattice is not None
+        balance = Balance.of(stack) if _is_half(stack) else None
+        first = find_differences(balance.applied(stack) if balance else stack, rank, self.seed)
         if stack.n > self.min_models and not _adds_up(first):
             of_independent = self._of_some(stack, independent_models(stack, LITTLE_ALIKE), rank)
             if of_independent is not None:
                 return of_independent
+        quick = None
         with suppress(NotRecoverable):
             quick = self._closed_form(first, rank, search=False)
+            quick = balance.restored(quick) if balance else quick
         if quick is not None:
             with suppress(NotRecoverable):
                 require_own_adapters(quick)
-                alone = _left_alone_by_rank(first, quick)
+                alone = _left_alone_by_rank(stack, first, quick)
                 if alone is not None and (not _is_half(stack) or self.lattice.shows_on(stack, quick)):
                     return alone
                 return self.lattice.refine(stack, quick, rank)
-        found = self._least_squares(first, rank)
+        found = self._least_squares(find_differences(stack, rank, self.seed) if balance else first, rank)
         if not found.deltas:
             return found
         if quick is None:
@@ -233,9 +237,9 @@ def _best_step(spaces: RowSpaces, polished: GaussNewtonFit) -> WStep | None:
     return min(steps, key=lambda step: step.noise_ratio, default=None)
 
 
-def _left_alone_by_rank(differences: Differences, quick: Recovery) -> Recovery | None:
+def _left_alone_by_rank(stack: Stack, differences: Differences, quick: Recovery) -> Recovery | None:
     """The matrix of a model of rank 0, where ranks of differences add up; None where there is none such."""
-    ranks, stack = quick.ranks, differences.stack
+    ranks = quick.ranks
     if 0 not in ranks or not _adds_up(differences) or sum(map(bool, ranks)) < stack.n - 1:
         return None
     model = ranks.index(0)

@@ -152,7 +152,9 @@ def independent_models(stack: Stack, most_alike: float = TOO_ALIKE) -> tuple[int
     squares = _squares_from(distances, three)
     products = (squares[:, None] + squares - distances) / 2
     floors = squares.clamp(min=SMALLEST_SHARE**2 * float(squares.max()))
-    alike = products.abs() > most_alike * (floors[:, None] * floors).sqrt() + SURE * errors / 2
+    # Deltas of one direction, in rows that they share, have a correlation of about this size by chance.
+    by_chance = min(stack.shape) ** -0.5
+    alike = products.abs() > max(most_alike, SURE * by_chance) * (floors[:, None] * floors).sqrt() + SURE * errors / 2
     found = _most_unlike(alike, squares.tolist())
     return found if len(found) >= FEWEST else three
 
