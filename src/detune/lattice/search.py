@@ -459,9 +459,11 @@ def _from_recovery(stack: Stack, start: Recovery) -> tuple[Estimate, ...]:
             replace(Estimate.of(M_i, float(variance)), lack=float(variance) / 2)
             for M_i, variance in zip(start.deltas, noise, strict=True)
         )
+    typical = float((-2 * (balance.rows.log().mean() + balance.columns.log().mean())).exp())
+    scaled = [Estimate.of(balance.delta(M_i), float(v)) for M_i, v in zip(start.deltas, noise, strict=True)]
     return tuple(
-        Estimate.of(balance.delta(M_i), float(variance)).scaled(1 / balance.rows, 1 / balance.columns)
-        for M_i, variance in zip(start.deltas, noise, strict=True)
+        replace(e.scaled(1 / balance.rows, 1 / balance.columns), lack=typical * float(variance) / 2)
+        for e, variance in zip(scaled, noise, strict=True)
     )
 
 

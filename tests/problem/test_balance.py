@@ -1,0 +1,67 @@
+"""Rows and columns scaled until rounding is as large everywhere."""
+
+import pytest
+import torch
+
+from detune.fitting.differences import find_differences
+from detune.methods import Auto
+from detune.problem import LowRank, Stack
+from detune.problem.balance import Balance
+from detune.problem.recovery import Recovery
+from tests.cases import normal, rms, seeded
+
+SHAPE = (192, 160)
+
+
+def uneven(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, list[torch.Tensor], Stack]:
+    """A base whose first rows and columns are far larger than the others, with deltas that do not care."""
+    generator = seeded(0)
+    W = normal(generator, *SHAPE) / 20
+    W[:24] *= 16
+    W[:, :10] *= 8
+    W = W.to(dtype)
+    deltas = [normal(generator, SHAPE[0], 6) @ normal(generator, 6, SHAPE[1]) for _ in range(3)]
+    deltas = [2.0**-10 * M_i / rms(M_i) for M_i in deltas]
+    return W, deltas, Stack.of([(W.double() + M_i).to(dtype) for M_i in deltas])
+
+
+def test_rounding_is_as_large_in_all_rows_and_columns():
+    _, deltas, stack = uneven()
+    balance = Balance.of(stack)
+    balanced = balance.applied(stack)
+    scaled = (stack.matrices[0].double() - uneven()[0].double() - deltas[0]) * balance.rows[:, None] * balance.columns
+    assert balanced.noise_override == pytest.approx([rms(scaled)] * 3, rel=0.1)
+    for size in (scaled.square().mean(dim=0).sqrt(), scaled.square().mean(dim=1).sqrt()):
+        assert size.max() < 1.6 * size.min()
+
+
+def test_even_matrices_stay_as_they_are():
+    W = normal(seeded(0), 300, 280).bfloat16()
+    balance = Balance.of(Stack.of([W, W, W]))
+    assert balance.rows.max() < 1.4 * balance.rows.min()
+    assert balance.columns.max() < 1.4 * balance.columns.min()
+
+
+def test_answers_come_back():
+    _, deltas, stack = uneven()
+    balance = Balance.of(stack)
+    M = LowRank(deltas[0][:, :2].clone(), torch.eye(SHAPE[1], 2, dtype=torch.float64))
+    scaled = balance.delta(M)
+    weight = balance.applied(stack).matrices[0].double()
+    found = balance.restored(Recovery(weight, "intersect", "", (scaled,), (2,)))
+    assert torch.allclose(found.deltas[0].dense(), M.dense())
+    assert torch.allclose(found.weight, stack.matrices[0].double(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_rows_do_not_hide_what_the_others_show(dtype):
+    W, _, stack = uneven(dtype)
+    first = find_differences(stack)
+    found = Auto().solve(stack)
+    if dtype == torch.bfloat16:
+        assert first.ranks != (6, 6, 6)
+    assert found.ranks == (6, 6, 6)
+    assert found.bits is not None
+    right = found.weight.eq(W.double())
+    assert right.double().mean() > 0.97
+    assert bool(right[found.bits.certain].all())
