@@ -17,7 +17,7 @@ from detune.problem.stack import Stack
 
 # Rows and columns are weighed by this many entries of each, which tell a row's noise to a tenth (derived).
 SAMPLED = 256
-# Scaling settles at once where noise is a product of rows and columns (Sinkhorn & Knopp 1967).
+# Scaling settles at once where noise is a product of rows and columns (Sinkhorn & Knopp 1967; derived).
 ROUNDS = 3
 
 
