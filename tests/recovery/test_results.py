@@ -219,6 +219,9 @@ def test_where_both_notes_are_damaged_the_results_are_made_again(fine, cut_off, 
     assert names(tmp_path) == {"models", "out", "ad", "m.npz"}
     told = "results has been damaged: what is in its place already is computed again and compared"
     assert told in caplog.text or damage == "gone"
+    assert all(
+        f"{name} is there, and no note says whose it is: it is computed" in caplog.text for name in ("ad", "m.npz")
+    )
     expected = detune.recover(fine.models, tmp_path / "expected", mask=tmp_path / "expected.npz")
     assert [row.verdict for row in expected.tensors] == [Verdict(row["verdict"]) for row in read(tmp_path)["tensors"]]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (

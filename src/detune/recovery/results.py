@@ -8,6 +8,7 @@ by making them again.
 
 import hashlib
 import json
+import logging
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -42,6 +43,8 @@ from detune.recovery.execution import CompletedTensor, read_changes, read_masks
 from detune.recovery.report import Report
 
 __all__ = ["Results"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,9 @@ class Results:
             return self._placed
         self._check_target(noted)
         self._check_others(noted)
+        for path in (None if self.target.overwrite else self._mark, self.adapters, self.mask):
+            if path is not None and path.exists() and noted.lost:
+                logger.warning("%s is there, and no note says whose it is: it is computed again and compared", path)
         return None
 
     def write(
