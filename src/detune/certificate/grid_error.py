@@ -29,8 +29,8 @@ MOSTLY_CERTAIN = 0.95
 # parts fit and check; one of them at an amplification of 1.8).
 MOST_AMPLIFIED = 1.5
 # Fits to fewer entries than the smallest matrix of the corpus has do not know their own errors well enough to call
-# entries certain; where nothing but the grid tells the weight from the adapters they need eight times as many (measured:
-# wrong ones in `benchmarks/exact.py` and in the corpus).
+# entries certain; where nothing but the grid tells the weight from the adapters they need eight times as many
+# (measured: wrong ones in `benchmarks/exact.py` and in the corpus).
 FEWEST_ENTRIES, FEW_ENTRIES = 1 << 12, 1 << 15
 
 
@@ -124,9 +124,9 @@ def are_certain(stack: Stack, recovery: Recovery, amplified: float) -> bool:
     """Whether the entries that a fit on a grid calls certain are to be taken for it.
 
     Not if the grid is assumed. Not of models as coarse as the base if the matrix is small, or if the fit began with a
-    least-squares answer that is one of many, or nearly so: then entries are wrong together. And not of one model, unless
-    next to all its entries are certain: a delta that is off by whole steps in some rows and columns explains that model
-    as well (11 wrong of 0.1 million entries called certain in `benchmarks/corpus.py`).
+    least-squares answer that is one of many, or nearly so: then entries are wrong together. And not of one model,
+    unless next to all its entries are certain: a delta that is off by whole steps in some rows and columns explains
+    that model as well (11 wrong of 0.1 million entries called certain in `benchmarks/corpus.py`).
 
     Args:
         stack: The models.
