@@ -24,14 +24,12 @@ SHOWN = -9.0
 CLOSE_SPACES = 1.125
 # Fewer certain entries than 95 % leave the error to how far the others can be trusted (definition of a doubt).
 MOSTLY_CERTAIN = 0.95
-# From this amplification on a fit that least squares began has errors that it does not know of, many entries alike:
-# 18 of 1.0 million entries called certain were wrong, 2 of 52 million elsewhere (measured: `benchmarks/corpus.py`, its
-# parts fit and check; one of them at an amplification of 1.8).
-MOST_AMPLIFIED = 1.5
-# Fits to fewer entries than the smallest matrix of the corpus has do not know their own errors well enough to call
-# entries certain; where nothing but the grid tells the weight from the adapters they need eight times as many
-# (measured: wrong ones in `benchmarks/exact.py` and in the corpus).
-FEWEST_ENTRIES, FEW_ENTRIES = 1 << 12, 1 << 15
+# From this amplification on a fit that least squares began has errors that it does not know of, many entries alike, and
+# so has one that began with the grid alone in a matrix of fewer entries: 19 of 1.1 million entries called certain were
+# wrong, 1 of 52 million elsewhere (measured: `benchmarks/corpus.py`, its parts fit and check).
+MOST_AMPLIFIED, FEW_ENTRIES = 1.5, 1 << 15
+# No smaller matrix is in the corpus, and `benchmarks/exact.py` finds wrong ones there (derived).
+FEWEST_ENTRIES = 1 << 12
 
 
 def assess_bits(stack: Stack, recovery: Recovery) -> Assessment:
