@@ -216,6 +216,8 @@ def test_certain_entries_of_a_start_that_is_one_of_many_are_not_believed():
     assert not are_certain(stack, replace(began, method="lattice"), math.inf)
     large = replace(began, method="lattice", weight=torch.zeros(256, 128))
     assert are_certain(stack, large, math.inf)
+    # What a model without any direction holds is in the weight, or in the others.
+    assert not are_certain(stack, replace(large, ranks=(3, 0, 3)), math.inf)
     finer = Stack.of(stack.matrices[0].float() + torch.stack([M_i.float() for M_i in given.deltas]))
     assert assess_bits(finer, began).certain
 

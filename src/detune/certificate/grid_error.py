@@ -122,9 +122,10 @@ def are_certain(stack: Stack, recovery: Recovery, amplified: float) -> bool:
     """Whether the entries that a fit on a grid calls certain are to be taken for it.
 
     Not if the grid is assumed. Not of models as coarse as the base if the matrix is small, or if the fit began with a
-    least-squares answer that is one of many, or nearly so: then entries are wrong together. And not of one model,
-    unless next to all its entries are certain: a delta that is off by whole steps in some rows and columns explains
-    that model as well (11 wrong of 0.1 million entries called certain in `benchmarks/corpus.py`).
+    least-squares answer that is one of many, or nearly so: then entries are wrong together. So they are where the fit
+    finds no direction of a model that did not leave the matrix alone. And not of one model, unless next to all its
+    entries are certain: a delta that is off by whole steps in some rows and columns explains that model as well (11
+    wrong of 0.1 million entries called certain in `benchmarks/corpus.py`).
 
     Args:
         stack: The models.
@@ -142,7 +143,7 @@ def are_certain(stack: Stack, recovery: Recovery, amplified: float) -> bool:
     entries = recovery.weight.numel()
     if amplified <= MOST_AMPLIFIED:
         return entries >= FEWEST_ENTRIES
-    return entries >= FEW_ENTRIES and not recovery.method.endswith("+lattice")
+    return entries >= FEW_ENTRIES and all(recovery.ranks) and not recovery.method.endswith("+lattice")
 
 
 def _are_finer(stack: Stack, recovery: Recovery) -> bool:
