@@ -98,7 +98,7 @@ class Outcome:
         return -math.inf if self.true is None else self.true - self.predicted
 
 
-def outcome(seed: int, problem: Problem) -> Outcome:
+def outcome(seed: int, problem: Problem, most_seconds: float = MOST_SECONDS) -> Outcome:
     """Solve a problem, and compare with its truth."""
     stack = Stack.of(problem.models, noise=problem.noise)
     solver: Solver = Lattice() if stack.n < 3 else Intersect() if seed % CLOSED_FORM_EVERY == 0 else Auto()
@@ -114,7 +114,7 @@ def outcome(seed: int, problem: Problem) -> Outcome:
     }
     began = time.process_time()
     try:
-        with time_limit(MOST_SECONDS):
+        with time_limit(most_seconds):
             recovery = solve(solver, stack)
     except (NotRecoverable, TimeoutError) as why:
         verdict = TOO_SLOW if isinstance(why, TimeoutError) else REFUSED
@@ -210,8 +210,8 @@ def main() -> None:
     path = FOLDER / f"{options.split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {found.seed for found in _kept(path)}
-    # What is imported and compiled costs once.
-    outcome(0, draw(options.split, 0))
+    # What is imported and compiled costs once, and must not be interrupted.
+    outcome(0, draw(options.split, 0), most_seconds=3600.0)
     with path.open("a") as file:
         for seed in range(options.problems):
             if seed not in done:

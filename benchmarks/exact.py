@@ -236,7 +236,7 @@ def drawn(seed: int) -> tuple[str, Case]:
     return kind, KINDS[kind][1](draw)
 
 
-def judge(seed: int, case: Case) -> Counter[str]:
+def judge(seed: int, case: Case, most_seconds: float = MOST_SECONDS) -> Counter[str]:
     """What is said of a case, and what of that is wrong."""
     stored = min((W_i.dtype for W_i in case.models), key=lambda dtype: torch.finfo(dtype).eps)
     solver: Solver = Lattice() if len(case.models) < 3 or seed % 3 == 0 else Auto()
@@ -244,7 +244,7 @@ def judge(seed: int, case: Case) -> Counter[str]:
         # Copied, and said to be.
         return Counter(made=1)
     try:
-        with time_limit(MOST_SECONDS):
+        with time_limit(most_seconds):
             found = solve_tensor("W", Held.of(case.models), solver, None, None, stored)
     except TimeoutError:
         return Counter(made=1, slow=1)
@@ -269,8 +269,8 @@ def main() -> None:
     torch.set_num_threads(1)
     totals: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     wrong = []
-    # What is imported and compiled costs once.
-    judge(0, _finer(Draw.of(0)))
+    # What is imported and compiled costs once, and must not be interrupted.
+    judge(0, _finer(Draw.of(0)), most_seconds=3600.0)
     began = time.process_time()
     for seed in range(options.first, options.first + options.matrices):
         kind, case = drawn(seed)

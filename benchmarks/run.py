@@ -25,6 +25,7 @@ COMMANDS = {
     "family": [],
     "ranks": [],
     "certificate": ["--split", "sealed", "--plot", "docs/certificate.png"],
+    "exact": [],
     "bits": [],
 }
 INTRODUCTION = """# Benchmarks
