@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -68,7 +69,7 @@ class StoredEntries:
         """`(out, in)`."""
         return self.matrices[0].shape[0], self.matrices[0].shape[1]
 
-    @property
+    @cached_property
     def transposed(self) -> "StoredEntries":
         """The transposed matrices; nothing is copied."""
         return StoredEntries(tuple(W_i.mT for W_i in self.matrices))
@@ -83,7 +84,17 @@ class StoredEntries:
         return replace(self, matrices=matrices)
 
     def block(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends in some rows."""
+        """Lower and upper ends in some rows; those of small matrices are kept for the next sweep."""
+        if self.n * self.shape[0] * self.shape[1] > TOGETHER:
+            return self._ends(rows)
+        low, high = self._all_ends
+        return low[:, rows], high[:, rows]
+
+    @cached_property
+    def _all_ends(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._ends(slice(None))
+
+    def _ends(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         # numba takes a second to import, which commands that solve nothing need not wait for.
         from detune.lattice.kernels import intervals
 
