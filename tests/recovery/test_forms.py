@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import detune
 from detune._runtime import quiet
 from detune.certificate.verdict import Verdict
+from detune.errors import InputError
 from detune.metrics import w_error
 from tests.cases import normal, seeded
 from tests.families import Fine, State, add, delta, edit, fine_tune, plain_family, save_plain, stored
@@ -232,6 +233,14 @@ def test_each_expert_is_solved_by_itself(tmp_path):
             assert w_error(found[name][e], truth[name][e]) < -13
     kinship = detune.check_family(fine.models)
     assert kinship.suffices
+
+
+def test_a_copy_in_another_dtype_is_a_copy(fine, tmp_path):
+    """It would agree with its original in every tensor, and the two would pass for models that left all as it was."""
+    copy = save_plain(tmp_path / "copy", stored(fine.models[0]))
+    edit(copy, lambda state: state.update({name: state[name].double() for name in LAYERS}))
+    with pytest.raises(InputError, match=r"model-0 is given twice; every tensor equals that of .*copy"):
+        detune.recover([*fine.models, copy], tmp_path / "out")
 
 
 def test_tensors_of_few_models_are_not_made_up(fine, tmp_path):

@@ -57,17 +57,31 @@ def require_distinct(first: Checkpoint, second: Checkpoint) -> None:
 
 
 def _same_content(first: Checkpoint, second: Checkpoint) -> bool:
-    """Equal starts of all tensors are a suspicion, cheap to rule out; equal bytes are proof."""
-    ours, theirs = (
-        {name: (info.dtype, info.shape) for name, info in model.tensors.items()} for model in (first, second)
-    )
-    if ours != theirs:
-        return False
+    """Equal starts of all tensors are a suspicion, cheap to rule out; equal bytes are proof, or equal numbers."""
     pair = (first, second)
+    if first.tensors.keys() != second.tensors.keys():
+        return False
+    infos = [(first.tensors[name], second.tensors[name]) for name in first.tensors]
+    if any(one.shape != other.shape for one, other in infos):
+        return False
+    if any(one.dtype != other.dtype for one, other in infos):
+        return all(_same_numbers(pair, name, 1) for name in first.tensors) and all(
+            _same_numbers(pair, name) for name in first.tensors
+        )
     unknown = [name for name in first.tensors if not surely_shared(pair, name)]
     return all(_same_bytes(pair, name, SAMPLE_BYTES) for name in unknown) and all(
         _same_bytes(pair, name) for name in unknown
     )
+
+
+def _same_numbers(pair: Sequence[Checkpoint], name: str, rows: int | None = None) -> bool:
+    """Whether two models hold the same numbers of a tensor, in whatever dtypes, in all or in the first rows."""
+    if rows is None or not pair[0].tensors[name].shape:
+        one, other = (model.read(name) for model in pair)
+    else:
+        one, other = (model.read_rows(name, [slice(0, min(rows, model.tensors[name].shape[0]))]) for model in pair)
+    wide = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
+    return torch.equal(one.to(wide), other.to(wide))
 
 
 def some(names: Sequence[str]) -> str:
