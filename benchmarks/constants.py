@@ -3,8 +3,9 @@
 Twelve random problems: light, ordinary and heavy deltas, bf16, fp16 and float32 merges, one to five models, one that
 left the matrix alone, one that is a copy of another at 0.7, uneven rows, and matrices of which a block is fitted. A row
 prints the share of wrong entries over all of them, the share of certain entries, and how many of these are wrong, with
-half of the constant and with twice as much; the first row has all of them as they are. Constants of compiled loops are
-left out: they are of arithmetic.
+half of the constant and with twice as much; the first row has all of them as they are. Six more problems have a base in
+float32, and adapters that nearly coincide, decay, or are told their rank: their mean W-Error, log10 of the mean squared
+error, is the last column. Constants of compiled loops are left out: they are of arithmetic.
 
     python benchmarks/constants.py [--only NAME,...]
 
@@ -16,6 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from importlib import import_module
+from statistics import fmean
 from types import ModuleType
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from detune.methods import Auto, Lattice
+from detune.metrics import w_error
 from detune.problem import NotRecoverable, Stack
 
 MODULES = {
@@ -54,10 +57,14 @@ MODULES = {
         "TOO_ALIKE",
     ),
     "problem.balance": ("SAMPLED", "ROUNDS"),
-    "methods.auto": ("LITTLE_ALIKE",),
+    "methods.auto": (*("BELOW_NOISE", "AT_FLOOR", "RAN_OFF", "LITTLE_ALIKE", "CLEAR", "JUST_ABOVE", "FEW_DIRECTIONS"),),
+    "methods.agreement": ("MOST",),
 }
 # These are factors next to 1, or shares: what is over 1, or missing to it, is halved and doubled.
-FROM_ONE = {"EDGE", "MOST_NOISE", "SHRUNK", "MOST_FALL"}
+FROM_ONE = {
+    *("lattice.growth.EDGE", "lattice.growth.SHRUNK", "lattice.search.MOST_NOISE", "lattice.message_passing.MOST_FALL"),
+    "methods.auto.AT_FLOOR",
+}
 
 
 class Problem(NamedTuple):
@@ -73,6 +80,7 @@ class Outcome(NamedTuple):
     wrong: float
     certain: float
     certain_and_wrong: int
+    w_error: float
 
 
 def draw(
@@ -113,7 +121,37 @@ def problems() -> list[Problem]:
     ]
 
 
-def outcome(given: list[Problem]) -> Outcome:
+def off_grid() -> list[tuple[Problem, int | None]]:
+    """Problems for least squares, and the rank that is told."""
+    found = []
+    for seed, (n, apart, decay, told) in enumerate(
+        [
+            (3, 1.0, 0.0, None),
+            (3, 1.0, 7.0, None),
+            (5, 0.03, 9.0, None),
+            (5, 0.03, 9.0, 8),
+            (4, 0.1, 4.0, 8),
+            (8, 1.0, 4.0, None),
+        ]
+    ):
+        generator = torch.Generator().manual_seed(100 + seed)
+        W = torch.randn(96, 80, generator=generator, dtype=torch.float64) / 20
+        rows, sizes = (
+            torch.randn(8, 80, generator=generator, dtype=torch.float64),
+            torch.linspace(0, -decay, 8).double().exp(),
+        )
+        merges = []
+        for _ in range(n):
+            A = math.sqrt(1 - apart) * rows + math.sqrt(apart) * torch.randn(
+                8, 80, generator=generator, dtype=torch.float64
+            )
+            B = torch.randn(96, 8, generator=generator, dtype=torch.float64)
+            merges.append((W + 1e-3 * (B * sizes) @ A).float())
+        found.append((Problem(W, Stack.of(merges)), told))
+    return found
+
+
+def outcome(given: list[Problem], others: list[tuple[Problem, int | None]]) -> Outcome:
     """Solve all."""
     wrong, certain, both, entries = 0, 0, 0, 0
     for W, stack in given:
@@ -126,7 +164,8 @@ def outcome(given: list[Problem]) -> Outcome:
         off = found.weight.to(torch.bfloat16).double().ne(W)
         sure = found.bits.certain if found.bits is not None else torch.zeros_like(off)
         wrong, certain, both = wrong + int(off.sum()), certain + int(sure.sum()), both + int((off & sure).sum())
-    return Outcome(wrong / entries, certain / entries, both)
+    errors = [w_error(Auto().solve(stack, told).weight, W) for (W, stack), told in others]
+    return Outcome(wrong / entries, certain / entries, both, fmean(errors))
 
 
 def changed(name: str, value: float | int, factor: float) -> float | int:
@@ -137,7 +176,8 @@ def changed(name: str, value: float | int, factor: float) -> float | int:
 
 
 def row(label: str, found: Outcome) -> str:
-    return f"{label:44} {100 * found.wrong:7.3f} % {100 * found.certain:6.2f} % {found.certain_and_wrong:5d}"
+    shares = f"{100 * found.wrong:7.3f} % {100 * found.certain:6.2f} %"
+    return f"{label:44} {shares} {found.certain_and_wrong:5d} {found.w_error:8.3f}"
 
 
 def main() -> None:
@@ -145,11 +185,11 @@ def main() -> None:
     parser.add_argument("--only", type=lambda text: text.split(","), help="names of constants")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    given = problems()
-    outcome(given)
+    given = problems(), off_grid()
+    outcome(*given)
     began = time.process_time()
-    print(f"{'':44} {'wrong':>9} {'certain':>8} {'both':>5}")
-    print(row("as they are", outcome(given)), flush=True)
+    print(f"{'':44} {'wrong':>9} {'certain':>8} {'both':>5} {'W-Error':>8}")
+    print(row("as they are", outcome(*given)), flush=True)
     for path, names in MODULES.items():
         module: ModuleType = import_module(f"detune.{path}")
         for name in names:
@@ -157,10 +197,10 @@ def main() -> None:
                 continue
             value = getattr(module, name)
             for factor in (0.5, 2.0):
-                other = changed(name, value, factor)
+                other = changed(f"{path}.{name}", value, factor)
                 setattr(module, name, other)
                 try:
-                    print(row(f"{path}.{name} {value:g} -> {other:g}", outcome(given)), flush=True)
+                    print(row(f"{path}.{name} {value:g} -> {other:g}", outcome(*given)), flush=True)
                 finally:
                     setattr(module, name, value)
     print(f"{time.process_time() - began:.0f} core seconds")

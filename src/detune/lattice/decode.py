@@ -13,18 +13,19 @@ from detune.lattice.estimate import Estimate, known, means
 from detune.numerics.random import seeded
 from detune.problem.recovery import PredictedError
 
-# An entry is certain if the probability of another grid point is below DOUBT with all variances SAFETY times as large.
+# An entry is certain if the probability of another grid point is below DOUBT with all variances SAFETY times as large
+# (measured: `benchmarks/constants.py`).
 DOUBT = 1e-9
 SAFETY = 4.0
 # None is in a row or column where the M_i lie outside their intervals by more than this, in squared deviations, summed,
-# and by more than this many standard deviations more than in others.
+# and by more than this many standard deviations more than in others (measured: `benchmarks/constants.py`).
 MOST_STRAIN = 3.0
 DEVIATIONS, SCATTER = 4.0, 2.4
-# The exponent of float32's 1.
+# The exponent of float32's 1 (derived).
 BIAS = 127
-# Draws of the number of wrong entries.
+# Draws of the number of wrong entries (any number does: `benchmarks/constants.py`).
 DRAWS = 4000
-# The share of them that is below the range of the error, and the share above it.
+# The share of them that is below the range of the error, and the share above it (a definition).
 OUTSIDE = 0.01
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from detune.problem.stack import Stack
 
-# Entries of all models that are worked on at a time: products with them are large, and memory stays small.
+# Entries of all models that are worked on at a time: products with them are large, and memory stays small (any number
+# does).
 TOGETHER = 1 << 21
 LEAST_ROWS = 32
 

@@ -17,9 +17,11 @@ from detune.lattice.message_passing import Measurements
 from detune.numerics.linalg import randomized_svd
 from detune.numerics.random import seeded
 
-# A direction counts if its singular value is this many times the noise's largest; the bound holds to a few per cent.
+# A direction counts if its singular value is this many times the noise's largest; the bound holds to a few per cent
+# (any number does: `benchmarks/constants.py`).
 EDGE = 1.03
-# Of a singular value at the edge most is noise: what is left of one is about `sqrt(S^2 - (0.9 edge)^2)`.
+# Of a singular value at the edge most is noise: what is left of one is about `sqrt(S^2 - (0.9 edge)^2)` (any number
+# does: `benchmarks/constants.py`).
 SHRUNK = 0.9
 FIRST_DIRECTIONS, MOST_DIRECTIONS = 16, 64
 POWER_PASSES = 3

@@ -20,23 +20,23 @@ from detune.lattice.truncated_normal import compiled, spacing
 
 Singles = NDArray[np.float32]
 
-# Entries that are worked on together: they stay in a core's own cache.
+# Entries that are worked on together: they stay in a core's own cache (any number does).
 TOGETHER = 2048
 # An entry's doubt is looked at from here on: 1e-9 of a normal number is beyond six standard deviations, and the
-# certainty of `decode` wants the variance four times as large.
+# certainty of `decode` wants the variance four times as large (derived).
 BEYOND_DOUBT = 12.5
 LEAST_VARIANCE = 1e-30
-# Means are computed in float32, from sums of tens of products.
+# Means are computed in float32, from sums of tens of products (derived).
 ROUNDED = 2.0**-22
-# Up to this share of a step an M_i may lie outside its interval.
+# Up to this share of a step an M_i may lie outside its interval (a definition).
 HARMLESS = 0.01
-# A measurement that says nothing still has a precision: no equation is singular.
+# A measurement that says nothing still has a precision: no equation is singular (any small number does).
 LEAST_SHARE = 1e-9
-# An entry never says all that it could of one M_i, nor nothing of all together.
+# An entry never says all that it could of one M_i, nor nothing of all together (any share does that is close to 1).
 MOST_SHARE = 0.99999
 MOST_PULL = 0.999
 NO_PRECISION = 1e-300
-# A likelihood ratio that one entry in a hundred may contradict: wild entries must not decide.
+# A likelihood ratio that one entry in a hundred may contradict: wild entries must not decide (a definition).
 CONTAMINATED = 0.01
 
 

@@ -23,19 +23,23 @@ from torch import Tensor
 from detune.lattice.entries import Entries, row_blocks
 from detune.lattice.estimate import Estimate, known, means
 
-# Conjugate gradients: a model's own equations are close to those of all, so few steps, or a small rest, are enough.
+# Conjugate gradients: a model's own equations are close to those of all, so few steps, or a small rest, are enough (any
+# number does: `benchmarks/constants.py`).
 MOST_STEPS, REST = 12, 0.03
-# Equations are made in float32 and must stay positive.
+# Equations are made in float32 and must stay positive (any small number does).
 ROUNDED = 1e-6
 LEAST = 1e-30
-# One squared deviation more than this says no more: the rest is a wild entry.
+# One squared deviation more than this says no more: the rest is a wild entry (any number does:
+# `benchmarks/constants.py`).
 MOST_SQUARE = 25.0
 # Squares that are this many times what they should be do not come by chance in one row of two thousand: chi-squared of
-# one degree, as one entry often says most of what a row's held-out entries say.
+# one degree, as one entry often says most of what a row's held-out entries say (derived).
 LOCKED = 12.0
-# What is held to be lacking changes by no more than these factors in a half sweep: it is seen in few entries.
+# What is held to be lacking changes by no more than these factors in a half sweep: it is seen in few entries (any
+# number does: `benchmarks/constants.py`).
 MOST_RISE, MOST_FALL = 8.0, 0.9
-# One or two models hold W only modulo what they differ by: a fit that is sure too early locks rows onto wrong points.
+# One or two models hold W only modulo what they differ by: a fit that is sure too early locks rows onto wrong points
+# (any number does: `benchmarks/constants.py`).
 FEW_MODELS, SLOW_FALL = 2, 0.3
 
 

@@ -24,19 +24,24 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Indices = NDArray[np.uint64]
 
-# Grid points are looked for up to this many standard deviations beyond the intervals: 6e-5 of a normal is outside.
+# Grid points are looked for up to this many standard deviations beyond the intervals: 6e-5 of a normal is outside
+# (derived).
 SLACK = 4.0
-# With more grid points to each side than this the sum over them is a normal integral to 1 % (Poisson summation).
+# With more grid points to each side than this the sum over them is a normal integral to 1 % (Poisson summation)
+# (derived).
 MOST_REACH = 3
-# Numbers that stand for a W on no grid: the sum over them is the integral to 1e-3 for intervals of a deviation or more.
+# Numbers that stand for a W on no grid: the sum over them is the integral to 1e-3 for intervals of a deviation or more
+# (derived).
 NODES = 24
-# Entries that are worked on together: a multiple of all vectors' lengths, and all they need stays in the nearest cache.
+# Entries that are worked on together: a multiple of all vectors' lengths, and all they need stays in the nearest cache
+# (any number does).
 LANES = 64
-# Kinds of entries beside the numbers of grid points to each side: those that are not looked at, and open ones.
+# Kinds of entries beside the numbers of grid points to each side: those that are not looked at, and open ones
+# (derived).
 SETTLED, OPEN = -1, MOST_REACH + 1
-# Likelihoods below this have no ratios, and spreads below this none that matters.
+# Likelihoods below this have no ratios, and spreads below this none that matters (any small number does).
 NO_LIKELIHOOD, NO_SPREAD = 1e-250, 1e-200
-# Where a packet keeps what it knows of each entry.
+# Where a packet keeps what it knows of each entry (derived).
 PARTS = 13
 MIDDLE, STEP, W, DOUBT, ERROR, EVIDENCE, TOTAL, MOST, OFF, MEAN, LEFT, ALONG, INVERSE = range(PARTS)
 

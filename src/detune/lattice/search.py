@@ -31,41 +31,51 @@ from detune.problem.recovery import DecodedBits, NotRecoverable, Recovery, left_
 from detune.problem.stack import Stack
 
 HALVES = (torch.bfloat16, torch.float16)
-# Entries kept from the fit: their share, and how many the test for a grid looks at.
+# Entries kept from the fit: their share, and how many the test for a grid looks at (any number does:
+# `benchmarks/constants.py`).
 HELD, TESTED = 1 / 16, 1 << 12
-# Larger matrices are fitted in so many rows and columns, or so many for each direction; the others follow from those.
+# Larger matrices are fitted in so many rows and columns, or so many for each direction; the others follow from those
+# (measured: `benchmarks/constants.py`).
 BLOCK, BLOCK_PER_RANK = 512, 16
-# Least squares promises variances that are too small where it lacks directions.
+# Least squares promises variances that are too small where it lacks directions (any number does:
+# `benchmarks/constants.py`).
 WIDE = 4.0
 # Newton steps for the others: each looks at every second entry, or at all, and brings down what a row is uncertain by,
 # to a fifth at most. In random 2048x2048 matrices half of the entries in the first steps cost 0.02 % of the bits and
-# save a tenth of the time; a quarter of them left columns wrong in small matrices.
+# save a tenth of the time; a quarter of them left columns wrong in small matrices (measured:
+# `benchmarks/constants.py`).
 STEPS_OUT, MOST_FALL = (2, 2, 1), 0.2
-# Deltas of more steps than this do not show modulo the step of a single fine model.
+# Deltas of more steps than this do not show modulo the step of a single fine model (any number does:
+# `benchmarks/constants.py`).
 MOST_STEPS = 8.0
 # Deltas below this share of the models' step do not show in least squares, which takes rounding for noise. Measured on
 # random matrices and a language model's: the two starts are as good at 0.6 (`benchmarks/llm.py`).
 FINE = 0.6
-# Least squares that leaves more times the rounding noise than this has not explained the models.
+# Least squares that leaves more times the rounding noise than this has not explained the models (any number does:
+# `benchmarks/constants.py`).
 MOST_NOISE = 1.2
-# A delta that seems to be below this share of the others' may be what these have in common, as MOST_ALIKE allows.
+# A delta that seems to be below this share of the others' may be what these have in common, as MOST_ALIKE allows (any
+# number does: `benchmarks/constants.py`).
 COMMON = 0.4
-# Estimates that are known to this share of a step leave one entry in a thousand open: the grid's finest steps.
+# Estimates that are known to this share of a step leave one entry in a thousand open: the grid's finest steps (any
+# number does: `benchmarks/constants.py`).
 SETTLED = 1e-3
 # A delta that correlates less with what it was before other models came in has been lost to them: in 100 random sets
-# this was at least 0.999 where more bits were right then, and at most 0.93 where fewer were.
+# this was at least 0.999 where more bits were right then, and at most 0.93 where fewer were (measured).
 SAME = 0.97
-# What is left of a delta's size, as a share of the others', where it is none.
+# What is left of a delta's size, as a share of the others', where it is none (any number does:
+# `benchmarks/constants.py`).
 NOTHING = 0.15
-# The fit that looks at it: rows and columns, and sweeps.
+# The fit that looks at it: rows and columns, and sweeps (any number does: `benchmarks/constants.py`).
 SMALL_BLOCK, FEW_SWEEPS = 256, 4
-# Where the score has shown nothing new so often, it is not asked again.
+# Where the score has shown nothing new so often, it is not asked again (any number does: `benchmarks/constants.py`).
 BARREN = 2
-# With fewer models W itself is open, and the fit takes its time.
+# With fewer models W itself is open, and the fit takes its time (any number does: `benchmarks/constants.py`).
 FEW_MODELS, MOST_SWEEPS, PATIENCE = 3, 24, 4
-# A start may be off by more than it promises: variances so many times as large are tried for a sign of the grid.
+# A start may be off by more than it promises: variances so many times as large are tried for a sign of the grid (any
+# numbers do).
 WIDER = (1.0, 4.0, 16.0, 64.0, 256.0, 4096.0)
-# A sign: it comes by chance once in ten times.
+# A sign: it comes by chance once in ten times (derived: Markov's inequality).
 SIGN = 1.0
 
 

@@ -18,15 +18,15 @@ import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Below this width of a normal's interval, in deviations, the density is a parabola to 1e-4.
+# Below this width of a normal's interval, in deviations, the density is a parabola to 1e-4 (derived).
 THIN = 0.03
-# Less of a normal number than this is none: 12.6 deviations away.
+# Less of a normal number than this is none: 12.6 deviations away (derived).
 NONE = 1e-36
 LOG2_E, LN_2 = 1 / math.log(2), math.log(2)
 ROOT_HALF, DENSITY, TAIL = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi), math.sqrt(math.pi / 2)
-# The bits of a float64's exponent, how many are below them, and what is added to it.
+# The bits of a float64's exponent, how many are below them, and what is added to it (derived).
 EXPONENT, BELOW, BIAS = 0x7FF0000000000000, 52, 1023
-# `exp(z^2) erfc(z) (1 + 2 z)` as a polynomial of `(z - 2) / (z + 2)`, to 1e-8; made by `_expand`.
+# `exp(z^2) erfc(z) (1 + 2 z)` as a polynomial of `(z - 2) / (z + 2)`, to 1e-8; made by `_expand` (derived).
 DEGREE = 12
 
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from detune.methods.mixed_precision import solve_from
-from detune.problem.recovery import Recovery, left_alone
+from detune.problem.recovery import FEWEST_MODELS, Recovery, left_alone
 from detune.problem.stack import Stack
 
-# The splitting of differences needs three.
-FEWEST_VERSIONS = 3
-# Where an entry is not certain it says nothing, and too few of them say too little.
+# Where an entry is not certain it says nothing, and too few of them say too little (any number does:
+# `benchmarks/constants.py`).
 MOST = 0.5
 
 
@@ -52,7 +51,7 @@ def solve_versions(stack: Stack, solve: Callable[[Stack, int | None], Recovery],
         are too few versions, or they do not have an answer.
     """
     groups = stack.versions
-    if not FEWEST_VERSIONS <= len(groups) < stack.n:
+    if not FEWEST_MODELS <= len(groups) < stack.n:
         return None
     firsts = tuple(group[0] for group in groups)
     found = solve_from(stack, firsts, solve, rank, "the others agree with one of these in every bit")

@@ -27,18 +27,24 @@ from detune.problem.stack import SMALL_ENTRIES, Stack
 from detune.problem.storage_noise import FLOOR_RATIO
 from detune.ranks.search import select_ranks
 
-# Where the rank is told, singular values of differences are looked for down to this share of the storage noise.
+# Where the rank is told, singular values of differences are looked for down to this share of the storage noise (any
+# number does: `benchmarks/constants.py`).
 BELOW_NOISE = 0.5
-# No other start is tried below the noise once the residual is within 3 % of the storage noise.
+# No other start is tried below the noise once the residual is within 3 % of the storage noise (any number does:
+# `benchmarks/constants.py`).
 AT_FLOOR = 1.03
-# Deltas twice as large as those of the closed form have run off along what the data leave open.
+# Deltas twice as large as those of the closed form have run off along what the data leave open (any number does:
+# `benchmarks/constants.py`).
 RAN_OFF = 2.0
 # Where ranks of differences do not add up, those models are not taken to be independent whose deltas have a larger
-# correlation: an adapter on half of another may have as little with it as two of one seed have (MiniLM: 0.29 and 0.28).
+# correlation: an adapter on half of another may have as little with it as two of one seed have (MiniLM: 0.29 and 0.28)
+# (measured).
 LITTLE_ALIKE = 0.15
-# No rank search if the weakest singular value stands eight times over the noise.
+# No rank search if the weakest singular value stands eight times over the noise (any number does:
+# `benchmarks/constants.py`).
 CLEAR = 8.0
-# No rank search if over 16 singular values, or an eighth of all, lie within twice the noise.
+# No rank search if over 16 singular values, or an eighth of all, lie within twice the noise (any number does:
+# `benchmarks/constants.py`).
 JUST_ABOVE = 2.0
 FEW_DIRECTIONS = 16
 

@@ -14,24 +14,28 @@ import torch
 from torch import Tensor
 
 from detune.numerics.float_grid import nearest, spacing
+from detune.problem.recovery import FEWEST_MODELS
 from detune.problem.stack import Stack
 
-# Rows with about this many entries show the size of deltas, and the entries with the finest steps show it best.
+# Rows with about this many entries show the size of deltas, and the entries with the finest steps show it best (any
+# number does: `benchmarks/constants.py`).
 SAMPLED, FINEST = 1 << 17, 0.03
-# Fewer show whether deltas are alike: a product of independent ones is known to 1 % of their sizes.
+# Fewer show whether deltas are alike: a product of independent ones is known to 1 % of their sizes (any number does:
+# `benchmarks/constants.py`).
 SAMPLED_FOR_PRODUCTS = 1 << 15
-# No model's delta is taken for smaller than this share of their average: what is too small to be measured is not zero.
+# No model's delta is taken for smaller than this share of their average: what is too small to be measured is not zero
+# (any number does: `benchmarks/constants.py`).
 SMALLEST_SHARE = 0.1
-# Standard errors by which a delta's size may be larger than it seems, and two deltas' product too.
+# Standard errors by which a delta's size may be larger than it seems, and two deltas' product too (any number does:
+# `benchmarks/constants.py`).
 SURE = 3.0
 # Fine-tunes of one base on texts of one language had a correlation of 0.16 at most (`benchmarks/llm.py`): independent
-# ones have less than this.
+# ones have less than this (measured).
 MOST_ALIKE = 0.25
 # Those of few directions reach 0.3 by chance (`tests/methods/test_auto.py`), and to leave one out costs little accuracy
-# but some; a copy, a later checkpoint or a merge of two has 0.45 or more with one of the others (`benchmarks/llm.py`).
+# but some; a copy, a later checkpoint or a merge of two has 0.45 or more with one of the others (`benchmarks/llm.py`)
+# (measured).
 TOO_ALIKE = 0.35
-# Fewer have no base of their own.
-FEWEST = 3
 LEAST = torch.finfo(torch.float64).tiny
 
 
@@ -143,10 +147,10 @@ def independent_models(stack: Stack, most_alike: float = TOO_ALIKE) -> tuple[int
         Which, in order: all where there are three or fewer, and where no three are independent.
     """
     models = tuple(range(stack.n))
-    if stack.n <= FEWEST:
+    if stack.n <= FEWEST_MODELS:
         return models
     distances, errors = Sample.of(stack, SAMPLED_FOR_PRODUCTS).distances
-    three = max(combinations(models, FEWEST), key=lambda each: min(_squares(distances, each)))
+    three = max(combinations(models, FEWEST_MODELS), key=lambda each: min(_squares(distances, each)))
     if min(_squares(distances, three)) <= 0:
         return models
     squares = _squares_from(distances, three)
@@ -156,7 +160,7 @@ def independent_models(stack: Stack, most_alike: float = TOO_ALIKE) -> tuple[int
     by_chance = min(stack.shape) ** -0.5
     alike = products.abs() > max(most_alike, SURE * by_chance) * (floors[:, None] * floors).sqrt() + SURE * errors / 2
     found = _most_unlike(alike, squares.tolist())
-    return found if len(found) >= FEWEST else three
+    return found if len(found) >= FEWEST_MODELS else three
 
 
 def _most_unlike(alike: Tensor, squares: Sequence[float]) -> tuple[int, ...]:
