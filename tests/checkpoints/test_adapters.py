@@ -287,8 +287,8 @@ def test_factors_of_another_shape(pair: tuple[Path, Path]) -> None:
 def test_quantised_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
     _, adapter = pair
     names = [f"encoder.layer.{layer}.attention.self.query.weight" for layer in (0, 1)]
-    save_file({name: torch.ones(32, 32, dtype=torch.int8) for name in names}, tmp_path / "q.safetensors")
-    with pytest.raises(InputError, match=r"cannot merge into tensor .* stored as torch\.int8"):
+    save_file({name: torch.ones(32, 32, dtype=torch.int64) for name in names}, tmp_path / "q.safetensors")
+    with pytest.raises(InputError, match=r"cannot merge into tensor .* stored as torch\.int64"):
         open_checkpoint(f"{tmp_path / 'q.safetensors'}+{adapter}")
 
 
