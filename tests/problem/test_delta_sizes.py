@@ -81,6 +81,15 @@ def test_independent_models_leave_out_what_others_hold(kind, size, dtype):
         assert {order[i] for i in models} == set(range(len(deltas))) - set(left_out)
 
 
+def test_a_model_without_a_delta_is_like_none():
+    """Deltas that have a tenth in common, as those of one language have."""
+    generator = seeded(0)
+    W = (normal(generator, *SHAPE) / 20).bfloat16().double()
+    common, *deltas = (normal(generator, SHAPE[0], 8) @ normal(generator, 8, SHAPE[1]) for _ in range(4))
+    deltas = [2.0**-13 * (0.3 * common + M_i) / rms(M_i) for M_i in deltas]
+    assert independent_models(Stack.of([W.bfloat16(), *((W + M_i).bfloat16() for M_i in deltas)])) == (0, 1, 2, 3)
+
+
 def test_three_models_are_taken_as_they_are():
     W = normal(seeded(0), 32, 24)
     assert independent_models(Stack.of([W, W + 0.1, W + 0.2])) == (0, 1, 2)

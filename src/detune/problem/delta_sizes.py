@@ -36,6 +36,9 @@ MOST_ALIKE = 0.25
 # but some; a copy, a later checkpoint or a merge of two has 0.45 or more with one of the others (`benchmarks/llm.py`)
 # (measured).
 TOO_ALIKE = 0.35
+# What has less in common with a delta than this share of it, or of itself where that is larger, is as good as no delta
+# beside it: what independent ones of a real model have in common comes to 0.13 of them (measured: `benchmarks/llm.py`).
+LEAST_SHARED = 0.15
 LEAST = torch.finfo(torch.float64).tiny
 
 
@@ -155,10 +158,14 @@ def independent_models(stack: Stack, most_alike: float = TOO_ALIKE) -> tuple[int
         return models
     squares = _squares_from(distances, three)
     products = (squares[:, None] + squares - distances) / 2
-    floors = squares.clamp(min=SMALLEST_SHARE**2 * float(squares.max()))
+    sizes = squares.clamp(min=0)
     # Deltas of one direction, in rows that they share, have a correlation of about this size by chance.
     by_chance = min(stack.shape) ** -0.5
-    alike = products.abs() > max(most_alike, SURE * by_chance) * (floors[:, None] * floors).sqrt() + SURE * errors / 2
+    least = torch.maximum(
+        max(most_alike, SURE * by_chance) * (sizes[:, None] * sizes).sqrt(),
+        LEAST_SHARED * torch.maximum(sizes[:, None], sizes),
+    )
+    alike = products.abs() > least + SURE * errors / 2
     found = _most_unlike(alike, squares.tolist())
     return found if len(found) >= FEWEST_MODELS else three
 
