@@ -66,3 +66,19 @@ def test_large_rows_do_not_hide_what_the_others_show(dtype):
     right = found.weight.eq(W.double())
     assert right.double().mean() > 0.97
     assert bool(right[found.bits.certain].all())
+
+
+def test_a_row_of_zeros_in_one_model_is_not_multiplied_beyond_all_numbers():
+    W, _, stack = uneven()
+    first, *others = stack.matrices
+    first = first.clone()
+    first[40] = 0
+    W[40] = 0
+    others = [W_i.clone() for W_i in others]
+    for W_i in others:
+        W_i[40] = 2.0**-10 * W_i[40]
+    given = Stack.of([first, *others])
+    balanced = Balance.of(given).applied(given)
+    assert all(bool(torch.isfinite(W_i).all()) for W_i in balanced.matrices)
+    assert max(balanced.noise_override) < 2 * min(balanced.noise_override)
+    assert torch.isfinite(Auto().solve(given).weight).all()

@@ -90,6 +90,27 @@ def test_a_model_without_a_delta_is_like_none():
     assert independent_models(Stack.of([W.bfloat16(), *((W + M_i).bfloat16() for M_i in deltas)])) == (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_rows_of_zeros_say_nothing(dtype):
+    generator = seeded(0)
+    W = (normal(generator, *SHAPE) / 20).to(dtype).double()
+    deltas = [2.0**-10 * normal(generator, SHAPE[0], 4) @ normal(generator, 4, SHAPE[1]) for _ in range(3)]
+    models = [W + M_i for M_i in (*deltas, 0.7 * deltas[0])]
+    for W_i in models:
+        W_i[:12] = 0
+    stack = Stack.of([W_i.to(dtype) for W_i in models])
+    assert independent_models(stack) == (0, 1, 2)
+    assert all(scale.rms > 0 for scale in delta_scales(stack))
+
+
+def test_pairs_of_copies_go_at_once():
+    generator = seeded(0)
+    W = normal(generator, *SHAPE) / 20
+    deltas = [normal(generator, SHAPE[0], 2) @ normal(generator, 2, SHAPE[1]) for _ in range(16)]
+    models = [W + size * 1e-3 * M_i for M_i in deltas for size in (1.0, 0.6)]
+    assert independent_models(Stack.of(models)) == tuple(range(0, 32, 2))
+
+
 def test_three_models_are_taken_as_they_are():
     W = normal(seeded(0), 32, 24)
     assert independent_models(Stack.of([W, W + 0.1, W + 0.2])) == (0, 1, 2)

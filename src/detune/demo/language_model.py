@@ -92,7 +92,8 @@ def language_model(out_dir: Path) -> Path:
         with open_checkpoint(folder / _FILE) as packed:
             state = {name: packed.read(name) for name in packed.tensors}
             config = AutoConfig.for_model(**json.loads(packed.made_files()["config.json"]))
-        kind = type(AutoModelForCausalLM.from_config(config))
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))
         kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.bfloat16).save_pretrained(out_dir)
         load_pretrained(AutoTokenizer, folder, gguf_file=_FILE).save_pretrained(out_dir)
     return out_dir

@@ -167,7 +167,8 @@ class LatticeSearch:
             rank: The most that any `M_i` can have.
         """
         # What is finely stored leaves next to no entry open.
-        if found.bits is None or not found.deltas or not set(stack.rounded_dtypes) & set(HALVES):
+        half = bool(set(stack.rounded_dtypes) & set(HALVES)) and not stack.noise_override
+        if found.bits is None or not found.deltas or not half:
             return found
         rounded = as_rounded(stack)
         fit = self._swept(StoredEntries.of(rounded), _from_answer(rounded, found), found.bits.grid, rank, None)
@@ -176,7 +177,8 @@ class LatticeSearch:
         fit = replace(fit, log10_false_positive=found.bits.log10_false_positive)
         again = replace(_answer(stack, None, fit), method=found.method, reason=f"{found.reason}; then all models")
         assert again.bits is not None
-        stays = all(again.deltas[i].correlation(found.deltas[i]) > SAME for i in found.source_models)
+        kept = [i for i in found.source_models if found.ranks[i]]
+        stays = all(again.deltas[i].correlation(found.deltas[i]) > SAME for i in kept)
         return again if stays and again.bits.expected.mse < found.bits.expected.mse else found
 
     def refined(

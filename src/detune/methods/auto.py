@@ -97,7 +97,7 @@ class Auto:
         if len(models) == stack.n:
             return None
         found = solve_from(stack, models, self.solve, rank, "the others' adapters are not independent of theirs")
-        if found is None or not found.deltas:
+        if found is None or found.left_alone or not found.deltas:
             return found
         if found.bits is not None and self.lattice is not None:
             return self.lattice.taking_in(stack, found, rank)
@@ -113,7 +113,8 @@ class Auto:
         balance = Balance.of(stack) if _is_half(stack) else None
         first = find_differences(balance.applied(stack) if balance else stack, rank, self.seed)
         if stack.n > self.min_models and not _adds_up(first):
-            of_independent = self._of_some(stack, independent_models(stack, LITTLE_ALIKE), rank)
+            models = independent_models(stack, LITTLE_ALIKE)
+            of_independent = self._of_some(stack, models, rank) if models != independent_models(stack) else None
             if of_independent is not None:
                 return of_independent
         quick = None

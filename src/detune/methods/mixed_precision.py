@@ -83,7 +83,7 @@ def solve_from(
         deltas=tuple(deltas[i] for i in sorted(deltas)),
         ranks=tuple(deltas[i].rank for i in sorted(deltas)),
         residuals=None,
-        source_models=models,
+        source_models=tuple(models[i] for i in found.source_models) or models,
     )
 
 
@@ -106,7 +106,7 @@ def _least_noisy(stack: Stack) -> tuple[int, ...]:
     """The models whose mean has the least noise, `sum sigma_i^2 / m^2`: all, or the finest, as many as show ranks."""
     order = sorted(range(stack.n), key=lambda i: float(stack.noise[i]))
     sums = stack.noise[order].square().cumsum(0).tolist()
-    count = min(range(FEWEST_MODELS, stack.n + 1), key=lambda m: sums[m - 1] / m**2, default=stack.n)
+    count = min(range(FEWEST_MODELS, stack.n + 1), key=lambda m: (sums[m - 1] / m**2, -m), default=stack.n)
     return tuple(sorted(order[:count]))
 
 
@@ -129,7 +129,10 @@ def _solve_rounded_alike(stack: Stack, solve: Solve, rank: int | None) -> Recove
         return None
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     alike = replace(stack, matrices=tuple(W_i.to(coarsest) for W_i in stack.matrices))
-    answer = solve(alike, rank)
+    try:
+        answer = solve(alike, rank)
+    except NotRecoverable:
+        return None
     return replace(
         answer, reason=f"{answer.reason}; all in {name_of(coarsest)}, which hides directions of some adapters"
     )

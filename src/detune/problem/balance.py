@@ -19,6 +19,9 @@ from detune.problem.stack import Stack
 SAMPLED = 256
 # Scaling settles at once where noise is a product of rows and columns (Sinkhorn & Knopp 1967; derived).
 ROUNDS = 3
+# Rounding that is less than this share of the usual one, in mean squares, is none that matters: that of rows of zeros
+# is not multiplied beyond what float32 holds (any small number does).
+FINEST = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,14 @@ class Balance:
     def of(cls, stack: Stack) -> "Balance":
         """Weigh the rows and columns of a stack by the rounding of some of their entries."""
         some_rows, some_columns = (torch.arange(0, size, max(1, size // SAMPLED)) for size in stack.shape)
-        first, dtype = stack.matrices[0].cpu(), stack.rounded_dtypes[0]
-        of_rows = spacing(first[:, some_columns], dtype).square()
-        of_columns = spacing(first[some_rows], dtype).square()
+        of_rows, of_columns = _rounding(stack, some_columns, 1).mean(dim=0), _rounding(stack, some_rows, 0)
         rows, columns = (torch.ones(size, dtype=torch.float64) for size in stack.shape)
         for _ in range(ROUNDS):
             rows = 1 / (of_rows * columns[some_columns]).mean(dim=1)
-            columns = 1 / (of_columns * rows[some_rows, None]).mean(dim=0)
+            columns = 1 / (of_columns.mean(dim=0) * rows[some_rows, None]).mean(dim=0)
         rows, columns = rows / rows.min(), columns / columns.min()
         weights = rows[some_rows, None] * columns
-        noise = [
-            float((spacing(W_i.cpu()[some_rows], own).square() * weights).mean() / 12) ** 0.5
-            for W_i, own in zip(stack.matrices, stack.rounded_dtypes, strict=True)
-        ]
-        return cls(rows.sqrt(), columns.sqrt(), torch.tensor(noise, dtype=torch.float64))
+        return cls(rows.sqrt(), columns.sqrt(), (of_columns * weights).mean(dim=(1, 2)).sqrt())
 
     def applied(self, stack: Stack) -> Stack:
         """The stack, scaled, in float32 or finer: the noise is told."""
@@ -76,3 +73,14 @@ class Balance:
             for M_i in found.deltas
         )
         return replace(found, weight=found.weight / up[:, None] / along, deltas=deltas, residuals=None)
+
+
+def _rounding(stack: Stack, some: Tensor, dim: int) -> Tensor:
+    """Mean square of each entry's rounding in some rows or columns, `(n, rows, columns)`; zeros have some, too."""
+    found = torch.stack(
+        [
+            spacing(W_i.index_select(dim, some.to(W_i.device)).cpu(), dtype).square() / 12
+            for W_i, dtype in zip(stack.matrices, stack.rounded_dtypes, strict=True)
+        ]
+    )
+    return found.clamp(min=FINEST * float(found.flatten().median()))

@@ -81,13 +81,16 @@ class Sample:
         every = max(1, stack.shape[0] * stack.shape[1] // entries)
         rows = [W_i[::every].cpu() for W_i in stack.matrices]
         if stack.noise_override:
-            noise = torch.stack([torch.full(rows[0].shape, s**2).double() for s in stack.noise_override])
+            noise = torch.stack([torch.full(rows[0].shape, s**2, dtype=torch.float64) for s in stack.noise_override])
         else:
             noise = torch.stack(
                 [spacing(W_i, dtype).square() / 12 for W_i, dtype in zip(rows, stack.rounded_dtypes, strict=True)]
             )
-        noise = noise.flatten(1)
         values = torch.stack([W_i.double() for W_i in rows]).flatten(1)
+        # Zeros have the finest steps of all, and nothing shows in rows of them.
+        seen = values.ne(0).any(dim=0)
+        seen = seen if bool(seen.any()) else torch.ones_like(seen)
+        values, noise = values[:, seen], noise.flatten(1)[:, seen]
         values -= values[0].clone()
         summed = noise.sum(dim=0)
         size = (values - values.mean(dim=0)).square().mean(dim=0)
@@ -174,7 +177,7 @@ def _most_unlike(alike: Tensor, squares: Sequence[float]) -> tuple[int, ...]:
     """The most models of which no two are alike; of several such sets the one with the largest deltas.
 
     Either the model that is like most others is in the set, and these are not, or it is not: copies of one model go at
-    once, where going through all sets would take `2^n` steps.
+    once, and pairs of copies, where going through all sets would take `2^n` steps.
     """
     relatives = [{j for j in range(len(alike)) if j != i and alike[min(i, j), max(i, j)]} for i in range(len(alike))]
 
@@ -182,6 +185,9 @@ def _most_unlike(alike: Tensor, squares: Sequence[float]) -> tuple[int, ...]:
         crowded = max(sorted(left), key=lambda i: len(relatives[i] & left), default=None)
         if crowded is None or not relatives[crowded] & left:
             return tuple(left)
+        if len(relatives[crowded] & left) == 1:
+            # Pairs are left, and models that are like none.
+            return tuple(i for i in left if all((squares[i], i) > (squares[j], j) for j in relatives[i] & left))
         without = left - {crowded}
         sets = ((crowded, *most(without - relatives[crowded])), most(without))
         return max(sets, key=lambda each: (len(each), sum(squares[i] for i in each)))
