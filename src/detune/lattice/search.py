@@ -463,7 +463,7 @@ def _from_recovery(stack: Stack, start: Recovery) -> tuple[Estimate, ...]:
     is as large in all rows and columns once these are balanced.
     """
     own = stack.noise.square().cpu()
-    balance = Balance.of(stack) if set(stack.rounded_dtypes) <= set(HALVES) else None
+    balance = Balance.of(stack) if all_half(stack) else None
     own = balance.noise.square() if balance else own
     noise = own + (own.sum() - own) / max(1, stack.n - 1) ** 2
     if balance is None:
@@ -557,6 +557,11 @@ def _answer(stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
         fit.sweeps,
         bits,
     )
+
+
+def all_half(stack: Stack) -> bool:
+    """Whether all models were rounded to half precision."""
+    return set(stack.rounded_dtypes) <= set(HALVES)
 
 
 def is_coarse(stack: Stack, scales: Sequence[DeltaScale] | None = None) -> bool:

@@ -15,7 +15,7 @@ from detune.fitting.gauss_newton import GaussNewton, GaussNewtonFit
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import RanksTooHigh, RowSpaces, find_spaces
 from detune.identifiability.principal_part import require_own_adapters
-from detune.lattice import HALVES, LatticeSearch, NoGrid
+from detune.lattice import HALVES, LatticeSearch, NoGrid, all_half
 from detune.methods.agreement import solve_versions, unchanged
 from detune.methods.mixed_precision import solve_from, solve_from_finest
 from detune.methods.spectral import Spectral
@@ -80,17 +80,18 @@ class Auto:
         of_versions = solve_versions(stack, self.solve, rank)
         if of_versions is not None:
             return of_versions
-        of_independent = self._of_some(stack, independent_models(stack), rank)
+        independent = independent_models(stack)
+        of_independent = self._of_some(stack, independent, rank)
         if of_independent is not None:
             return of_independent
         # What was rounded to levels of its own lies on no dtype's grid.
         if self.lattice is None or stack.noise_override:
             return self._least_squares(find_differences(stack, rank, self.seed), rank)
         found = self._left_alone(stack) if stack.n >= self.min_models else None
-        if found is None and _is_half(stack):
+        if found is None and all_half(stack):
             with suppress(NoGrid):
                 found = self.lattice.of_light(stack, rank)
-        return found or self._on_grid(stack, rank)
+        return found or self._on_grid(stack, rank, independent)
 
     def _of_some(self, stack: Stack, models: tuple[int, ...], rank: int | None) -> Recovery | None:
         """The answer of models that are independent of each other, and then of all; None where these are all."""
@@ -107,14 +108,17 @@ class Auto:
             return found
         return _answer(step, found.method, f"{found.reason}; then all models", polished.steps)
 
-    def _on_grid(self, stack: Stack, rank: int | None) -> Recovery:
-        """The closed form, and the base's bits from there; the best of least squares where no grid shows."""
+    def _on_grid(self, stack: Stack, rank: int | None, tried: tuple[int, ...]) -> Recovery:
+        """The closed form, and the base's bits from there; the best of least squares where no grid shows.
+
+        From the models that were `tried`, all or some, there was no answer of some.
+        """
         assert self.lattice is not None
-        balance = Balance.of(stack) if _is_half(stack) else None
+        balance = Balance.of(stack) if all_half(stack) else None
         first = find_differences(balance.applied(stack) if balance else stack, rank, self.seed)
         if stack.n > self.min_models and not _adds_up(first):
             models = independent_models(stack, LITTLE_ALIKE)
-            of_independent = self._of_some(stack, models, rank) if models != independent_models(stack) else None
+            of_independent = self._of_some(stack, models, rank) if models != tried else None
             if of_independent is not None:
                 return of_independent
         quick = None
@@ -125,7 +129,7 @@ class Auto:
             with suppress(NotRecoverable):
                 require_own_adapters(quick)
                 alone = _left_alone_by_rank(stack, first, quick)
-                if alone is not None and (not _is_half(stack) or self.lattice.shows_on(stack, quick)):
+                if alone is not None and (not all_half(stack) or self.lattice.shows_on(stack, quick)):
                     return alone
                 return self.lattice.refine(stack, quick, rank)
         found = self._least_squares(find_differences(stack, rank, self.seed) if balance else first, rank)
@@ -261,10 +265,6 @@ def _adds_up(differences: Differences) -> bool:
     """Whether the rank of each difference is the sum of two models' ranks, as that of independent adapters is."""
     ranks = differences.ranks
     return all(ranks[i] + ranks[j] == difference.rank for (i, j), difference in differences.by_pair.items())
-
-
-def _is_half(stack: Stack) -> bool:
-    return set(stack.rounded_dtypes) <= set(HALVES)
 
 
 def _size(deltas: Sequence[LowRank]) -> float:

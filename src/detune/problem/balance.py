@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from detune.numerics.float_grid import spacing
 from detune.problem.low_rank import LowRank
 from detune.problem.recovery import Recovery
 from detune.problem.stack import Stack
+from detune.problem.storage_noise import storage_variance
 
 # Rows and columns are weighed by this many entries of each, which tell a row's noise to a tenth (derived).
 SAMPLED = 256
@@ -21,7 +21,7 @@ SAMPLED = 256
 ROUNDS = 3
 # Rounding that is less than this share of the usual one, in mean squares, is none that matters: that of rows of zeros
 # is not multiplied beyond what float32 holds (any small number does).
-FINEST = 2.0**-20
+NEGLIGIBLE = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def _rounding(stack: Stack, some: Tensor, dim: int) -> Tensor:
     """Mean square of each entry's rounding in some rows or columns, `(n, rows, columns)`; zeros have some, too."""
     found = torch.stack(
         [
-            spacing(W_i.index_select(dim, some.to(W_i.device)).cpu(), dtype).square() / 12
+            storage_variance(W_i.index_select(dim, some.to(W_i.device)).cpu(), dtype)
             for W_i, dtype in zip(stack.matrices, stack.rounded_dtypes, strict=True)
         ]
     )
-    return found.clamp(min=FINEST * float(found.flatten().median()))
+    return found.clamp(min=NEGLIGIBLE * float(found.flatten().median()))

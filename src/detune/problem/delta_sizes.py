@@ -1,7 +1,8 @@
 """How large deltas are, and how alike, before any is known.
 
-`W_i - W_k` times `W_j - W_l` is `M_i M_j` on average where the others are independent, and `W_i - W_j` times
-`W_i - W_k` is `M_i^2`: W drops out. Entries with fine steps count most, since rounding is all that others show.
+In differences of models W drops out: `W_i - W_j` times `W_i - W_k` is `M_i^2` on average where the three are
+independent, and the squares of all differences tell which are. Entries with fine steps count most, since rounding is
+all that others show.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import Tensor
 from detune.numerics.float_grid import nearest, spacing
 from detune.problem.recovery import FEWEST_MODELS
 from detune.problem.stack import Stack
+from detune.problem.storage_noise import storage_variance
 
 # Rows with about this many entries show the size of deltas, and the entries with the finest steps show it best (any
 # number does: `benchmarks/constants.py`).
@@ -84,7 +86,7 @@ class Sample:
             noise = torch.stack([torch.full(rows[0].shape, s**2, dtype=torch.float64) for s in stack.noise_override])
         else:
             noise = torch.stack(
-                [spacing(W_i, dtype).square() / 12 for W_i, dtype in zip(rows, stack.rounded_dtypes, strict=True)]
+                [storage_variance(W_i, dtype) for W_i, dtype in zip(rows, stack.rounded_dtypes, strict=True)]
             )
         values = torch.stack([W_i.double() for W_i in rows]).flatten(1)
         # Zeros have the finest steps of all, and nothing shows in rows of them.
@@ -225,7 +227,7 @@ def _squares_from(distances: Tensor, three: tuple[int, ...]) -> Tensor:
 
 def beside_rounding(rest: Tensor, W_i: Tensor) -> float:
     """Mean square of what a model differs by from a base, beside rounding, where its steps are finest."""
-    rounding = spacing(W_i, W_i.dtype).square().flatten() / 12
+    rounding = storage_variance(W_i).flatten()
     fine = rounding <= rounding[:: max(1, rounding.numel() // 10**5)].quantile(FINEST)
     return float((rest.flatten()[fine].square() - rounding[fine]).mean().clamp(min=0))
 

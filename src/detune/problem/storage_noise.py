@@ -20,16 +20,17 @@ COMPUTED = 32 * torch.finfo(torch.float64).eps
 OVER_EDGE = 1.1
 
 
-def storage_variance(values: Tensor) -> Tensor:
+def storage_variance(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Variance of the rounding error of stored values: `ulp(x)^2 / 12`, uniform within half a unit in the last place.
 
     Args:
         values: Any shape, a float dtype.
+        dtype: That they were rounded to; None is their own.
 
     Returns:
         The same shape, float64.
     """
-    return spacing(values, values.dtype).square() / 12
+    return spacing(values, dtype or values.dtype).square() / 12
 
 
 def storage_energy(matrix: Tensor) -> float:
