@@ -90,3 +90,16 @@ def test_rows_are_read_in_blocks_to_the_same_end(monkeypatch):
     assert torch.equal(found.certain, whole.certain)
     assert found.expected.mse == pytest.approx(whole.expected.mse)
     assert found.relative_residual == pytest.approx(whole.relative_residual)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.002])
+def test_an_entry_of_the_base_that_is_off_the_grid_is_not_certain(off):
+    problem = LatticeProblem((64, 64), n=3, delta=2.0, merge=torch.float32)
+    W = problem.W.clone()
+    moved = off * float(torch.finfo(torch.bfloat16).eps * W[5, 7].abs())
+    shifted = tuple(W_i.clone() for W_i in problem.entries.matrices)
+    for W_i in shifted:
+        W_i[5, 7] += moved
+    found = decoded(replace(problem.entries, matrices=shifted), problem.estimates(1e-6), GRID)
+    assert bool(found.certain[5, 7]) is (off == 0)
+    assert int(found.certain.logical_not().sum()) == (off > 0)

@@ -21,6 +21,14 @@ SAFETY = 4.0
 # and by more than this many standard deviations more than in others (measured: `benchmarks/constants.py`).
 MOST_STRAIN = 3.0
 DEVIATIONS, SCATTER = 4.0, 2.4
+# A model whose intervals are this many times shorter than the grid's steps shows what is off the grid: half precisions
+# are 2^3 apart, and float32 2^13 from these (derived).
+FINER = 64.0
+# The residual of an entry that is off the grid is more standard deviations than this: rounding errors are bounded, and
+# 2.5 is the most in 400 matrices that are on it (measured: `benchmarks/exact.py`).
+MOST_AWAY = 3.0
+# From the mean of the absolute values of a normal number to its standard deviation (derived).
+FROM_MEAN = math.sqrt(math.pi / 2)
 # The exponent of float32's 1 (derived).
 BIAS = 127
 # Draws of the number of wrong entries (any number does: `benchmarks/constants.py`).
@@ -63,6 +71,8 @@ def decoded(entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray) -
     weight, certain = np.empty(entries.shape), np.empty(entries.shape, dtype=np.bool_)
     wrong, sums = np.zeros(256), np.zeros(3)
     strain = tuple(np.zeros((entries.n, size)) for size in entries.shape)
+    fine = _finely_stored(entries, grid)
+    residuals: list[np.ndarray] = []
     for rows in row_blocks(entries):
         here = [e.part(rows, slice(None)) for e in estimates]
         m = means(here)
@@ -72,9 +82,13 @@ def decoded(entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray) -
             low, high, m, known(here, grid), SAFETY, DOUBT, weight[rows], certain[rows], wrong, of_rows, strain[1]
         )
         strain[0][:, rows] = of_rows
+        if len(fine):
+            residuals.append(_residuals(low[fine], high[fine], weight[rows] + m[fine]))
     # A row of L, or of R, that has locked onto wrong points strains its line of the matrix.
     certain[_off(strain[0])] = False
     certain[:, _off(strain[1])] = False
+    if residuals:
+        certain[_is_off_grid(*np.concatenate(residuals, axis=1))] = False
     squares, rounding, spread = (float(value) for value in sums)
     if grid[0]:
         expected, foreseeable = _outlook(torch.from_numpy(wrong), weight.size)
@@ -100,6 +114,32 @@ def _off(strain: np.ndarray) -> np.ndarray:
     """
     usual = np.median(strain, axis=1, keepdims=True)
     off: np.ndarray = (strain > MOST_STRAIN + usual + DEVIATIONS * np.sqrt(SCATTER * usual)).any(axis=0)
+    return off
+
+
+def _finely_stored(entries: Entries, grid: np.ndarray) -> np.ndarray:
+    """The models that are stored far more finely than the grid."""
+    low, high = entries.block(slice(0, 1))
+    steps = grid[0] * np.abs(low).mean(axis=(1, 2))
+    return np.flatnonzero(FINER * (high - low).mean(axis=(1, 2)) < steps)
+
+
+def _residuals(low: np.ndarray, high: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+    """The mean of `W_i - M_i - W` over some models, and the variance that their rounding has: `(2, rows, in)`."""
+    away = ((low + high) / 2 - fitted).mean(axis=0)
+    return np.stack([away, ((high - low) ** 2).sum(axis=0) / (12 * len(low) ** 2)]).astype(np.float32)
+
+
+def _is_off_grid(away: np.ndarray, rounding: np.ndarray) -> np.ndarray:
+    """Where the base does not lie on the grid, by residuals that rounding and the adapters' errors do not explain.
+
+    Args:
+        away: Residuals of W, `(out, in)`.
+        rounding: Their variance by the models' rounding.
+    """
+    size = np.abs(away)
+    errors = sum((FROM_MEAN * size.mean(axis=axis, keepdims=True)) ** 2 for axis in (0, 1))
+    off: np.ndarray = size > MOST_AWAY * np.sqrt(rounding + errors)
     return off
 
 
