@@ -16,6 +16,22 @@ from detune.numerics import float_grid
 from tests.lattice.entries import truncated
 
 
+class TestCache:
+    """Compiled code is kept between runs where it can be."""
+
+    @pytest.mark.parametrize("failing", ["__init__", "save_overload", "load_overload"])
+    def test_a_loop_runs_that_cannot_be_kept(self, monkeypatch, failing):
+        def fail(*_: object) -> None:
+            raise (RuntimeError if failing == "__init__" else OSError)("no space left")
+
+        monkeypatch.setattr(truncated_normal.FunctionCache, failing, fail)
+        assert truncated_normal.compiled(lambda x: x + 1.0)(2.0) == 3.0
+
+    def test_a_loop_is_kept(self):
+        assert isinstance(truncated_normal.spacing._cache, truncated_normal.FunctionCache)
+        assert truncated_normal.spacing._cache._cache_file._source_stamp == truncated_normal.SOURCES
+
+
 class TestTruncatedNormal:
     @given(st.floats(-87, 0))
     def test_exponential(self, x):

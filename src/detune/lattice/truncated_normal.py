@@ -10,11 +10,13 @@ Reference:
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,15 +54,31 @@ EXPANSION = tuple(map(float, _expand()))
 SOURCES = tuple((file.stat().st_mtime, file.stat().st_size) for file in sorted(Path(__file__).parent.glob("*.py")))
 
 
+class _KeptOnDisk(FunctionCache):  # type: ignore[misc]
+    """numba's cache of a function's machine code, where a full disk or a lost right costs the cache and not the run."""
+
+    def save_overload(self, sig: object, data: object) -> None:
+        with suppress(OSError):
+            super().save_overload(sig, data)
+
+    def load_overload(self, sig: object, target_context: object) -> object:
+        with suppress(OSError):
+            return super().load_overload(sig, target_context)
+        return None
+
+
 def _jit(function: F, inline: bool) -> F:
-    """Compile, in IEEE arithmetic.
+    """Compile, in IEEE arithmetic, and keep the code beside this file or, where nothing can be written, in the home.
 
     Were sums and products allowed to be taken together, code that was just compiled would give other last bits than the
     same code from numba's cache, as more of it is inlined.
     """
-    jitted: Any = numba.njit(nogil=True, cache=True, error_model="numpy", forceinline=inline)(function)
-    # numba keeps machine code until its own file changes; functions of other files are part of it, too.
-    jitted._cache._cache_file._source_stamp = SOURCES
+    jitted: Any = numba.njit(nogil=True, error_model="numpy", forceinline=inline)(function)
+    # No directory that can be written, as in some containers: each run compiles for some seconds.
+    with suppress(RuntimeError, OSError):
+        jitted._cache = _KeptOnDisk(function)
+        # numba keeps machine code until its own file changes; functions of other files are part of it, too.
+        jitted._cache._cache_file._source_stamp = SOURCES
     return cast(F, jitted)
 
 
