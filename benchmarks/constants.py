@@ -29,21 +29,11 @@ from detune.metrics import w_error
 from detune.problem import NotRecoverable, Stack
 
 MODULES = {
-    "lattice.search": (
-        *(
-            "HELD",
-            "TESTED",
-            "BLOCK",
-            "BLOCK_PER_RANK",
-            "WIDE",
-            "MOST_FALL",
-            "MOST_STEPS",
-            "FINE",
-            "MOST_NOISE",
-            "COMMON",
-        ),
-        *("SETTLED", "NOTHING", "SMALL_BLOCK", "FEW_SWEEPS", "BARREN", "MOST_SWEEPS", "PATIENCE", "SIGN"),
-    ),
+    "lattice.search": ("MOST_STEPS", "MOST_NOISE", "MOST_SWEEPS", "PATIENCE"),
+    "lattice.fit": ("BLOCK", "BLOCK_PER_RANK", "SETTLED", "BARREN"),
+    "lattice.holdout": ("HELD", "TESTED", "SIGN"),
+    "lattice.light": ("FINE", "COMMON", "NOTHING", "FEW_SWEEPS"),
+    "lattice.submatrix": ("SMALL_BLOCK", "WIDE", "MOST_FALL"),
     "lattice.growth": ("EDGE", "SHRUNK", "FIRST_DIRECTIONS", "MOST_DIRECTIONS", "POWER_PASSES"),
     "lattice.message_passing": ("MOST_STEPS", "REST", "MOST_SQUARE", "LOCKED", "MOST_RISE", "MOST_FALL", "SLOW_FALL"),
     "lattice.decode": ("SAFETY", "DOUBT", "MOST_STRAIN", "DEVIATIONS", "DRAWS", "OUTSIDE"),

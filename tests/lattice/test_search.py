@@ -5,12 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from detune.lattice import LatticeSearch, NoGrid, is_coarse, search
-from detune.lattice.search import are_alike, left_alone_in_part
+from detune.lattice import LatticeSearch, NoGrid, fit
 from detune.methods import Auto, Lattice
 from detune.numerics.float_grid import lies_on, nearest
-from detune.problem import LowRank, Stack
-from detune.problem.delta_sizes import delta_scales
+from detune.problem import Stack
 from tests.cases import normal, rms, seeded
 from tests.lattice.problems import LatticeProblem
 
@@ -207,7 +205,7 @@ class TestLargeMatrices:
         ids=str,
     )
     def test_all_rows_and_columns_are_right(self, n, rank, delta, merge, shape, monkeypatch):
-        monkeypatch.setattr(search, "BLOCK", 128)
+        monkeypatch.setattr(fit, "BLOCK", 128)
         problem = LatticeProblem(shape, rank=rank, n=n, delta=delta, merge=merge)
         recovery = Lattice().solve(problem.stack)
         assert recovery.bits is not None
@@ -267,36 +265,6 @@ def test_powers_of_two_change_no_bit(n, delta, merge, factor):
     assert torch.equal(scaled.weight, recovery.weight * factor)
     assert torch.equal(scaled.bits.certain, recovery.bits.certain)
     assert scaled.bits.expected.mse == pytest.approx(recovery.bits.expected.mse * factor**2)
-
-
-def test_deltas_that_all_miss_one_are_alike():
-    """Beside a copy of itself at 0.7 a model may pass for the base: then the others are 0.3 a, b - 0.7 a, c - 0.7 a."""
-    factors = LatticeProblem().factors
-    a, b, c = (LowRank(L, R) for L, R in factors)
-    less = [LowRank(torch.cat([L, -0.7 * a.left], dim=1), torch.cat([R, a.right], dim=1)) for L, R in factors[1:]]
-    assert not are_alike([a, b, c])
-    assert are_alike([LowRank(0.3 * a.left, a.right), *less])
-
-
-class TestLeftAloneInPart:
-    def test_the_one_model_without_a_delta_is_the_base(self):
-        problem = LatticeProblem((96, 80), rank=2, n=3, delta=2.0, merge=torch.bfloat16)
-        first, _, last = problem.stack.matrices
-        stack = Stack.of([first, problem.W.bfloat16(), last])
-        found = left_alone_in_part(stack, LatticeSearch(), delta_scales(stack))
-        assert found is not None
-        assert torch.equal(found.weight.double(), problem.W)
-        assert "model 1 shows no change of its own" in found.reason
-
-    def test_none_where_all_have_one(self):
-        problem = LatticeProblem((96, 80), rank=2, n=3, delta=2.0, merge=torch.bfloat16)
-        assert left_alone_in_part(problem.stack, LatticeSearch(), delta_scales(problem.stack)) is None
-
-
-def test_models_are_coarse_where_deltas_are_rounded_away():
-    assert is_coarse(LatticeProblem(delta=0.1, merge=torch.bfloat16).stack)
-    assert not is_coarse(LatticeProblem(delta=2.0, merge=torch.bfloat16).stack)
-    assert not is_coarse(LatticeProblem(delta=0.1, merge=torch.float32).stack)
 
 
 def test_no_grid_is_found_finer_than_the_models():

@@ -16,11 +16,10 @@ from detune.audit.naming import Place
 from detune.audit.record import Outcome, TensorEntry
 from detune.certificate.verdict import Verdict
 from detune.compatibility.model_set import Held
-from detune.lattice import HALVES
 from detune.methods import Auto, Lattice, Mean, Single
 from detune.metrics import bit_identical
 from detune.metrics.w_error import squared_error
-from detune.numerics.float_grid import lies_on, name_of, spacing
+from detune.numerics.float_grid import HALVES, lies_on, name_of, spacing
 from detune.problem import Recovery, Solver, Stack
 from detune.problem.solving import solve
 from detune.problem.stack import matricise

@@ -17,6 +17,7 @@ from torch import Tensor
 from detune.checkpoints import Checkpoint, Excerpt
 from detune.compatibility.model_set import noise_of
 from detune.compatibility.shared import is_shared
+from detune.numerics.float_grid import HALVES
 from detune.problem.stack import matricise
 
 # Rows of a matrix that are looked at: four thousand entries even of 64 columns, of which a share is known to a per cent
@@ -37,7 +38,6 @@ ENTRIES = 1 << 18
 # Tensors of a kind whose ranks are looked for although deltas are light: any number does, it bounds time.
 EACH = 3
 BELOW_A_STEP = "deltas are below a step of half precision, where a full fine-tune cannot be told from LoRA"
-HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from detune.numerics.float_grid import HALVES
 from detune.numerics.linalg import product
 from detune.numerics.random import seeded
 from detune.problem.low_rank import FULL_SHARE, is_full_rank
@@ -254,7 +255,7 @@ def _edges(most: int, p: int, q: int) -> Tensor:
 
 def rounded_to(matrix: Tensor) -> torch.dtype:
     """The coarsest of bfloat16, float16 and its own dtype that holds these values exactly."""
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in HALVES:
         if matrix.dtype.itemsize > 1 and torch.equal(matrix.to(dtype).to(matrix.dtype), matrix):
             return dtype
     return matrix.dtype

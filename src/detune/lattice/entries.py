@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detune.numerics.float_grid import lies_on
 from detune.problem.stack import Stack
 
 # Entries of all models that are worked on at a time: products with them are large, and memory stays small (any number
@@ -104,6 +105,16 @@ class StoredEntries:
         low, high = np.empty(stored.shape), np.empty(stored.shape)
         intervals(stored, models, low, high)
         return low, high
+
+
+def in_rounded_dtypes(stack: Stack) -> Stack:
+    """The stack in the dtypes that its models were rounded to: float32 files may hold what was bf16 or fp16 before."""
+    rounded = tuple(
+        W_i.to(dtype) if W_i.dtype != dtype and lies_on(W_i, dtype) else W_i
+        for W_i, dtype in zip(stack.matrices, stack.rounded_dtypes, strict=True)
+    )
+    # One model alone may have left a half-precision base as it was.
+    return replace(stack, matrices=rounded) if stack.n > 1 else stack
 
 
 def grid_of(dtype: torch.dtype | None) -> np.ndarray:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from detune.lattice.entries import Entries, row_blocks
 from detune.lattice.estimate import Estimate, known, means
+from detune.problem.recovery import FEWEST_MODELS
 
 # Conjugate gradients: a model's own equations are close to those of all, so few steps, or a small rest, are enough (any
 # number does: `benchmarks/constants.py`).
@@ -40,7 +41,7 @@ LOCKED = 12.0
 MOST_RISE, MOST_FALL = 8.0, 0.9
 # One or two models hold W only modulo what they differ by: a fit that is sure too early locks rows onto wrong points
 # (any number does: `benchmarks/constants.py`).
-FEW_MODELS, SLOW_FALL = 2, 0.3
+SLOW_FALL = 0.3
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def stepped(
             e,
             left=torch.cat(left),
             rows=torch.cat(variance),
-            lack=e.lack if held is None else lack.update(e.lack, SLOW_FALL if entries.n <= FEW_MODELS else MOST_FALL),
+            lack=e.lack if held is None else lack.update(e.lack, SLOW_FALL if entries.n < FEWEST_MODELS else MOST_FALL),
         )
         for e, left, variance, lack in zip(estimates, lefts, variances, seen, strict=True)
     )

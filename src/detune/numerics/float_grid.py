@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+HALVES = (torch.bfloat16, torch.float16)
 # The exponent's bits of a positive float64, by definition of the format.
 EXPONENT = 0x7FF0000000000000
 

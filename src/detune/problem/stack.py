@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detune.errors import InputError
 from detune.numerics.device import find_device, multiplies_bfloat16, upload
+from detune.numerics.float_grid import HALVES
 from detune.numerics.linalg import weighted_sum
 from detune.numerics.random import seeded
 from detune.problem.storage_noise import as_rounded, noise_edge, sample_rows, storage_variance
@@ -177,8 +178,7 @@ class Stack:
 
         That is far below the rounding of bf16 and fp16 and not below that of float32.
         """
-        halves = (torch.bfloat16, torch.float16)
-        return self.dtype if all(W_i.dtype in halves for W_i in self.matrices) else torch.float64
+        return self.dtype if all(W_i.dtype in HALVES for W_i in self.matrices) else torch.float64
 
     @cached_property
     def sketch_dtype(self) -> torch.dtype:

@@ -6,7 +6,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from detune.numerics.float_grid import lies_on, spacing
+from detune.numerics.float_grid import HALVES, lies_on, spacing
 
 # A residual of more than twice the storage noise is not storage noise: the closed form alone leaves 1.05 to 1.86 times
 # the noise for LoRA, rsLoRA, AdaLoRA and VB-LoRA, and 180 times and more for HRA (measured on `tiny_set` of
@@ -71,7 +71,7 @@ def as_rounded(samples: Sequence[Tensor]) -> list[Tensor]:
     All must lie on its grid. One alone is a model that left a half-precision base as it was: exact, not coarse.
     """
     samples = list(samples)
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in HALVES:
         if all(sample.dtype.itemsize <= 2 or lies_on(sample, dtype) for sample in samples):
             samples = [sample if sample.dtype.itemsize <= 2 else sample.to(dtype) for sample in samples]
             break
