@@ -47,7 +47,7 @@ MODULES = {
         "TOO_ALIKE",
     ),
     "problem.balance": ("SAMPLED", "ROUNDS"),
-    "methods.auto": (*("BELOW_NOISE", "AT_FLOOR", "RAN_OFF", "LITTLE_ALIKE", "CLEAR", "JUST_ABOVE", "FEW_DIRECTIONS"),),
+    "methods.auto": (*("BELOW_NOISE", "AT_FLOOR", "RAN_OFF", "CLEAR", "JUST_ABOVE", "FEW_DIRECTIONS"),),
     "methods.agreement": ("MOST",),
 }
 # These are factors next to 1, or shares: what is over 1, or missing to it, is halved and doubled.

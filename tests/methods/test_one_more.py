@@ -54,3 +54,20 @@ def test_nor_does_one_in_half_precision(more, size):
     wrong = [float((found.weight.bfloat16() != W_star).double().mean()) for found in (alone, together)]
     assert wrong[1] <= 1.1 * wrong[0] + 1e-3
     assert len(together.deltas) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_nor_does_one_on_half_of_another(dtype, seed):
+    """By the sizes of differences alone it could be the other two that have a part in common."""
+    generator = seeded(seed)
+    W_star = (normal(generator, *SHAPE) / 20).to(dtype)
+    sizes = (4 + 12 * torch.rand(4, generator=generator)).tolist()
+    deltas = [lora(generator, rank) for rank in (4, 1 + seed % 4, 2, 3)]
+    a, b, c, d = (size * 2.0**-13 * M_i / rms(M_i) for size, M_i in zip(sizes, deltas, strict=True))
+    three = [a, b, c]
+    alone, together = (
+        Auto().solve(Stack.of([(W_star.double() + M_i).to(dtype) for M_i in models]))
+        for models in (three, [*three, a / 2 + d])
+    )
+    assert w_error(together.weight, W_star) <= w_error(alone.weight, W_star) + 0.1

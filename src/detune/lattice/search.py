@@ -121,9 +121,7 @@ class LatticeSearch:
         fit = replace(fit, log10_false_positive=found.bits.log10_false_positive)
         again = replace(_answer(stack, None, fit), method=found.method, reason=f"{found.reason}; then all models")
         assert again.bits is not None
-        kept = [i for i in found.source_models if found.ranks[i]]
-        stays = all(again.deltas[i].correlation(found.deltas[i]) > SAME for i in kept)
-        return again if stays and again.bits.expected.mse < found.bits.expected.mse else found
+        return again if stays(again, found) and again.bits.expected.mse < found.bits.expected.mse else found
 
     def refined(
         self, stack: Stack, start: Recovery | None, rank: int | None, scales: Sequence[DeltaScale] | None = None
@@ -278,3 +276,9 @@ def _answer(stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
         fit.sweeps,
         bits,
     )
+
+
+def stays(again: Recovery, found: Recovery) -> bool:
+    """Whether the deltas of the models that an answer is from are the same in one of all models."""
+    kept = [i for i in found.source_models if found.ranks[i]]
+    return all(again.deltas[i].correlation(found.deltas[i]) > SAME for i in kept)

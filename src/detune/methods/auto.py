@@ -13,9 +13,10 @@ from detune.fitting.descent import damped_gauss_newton
 from detune.fitting.differences import SIGNAL, Difference, Differences, find_differences
 from detune.fitting.gauss_newton import GaussNewton, GaussNewtonFit
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
-from detune.fitting.subspaces import RanksTooHigh, RowSpaces, find_spaces
+from detune.fitting.separation import Chosen, well_separated
+from detune.fitting.subspaces import RanksTooHigh, RowSpaces
 from detune.identifiability.principal_part import require_own_adapters
-from detune.lattice import HALVES, LatticeSearch, NoGrid, all_half
+from detune.lattice import HALVES, LatticeSearch, NoGrid, all_half, is_coarse, stays
 from detune.methods.agreement import solve_versions, unchanged
 from detune.methods.mixed_precision import solve_from, solve_from_finest
 from detune.methods.spectral import Spectral
@@ -36,10 +37,6 @@ AT_FLOOR = 1.03
 # Deltas twice as large as those of the closed form have run off along what the data leave open (any number does:
 # `benchmarks/constants.py`).
 RAN_OFF = 2.0
-# Where ranks of differences do not add up, those models are not taken to be independent whose deltas have a larger
-# correlation: an adapter on half of another may have as little with it as two of one seed have (MiniLM: 0.29 and 0.28)
-# (measured).
-LITTLE_ALIKE = 0.15
 # No rank search if the weakest singular value stands eight times over the noise (any number does:
 # `benchmarks/constants.py`).
 CLEAR = 8.0
@@ -47,6 +44,7 @@ CLEAR = 8.0
 # `benchmarks/constants.py`).
 JUST_ABOVE = 2.0
 FEW_DIRECTIONS = 16
+DEPENDENT = "the others' adapters are not independent of theirs"
 
 
 @dataclass(frozen=True)
@@ -80,24 +78,32 @@ class Auto:
         of_versions = solve_versions(stack, self.solve, rank)
         if of_versions is not None:
             return of_versions
-        independent = independent_models(stack)
-        of_independent = self._of_some(stack, independent, rank)
-        if of_independent is not None:
-            return of_independent
+        models = independent_models(stack)
+        light = self.lattice is not None and all_half(stack) and is_coarse(stack.part(models))
+        if light:
+            # Directions of light deltas do not stand over the noise.
+            of_some, chosen = self._of_some(stack, models, rank), None
+        else:
+            chosen = well_separated(stack.n, models, lambda some: self._chosen(stack, some, rank))
+            of_some = self._of_chosen(stack, chosen)
+        if of_some is not None:
+            return of_some
+        if chosen is None or len(chosen.models) < stack.n:
+            chosen = self._chosen(stack, tuple(range(stack.n)), rank)
         # What was rounded to levels of its own lies on no dtype's grid.
         if self.lattice is None or stack.noise_override:
-            return self._least_squares(find_differences(stack, rank, self.seed), rank)
+            return self._least_squares(stack, chosen)
         found = self._left_alone(stack) if stack.n >= self.min_models else None
         if found is None and all_half(stack):
             with suppress(NoGrid):
                 found = self.lattice.of_light(stack, rank)
-        return found or self._on_grid(stack, rank, independent)
+        return found or self._on_grid(stack, chosen)
 
     def _of_some(self, stack: Stack, models: tuple[int, ...], rank: int | None) -> Recovery | None:
         """The answer of models that are independent of each other, and then of all; None where these are all."""
         if len(models) == stack.n:
             return None
-        found = solve_from(stack, models, self.solve, rank, "the others' adapters are not independent of theirs")
+        found = solve_from(stack, models, self.solve, rank, DEPENDENT)
         if found is None or found.left_alone or not found.deltas:
             return found
         if found.bits is not None and self.lattice is not None:
@@ -108,31 +114,44 @@ class Auto:
             return found
         return _answer(step, found.method, f"{found.reason}; then all models", polished.steps)
 
-    def _on_grid(self, stack: Stack, rank: int | None, tried: tuple[int, ...]) -> Recovery:
-        """The closed form, and the base's bits from there; the best of least squares where no grid shows.
+    def _of_chosen(self, stack: Stack, chosen: Chosen) -> Recovery | None:
+        """The answer of all from the closed form of some; from their own bits where that does not do."""
+        if self.lattice is not None and all_half(stack) and len(chosen.models) < stack.n:
+            with suppress(NotRecoverable):
+                start = solve_from(stack, chosen.models, lambda *_: self._quick(chosen), chosen.rank, DEPENDENT)
+                if start is not None and all(start.ranks):
+                    found = self.lattice.refine(stack, start, chosen.rank)
+                    if found.deltas and stays(found, start):
+                        return found
+        return self._of_some(stack, chosen.models, chosen.rank)
 
-        From the models that were `tried`, all or some, there was no answer of some.
-        """
+    def _chosen(self, stack: Stack, models: tuple[int, ...], rank: int | None) -> Chosen:
+        """Differences of some models, of rows and columns with even rounding where they can be."""
+        part = stack.part(models) if len(models) < stack.n else stack
+        balance = Balance.of(part) if self.lattice is not None and all_half(part) and not part.noise_override else None
+        differences = find_differences(balance.applied(part) if balance else part, rank, self.seed)
+        return Chosen(models, differences, balance, rank, self.seed)
+
+    def _quick(self, chosen: Chosen) -> Recovery:
+        """The closed form without a search for ranks."""
+        found = self._closed_form(chosen, search=False)
+        return chosen.balance.restored(found) if chosen.balance else found
+
+    def _on_grid(self, stack: Stack, chosen: Chosen) -> Recovery:
+        """The closed form, and the base's bits from there; the best of least squares where no grid shows."""
         assert self.lattice is not None
-        balance = Balance.of(stack) if all_half(stack) else None
-        first = find_differences(balance.applied(stack) if balance else stack, rank, self.seed)
-        if stack.n > self.min_models and not _adds_up(first):
-            models = independent_models(stack, LITTLE_ALIKE)
-            of_independent = self._of_some(stack, models, rank) if models != tried else None
-            if of_independent is not None:
-                return of_independent
+        rank = chosen.rank
         quick = None
         with suppress(NotRecoverable):
-            quick = self._closed_form(first, rank, search=False)
-            quick = balance.restored(quick) if balance else quick
+            quick = self._quick(chosen)
         if quick is not None:
             with suppress(NotRecoverable):
                 require_own_adapters(quick)
-                alone = _left_alone_by_rank(stack, first, quick)
+                alone = _left_alone_by_rank(stack, chosen.differences, quick)
                 if alone is not None and (not all_half(stack) or self.lattice.shows_on(stack, quick)):
                     return alone
                 return self.lattice.refine(stack, quick, rank)
-        found = self._least_squares(find_differences(stack, rank, self.seed) if balance else first, rank)
+        found = self._least_squares(stack, chosen)
         if not found.deltas:
             return found
         if quick is None:
@@ -140,10 +159,12 @@ class Auto:
                 return self.lattice.refine(stack, found, rank)
         return self.lattice.without_grid(stack, found)
 
-    def _least_squares(self, first: Differences, rank: int | None) -> Recovery:
-        found = self._without_grid(first, rank)
+    def _least_squares(self, stack: Stack, chosen: Chosen) -> Recovery:
+        if chosen.balance:
+            chosen = replace(chosen, differences=find_differences(stack, chosen.rank, self.seed), balance=None)
+        found = self._without_grid(stack, chosen)
         require_own_adapters(found)
-        return shrink_where_run_off(first.stack, found)
+        return shrink_where_run_off(stack, found)
 
     def _left_alone(self, stack: Stack) -> Recovery | None:
         """The matrix of a model whose bits show that it left it as the base has it, or that of models that agree."""
@@ -158,15 +179,15 @@ class Auto:
             raise NotRecoverable(f"{part.n} models stored finely", "expected three", "add models")
         return self.lattice.refine(part, None, rank)
 
-    def _without_grid(self, first: Differences, rank: int | None) -> Recovery:
-        stack = first.stack
+    def _without_grid(self, stack: Stack, chosen: Chosen) -> Recovery:
+        first, rank = chosen.differences, chosen.rank
         if stack.n >= 3 and any(difference.rank == 0 for difference in first.by_pair.values()):
             untouched = unchanged(stack)
             if untouched is not None:
                 return untouched
         best, why_not = None, ""
         try:
-            best = self._closed_form(first, rank)
+            best = self._closed_form(chosen)
         except RanksTooHigh as why:
             why_not = str(why)
         if best is not None or _in_a_crowd(first):
@@ -190,7 +211,8 @@ class Auto:
             if best is not None and (best.noise_ratio or 0.0) <= enough and not _fits_noise(best, stack):
                 continue
             try:
-                again = self._closed_form(find_differences(stack, rank, self.seed, False, signal), rank)
+                differences = find_differences(stack, rank, self.seed, False, signal)
+                again = self._closed_form(Chosen(tuple(range(stack.n)), differences, None, rank, self.seed))
             except RanksTooHigh:
                 continue
             except NotRecoverable:
@@ -199,12 +221,12 @@ class Auto:
             best = min(options, key=lambda r: (_fits_noise(r, stack), r.noise_ratio or 0.0))
         return best
 
-    def _closed_form(self, differences: Differences, rank: int | None, search: bool = True) -> Recovery:
-        spaces = find_spaces(differences, rank, self.seed)
+    def _closed_form(self, chosen: Chosen, search: bool = True) -> Recovery:
+        spaces, differences = chosen.spaces, chosen.differences
         # Noise that was told may be of any size, and its size is not known well enough for a search.
         search = search and not differences.stack.noise_override
         if search and any(map(_in_doubt, differences.by_pair.values())) and not _in_a_crowd(differences):
-            spaces = select_ranks(spaces, rank)
+            spaces = select_ranks(spaces, chosen.rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
         step, method, steps = _best_step(spaces, polished), "intersect+polish", polished.steps
         if step is None or step.noise_ratio > FLOOR_RATIO:
