@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from detune.fitting.differences import find_differences
+from detune.fitting.rank_refinement import refine_ranks, weakest_directions
 from detune.fitting.subspaces import find_spaces
 from detune.problem import Stack
-from detune.ranks.search import select_ranks, weakest_directions
 
 SIZES = {96: 0.3, 128: 0.25, 192: 0.2, 256: 0.13, 384: 0.07, 512: 0.03, 768: 0.02}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,7 +130,7 @@ def _merge(W: Tensor, F: Tensor, V: Tensor, ratio: float, dtype: torch.dtype) ->
 
 def found(models: Tensor) -> tuple[int, ...]:
     """The ranks that the method `auto` works with."""
-    spaces = select_ranks(find_spaces(find_differences(Stack.of(models))))
+    spaces = refine_ranks(find_spaces(find_differences(Stack.of(models))))
     return tuple(V_i.shape[1] for V_i in spaces.bases)
 
 

@@ -24,7 +24,6 @@ LAYERS = (
     {"problem"},
     {"fitting"},
     {"identifiability"},
-    {"ranks"},
     {"lattice"},
     {"methods"},
     {"certificate"},
@@ -51,7 +50,6 @@ THIRD_PARTY = {
     "problem": {"torch"},
     "fitting": {"torch", "numpy"},
     "identifiability": {"torch"},
-    "ranks": {"torch"},
     "lattice": {"torch", "numpy", "numba"},
     "methods": {"torch"},
     "certificate": {"torch"},
@@ -224,7 +222,7 @@ def test_inspecting_loads_no_library_of_models(tmp_path):
 
 
 def test_every_module_of_the_solvers_has_a_test_file_of_its_name():
-    solvers = ("numerics", "problem", "fitting", "identifiability", "ranks", "lattice", "methods")
+    solvers = ("numerics", "problem", "fitting", "identifiability", "lattice", "methods")
     tested = {file.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")}
     modules = [file.relative_to(SOURCE) for part in solvers for file in (SOURCE / part).glob("*.py")]
     named = {str(module): module.with_name(f"test_{module.name}") for module in modules if module.stem != "__init__"}

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from detune.attacks.cells import CellEntries, within_cells
-from detune.attacks.denoise import denoised
 from detune.attacks.known_dither import KnownDither, undithered
+from detune.attacks.measured_noise import denoised
 from detune.defences import Fp8, defend
 from detune.errors import InputError
 from detune.lattice.estimate import Estimate
 from detune.methods import Mean
 from detune.metrics import w_error
-from detune.numerics.float8 import fp8_interval, fp8_stochastic, named_dither
+from detune.numerics.dithered_fp8 import fp8_interval, fp8_stochastic, named_dither
 from detune.problem import Stack
 from tests.cases import normal, seeded
 from tests.families import plain_family, tree

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detune.attacks.denoise import denoised, is_white, with_measured_noise
+from detune.attacks.measured_noise import denoised, is_white, with_measured_noise
 from detune.attacks.snap import snapped
 from detune.attacks.whiten import whitened
 from detune.methods import Mean

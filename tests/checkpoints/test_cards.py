@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
-from detune.checkpoints import Places, open_checkpoint
+from detune.checkpoints import PrivatePaths, open_checkpoint
 from detune.checkpoints.cards import (
     InputCard,
     Licence,
@@ -142,7 +142,7 @@ def test_kept_cards_have_other_names_and_name_no_places(tmp_path: Path) -> None:
         card("final@main", texts=(text, "three")),
         card("../\x1b[31m a/..", texts=("",)),
     ]
-    kept = kept_cards(cards, Places(tmp_path / "out", [tmp_path / "models" / "a"]))
+    kept = kept_cards(cards, PrivatePaths(tmp_path / "out", [tmp_path / "models" / "a"]))
     assert {name: content.decode() for name, content in kept.items()} == {
         "README.final-main.md": "one",
         "README.final-main-2.md": "trained from ~/secret and ../models/a",
@@ -169,7 +169,7 @@ def test_the_hub_reads_what_is_rendered(tmp_path: Path) -> None:
 
 
 def test_commands_name_no_places_and_those_of_others_are_not_shown(tmp_path: Path) -> None:
-    places = Places(tmp_path, [])
+    places = PrivatePaths(tmp_path, [])
     words = [
         "detune",
         "recover",

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detune.fitting.differences import SIGNAL, find_differences, ring
+from detune.fitting.differences import find_differences, ring
 from detune.problem import NonFinite, Stack
+from detune.problem.rank_rule import SIGNAL
 from tests.cases import Regime, make_problem, normal, rms, seeded
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

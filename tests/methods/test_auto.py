@@ -57,7 +57,7 @@ class TestDirectionsBelowTheNoise:
 
     @pytest.mark.parametrize("seed", [0, 1])
     def test_that_are_missed_make_the_answer_no_worse_than_the_closed_form(self, seed, monkeypatch):
-        monkeypatch.setattr("detune.ranks.search.SMALL_ENTRIES", 0)
+        monkeypatch.setattr("detune.fitting.rank_refinement.SMALL_ENTRIES", 0)
         problem = make_problem(self.REGIME, seeded(seed))
         answer, closed = (recover_matrix(problem.stack, method) for method in ("auto", "intersect"))
         assert problem.error(answer.weight) < 1.1 * problem.error(closed.weight)
@@ -65,7 +65,7 @@ class TestDirectionsBelowTheNoise:
 
 def test_does_not_run_off_where_spaces_nearly_coincide(monkeypatch):
     """Deltas a hundred times too large, with a base as far off, fit these models better than the closed form does."""
-    monkeypatch.setattr("detune.methods.auto.select_ranks", lambda spaces, rank: spaces)
+    monkeypatch.setattr("detune.methods.auto.refine_ranks", lambda spaces, rank: spaces)
     generator = torch.Generator().manual_seed(1235)
     W, common = normal(generator, 256, 128).half().double(), normal(generator, 128, 14)
     models = []
@@ -86,7 +86,7 @@ def test_noise_just_above_the_storage_noise_is_not_searched_for_ranks(monkeypatc
     noise = float(Stack.of(models).noise[2])
     models[2] = (models[2].double() + 4 * noise * normal(seeded(1), *problem.W_star.shape)).float()
     searched = []
-    monkeypatch.setattr("detune.methods.auto.select_ranks", lambda spaces, _: searched.append(spaces) or spaces)
+    monkeypatch.setattr("detune.methods.auto.refine_ranks", lambda spaces, _: searched.append(spaces) or spaces)
     recovery = Auto().solve(Stack.of(models))
     assert all(V_i.shape[1] <= 4 + FEW_DIRECTIONS for spaces in searched for V_i in spaces.bases)
     assert recovery.ranks == (4, 4, 4)

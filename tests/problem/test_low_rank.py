@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detune.problem.low_rank import LowRank, SVDFactors, is_full_rank
+from detune.problem.low_rank import LowRank, SVDFactors
 from tests.cases import normal, seeded
 
 
@@ -37,10 +37,3 @@ def test_directions_of_rounding_alone_are_dropped(delta):
     twice = LowRank(torch.cat([delta.left, delta.left], dim=1), torch.cat([delta.right, delta.right], dim=1))
     assert len(SVDFactors.of(twice).S) == 3
     assert len(SVDFactors.of(LowRank(torch.zeros(5, 2), torch.zeros(4, 2))).S) == 0
-
-
-@pytest.mark.parametrize(
-    ("rank", "most", "full"), [(56, 64, False), (57, 64, True), (1024, 4096, False), (1025, 4096, True)]
-)
-def test_a_rank_is_full_from_seven_eighths_on(rank, most, full):
-    assert is_full_rank(rank, most) is full

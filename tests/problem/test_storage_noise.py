@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from detune.problem.rank_rule import OVER_EDGE
 from detune.problem.storage_noise import (
-    OVER_EDGE,
     as_rounded,
     noise_edge,
     sample_rows,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from detune._runtime import command_line
 from detune.adapters.summary import adapter_sentence, adapter_table
-from detune.checkpoints import Places
+from detune.checkpoints import PrivatePaths
 from detune.checkpoints.cards import (
     CARD,
     InputCard,
@@ -39,7 +39,7 @@ def adapter_cards(
     base: InputCard | None,
     base_name: str,
     title: str,
-    places: Places,
+    places: PrivatePaths,
 ) -> dict[str, bytes]:
     """The cards of an extraction.
 

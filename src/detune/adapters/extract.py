@@ -19,7 +19,7 @@ from detune.checkpoints import (
     Checkpoint,
     Kind,
     PeftWriter,
-    Places,
+    PrivatePaths,
     from_out,
     inside,
     new_directory,
@@ -290,14 +290,14 @@ class Extractor:
         entries = sum(math.prod(info.shape) for info in self._reference.tensors.values())
         extraction = Extraction(self._base, models, rows, entries, time.perf_counter() - self._started)
         paths = [path for model in self._models for path in model.paths]
-        places = Places(self._out, [self._base, *models.values(), *paths, *command_line()])
+        places = PrivatePaths(self._out, [self._base, *models.values(), *paths, *command_line()])
         if self._card:
             self._write_cards(extraction, places)
         content = to_json(places.within(extraction.content))
         (self.directory / "detune.json").write_text(content, encoding="utf-8")
         return extraction
 
-    def _write_cards(self, extraction: Extraction, places: Places) -> None:
+    def _write_cards(self, extraction: Extraction, places: PrivatePaths) -> None:
         # PEFT loads no adapter without a LoRA, and none is written.
         found = {self._names[i]: sorted(self._adapter(i).rglob("adapter_config.json")) for i, _ in self._writers}
         folders = {

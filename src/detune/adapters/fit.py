@@ -14,10 +14,11 @@ from detune.numerics.device import full_precision
 from detune.numerics.float_grid import interval, times_power_of_two
 from detune.numerics.linalg import orthonormal, thin_svd
 from detune.problem.low_rank import LowRank
+from detune.problem.rank_rule import OVER_EDGE
 from detune.problem.recovery import NotLowRank
 from detune.problem.solving import Prepared
 from detune.problem.stack import Stack
-from detune.problem.storage_noise import OVER_EDGE, noise_edge
+from detune.problem.storage_noise import noise_edge
 
 # Alternations: any number does from there on, as the share of entries inside grows by less than 1e-3 in those after.
 STEPS = 32

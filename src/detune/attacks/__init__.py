@@ -4,8 +4,8 @@ from detune.attacks.align import Align
 from detune.attacks.base import Attack
 from detune.attacks.cells import Cells
 from detune.attacks.complete import Complete
-from detune.attacks.denoise import Denoise
 from detune.attacks.known_dither import KnownDither
+from detune.attacks.measured_noise import Denoise
 from detune.attacks.prior import Prior
 from detune.attacks.recover import Average, Bits, Recover
 from detune.attacks.snap import Snap

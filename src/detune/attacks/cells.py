@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detune.attacks.denoise import best_split, with_measured_noise
+from detune.attacks.measured_noise import best_split, with_measured_noise
 from detune.attacks.rebuild import rebuild
 from detune.compatibility.levels import levels_of
 from detune.lattice.decode import decoded

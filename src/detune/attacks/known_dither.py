@@ -11,7 +11,7 @@ from torch import Tensor
 from detune.attacks.cells import CellEntries, between_cells
 from detune.attacks.rebuild import rebuild
 from detune.errors import InputError
-from detune.numerics.float8 import fp8_grid_of, fp8_interval, named_dither
+from detune.numerics.dithered_fp8 import fp8_grid_of, fp8_interval, named_dither
 from detune.problem import Stack
 
 __all__ = ["KnownDither", "undithered"]

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detune.attacks.denoise import denoised
+from detune.attacks.measured_noise import denoised
 from detune.attacks.rebuild import rebuild
 from detune.problem import Stack
 

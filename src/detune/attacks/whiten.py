@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detune.attacks.denoise import best_split, denoised, with_measured_noise
+from detune.attacks.measured_noise import best_split, denoised, with_measured_noise
 from detune.attacks.rebuild import rebuild
 from detune.problem import Stack
 

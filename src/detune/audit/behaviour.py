@@ -1,8 +1,8 @@
 """Does the recovered model do what the base does? Asked last, in a process of its own.
 
 A model's configuration is anybody's: a class that allocates without end, or an activation that nobody knows, must not
-cost the audit what it has found. So the models are run by another process, `detune.audit.running`, with a limit of
-memory and one of time, and whatever becomes of it is one sentence of the report.
+cost the audit what it has found. So the models are run by another process, `detune.audit.model_process`, with a limit
+of memory and one of time, and whatever becomes of it is one sentence of the report.
 """
 
 import json
@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from detune.audit.model_process import Request
 from detune.audit.record import Behaviour
-from detune.audit.running import Request
 from detune.bench.behaviour import DrawnImages, behaviour_of
 from detune.checkpoints import Checkpoint
 from detune.errors import InputError, parsing, reason_of
@@ -86,7 +86,7 @@ class Judge:
         )
         try:
             ended = subprocess.run(
-                [sys.executable, "-m", "detune.audit.running"],
+                [sys.executable, "-m", "detune.audit.model_process"],
                 input=json.dumps(request.__dict__).encode(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

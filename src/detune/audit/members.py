@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from detune._runtime import needs_extra
-from detune.attacks.denoise import is_white, noise_size
 from detune.attacks.frames import find_actions
+from detune.attacks.measured_noise import is_white, noise_size
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
 from detune.compatibility.groups import BaseGroups, group_by_base, group_fitting, why_foreign, why_left_out
 from detune.compatibility.mismatch import Cause, find_mismatch

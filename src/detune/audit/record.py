@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from detune.certificate.verdict import Verdict
-from detune.checkpoints import Places
+from detune.checkpoints import PrivatePaths
 from detune.checkpoints.entries import is_text
 from detune.errors import printable
 from detune.recovery.report import w_error_range
@@ -382,7 +382,7 @@ class AuditReport(_Record):
     def as_published(self, out: Path) -> "AuditReport":
         """The same for a file in a directory: places on this machine are named from there."""
         models = [*self.models, *((self.base,) if self.base else ())]
-        places = Places(out, [*(model.spec for model in models), *self.invocation.argv])
+        places = PrivatePaths(out, [*(model.spec for model in models), *self.invocation.argv])
         return AuditReport.model_validate_json(json.dumps(places.within(json.loads(self.to_json()))))
 
     def to_json(self) -> str:

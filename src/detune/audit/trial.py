@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detune.attacks.denoise import best_split, with_measured_noise
+from detune.attacks.measured_noise import best_split, with_measured_noise
 from detune.audit.members import ENOUGH
 from detune.audit.naming import Place
 from detune.audit.record import Outcome, TensorEntry

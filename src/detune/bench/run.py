@@ -26,7 +26,7 @@ from detune.bench.layers import Layer
 from detune.bench.methods import Method
 from detune.bench.results import Cell, CellResult, Environment, LayerResult, ResultStore
 from detune.bench.subsets import Subset
-from detune.checkpoints import Places, open_checkpoint, temporary_directory
+from detune.checkpoints import PrivatePaths, open_checkpoint, temporary_directory
 from detune.errors import InputError
 from detune.methods import Mean
 from detune.metrics import bit_identical, squared_error
@@ -338,7 +338,7 @@ def _finish(
     names: dict[int, str],
     environment: Environment,
 ) -> CellResult:
-    places = Places(store.folder.resolve(), [subset.source, store.folder, *([judge.base] if judge else ())])
+    places = PrivatePaths(store.folder.resolve(), [subset.source, store.folder, *([judge.base] if judge else ())])
     layers = store.layers(cell)
     assert [layer.index for layer in layers] == list(names), "every row is there once"
     behaviour, notes = dict[Metric, float](), [f"behaviour was not compared: {unjudged}"]

@@ -3,7 +3,6 @@
 This layer knows files only. Nothing here computes with weights, except for the merge of an adapter.
 """
 
-from detune.checkpoints.adapters import MergedCheckpoint
 from detune.checkpoints.atomic import check_new, new_directory, new_file, require_apart, resolved
 from detune.checkpoints.blocks import round_to
 from detune.checkpoints.disk import reported
@@ -13,12 +12,13 @@ from detune.checkpoints.identity import identity
 from detune.checkpoints.lora import Lora, LoraLayer, open_lora
 from detune.checkpoints.mark import write_mark
 from detune.checkpoints.masks import pack_mask, write_masks
+from detune.checkpoints.merged_checkpoint import MergedCheckpoint
 from detune.checkpoints.modules import Kind, Place, find_places
 from detune.checkpoints.opening import absolute, open_checkpoint
 from detune.checkpoints.paths import inside, plain_name
 from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, pack_layers, peft_layer, unpack_layers
-from detune.checkpoints.places import Places, from_out
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
+from detune.checkpoints.private_paths import PrivatePaths, from_out
 from detune.checkpoints.push import Publication, Pushed, check_repository, push, what_to_push
 from detune.checkpoints.quantised import Decoded
 from detune.checkpoints.run_directory import Noted, RunDirectory, claim, noted_results, remove_spent
@@ -45,7 +45,7 @@ __all__ = [
     "PeftPlaces",
     "PeftWriter",
     "Place",
-    "Places",
+    "PrivatePaths",
     "Publication",
     "Pushed",
     "RunDirectory",

@@ -18,7 +18,7 @@ import yaml
 from detune.checkpoints.hub import is_on_hub
 from detune.checkpoints.layout import read_json
 from detune.checkpoints.paths import plain_name
-from detune.checkpoints.places import Places
+from detune.checkpoints.private_paths import PrivatePaths
 from detune.checkpoints.side_files import CARD, MAX_CARD_BYTES, read_side_file
 from detune.checkpoints.source import Checkpoint
 from detune.checkpoints.view import raw
@@ -140,7 +140,7 @@ def library_of(model: Checkpoint) -> str | None:
     return next(by_key, None)
 
 
-def kept_cards(cards: Sequence[InputCard], places: Places) -> dict[str, bytes]:
+def kept_cards(cards: Sequence[InputCard], places: PrivatePaths) -> dict[str, bytes]:
     """The models' own cards under other names: `README.NAME.md`.
 
     Args:
@@ -191,7 +191,7 @@ def models_table(cards: Iterable[InputCard]) -> str:
     return table(("model", "licence", "made from, by its own card"), rows)
 
 
-def command_block(words: Sequence[str], function: str, places: Places) -> str:
+def command_block(words: Sequence[str], function: str, places: PrivatePaths) -> str:
     """The command that made something, as Markdown: places of this machine by their last name.
 
     Args:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from detune.checkpoints.adapters import MergedCheckpoint
 from detune.checkpoints.excerpt import Excerpt
 from detune.checkpoints.gguf_file import with_gguf_names
 from detune.checkpoints.gguf_header import GGUF_SUFFIX
@@ -13,6 +12,7 @@ from detune.checkpoints.headers import PICKLE_SUFFIXES
 from detune.checkpoints.hub import cached_snapshot, find_repository, is_on_hub, locate
 from detune.checkpoints.layout import component_dirs, pick_weights, weight_map
 from detune.checkpoints.lora import open_lora
+from detune.checkpoints.merged_checkpoint import MergedCheckpoint
 from detune.checkpoints.remote import HubFiles
 from detune.checkpoints.scaled import with_scales
 from detune.checkpoints.source import Checkpoint

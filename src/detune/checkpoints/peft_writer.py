@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from detune.checkpoints.adapters import merge
 from detune.checkpoints.blocks import memory_of
 from detune.checkpoints.entries import Entry
+from detune.checkpoints.merged_checkpoint import merge
 from detune.checkpoints.modules import Kind, Place
 from detune.checkpoints.safetensors_file import encode_safetensors_header
 

@@ -23,7 +23,7 @@ from detune.checkpoints.quantised import Coding, Decoded
 from detune.checkpoints.source import Checkpoint, TensorInfo
 from detune.errors import InputError
 
-__all__ = ["FP8", "Scaled", "with_scales"]
+__all__ = ["FP8", "ScaledCodes", "with_scales"]
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "SCB")
@@ -52,7 +52,7 @@ SIDES = (128, 64, 32, 16, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
-class Scaled:
+class ScaledCodes:
     """A tensor of small numbers, each of which is to be multiplied by a scale.
 
     Attributes:
@@ -134,7 +134,7 @@ def with_scales(model: Checkpoint) -> Checkpoint:
                     f"{next(iter(scales.values()))!r} for instance",
                     "copy the model again, or convert it to bf16",
                 )
-            codings[name] = Scaled(name, None, None, info.shape, (1,) * len(info.shape), _name(info.dtype))
+            codings[name] = ScaledCodes(name, None, None, info.shape, (1,) * len(info.shape), _name(info.dtype))
     if not codings:
         return model
     hidden = {name for name in model.tensors if _ending(name) in (*OTHERS, MARKER, "weight_zero_point")}
@@ -170,7 +170,7 @@ def _plain_configs(model: Checkpoint) -> dict[str, bytes]:
     return plain
 
 
-def _coding(model: Checkpoint, name: str, scale: str) -> Scaled:
+def _coding(model: Checkpoint, name: str, scale: str) -> ScaledCodes:
     info = model.tensors[name]
     sides = _sides(model, name, scale)
     zero_point = f"{name}_zero_point"
@@ -180,7 +180,7 @@ def _coding(model: Checkpoint, name: str, scale: str) -> Scaled:
     blocks = "one scale" if math.prod(model.tensors[scale].shape) == 1 else f"a scale for each {'x'.join(per)}"
     found = zero_point if zero_point in model.tensors else None
     factor = FACTORS.get(_ending(scale), 1.0)
-    return Scaled(name, scale, found, info.shape, sides, f"{_name(info.dtype)}, {blocks}", factor)
+    return ScaledCodes(name, scale, found, info.shape, sides, f"{_name(info.dtype)}, {blocks}", factor)
 
 
 def _sides(model: Checkpoint, name: str, scale: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from detune.cli.defences import defences
+from detune.cli.bench_defences import defences
 from detune.cli.leaderboard import leaderboard
 from detune.cli.options import device_of, device_option
 from detune.cli.output import Output, output_options, quiet_option

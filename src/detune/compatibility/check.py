@@ -12,7 +12,7 @@ from detune.compatibility.light import some_of_each_kind
 from detune.compatibility.model_set import Models, rows_to_read
 from detune.compatibility.reading import Reading
 from detune.compatibility.shared import some
-from detune.compatibility.tensor_ranks import ChangedTensor, ForeignTensor, find_tensor_change
+from detune.compatibility.tensor_change import ChangedTensor, ForeignTensor, find_tensor_change
 from detune.compatibility.views import Fit
 from detune.documents import document, to_json
 from detune.errors import InputError

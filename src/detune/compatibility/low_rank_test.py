@@ -23,10 +23,10 @@ from torch import Tensor
 from detune.numerics.float_grid import HALVES
 from detune.numerics.linalg import product
 from detune.numerics.random import seeded
-from detune.problem.low_rank import FULL_SHARE, is_full_rank
+from detune.problem.rank_rule import FULL_SHARE, OVER_EDGE, is_full_rank
 from detune.problem.solving import told_by_others
 from detune.problem.stack import Stack
-from detune.problem.storage_noise import OVER_EDGE, noise_edge, storage_variance
+from detune.problem.storage_noise import noise_edge, storage_variance
 
 # Smaller matrices are full after a few ranks and tell nothing: two adapters of rank 32, an ordinary one, fill 64
 # directions (derived).

@@ -9,7 +9,7 @@ from torch import Tensor
 from detune.checkpoints import Checkpoint
 from detune.defences.base import Change
 from detune.defences.linear import linear_weights
-from detune.numerics.float8 import fp8_stochastic, named_dither
+from detune.numerics.dithered_fp8 import fp8_stochastic, named_dither
 
 __all__ = ["Fp8"]
 
@@ -18,7 +18,7 @@ _GRIDS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2
 
 @dataclass(frozen=True)
 class Fp8:
-    """Linear layers rounded to fp8 without a scale, up or down by chance; see `detune.numerics.float8`.
+    """Linear layers rounded to fp8 without a scale, up or down by chance; see `detune.numerics.dithered_fp8`.
 
     The release's seed is not used: the chance is the tensor's name, as in the models that ComfyUI merges. What is
     released here are the numbers after dequantising.

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detune.fitting.pair_ranks import solve_ranks
+from detune.fitting.ranks_from_pairs import solve_ranks
 from detune.numerics.linalg import orthonormal, product, thin_svd
 from detune.numerics.random import seeded
-from detune.problem.low_rank import MOST_RANK, is_full_rank
+from detune.problem.rank_rule import SIGNAL, difference_floor, has_full_rank, rank_over
 from detune.problem.stack import SMALL_ENTRIES, Stack
 
 # Test vectors beyond the rank: five to ten (Halko, Martinsson & Tropp 2011, arXiv 0909.4061, Section 4.3).
@@ -32,15 +32,9 @@ FOLDED_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 1024, tor
 # Folding keeps a space of up to half of its rows: singular values change by a factor of `1 ± sqrt(1 / 2)`, and none is
 # lost (derived).
 FOLDED_RANK = 0.5
-# A spectrum that takes nearly all of the shape ends there all the same if its last value stands four times over the
-# noise and some values do not (definition of a gap).
-WELL_ABOVE = 4.0
-# A singular value counts as signal from this multiple of the noise's edge, a bound (arXiv 1408.6185) that lies a fifth
-# above what rounding reaches where all entries are of a kind: noise alone does not come near.
-SIGNAL = 1.15
 # Test vectors show a direction weaker than it is: one hardly above the noise by at most a quarter. Where a value lies
 # between, the matrix is multiplied once more (Halko, Martinsson & Tropp 2011, arXiv 0909.4061, Algorithm 4.3). Test
-# vectors show more of small matrices, and `detune.ranks.search` looks closer there.
+# vectors show more of small matrices, and `detune.fitting.rank_refinement` looks closer there.
 HIDDEN = 0.75
 
 
@@ -126,8 +120,7 @@ def find_differences(
         signal: A singular value counts from this multiple of the storage noise's estimated spectral norm.
 
     Returns:
-        The differences. `full_rank` is set where more than `MOST_RANK` singular values stand over the noise, or all, or
-        more than 7/8 without a gap at the end.
+        The differences, their ranks as `detune.problem.rank_rule` has it.
 
     Raises:
         InputError: The stack holds NaN or Inf.
@@ -140,21 +133,15 @@ def find_differences(
     while missing := [pair for pair in ring(stack.n) if pair not in found]:
         finder = _RangeFinder(_fold(stack, rows, seed), stack, seed)
         for i, j in missing:
-            norm = signal * float(torch.hypot(stack.noise_norm(i, finder.rows), stack.noise_norm(j, finder.rows)))
+            norm = difference_floor(stack.noise_norm(i, finder.rows), stack.noise_norm(j, finder.rows), signal)
             basis, S = finder.row_space(i, j, norm, expected)
             # The other pairs will need about as much.
             expected = max(expected, len(S))
-            full_rank = _is_full_rank(S, norm, min(out, columns))
+            full_rank = has_full_rank(S, norm, min(out, columns))
             if full_rank or len(S) <= FOLDED_RANK * finder.rows or finder.rows == out:
                 found[i, j] = Difference((i, j), basis[:, :cut], S[:cut], norm, full_rank)
         rows *= 4
     return Differences(stack, {pair: found[pair] for pair in ring(stack.n)})
-
-
-def _is_full_rank(S: Tensor, noise_norm: float, most: int) -> bool:
-    """Whether singular values over the noise are too many for a low rank, of at most `most`."""
-    ends = len(S) < most and float(S[-1:].sum()) > WELL_ABOVE * noise_norm
-    return len(S) > MOST_RANK or (is_full_rank(len(S), most) and not ends)
 
 
 def _fold(stack: Stack, rows: int, seed: int) -> Tensor:
@@ -222,7 +209,7 @@ class _Seen(NamedTuple):
     @property
     def rank(self) -> int:
         """How many singular values stand over the noise."""
-        return int(self.S.gt(self.floor).sum())
+        return rank_over(self.S, self.floor)
 
     @property
     def next_over_noise(self) -> float:

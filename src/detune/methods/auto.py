@@ -10,9 +10,10 @@ from torch import Tensor
 
 from detune.fitting.ard import shrink_where_run_off
 from detune.fitting.descent import damped_gauss_newton
-from detune.fitting.differences import SIGNAL, Difference, Differences, find_differences
+from detune.fitting.differences import Difference, Differences, find_differences
 from detune.fitting.gauss_newton import GaussNewton, GaussNewtonFit
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
+from detune.fitting.rank_refinement import refine_ranks
 from detune.fitting.separation import Chosen, well_separated
 from detune.fitting.subspaces import RanksTooHigh, RowSpaces
 from detune.identifiability.principal_part import require_own_adapters
@@ -23,10 +24,10 @@ from detune.methods.spectral import Spectral
 from detune.problem.balance import Balance
 from detune.problem.delta_sizes import independent_models
 from detune.problem.low_rank import LowRank, SVDFactors
+from detune.problem.rank_rule import SIGNAL
 from detune.problem.recovery import NotRecoverable, Recovery, left_alone
 from detune.problem.stack import SMALL_ENTRIES, Stack
 from detune.problem.storage_noise import FLOOR_RATIO
-from detune.ranks.search import select_ranks
 
 # Where the rank is told, singular values of differences are looked for down to this share of the storage noise (any
 # number does: `benchmarks/constants.py`).
@@ -226,7 +227,7 @@ class Auto:
         # Noise that was told may be of any size, and its size is not known well enough for a search.
         search = search and not differences.stack.noise_override
         if search and any(map(_in_doubt, differences.by_pair.values())) and not _in_a_crowd(differences):
-            spaces = select_ranks(spaces, chosen.rank)
+            spaces = refine_ranks(spaces, chosen.rank)
         polished = self.polish.run(spaces.stack, spaces.bases)
         step, method, steps = _best_step(spaces, polished), "intersect+polish", polished.steps
         if step is None or step.noise_ratio > FLOOR_RATIO:

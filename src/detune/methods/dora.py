@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detune.fitting.differences import SIGNAL, find_differences
+from detune.fitting.differences import find_differences
 from detune.fitting.gauss_newton import GaussNewton
 from detune.fitting.least_squares import WStep, w_step, w_step_given_rows
 from detune.fitting.subspaces import find_spaces
@@ -30,6 +30,7 @@ from detune.methods.auto import Auto
 from detune.numerics.float_grid import times_power_of_two
 from detune.numerics.linalg import orthonormal, thin_svd
 from detune.problem.low_rank import LowRank
+from detune.problem.rank_rule import difference_floor
 from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
 from detune.problem.storage_noise import COMPUTED
@@ -187,7 +188,7 @@ def _ratios(stack: Stack, rank: int | None) -> list[Tensor] | None:
     reference = stack.matrices[0].to(stack.device, torch.float64)
     ratios = [torch.ones_like(reference[:, 0])]
     for i in range(1, stack.n):
-        noise = SIGNAL * float(torch.hypot(stack.noise_norm(i, stack.shape[0]), stack.noise_norm(0, stack.shape[0])))
+        noise = difference_floor(stack.noise_norm(i, stack.shape[0]), stack.noise_norm(0, stack.shape[0]))
         noise = max(noise, COMPUTED * float(torch.linalg.matrix_norm(reference)))
         ratio = _ratio(stack, stack.matrices[i].to(reference), reference, noise, rank)
         if ratio is None:

@@ -15,7 +15,16 @@ from torch import Tensor
 from detune.adapters.changes import adapter_names
 from detune.adapters.extract import require_base
 from detune.adapters.fit import fit_adapter
-from detune.checkpoints import Checkpoint, Decoded, Places, new_file, open_checkpoint, raw, require_outside, resolved
+from detune.checkpoints import (
+    Checkpoint,
+    Decoded,
+    PrivatePaths,
+    new_file,
+    open_checkpoint,
+    raw,
+    require_outside,
+    resolved,
+)
 from detune.compatibility.model_set import ModelSet
 from detune.compatibility.shared import is_shared
 from detune.documents import document, to_json
@@ -138,7 +147,7 @@ def pack(
                 packed = packer.add_tensor(index, name)
                 if on_tensor:
                     on_tensor(name, packed)
-            manifest = packer.finish(Places(target.parent, [*models, *places]))
+            manifest = packer.finish(PrivatePaths(target.parent, [*models, *places]))
             archive.add(MANIFEST, manifest.to_json())
         _verify(partial, manifest)
         pack_bytes = partial.stat().st_size
@@ -289,7 +298,7 @@ class _Packer:
             return None
         return to_integers(M_i, W_i) if 0 < M_i.rank * sum(W.shape) < W.numel() else None
 
-    def finish(self, places: Places) -> Manifest:
+    def finish(self, places: PrivatePaths) -> Manifest:
         """Add the files, and say what is in the archive, and where it was from `places`."""
         names = adapter_names([model.spec for model in self._models])
         models = []

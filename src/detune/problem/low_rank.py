@@ -1,6 +1,5 @@
 """Low-rank matrices: by two factors, and by their singular value decomposition."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,26 +8,10 @@ from torch import Tensor
 from detune.numerics.float_grid import times_power_of_two
 from detune.numerics.linalg import gram, product, qr
 
-__all__ = ["LowRank", "SVDFactors", "is_full_rank"]
+__all__ = ["LowRank", "SVDFactors"]
 
 # Singular values below this share of a delta's largest are rounding: some hundred times float64's precision (derived).
 ROUNDING = 1e-13
-# A difference of a higher rank is one of full rank: the ranks of two of LoWRA Bench's adapters (arXiv 2402.10208) add
-# up to 128 at most, and eight times that is left for others.
-MOST_RANK = 1024
-# So is one of more than 7/8 of what its shape allows: of a square matrix it leaves less than a 64th of the
-# entries' degrees of freedom to judge noise by (derived).
-FULL_SHARE = 7 / 8
-
-
-def is_full_rank(rank: int, most: int) -> bool:
-    """Whether a rank is that of a matrix without a low one.
-
-    Args:
-        rank: Singular values that stand over the noise.
-        most: The rank that the shape allows.
-    """
-    return rank > MOST_RANK or rank > math.ceil(FULL_SHARE * most)
 
 
 @dataclass(frozen=True)

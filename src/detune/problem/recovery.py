@@ -21,7 +21,8 @@ from torch import Tensor
 
 from detune.errors import DetuneError
 from detune.numerics.float_grid import times_power_of_two
-from detune.problem.low_rank import MOST_RANK, LowRank
+from detune.problem.low_rank import LowRank
+from detune.problem.rank_rule import MOST_RANK
 from detune.problem.stack import Stack
 
 # A difference of two models splits into two adapters in infinitely many ways; a third model decides (derived, see

@@ -14,10 +14,6 @@ from detune.numerics.float_grid import HALVES, lies_on, spacing
 FLOOR_RATIO = 2.0
 # Factors are computed to 32 units of float64's precision: the square root of a thousand products (derived).
 COMPUTED = 32 * torch.finfo(torch.float64).eps
-# A singular value is signal from this multiple of the edge of the noise: finite matrices scatter. Of 64x64 entries one
-# draw in 10^5 goes beyond, of larger ones fewer (derived: the Tracy-Widom law, Johnstone 2001, doi
-# 10.1214/aos/1009210544).
-OVER_EDGE = 1.1
 
 
 def storage_variance(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:

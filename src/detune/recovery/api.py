@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detune._runtime import command_line
 from detune.certificate.verdict import Verdict
-from detune.checkpoints import CheckpointFiles, Places, Target, absolute, claim, identity, resolved
+from detune.checkpoints import CheckpointFiles, PrivatePaths, Target, absolute, claim, identity, resolved
 from detune.checkpoints.cards import read_card
 from detune.compatibility.groups import Selection, select
 from detune.compatibility.model_set import Models, ModelSet
@@ -209,7 +209,7 @@ def recover(
         }
         report = Report(command, inputs, rows, time.perf_counter() - started)
         named = (target.out, like or "", adapters or "", mask or "")
-        places = Places(target.out, [*models, *given.paths, *named, *command_line()])
+        places = PrivatePaths(target.out, [*models, *given.paths, *named, *command_line()])
         cards = tuple(map(read_card, given.models)) if card else None
         report = results.write(run_directory, completed, files, report, family, places, cards)
         run_directory.remove()

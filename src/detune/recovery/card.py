@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from detune._runtime import command_line
 from detune.certificate.verdict import Verdict
-from detune.checkpoints import Places
+from detune.checkpoints import PrivatePaths
 from detune.checkpoints.cards import (
     CARD,
     InputCard,
@@ -37,7 +37,7 @@ WORTH = {
 
 
 def recovery_cards(
-    report: Report, inputs: Sequence[InputCard], library: str | None, title: str, places: Places
+    report: Report, inputs: Sequence[InputCard], library: str | None, title: str, places: PrivatePaths
 ) -> dict[str, bytes]:
     """The card of a recovery, and those of its models under other names.
 

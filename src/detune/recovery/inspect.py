@@ -15,7 +15,7 @@ from detune.compatibility.groups import select
 from detune.compatibility.light import BELOW_A_STEP, is_light, some_of_each_kind
 from detune.compatibility.model_set import Held, Models, ModelSet, rows_to_read
 from detune.compatibility.shared import surely_shared
-from detune.compatibility.tensor_ranks import find_tensor_change
+from detune.compatibility.tensor_change import find_tensor_change
 from detune.errors import InputError
 from detune.fitting.differences import find_differences
 from detune.methods import Auto

@@ -21,7 +21,7 @@ from detune.adapters.extract import extracting
 from detune.checkpoints import (
     CheckpointFiles,
     Noted,
-    Places,
+    PrivatePaths,
     RunDirectory,
     Target,
     check_new,
@@ -112,7 +112,7 @@ class Results:
         files: CheckpointFiles,
         report: Report,
         family: ModelSet,
-        places: Places,
+        places: PrivatePaths,
         cards: Sequence[InputCard] | None,
     ) -> Report:
         """Put what is complete together, and everything in its place.

@@ -45,7 +45,7 @@ BAD_START = 10.0
 TURNS = 36
 
 
-def select_ranks(spaces: RowSpaces, rank: int | None = None) -> RowSpaces:
+def refine_ranks(spaces: RowSpaces, rank: int | None = None) -> RowSpaces:
     """Spaces with the ranks of least penalised misfit.
 
     Left as they are where the stack is large (more than a million entries a matrix: it is held in float64), where
@@ -90,7 +90,7 @@ class _Elimination:
     def of(cls, stack: Stack, V: Sequence[Tensor]) -> "_Elimination | None":
         """Measure the noise and fit the start; None where that fit is not down to the noise."""
         differences, noise = centred(stack), float(stack.noise.square().mean().sqrt())
-        spectrum = noise_spectrum(stack)
+        spectrum = drawn_spectrum(stack)
         start = descend(differences, V, noise, ENOUGH * float(spectrum[0]) ** 2)
         # Rounding on the way to the merge is in the residual too; outliers do not move the median.
         middles = [float(torch.linalg.svdvals(R_i).median()) for R_i in start.residual]
@@ -217,7 +217,7 @@ def weakest_directions(V: Sequence[Tensor], F: Sequence[Tensor]) -> dict[int, We
     return found
 
 
-def noise_spectrum(stack: Stack, seed: int = 0) -> Tensor:
+def drawn_spectrum(stack: Stack, seed: int = 0) -> Tensor:
     """Singular values of one model's storage noise, descending, float64: of a draw with every entry's own variance.
 
     Bounds from variances alone (`noise_edge`) lie up to a third above it, too much to tell one direction from none.

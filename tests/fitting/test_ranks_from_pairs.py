@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detune.fitting.differences import ring
-from detune.fitting.pair_ranks import solve_ranks
+from detune.fitting.ranks_from_pairs import solve_ranks
 
 ranks_of_models = st.lists(st.integers(0, 64), min_size=3, max_size=9)
 

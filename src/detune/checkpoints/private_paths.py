@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Places", "from_out"]
+__all__ = ["PrivatePaths", "from_out"]
 
 
 def from_out(place: str | Path, out: Path) -> str:
@@ -31,7 +31,7 @@ def from_out(place: str | Path, out: Path) -> str:
     return Path(os.path.relpath(path, out)).as_posix()
 
 
-class Places:
+class PrivatePaths:
     """Rewrites what names places on this machine, in anything that JSON can hold.
 
     Args:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from detune.fitting.differences import find_differences
+from detune.fitting.rank_refinement import drawn_spectrum, refine_ranks, weakest_directions
 from detune.fitting.subspaces import find_spaces
 from detune.problem import Stack
-from detune.ranks.search import noise_spectrum, select_ranks, weakest_directions
 from tests.cases import Regime, make_problem, normal, orthogonal, seeded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +46,7 @@ def hard_set(seed, shape, n, most, overlap, dtype):
 
 
 def selected(stack, rank=None):
-    spaces = select_ranks(find_spaces(find_differences(stack)), rank)
+    spaces = refine_ranks(find_spaces(find_differences(stack)), rank)
     return tuple(V_i.shape[1] for V_i in spaces.bases)
 
 
@@ -80,7 +80,7 @@ def test_a_pattern_of_rounding_is_no_direction():
     stack = Stack.of([(W + M_i).to(dtype) for M_i in deltas])
     error = stack.matrices[0].double() - W - deltas[0]
     pattern = (error - U @ (U.mT @ error)) @ (torch.eye(shape[1]) - V @ V.mT)
-    assert float(torch.linalg.matrix_norm(pattern, 2)) > 1.2 * float(noise_spectrum(stack)[0])
+    assert float(torch.linalg.matrix_norm(pattern, 2)) > 1.2 * float(drawn_spectrum(stack)[0])
     assert selected(stack) == (2, 3, 2)
 
 
@@ -98,21 +98,21 @@ def test_ranks_do_not_depend_on_the_scale():
 def test_float64_is_left_alone():
     """It is computed no more finely than it is stored."""
     spaces = find_spaces(find_differences(Stack.of(make_problem(Regime(ranks=(3, 4, 5)), seeded()).stack)))
-    assert select_ranks(spaces) is spaces
+    assert refine_ranks(spaces) is spaces
 
 
 def test_models_of_different_precision_are_left_alone():
     problem = make_problem(Regime(ranks=(3, 4, 5), dtype=torch.float32, scale=0.3), seeded())
     stack = Stack.of([W_i.bfloat16() if i else W_i for i, W_i in enumerate(problem.stack)])
     spaces = find_spaces(find_differences(stack))
-    assert select_ranks(spaces) is spaces
+    assert refine_ranks(spaces) is spaces
 
 
 def test_large_stacks_are_left_alone(monkeypatch):
-    monkeypatch.setattr("detune.ranks.search.SMALL_ENTRIES", 80 * 64 - 1)
+    monkeypatch.setattr("detune.fitting.rank_refinement.SMALL_ENTRIES", 80 * 64 - 1)
     stack, _ = hard_set(7, (80, 64), 5, 4, 0.9, torch.bfloat16)
     spaces = find_spaces(find_differences(stack))
-    assert select_ranks(spaces) is spaces
+    assert refine_ranks(spaces) is spaces
 
 
 def test_one_frozen_a_is_left_alone():
@@ -121,7 +121,7 @@ def test_one_frozen_a_is_left_alone():
     W, A = torch.randn(96, 96, generator=generator), torch.randn(4, 96, generator=generator)
     stack = Stack.of([W + 0.01 * torch.randn(96, 4, generator=generator) @ A for _ in range(4)])
     spaces = find_spaces(find_differences(stack))
-    assert select_ranks(spaces) is spaces
+    assert refine_ranks(spaces) is spaces
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,7 +129,7 @@ def test_the_drawn_noise_is_as_large_as_the_true(dtype):
     W = normal(seeded(5), 128, 96)
     stored = W.to(dtype)
     true = torch.linalg.svdvals(stored.double() - W)
-    drawn = noise_spectrum(Stack.of([stored] * 3))
+    drawn = drawn_spectrum(Stack.of([stored] * 3))
     # Two draws of such a size differ by some percent.
     torch.testing.assert_close(drawn[:64], true[:64], rtol=0.08, atol=0)
 

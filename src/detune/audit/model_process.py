@@ -1,4 +1,4 @@
-"""The program that runs models for an audit: `python -m detune.audit.running`, a request on its standard input.
+"""The program that runs models for an audit: `python -m detune.audit.model_process`, a request on its standard input.
 
 The audit starts it; see `detune.audit.behaviour`. It ends with an answer in a file, or not at all.
 """

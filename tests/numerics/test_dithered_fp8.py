@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detune.numerics.float8 import fp8_grid_of, fp8_interval, fp8_stochastic, named_dither
+from detune.numerics.dithered_fp8 import fp8_grid_of, fp8_interval, fp8_stochastic, named_dither
 from detune.numerics.float_grid import lies_on, spacing
 from tests.cases import normal, seeded
 

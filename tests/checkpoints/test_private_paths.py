@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from detune.checkpoints.places import Places, from_out
+from detune.checkpoints.private_paths import PrivatePaths, from_out
 from tests.bench.tiny_models import save_bert
 from tests.command import run_command
 from tests.families import Fine, plain_family, tree
@@ -37,7 +37,7 @@ def test_paths_are_told_from_where_the_file_is(place: str, out: str, shown: str)
 
 def test_places_are_rewritten_wherever_they_stand() -> None:
     given = ["/home/ada/work/ft", "/home/ada/work/ft-2", "~/work/base+/home/ada/loras/x", "org/model@main", "ft-3"]
-    places = Places(Path("/home/ada/work/out"), given)
+    places = PrivatePaths(Path("/home/ada/work/out"), given)
     content = {
         "inputs": [{"spec": spec, "size": 3} for spec in given],
         "/home/ada/work/ft-2": ("tensor 'a' of /home/ada/work/ft is damaged", None, 1.5),
@@ -53,7 +53,7 @@ def test_places_are_rewritten_wherever_they_stand() -> None:
 
 def test_only_whole_places_are_rewritten() -> None:
     """In a container models lie in places as short as "/a"."""
-    places = Places(Path("/out"), ["/a", "/b.c", "--like=/a", "/home/ada/x+y"])
+    places = PrivatePaths(Path("/out"), ["/a", "/b.c", "--like=/a", "/home/ada/x+y"])
     kept = ["unet/attn.weight", "unet/a/b.c", "/ab", "/a-b", "/a.bin", "/home/adam", "https://example.org/a"]
     assert places.within(kept) == kept
     assert places.within(["in /a", "/a/model.bin, /b.c.", "--like=/a", "(/a)", "base+/a", "file:///home/ada/z"]) == [
@@ -132,5 +132,5 @@ def test_no_file_that_may_be_published_names_the_home(fine, where, tmp_path, mon
 def test_words_that_only_look_like_places_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     words = ["", "~", "~nobody-has-this-name/x", "+", "/", "--out", str(tmp_path / "loop"), "a\0b"]
-    places = Places(tmp_path, words)
+    places = PrivatePaths(tmp_path, words)
     assert places.within(["--out", "a/b", 1, None, ""]) == ["--out", "a/b", 1, None, ""]

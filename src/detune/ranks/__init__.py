@@ -1,1 +1,0 @@
-"""Ranks near the storage noise, found from all models together."""
