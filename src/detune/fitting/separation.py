@@ -63,4 +63,6 @@ def well_separated(n: int, models: tuple[int, ...], choose: Callable[[tuple[int,
     if n <= FEWEST_MODELS or first.are_separated:
         return first
     others = (choose(three) for three in combinations(range(n), FEWEST_MODELS) if three != models)
-    return next((each for each in islice(others, MOST_LOOKED_AT) if each.are_separated), first)
+    # Of an adapter below the noise no space shows.
+    shown = (each for each in islice(others, MOST_LOOKED_AT) if all(each.differences.ranks))
+    return next((each for each in shown if each.are_separated), first)
