@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from detune.certificate.certify import Certificate, Verdict, certify
-from detune.certificate.error_model import EXCESS
 from detune.methods import Auto
 from detune.metrics import w_error
 from detune.problem import Recovery, Stack
-from detune.problem.storage_noise import storage_variance
+from detune.problem.storage_noise import EXCESS_VARIANCE, storage_variance
 from tests.cases import Problem, Regime, make_problem, normal, seeded
 
 SOLVER = Auto(lattice=None)
@@ -93,7 +92,7 @@ def test_more_than_storage_noise_is_a_doubt_where_spectra_run_into_it():
     W_star = given.W_star.float()
     stack = Stack.of(torch.stack([W_star + M_i.float() for M_i in given.deltas]))
     recovery = SOLVER.solve(stack)
-    assert recovery.noise_ratio > EXCESS**0.5
+    assert recovery.noise_ratio > EXCESS_VARIANCE**0.5
     found = certify(stack, recovery, stored=torch.float32)
     assert found.verdict is Verdict.FLOOR
     assert holds(found, w_error(recovery.weight.float(), W_star.double()))

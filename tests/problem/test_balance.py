@@ -6,7 +6,6 @@ import torch
 from detune.fitting.differences import find_differences
 from detune.methods import Auto
 from detune.problem import LowRank, Stack
-from detune.problem.balance import Balance
 from detune.problem.recovery import Recovery
 from tests.cases import normal, rms, seeded
 
@@ -29,27 +28,31 @@ def test_rounding_is_as_large_in_all_rows_and_columns():
     W, _, _ = uneven(torch.float64)
     W_i = W.bfloat16()
     stack = Stack.of([W_i] * 3)
-    balance = Balance.of(stack)
+    balance = stack.balance
+    assert balance is not None
     rounding = (W_i.double() - W) * balance.rows[:, None] * balance.columns
-    assert balance.applied(stack).noise_override == pytest.approx([rms(rounding)] * 3, rel=0.05)
+    assert stack.scaled(balance).noise_override == pytest.approx([rms(rounding)] * 3, rel=0.05)
     for size in (rounding.square().mean(dim=0).sqrt(), rounding.square().mean(dim=1).sqrt()):
         assert size.max() < 1.6 * size.min()
 
 
 def test_even_matrices_stay_as_they_are():
     W = normal(seeded(0), 300, 280).bfloat16()
-    balance = Balance.of(Stack.of([W, W, W]))
+    balance = Stack.of([W, W, W]).balance
+    assert balance is not None
     assert balance.rows.max() < 1.4 * balance.rows.min()
     assert balance.columns.max() < 1.4 * balance.columns.min()
 
 
 def test_answers_come_back():
     _, deltas, stack = uneven()
-    balance = Balance.of(stack)
+    balance = stack.balance
+    assert balance is not None
     M = LowRank(deltas[0][:, :2].clone(), torch.eye(SHAPE[1], 2, dtype=torch.float64))
-    scaled = balance.delta(M)
-    weight = balance.applied(stack).matrices[0].double()
-    found = balance.restored(Recovery(weight, "intersect", "", (scaled,), (2,)))
+    scaled = M.scaled(balance.rows, balance.columns)
+    weight = stack.scaled(balance).matrices[0].double()
+    answer = Recovery(weight, "intersect", "", (scaled,), (2,))
+    found = answer.scaled(1 / balance.rows, 1 / balance.columns)
     assert torch.allclose(found.deltas[0].dense(), M.dense())
     assert torch.allclose(found.weight, stack.matrices[0].double(), rtol=1e-6)
 
@@ -78,7 +81,14 @@ def test_a_row_of_zeros_in_one_model_is_not_multiplied_beyond_all_numbers():
     for W_i in others:
         W_i[40] = 2.0**-10 * W_i[40]
     given = Stack.of([first, *others])
-    balanced = Balance.of(given).applied(given)
+    assert given.balance is not None
+    balanced = given.scaled(given.balance)
     assert all(bool(torch.isfinite(W_i).all()) for W_i in balanced.matrices)
     assert max(balanced.noise_override) < 2 * min(balanced.noise_override)
     assert torch.isfinite(Auto().solve(given).weight).all()
+
+
+def test_only_half_precision_is_balanced():
+    W, deltas, stack = uneven()
+    assert Stack.of([*stack.matrices[:2], (W.double() + deltas[2]).float()]).balance is None
+    assert Stack.of([W_i.float() for W_i in stack.matrices]).balance is not None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from detune.attacks.groups import Group, Normal
-from detune.problem.storage_noise import storage_variance
+from detune.problem.storage_noise import FLOOR_RATIO, storage_variance
 
 __all__ = ["FALLS", "Fit", "Side", "fit", "stay"]
 
@@ -38,8 +38,6 @@ _COMPUTED = 16 * torch.finfo(torch.float64).eps
 # Two stored matrices, one of them turned, have twice the storage variance of one; a merge that was stored before it was
 # turned had been rounded once before, and both were.
 _ROUNDINGS = 4
-# A variance outside the large directions of up to this multiple of rounding's is rounding.
-_AT_NOISE = 4.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Fit:
     @property
     def at_noise(self) -> bool:
         """Whether A explains the releases."""
-        return self.settled and self.excess <= _AT_NOISE
+        return self.settled and self.excess <= FLOOR_RATIO**2
 
 
 def fit(sides: Sequence[Side], group: Group, start: Tensor | None = None, fall: float = FALLS[0]) -> Fit:
@@ -127,7 +125,7 @@ def fit(sides: Sequence[Side], group: Group, start: Tensor | None = None, fall: 
         eps2 = [max(fall * e, least) for e, least in zip(eps2, noise, strict=True)]
         history.append(max(rest / least for rest, least in zip(left, noise, strict=True)))
         settled = moved <= max(_ENOUGH * _precision(sides), _COMPUTED)
-        hopeless = len(history) > patience and history[-1] > max(_AT_NOISE, history[-1 - patience] / 2)
+        hopeless = len(history) > patience and history[-1] > max(FLOOR_RATIO**2, history[-1 - patience] / 2)
         if hopeless or settled:
             break
     return Fit(A, history[-1], settled)

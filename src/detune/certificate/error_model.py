@@ -17,13 +17,10 @@ from detune.lattice import is_coarse
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import Recovery
 from detune.problem.stack import Stack
-from detune.problem.storage_noise import COMPUTED, FLOOR_RATIO
+from detune.problem.storage_noise import COMPUTED, EXCESS_VARIANCE, FLOOR_RATIO
 
 # A part is most of a whole from a half on, and a share of it that counts from a quarter on (definitions of doubts).
 MOST, MUCH = 0.5, 0.25
-# An excess of variance over the storage noise's is one from a fifth on: twice the scatter of its estimate, a few per
-# cent, and of the rounding that a merge adds on its way (definition of a doubt).
-EXCESS = 1.2
 # The noise that rounding must leave is known as well as if 30 entries had been seen: it decides where residuals have
 # few degrees of freedom, and nowhere else (derived).
 PRIOR = 30.0
@@ -215,7 +212,7 @@ class ErrorModel:
 
         That leaves less in the misfit than independent rounding errors would.
         """
-        alike = self.weakest_delta < STEP or self.excess < 1 / EXCESS
+        alike = self.weakest_delta < STEP or self.excess < 1 / EXCESS_VARIANCE
         return not self.stack.noise_override and (alike or is_coarse(self.stack))
 
     def _is_steep(self, after: StoredError) -> bool:
@@ -255,7 +252,7 @@ class ErrorModel:
                 "deltas are small beside the levels of quantisation: the models were rounded alike",
             ),
             (
-                explained and self.excess > EXCESS and computed > MUCH * noise,
+                explained and self.excess > EXCESS_VARIANCE and computed > MUCH * noise,
                 "the rounding of the computation, not of the models, is what limits the answer",
             ),
             (
@@ -278,7 +275,7 @@ class ErrorModel:
                 "deltas hardly exceed a unit in the last place: the models round alike, and that cannot be simulated",
             ),
             (
-                self.excess > EXCESS and runs_on and not unexplained,
+                self.excess > EXCESS_VARIANCE and runs_on and not unexplained,
                 "more is left than storage noise: directions of the adapters that were not found may be in it",
             ),
             (

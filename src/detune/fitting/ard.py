@@ -30,7 +30,7 @@ from detune.numerics.linalg import orthonormal
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import PredictedError, Recovery
 from detune.problem.stack import SMALL_ENTRIES, Stack
-from detune.problem.storage_noise import noise_edge
+from detune.problem.storage_noise import AT_NOISE, noise_edge
 
 __all__ = ["ARDFit", "fit_ard", "shrink_where_run_off"]
 
@@ -49,9 +49,6 @@ NOTHING = 0.5
 # Deltas whose weakest direction stands eight times over the noise are what least squares says: holding it down would
 # take a 64th of it (derived).
 CLEAR = 8.0
-# A fit that leaves more lacks directions, and its size says nothing of those it has: the ratio scatters by less than a
-# hundredth, from two matrices of 64x64 on (derived).
-AT_NOISE = 1.05
 # Energy of the deltas over that of deltas held down, from which on they have run off. Below that, holding down costs
 # the weak directions that are real as much as it saves (measured on these merges).
 RAN_OFF = 1.5

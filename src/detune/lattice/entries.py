@@ -113,8 +113,9 @@ def in_rounded_dtypes(stack: Stack) -> Stack:
         W_i.to(dtype) if W_i.dtype != dtype and lies_on(W_i, dtype) else W_i
         for W_i, dtype in zip(stack.matrices, stack.rounded_dtypes, strict=True)
     )
+    as_stored = all(W_i is given for W_i, given in zip(rounded, stack.matrices, strict=True))
     # One model alone may have left a half-precision base as it was.
-    return replace(stack, matrices=rounded) if stack.n > 1 else stack
+    return stack if as_stored or stack.n == 1 else replace(stack, matrices=rounded)
 
 
 def grid_of(dtype: torch.dtype | None) -> np.ndarray:

@@ -76,9 +76,9 @@ class Estimate:
 
     def scaled(self, rows: Tensor, columns: Tensor) -> "Estimate":
         """The estimate with rows and columns multiplied by these numbers; what it lacks is dropped."""
+        found = LowRank(self.left, self.right).scaled(rows, columns)
         up, along = rows.to(self.left), columns.to(self.right)
-        left, right = self.left * up[:, None], self.right * along[:, None]
-        return Estimate(left, right, self.rows * up.square(), self.columns * along.square())
+        return Estimate(found.left, found.right, self.rows * up.square(), self.columns * along.square())
 
     def wider(self, factor: float) -> "Estimate":
         """The estimate with all variances multiplied."""

@@ -3,8 +3,6 @@
 from dataclasses import replace
 
 from detune.lattice.estimate import Estimate
-from detune.lattice.light import all_half
-from detune.problem.balance import Balance
 from detune.problem.delta_sizes import beside_rounding
 from detune.problem.recovery import Recovery
 from detune.problem.stack import Stack
@@ -21,18 +19,18 @@ def from_least_squares(stack: Stack, start: Recovery) -> tuple[Estimate, ...]:
         start: A recovery of them that knows no grid.
     """
     own = stack.noise.square().cpu()
-    balance = Balance.of(stack) if all_half(stack) else None
-    own = balance.noise.square() if balance else own
+    own = stack.balance.noise.square() if stack.balance else own
     noise = own + (own.sum() - own) / max(1, stack.n - 1) ** 2
-    if balance is None:
+    if stack.balance is None:
         return tuple(
             replace(Estimate.of(M_i, float(variance)), lack=float(variance) / 2)
             for M_i, variance in zip(start.deltas, noise, strict=True)
         )
-    typical = float((-2 * (balance.rows.log().mean() + balance.columns.log().mean())).exp())
-    scaled = [Estimate.of(balance.delta(M_i), float(v)) for M_i, v in zip(start.deltas, noise, strict=True)]
+    rows, columns = stack.balance.rows, stack.balance.columns
+    typical = float((-2 * (rows.log().mean() + columns.log().mean())).exp())
+    scaled = [Estimate.of(M_i.scaled(rows, columns), float(v)) for M_i, v in zip(start.deltas, noise, strict=True)]
     return tuple(
-        replace(e.scaled(1 / balance.rows, 1 / balance.columns), lack=typical * float(variance) / 2)
+        replace(e.scaled(1 / rows, 1 / columns), lack=typical * float(variance) / 2)
         for e, variance in zip(scaled, noise, strict=True)
     )
 

@@ -21,7 +21,6 @@ from detune.lattice import HALVES, LatticeSearch, NoGrid, all_half, is_coarse, s
 from detune.methods.agreement import solve_versions, unchanged
 from detune.methods.mixed_precision import solve_from, solve_from_finest
 from detune.methods.spectral import Spectral
-from detune.problem.balance import Balance
 from detune.problem.delta_sizes import independent_models
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.rank_rule import SIGNAL
@@ -129,14 +128,15 @@ class Auto:
     def _chosen(self, stack: Stack, models: tuple[int, ...], rank: int | None) -> Chosen:
         """Differences of some models, of rows and columns with even rounding where they can be."""
         part = stack.part(models) if len(models) < stack.n else stack
-        balance = Balance.of(part) if self.lattice is not None and all_half(part) and not part.noise_override else None
-        differences = find_differences(balance.applied(part) if balance else part, rank, self.seed)
+        balance = part.balance if self.lattice is not None and not part.noise_override else None
+        differences = find_differences(part.scaled(balance) if balance else part, rank, self.seed)
         return Chosen(models, differences, balance, rank, self.seed)
 
     def _quick(self, chosen: Chosen) -> Recovery:
         """The closed form without a search for ranks."""
         found = self._closed_form(chosen, search=False)
-        return chosen.balance.restored(found) if chosen.balance else found
+        balance = chosen.balance
+        return found.scaled(1 / balance.rows, 1 / balance.columns) if balance else found
 
     def _on_grid(self, stack: Stack, chosen: Chosen) -> Recovery:
         """The closed form, and the base's bits from there; the best of least squares where no grid shows."""

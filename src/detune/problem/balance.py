@@ -5,14 +5,12 @@ large as others, and so is their rounding, which then hides the deltas of all th
 has the rank of `M_i`.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from detune.problem.low_rank import LowRank
-from detune.problem.recovery import Recovery
-from detune.problem.stack import Stack
 from detune.problem.storage_noise import storage_variance
 
 # Rows and columns are weighed by this many entries of each, which tell a row's noise to a tenth (derived).
@@ -39,11 +37,18 @@ class Balance:
     noise: Tensor
 
     @classmethod
-    def of(cls, stack: Stack) -> "Balance":
-        """Weigh the rows and columns of a stack by the rounding of some of their entries."""
-        some_rows, some_columns = (torch.arange(0, size, max(1, size // SAMPLED)) for size in stack.shape)
-        of_rows, of_columns = _rounding(stack, some_columns, 1).mean(dim=0), _rounding(stack, some_rows, 0)
-        rows, columns = (torch.ones(size, dtype=torch.float64) for size in stack.shape)
+    def of(cls, matrices: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> "Balance":
+        """Weigh the rows and columns of a stack by the rounding of some of their entries.
+
+        Args:
+            matrices: The models, `(out, in)` each.
+            dtypes: The dtypes that they were rounded to.
+        """
+        shape = matrices[0].shape
+        some_rows, some_columns = (torch.arange(0, size, max(1, size // SAMPLED)) for size in shape)
+        of_rows = _rounding(matrices, dtypes, some_columns, 1).mean(dim=0)
+        of_columns = _rounding(matrices, dtypes, some_rows, 0)
+        rows, columns = (torch.ones(size, dtype=torch.float64) for size in shape)
         for _ in range(ROUNDS):
             rows = 1 / (of_rows * columns[some_columns]).mean(dim=1)
             columns = 1 / (of_columns.mean(dim=0) * rows[some_rows, None]).mean(dim=0)
@@ -51,36 +56,13 @@ class Balance:
         weights = rows[some_rows, None] * columns
         return cls(rows.sqrt(), columns.sqrt(), (of_columns * weights).mean(dim=(1, 2)).sqrt())
 
-    def applied(self, stack: Stack) -> Stack:
-        """The stack, scaled, in float32 or finer: the noise is told."""
-        matrices = tuple(
-            W_i.to(torch.promote_types(W_i.dtype, torch.float32)) * self.rows[:, None].to(W_i.device, torch.float32)
-            for W_i in stack.matrices
-        )
-        for W_i in matrices:
-            W_i.mul_(self.columns.to(W_i.device, torch.float32))
-        return replace(stack, matrices=matrices, noise_override=tuple(self.noise.tolist()))
 
-    def delta(self, M_i: LowRank) -> LowRank:
-        """The delta of the scaled stack for one of the stack."""
-        return LowRank(M_i.left * self.rows.to(M_i.left)[:, None], M_i.right * self.columns.to(M_i.right)[:, None])
-
-    def restored(self, found: Recovery) -> Recovery:
-        """The least-squares answer for the stack, from that for the scaled one."""
-        up, along = self.rows.to(found.weight), self.columns.to(found.weight)
-        deltas = tuple(
-            LowRank(M_i.left / self.rows.to(M_i.left)[:, None], M_i.right / self.columns.to(M_i.right)[:, None])
-            for M_i in found.deltas
-        )
-        return replace(found, weight=found.weight / up[:, None] / along, deltas=deltas, residuals=None)
-
-
-def _rounding(stack: Stack, some: Tensor, dim: int) -> Tensor:
+def _rounding(matrices: Sequence[Tensor], dtypes: Sequence[torch.dtype], some: Tensor, dim: int) -> Tensor:
     """Mean square of each entry's rounding in some rows or columns, `(n, rows, columns)`; zeros have some, too."""
     found = torch.stack(
         [
             storage_variance(W_i.index_select(dim, some.to(W_i.device)).cpu(), dtype)
-            for W_i, dtype in zip(stack.matrices, stack.rounded_dtypes, strict=True)
+            for W_i, dtype in zip(matrices, dtypes, strict=True)
         ]
     )
     return found.clamp(min=NEGLIGIBLE * float(found.flatten().median()))

@@ -50,6 +50,10 @@ class LowRank:
         left, right = times_power_of_two(self.left, exponent - half), times_power_of_two(self.right, half)
         return replace(self, left=left, right=right)
 
+    def scaled(self, rows: Tensor, columns: Tensor) -> "LowRank":
+        """The matrix with rows and columns multiplied by these numbers, `(out,)` and `(in,)`."""
+        return LowRank(self.left * rows.to(self.left)[:, None], self.right * columns.to(self.right)[:, None])
+
     def correlation(self, other: "LowRank") -> float:
         """Inner product with another matrix over the norms of both; 0 where one is zero."""
         size = self.energy * other.energy

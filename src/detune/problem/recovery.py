@@ -179,6 +179,13 @@ class Recovery:
             mse_exponent=self.mse_exponent + 2 * exponent,
         )
 
+    def scaled(self, rows: Tensor, columns: Tensor) -> "Recovery":
+        """The least-squares answer for models with rows and columns multiplied by these numbers, `(out,)`, `(in,)`."""
+        weight = self.weight * rows.to(self.weight)[:, None] * columns.to(self.weight)
+        return replace(
+            self, weight=weight, deltas=tuple(M_i.scaled(rows, columns) for M_i in self.deltas), residuals=None
+        )
+
     def with_plain_errors(self) -> "Recovery":
         """The answer with mean squared errors that are the weight's."""
         exponent = self.mse_exponent

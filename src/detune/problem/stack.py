@@ -16,6 +16,7 @@ from detune.numerics.device import find_device, multiplies_bfloat16, upload
 from detune.numerics.float_grid import HALVES
 from detune.numerics.linalg import weighted_sum
 from detune.numerics.random import seeded
+from detune.problem.balance import Balance
 from detune.problem.storage_noise import as_rounded, noise_edge, sample_rows, storage_variance
 
 
@@ -312,6 +313,23 @@ class Stack:
     def rounded_dtypes(self) -> tuple[torch.dtype, ...]:
         """The dtype that each model was rounded to, judged by some rows."""
         return tuple(sample.dtype for sample in as_rounded([sample_rows(W_i) for W_i in self.matrices]))
+
+    @cached_property
+    def balance(self) -> Balance | None:
+        """What makes rounding as large in all rows and columns; None unless all models are in half precision."""
+        if not set(self.rounded_dtypes) <= set(HALVES):
+            return None
+        return Balance.of(self.matrices, self.rounded_dtypes)
+
+    def scaled(self, balance: Balance) -> "Stack":
+        """The models with rows and columns multiplied, in float32 or finer: the noise is told."""
+        matrices = tuple(
+            W_i.to(torch.promote_types(W_i.dtype, torch.float32)) * balance.rows[:, None].to(W_i.device, torch.float32)
+            for W_i in self.matrices
+        )
+        for W_i in matrices:
+            W_i.mul_(balance.columns.to(W_i.device, torch.float32))
+        return replace(self, matrices=matrices, noise_override=tuple(balance.noise.tolist()))
 
     def variance(self, model: int) -> Tensor:
         """Storage variance of every entry of a model, `(out, in)`, float64: a pass over all matrices."""

@@ -8,9 +8,15 @@ from torch import Tensor
 
 from detune.numerics.float_grid import HALVES, lies_on, spacing
 
-# A residual of more than twice the storage noise is not storage noise: the closed form alone leaves 1.05 to 1.86 times
-# the noise for LoRA, rsLoRA, AdaLoRA and VB-LoRA, and 180 times and more for HRA (measured on `tiny_set` of
-# benchmarks/peft_sets.py, three and five models).
+# Goodness of fit is the root mean square of a residual over that of the storage noise, at three levels. Up to this one
+# the residual is the noise: the ratio scatters by less than a hundredth, from two matrices of 64x64 on (derived).
+AT_NOISE = 1.05
+# Above this one there is an excess, of a fifth in the variance: twice the scatter of its estimate, a few per cent, and
+# of the rounding that a merge adds on its way (definition of a doubt).
+EXCESS_VARIANCE = 1.2
+# Above this one the fit does not explain the models: the closed form alone leaves 1.05 to 1.86 times the noise for
+# LoRA, rsLoRA, AdaLoRA and VB-LoRA, and 180 times and more for HRA (measured on `tiny_set` of benchmarks/peft_sets.py,
+# three and five models).
 FLOOR_RATIO = 2.0
 # Factors are computed to 32 units of float64's precision: the square root of a thousand products (derived).
 COMPUTED = 32 * torch.finfo(torch.float64).eps
