@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 import detune
-from detune.audit import audit, behaviour, running
+from detune.audit import audit, behaviour, model_process
 from detune.audit.behaviour import Judge
 from detune.audit.record import AuditReport, Behaviour
 from detune.checkpoints import open_checkpoint
@@ -78,11 +78,11 @@ def configure(fine: Fine) -> Any:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are run in this process, to spare the tests the start of another one."""
-    monkeypatch.setattr(running, "_limit_memory", lambda more_bytes: None)
+    monkeypatch.setattr(model_process, "_limit_memory", lambda more_bytes: None)
 
     def run(command: Any, input: bytes, **_: Any) -> Any:  # as `subprocess.run` has it
         monkeypatch.setattr("sys.stdin", io.StringIO(input.decode()))
-        running.main()
+        model_process.main()
         return type("Ended", (), {"returncode": 0, "stderr": b""})
 
     monkeypatch.setattr(behaviour.subprocess, "run", run)
@@ -158,7 +158,7 @@ class TestTheProcess:
     @pytest.mark.parametrize(
         ("body", "note"),
         [
-            ("import torch; running._limit_memory(2**28); torch.ones(2**28)", "not run: RuntimeError: .*memory"),
+            ("import torch; model_process._limit_memory(2**28); torch.ones(2**28)", "not run: RuntimeError: .*memory"),
             ("raise SystemExit('gone')", "not run: the process that ran the models failed; gone"),
             ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"was killed \(signal 9\)"),
             ("import time; time.sleep(600)", "the models were still running after 1 s"),
@@ -168,7 +168,8 @@ class TestTheProcess:
     def test_whatever_becomes_of_it(
         self, fine: Fine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, note: str
     ) -> None:
-        code = f"from detune.audit import running\ndef f(*_): {body}\nrunning._compare = f\nrunning.main()\n"
+        lines = "from detune.audit import model_process", f"def f(*_): {body}", "model_process._compare = f"
+        code = "\n".join((*lines, "model_process.main()"))
         run = behaviour.subprocess.run
         monkeypatch.setattr(
             behaviour.subprocess,

@@ -43,7 +43,7 @@ def mutate_config(draw: Random, folder: Path) -> None:
 
 def read_config(folder: Path, _: Path) -> None:
     """Tensors are placed, layers found and outputs compared, or not; nothing else may happen."""
-    from detune.audit import running
+    from detune.audit import model_process
 
     model = folder / "model"
     with open_checkpoint(model) as checkpoint:
@@ -54,14 +54,14 @@ def read_config(folder: Path, _: Path) -> None:
             read_layers(checkpoint.root, {name: info.shape for name, info in checkpoint.tensors.items()})
     prompts = folder / "prompts.csv"
     prompts.write_text("prompt\nwhales breathe air\n")
-    request = running.Request(str(model), str(model), None, str(prompts), str(folder / "answer.json"), 0)
-    with exchanged(running, "_limit_memory", lambda more_bytes: None), warnings.catch_warnings():
+    request = model_process.Request(str(model), str(model), None, str(prompts), str(folder / "answer.json"), 0)
+    with exchanged(model_process, "_limit_memory", lambda more_bytes: None), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with (
             exchanged(sys, "stdin", io.StringIO(json.dumps(request.__dict__))),
             contextlib.redirect_stderr(io.StringIO()),
         ):
-            running.main()
+            model_process.main()
     answer = json.loads((folder / "answer.json").read_text())
     if answer["metric"] is None and not answer["note"].startswith("not "):
         raise Wrong(f"neither an answer nor a reason: {answer}")
