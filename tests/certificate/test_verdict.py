@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from detune.certificate.verdict import BAND, Certificate, Verdict
+from detune.certificate.verdict import BAND, Certificate, Trust, Verdict
 from detune.problem import PredictedError
 
 
@@ -85,3 +85,10 @@ def test_what_its_dtype_does_not_hold_is_lost(certificate, verdict, ends):
 def test_what_its_dtype_holds_stays_as_it_is():
     certificate = Certificate(Verdict.EXACT, "why")
     assert certificate.rounded("float32", 0.0) is certificate
+
+
+def test_every_verdict_is_put_in_words():
+    for verdict in Verdict:
+        assert verdict.trust in Trust
+        assert not verdict.summary.endswith(".")
+        assert verdict.meaning.endswith(".")

@@ -33,7 +33,7 @@ def error_of(report: AuditReport, outcome: Outcome) -> float | None:
 
 
 def _is_exact(report: AuditReport, outcome: Outcome) -> bool:
-    return outcome.verdict in ("exact", "shared") if report.base is None else outcome.identical == 1
+    return outcome.is_exact(measured=report.base is not None)
 
 
 def _curve(report: AuditReport) -> Chart | None:

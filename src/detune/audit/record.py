@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
-from detune.certificate.verdict import Verdict
+from detune.certificate.verdict import Trust, Verdict
 from detune.checkpoints import PrivatePaths
 from detune.checkpoints.entries import is_text
 from detune.errors import printable
@@ -41,8 +41,6 @@ Level = Literal["error", "warning", "note"]
 
 Closeness = Literal["exact", "floor", "approximate"]
 
-# Verdicts that say that the base's own bits are back.
-ALL_BITS = (Verdict.EXACT, Verdict.SHARED)
 # A range that ends no further above a prediction is what every prediction has, but for the rounding of a mean.
 AS_CLOSE = 0.301
 
@@ -141,6 +139,10 @@ class Outcome(_Record):
     identical: float | None = None
     given_away: bool
     seconds: float
+
+    def is_exact(self, *, measured: bool) -> bool:
+        """Whether the base's own bits are back: as measured against the base, or by the verdict."""
+        return self.identical == 1 if measured else Verdict(self.verdict).trust is Trust.BITS
 
     @property
     def expected(self) -> str:
@@ -372,7 +374,7 @@ class AuditReport(_Record):
         """
         if closeness == "exact":
             outcomes = (outcome for entry in self.tensors for outcome in entry.outcomes if outcome.given_away)
-            return any(out.verdict in ALL_BITS if self.base is None else out.identical == 1 for out in outcomes)
+            return any(outcome.is_exact(measured=self.base is not None) for outcome in outcomes)
         return any(
             result.level == "error"
             or (closeness == "approximate" and result.rule_id == "kept" and result.level == "warning")

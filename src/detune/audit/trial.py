@@ -33,7 +33,6 @@ MOST_STEPS = 100.0
 AT_FLOOR = 2.0
 # An error so many times smaller than the change made by fine-tuning gives the base away.
 CLOSER = 100.0
-SURE = (Verdict.SHARED, Verdict.EXACT, Verdict.FLOOR)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Trial:
             found = self._solve(name, Held(tensors[:k], held.models[:k], held.noise[:k]), figures)
             if k == len(tensors):
                 whole = found
-                if truth is None and whole.result.verdict in SURE:
+                if truth is None and whole.result.verdict.is_close:
                     figures = _Figures.of(tensors, whole.weight)
             outcomes.append(_outcome(k, found, truth, figures, time.perf_counter() - began))
         entry = TensorEntry(
@@ -224,7 +223,7 @@ def is_given_away(verdict: Verdict, error: float | None, change: float | None, n
         noise: What storing the releases rounded off.
     """
     if error is None:
-        return verdict in SURE
+        return verdict.is_close
     return error <= max(AT_FLOOR * noise, (change or 0.0) / CLOSER)
 
 

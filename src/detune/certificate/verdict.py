@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +14,19 @@ if TYPE_CHECKING:
 BAND = 0.3
 # What raises the upper end of a range by less is no doubt: a sixth of the band (definition of a doubt).
 LITTLE = 0.05
+
+
+class Trust(Enum):
+    """How far code goes along with a verdict, whatever it is called."""
+
+    BITS = "bits"
+    """The base's own."""
+    FLOOR = "floor"
+    """An error that storage made, and that can be predicted."""
+    RANGE = "range"
+    """An error that is known to a range."""
+    NONE = "none"
+    """No model of the error."""
 
 
 class Verdict(StrEnum):
@@ -31,6 +44,66 @@ class Verdict(StrEnum):
     """The mean of the models: the method asked for, or a vector, which has no low rank to use."""
     NOT_DETERMINED = "not determined"
     """The data do not hold the answer, or part of it; where no method applies the mean of the models stands in."""
+
+    @property
+    def trust(self) -> Trust:
+        """How far code goes along with it."""
+        return _ABOUT[self].trust
+
+    @property
+    def is_close(self) -> bool:
+        """Whether the tensor is the base's but for what storage rounds off."""
+        return self.trust in (Trust.BITS, Trust.FLOOR)
+
+    @property
+    def summary(self) -> str:
+        """A few words for the terminal, after "3 tensors"."""
+        return _ABOUT[self].summary
+
+    @property
+    def meaning(self) -> str:
+        """Sentences for the card."""
+        return _ABOUT[self].meaning
+
+
+@dataclass(frozen=True)
+class _About:
+    """See the properties of `Verdict`."""
+
+    trust: Trust
+    summary: str
+    meaning: str
+
+
+_ABOUT = {
+    Verdict.SHARED: _About(
+        Trust.BITS,
+        "identical in all models, copied",
+        "No model changed it: the same bytes in all, copied. Taken for the base's.",
+    ),
+    Verdict.EXACT: _About(Trust.BITS, "exact: the base's bits", "The base's own bits."),
+    Verdict.FLOOR: _About(
+        Trust.FLOOR,
+        "to the storage floor",
+        "The answer is unique, and storage rounding of the models is all that is left: the W-Error is a prediction, "
+        "good to 0.3.",
+    ),
+    Verdict.APPROXIMATE: _About(
+        Trust.RANGE,
+        "approximate: the error is known to a range only",
+        "The error is known to a range only; the reason is below.",
+    ),
+    Verdict.AVERAGED: _About(
+        Trust.NONE,
+        "averaged",
+        "The mean of the models, with the mean of their deltas in it: a vector has no low rank to use.",
+    ),
+    Verdict.NOT_DETERMINED: _About(
+        Trust.NONE,
+        "not determined by these models",
+        "The models do not hold the answer, or a part of it; what stands there is no recovery.",
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from detune.cli.terminal import Branch, duration, say, show_table, show_tree
 from detune.compatibility.kinds import by_kind, pattern_of, spans
 from detune.compatibility.reading import Reading
 from detune.recovery.report import Report
-from detune.recovery.summary import MEANING, doubts, report_table
+from detune.recovery.summary import doubts, report_table
 
 if TYPE_CHECKING:
     from detune.adapters.extract import Extraction
@@ -39,7 +39,7 @@ def show_report(report: Report, out: Path | None = None) -> None:
         for note in model.notes if model.left_out is None else ():
             say(f"{model.spec}: {note}")
     for verdict, count in report.counts.items():
-        say(f"{count} tensor{'s' * (count != 1)} {MEANING[verdict]}")
+        say(f"{count} tensor{'s' * (count != 1)} {verdict.summary}")
     for doubt in doubts(report):
         say(f"  {doubt}")
     _show_reading(report.reading)

@@ -25,16 +25,6 @@ __all__ = ["recovery_cards"]
 # does that a page can hold.
 MOST_LINES = 100
 
-WORTH = {
-    Verdict.SHARED: "No model changed it: the same bytes in all, copied. Taken for the base's.",
-    Verdict.EXACT: "The base's own bits.",
-    Verdict.FLOOR: "The answer is unique, and storage rounding of the models is all that is left: the W-Error is a "
-    "prediction, good to 0.3.",
-    Verdict.APPROXIMATE: "The error is known to a range only; the reason is below.",
-    Verdict.AVERAGED: "The mean of the models, with the mean of their deltas in it: a vector has no low rank to use.",
-    Verdict.NOT_DETERMINED: "The models do not hold the answer, or a part of it; what stands there is no recovery.",
-}
-
 
 def recovery_cards(
     report: Report, inputs: Sequence[InputCard], library: str | None, title: str, places: PrivatePaths
@@ -116,7 +106,7 @@ def _own_cards(kept: Collection[str]) -> str:
 
 
 def _verdicts(report: Report) -> str:
-    counted = [(str(verdict), str(count), WORTH[verdict]) for verdict, count in report.counts.items()]
+    counted = [(str(verdict), str(count), verdict.meaning) for verdict, count in report.counts.items()]
     return table(("verdict", "tensors", "what it means"), counted)
 
 

@@ -12,19 +12,10 @@ from detune.certificate.verdict import Verdict
 from detune.compatibility.kinds import by_kind, pattern_of, spans
 from detune.recovery.report import Report, TensorResult, w_error_range
 
-__all__ = ["MEANING", "Doubt", "doubts", "report_table"]
+__all__ = ["Doubt", "doubts", "report_table"]
 
 # A measured number: with a point, an exponent or a per cent sign. Counts and the models' numbers are none.
 FIGURE = re.compile(r"-?\b\d+(?:\.\d+(?:e[-+]?\d+)?|e[-+]?\d+|(?= %))")
-# What is left of a verdict when it is put in words.
-MEANING = {
-    Verdict.SHARED: "identical in all models, copied",
-    Verdict.EXACT: "exact: the base's bits",
-    Verdict.FLOOR: "to the storage floor",
-    Verdict.APPROXIMATE: "approximate: the error is known to a range only",
-    Verdict.AVERAGED: "averaged",
-    Verdict.NOT_DETERMINED: "not determined by these models",
-}
 
 
 @dataclass(frozen=True)

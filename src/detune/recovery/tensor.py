@@ -143,7 +143,7 @@ def _unexplained(result: TensorResult) -> bool:
     """Whether some models may not belong here: where adapters explain all of them to the noise, all do."""
     if result.verdict is Verdict.APPROXIMATE and result.noise_ratio is not None:
         return result.noise_ratio > FLOOR_RATIO
-    return result.verdict not in (Verdict.EXACT, Verdict.FLOOR)
+    return not result.verdict.is_close
 
 
 def _solve_group(
