@@ -1,8 +1,10 @@
-"""Options that say where the work is done, and the executor that they mean."""
+"""Where the work is done: a table of executors, an option for each, and the headings that help lists options under."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import click
@@ -10,20 +12,124 @@ import click
 from detune.cli.options import device_of
 from detune.errors import DetuneError
 
-__all__ = ["Sectioned", "device_at", "execution_options", "executor_of"]
+__all__ = ["EXECUTORS", "Execution", "Sectioned", "execution_options"]
 
-_OPTIONS = (
-    click.option("--workers", type=click.IntRange(min=1), help="Number of worker processes on this machine."),
-    click.option("--scheduler", metavar="ADDRESS", help="Compute on a Dask cluster: tcp://host:8786."),
-    click.option("--slurm", type=click.IntRange(min=1), metavar="JOBS", help="Number of Slurm jobs to compute in."),
-)
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of executor.
+
+    Attributes:
+        open: Makes one, from what was given for the option and the device that workers will use; a context manager.
+        elsewhere: Whether workers may be on other machines, whose devices cannot be tried here.
+        option: How click reads the option.
+    """
+
+    open: Callable[[Any, str], AbstractContextManager[Executor]]
+    elsewhere: bool
+    option: dict[str, Any]
+
+
+def _processes(workers: int, device: str) -> AbstractContextManager[Executor]:
+    if device != "cpu":
+        raise DetuneError(
+            f"--workers {workers} and --device {device} do not go together",
+            "processes of one machine would share its GPU's memory",
+            "leave --workers out, or start Dask workers with a GPU each and use --scheduler",
+        )
+    from detune.recovery.execution import Processes
+
+    return Processes(workers)
+
+
+def _dask(scheduler: str, device: str) -> AbstractContextManager[Executor]:
+    from detune.recovery.execution import dask_workers
+
+    return dask_workers(scheduler)
+
+
+def _slurm(jobs: int, device: str) -> AbstractContextManager[Executor]:
+    from detune.recovery.execution import slurm_workers
+
+    return slurm_workers(jobs)
+
+
+EXECUTORS = {
+    "workers": _Kind(
+        _processes, False, {"type": click.IntRange(min=1), "help": "Number of worker processes on this machine."}
+    ),
+    "scheduler": _Kind(_dask, True, {"metavar": "ADDRESS", "help": "Compute on a Dask cluster: tcp://host:8786."}),
+    "slurm": _Kind(
+        _slurm,
+        True,
+        {"type": click.IntRange(min=1), "metavar": "JOBS", "help": "Number of Slurm jobs to compute in."},
+    ),
+}
+"""What `detune recover` can compute with beside its own process, by option."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where a command is to compute.
+
+    Attributes:
+        kind: One of `EXECUTORS`; None is this process.
+        value: What was given for its option.
+    """
+
+    kind: str | None = None
+    value: Any = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether others compute, who may have what this machine has not."""
+        return self.kind is not None and EXECUTORS[self.kind].elsewhere
+
+    def executor(self, device: str) -> AbstractContextManager[Executor | None]:
+        """The executor that was asked for, ready for use in the block; None computes in this process.
+
+        Args:
+            device: Where workers will compute.
+
+        Raises:
+            DetuneError: It cannot be had.
+        """
+        return nullcontext() if self.kind is None else EXECUTORS[self.kind].open(self.value, device)
+
+    def device(self, name: str) -> Any:
+        """The torch device of a name, tried out if it is this machine's.
+
+        Args:
+            name: The device.
+
+        Raises:
+            DetuneError: There is no such device.
+        """
+        if not self.elsewhere:
+            return device_of(name)
+        import torch
+
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise DetuneError(f"no device {name!r}", str(error).split("\n")[0], "use cpu, cuda or cuda:1") from None
 
 
 def execution_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--workers`, `--scheduler` and `--slurm`."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+    """Add an option for each executor; the function gets what was chosen as its argument `execution`."""
+
+    @wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        given = {kind: options.pop(kind) for kind in EXECUTORS}
+        chosen = [Execution(kind, value) for kind, value in given.items() if value is not None]
+        if len(chosen) > 1:
+            *others, last = (f"--{kind}" for kind in EXECUTORS)
+            raise click.UsageError(f"give one of {', '.join(others)} and {last}.")
+        return function(*args, execution=chosen[0] if chosen else Execution(), **options)
+
+    for kind in reversed(EXECUTORS):
+        run = click.option(f"--{kind}", **EXECUTORS[kind].option)(run)
+    return run
 
 
 class Sectioned(click.Command):
@@ -49,63 +155,3 @@ class Sectioned(click.Command):
         for heading, records in listed.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
-
-
-@contextmanager
-def executor_of(
-    workers: int | None, scheduler: str | None, slurm: int | None, device: str
-) -> Iterator[Executor | None]:
-    """The executor that was asked for; None computes in this process.
-
-    Args:
-        workers: Processes of this machine.
-        scheduler: Address of a Dask scheduler.
-        slurm: Number of jobs.
-        device: Where workers will compute.
-
-    Yields:
-        The executor, ready for use.
-
-    Raises:
-        UsageError: More than one was asked for.
-        DetuneError: It cannot be had.
-    """
-    if sum(option is not None for option in (workers, scheduler, slurm)) > 1:
-        raise click.UsageError("give one of --workers, --scheduler and --slurm.")
-    if workers is not None and device != "cpu":
-        raise DetuneError(
-            f"--workers {workers} and --device {device} do not go together",
-            "processes of one machine would share its GPU's memory",
-            "leave --workers out, or start Dask workers with a GPU each and use --scheduler",
-        )
-    if workers is None and scheduler is None and slurm is None:
-        yield None
-        return
-    from detune.recovery.execution import Processes, dask_workers, slurm_workers
-
-    if workers is not None:
-        with Processes(workers) as processes:
-            yield processes
-    else:
-        with dask_workers(scheduler) if scheduler else slurm_workers(slurm or 1) as executor:
-            yield executor
-
-
-def device_at(name: str, elsewhere: bool) -> Any:
-    """The torch device of a name, tried out if it is this machine's.
-
-    Args:
-        name: The device.
-        elsewhere: Whether others compute, who may have what this machine has not.
-
-    Raises:
-        DetuneError: There is no such device.
-    """
-    if not elsewhere:
-        return device_of(name)
-    import torch
-
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise DetuneError(f"no device {name!r}", str(error).split("\n")[0], "use cpu, cuda or cuda:1") from None

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import click
 
 import detune
-from detune.cli.execution import Sectioned, device_at, execution_options, executor_of
+from detune.cli.execution import EXECUTORS, Execution, Sectioned, execution_options
 from detune.cli.loading import load_torch
 from detune.cli.options import (
     METHODS,
@@ -33,7 +33,7 @@ from detune.cli.terminal import say_json
     cls=Sectioned,
     sections={
         "More results": ("adapters", "mask", "check", "card", "repository", "public", "as_json"),
-        "Where to compute": ("device", "workers", "scheduler", "slurm"),
+        "Where to compute": ("device", *EXECUTORS),
     },
 )
 @models_argument
@@ -72,9 +72,7 @@ def recover(
     repository: str | None,
     public: bool,
     dry_run: bool,
-    workers: int | None,
-    scheduler: str | None,
-    slurm: int | None,
+    execution: Execution,
     output: Output,
 ) -> None:
     """Write the base model of merged LoRA fine-tunes to OUT: of three or more, or fewer with --method lattice.
@@ -102,7 +100,7 @@ def recover(
         from detune.plan import plan_recovery
 
         # What others compute on is not here to be timed.
-        here = device_of("cpu" if scheduler or slurm else device)
+        here = device_of("cpu" if execution.elsewhere else device)
         plan = plan_recovery(models, out, method, device=here, **options)
         output.show(plan.to_json, lambda: show_plan(plan))
         return
@@ -113,9 +111,9 @@ def recover(
             show_adapters(report.adapters, adapters)
 
     with publishing(out, repository, public, output.still):
-        with executor_of(workers, scheduler, slurm, device) as executor, output.progress() as shown:
+        with execution.executor(device) as executor, output.progress() as shown:
             options |= {"executor": executor, "on_start": shown.start, "on_tensor": shown}
-            options["device"] = device_at(device, elsewhere=bool(scheduler or slurm))
+            options["device"] = execution.device(device)
             report = detune.recover(models, out, method, **options)
         output.show(report.to_json, tables, shown)
 

@@ -10,6 +10,7 @@ from detune.checkpoints import Checkpoint, RunDirectory, absolute
 from detune.errors import DetuneError
 from detune.recovery.execution.completed import CompletedTensor, read_completed
 from detune.recovery.execution.job import Job, hashes, perform
+from detune.recovery.execution.on_dask import gave_up
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,8 @@ def _round(
             "the executor dropped the work", "its scheduler is gone, or somebody cancelled it", GOES_ON
         ) from None
     except Exception as error:
-        if type(error).__name__ != "KilledWorker":
+        if not gave_up(error):
             raise
-        # Dask's, after several workers died over one piece.
         raise DetuneError("workers died over the same tensors", str(error), GOES_ON) from error
     finally:
         for future in given:

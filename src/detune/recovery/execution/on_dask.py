@@ -13,6 +13,11 @@ CONNECT_SECONDS = 10
 _THREADS = ("export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", "export MKL_NUM_THREADS=$OMP_NUM_THREADS")
 
 
+def gave_up(error: Exception) -> bool:
+    """Whether an error is Dask's word that several workers died over one piece of work; no need to import Dask."""
+    return type(error).__name__ == "KilledWorker"
+
+
 @contextmanager
 def dask_workers(scheduler: str) -> Iterator[Executor]:
     """Use the workers of a running scheduler.
