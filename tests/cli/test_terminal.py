@@ -121,7 +121,8 @@ def test_there_is_one_way_to_the_terminal() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in ("click.echo", "click.secho", "print"), file
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rich"):
+            bars = file.name == "progress_bars.py"
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rich") and not bars:
                 assert (node.module, [alias.name for alias in node.names]) == ("rich.table", ["Column"]), file
 
 

@@ -11,8 +11,9 @@ from detune.cli.bench_defences import defences
 from detune.cli.leaderboard import leaderboard
 from detune.cli.options import device_of, device_option
 from detune.cli.output import Output, output_options, quiet_option
+from detune.cli.progress_bars import progress_bar, status
 from detune.cli.signals import keeping_finished
-from detune.cli.terminal import progress_bar, say, status
+from detune.cli.terminal import say
 
 if TYPE_CHECKING:
     from detune.bench.results import ResultStore

@@ -6,8 +6,9 @@ import click
 
 from detune.cli.loading import load_torch
 from detune.cli.output import Output, output_options
+from detune.cli.progress_bars import status
 from detune.cli.signals import keeping_finished
-from detune.cli.terminal import say, status
+from detune.cli.terminal import say
 
 
 @click.command()

@@ -8,8 +8,9 @@ import click
 
 from detune.cli.loading import load_torch
 from detune.cli.output import quiet_option
+from detune.cli.progress_bars import status
 from detune.cli.signals import keeping_finished
-from detune.cli.terminal import say, status
+from detune.cli.terminal import say
 
 if TYPE_CHECKING:
     from detune.bench.defences import RowResult

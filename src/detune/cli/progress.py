@@ -1,4 +1,4 @@
-"""How far a command is: a bar in bytes on stderr, gone when done, and in the end what has taken longest."""
+"""How far a command is: the tensors in work, what is left of them, and in the end what has taken longest."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from detune.cli.loading import load_torch
-from detune.cli.terminal import duration, progress_bar
+from detune.cli.progress_bars import progress_bar
+from detune.cli.terminal import duration
 
 __all__ = ["Progress", "progress"]
 

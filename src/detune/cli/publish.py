@@ -11,8 +11,9 @@ import detune
 from detune.cli.loading import load_torch
 from detune.cli.options import dry_run_option
 from detune.cli.output import Output, output_options
+from detune.cli.progress_bars import clients_bars
 from detune.cli.signals import Interrupted, keeping
-from detune.cli.terminal import clients_bars, say
+from detune.cli.terminal import say
 
 if TYPE_CHECKING:
     from detune.checkpoints import Pushed
