@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from detune.checkpoints import open_checkpoint
-from detune.checkpoints.entries import DTYPES
 from detune.checkpoints.layout import pick_weights
+from detune.checkpoints.stored_dtypes import DTYPES
 from detune.errors import DetuneError, InputError
 
 

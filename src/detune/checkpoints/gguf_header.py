@@ -12,9 +12,8 @@ from detune._runtime import needs_extra
 from detune.checkpoints.entries import DAMAGED, Entry, Header, check_name, check_shape
 from detune.errors import InputError
 
-__all__ = ["GGUF_SUFFIX", "read_gguf"]
+__all__ = ["read_gguf"]
 
-GGUF_SUFFIX = ".gguf"
 _PLAIN = {
     "F64": torch.float64,
     "F32": torch.float32,

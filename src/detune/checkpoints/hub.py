@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from detune.checkpoints.headers import PICKLE_SUFFIXES
+from detune.checkpoints.formats import WEIGHT_SUFFIXES
 from detune.checkpoints.layout import component_dirs, is_index, pick_weights, weight_map
 from detune.checkpoints.side_files import CARD, MAX_CARD_BYTES, MAX_SIDE_FILE_BYTES, is_side_file
 from detune.errors import InputError, reason_of
@@ -256,7 +256,7 @@ def cached_snapshot(hub_id: str, why: InputError) -> Path:
     except Exception:
         raise why from None
     # A repository that was read in part has left its small files there, and no more.
-    if not any(file.suffix in (".safetensors", *PICKLE_SUFFIXES) for file in root.rglob("*")):
+    if not any(file.suffix in WEIGHT_SUFFIXES for file in root.rglob("*")):
         raise why
     return root
 

@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from detune.checkpoints.headers import PICKLE_SUFFIXES
+from detune.checkpoints.formats import WEIGHT_SUFFIXES
 from detune.checkpoints.source import Checkpoint
 from detune.errors import InputError
 
 __all__ = ["identity"]
 
-_SUFFIXES = (".safetensors", ".gguf", ".json", *PICKLE_SUFFIXES)
+_SUFFIXES = (".json", *WEIGHT_SUFFIXES)
 # A fine-tune of the same size and age as another is told from it by some of its bytes: those of a model that was
 # unpacked from an archive, for instance, which may set all files to one date.
 _SAMPLES = 16

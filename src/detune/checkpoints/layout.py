@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from detune.checkpoints.entries import is_text
+from detune.checkpoints.formats import FORMATS
 from detune.checkpoints.mark import MARK
 from detune.checkpoints.paths import is_plain_path
 from detune.checkpoints.side_files import CARD
@@ -18,8 +19,10 @@ __all__ = ["component_dirs", "is_index", "pick_weights", "read_json", "weight_ma
 # <stem>.<format> or <stem>.<variant>.<format>, and the same with .index for shards: model.safetensors,
 # model.fp16.safetensors, model.safetensors.index.json, model.safetensors.index.fp16.json
 _STEM = r"(model|diffusion_pytorch_model|pytorch_model)"
-_SINGLE = re.compile(_STEM + r"(?:\.(?P<variant>[\w-]+))?\.(?P<format>safetensors|bin)")
-_INDEX = re.compile(_STEM + r"\.(?P<format>safetensors|bin)\.index(?:\.(?P<variant>[\w-]+))?\.json")
+_SUFFIXES = [form.in_directories for form in FORMATS if form.in_directories]
+_FORMAT = rf"(?P<format>{'|'.join(_SUFFIXES)})"
+_SINGLE = re.compile(_STEM + r"(?:\.(?P<variant>[\w-]+))?\." + _FORMAT)
+_INDEX = re.compile(_STEM + r"\." + _FORMAT + r"\.index(?:\.(?P<variant>[\w-]+))?\.json")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _ANY_INDEX = re.compile(r".*\.index(\.[\w-]+)?\.json")
 
@@ -40,20 +43,20 @@ def pick_weights(names: Collection[str], where: str) -> str | None:
     Raises:
         InputError: The choice is ambiguous, or there are shards without their index.
     """
-    ranked: dict[tuple[bool, bool, bool, bool], list[str]] = {}
+    ranked: dict[tuple[bool, bool, int, bool], list[str]] = {}
     for name in names:
         match = _SINGLE.fullmatch(name) or _INDEX.fullmatch(name)
         if match and not _SHARD.search(name):
-            rank = (False, match["variant"] is not None, match["format"] == "bin", name.endswith(".json"))
+            rank = (False, match["variant"] is not None, _SUFFIXES.index(match["format"]), name.endswith(".json"))
         elif name.endswith(".safetensors") and not name.startswith("adapter_") and not _SHARD.search(name):
-            rank = (True, False, False, False)
+            rank = (True, False, 0, False)
         elif name.endswith(".safetensors.index.json"):
-            rank = (True, False, False, True)
+            rank = (True, False, 0, True)
         else:
             continue
         ranked.setdefault(rank, []).append(name)
     if not ranked:
-        shards = sorted(name for name in names if _SHARD.search(name) and name.endswith((".safetensors", ".bin")))
+        shards = sorted(name for name in names if _SHARD.search(name) and name.endswith(tuple(_SUFFIXES)))
         if shards:
             raise InputError(
                 f"{where} has shards without their index",

@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 
 from detune.checkpoints.excerpt import Excerpt
+from detune.checkpoints.formats import GGUF, SAFETENSORS, WEIGHT_SUFFIXES, format_of
 from detune.checkpoints.gguf_file import with_gguf_names
-from detune.checkpoints.gguf_header import GGUF_SUFFIX
-from detune.checkpoints.headers import PICKLE_SUFFIXES
 from detune.checkpoints.hub import cached_snapshot, find_repository, is_on_hub, locate
 from detune.checkpoints.layout import component_dirs, pick_weights, weight_map
 from detune.checkpoints.lora import open_lora
@@ -63,10 +62,10 @@ def _open(text: str, merge_dtype: torch.dtype | None) -> Checkpoint:
         return MergedCheckpoint(text, base, lora, merge_dtype=merge_dtype)
     path = locate(text)
     if path.is_file():
-        if path.suffix not in (".safetensors", GGUF_SUFFIX, *PICKLE_SUFFIXES):
+        if format_of(path) is None:
             raise InputError(
                 f"{path} is not a weight file",
-                f"expected .safetensors, {GGUF_SUFFIX} or {', '.join(PICKLE_SUFFIXES)}",
+                f"expected {', '.join(WEIGHT_SUFFIXES[:-1])} or {WEIGHT_SUFFIXES[-1]}",
                 "give a weight file or the model's directory",
             )
         return _as_meant(Checkpoint(text, LocalFiles(path.parent), [path.name], single_file=True))
@@ -81,7 +80,7 @@ def _as_meant(stored: Checkpoint) -> Checkpoint:
     Raises:
         InputError: A scale is missing, or does not fit.
     """
-    if any(file.file.endswith(GGUF_SUFFIX) for file in stored.weight_files):
+    if any(format_of(file.file) is GGUF for file in stored.weight_files):
         return with_gguf_names(stored)
     return without_adapters(with_scales(stored))
 
@@ -95,7 +94,7 @@ def _open_remote(hub_id: str) -> Checkpoint:
     root = repository.download_side_files()
     weights = repository.weights(root)
     # Only a safetensors file tells where its tensors are without being read from end to end.
-    if all(file.endswith(".safetensors") for file in weights) and not all((root / file).exists() for file in weights):
+    if all(format_of(file) is SAFETENSORS for file in weights) and not all((root / file).exists() for file in weights):
         return _open_directory(hub_id, HubFiles(repository, root))
     return _open_directory(hub_id, LocalFiles(repository.download(weights) if weights else root))
 

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from detune.checkpoints.entries import Entry
-from detune.checkpoints.headers import safetensors_name
+from detune.checkpoints.formats import safetensors_name
 from detune.checkpoints.layout import read_json
 from detune.checkpoints.safetensors_file import encode_safetensors_header
 from detune.checkpoints.side_files import read_side_file

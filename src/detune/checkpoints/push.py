@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from detune import __version__
-from detune.checkpoints.headers import PICKLE_SUFFIXES, read_header
+from detune.checkpoints.formats import WEIGHT_SUFFIXES, read_header
 from detune.checkpoints.hub import is_hub_id, without_secrets
 from detune.checkpoints.layout import pick_weights, read_json
 from detune.checkpoints.mark import MARK, missing_files
@@ -109,7 +109,7 @@ def what_to_push(directory: str | Path) -> Publication:
         beside = [path.name for path in root.iterdir() if path.is_file() and _travels_along(path.name)]
         sizes = {}
         for name in sorted({*names, *beside}):
-            if not name.endswith((".safetensors", *PICKLE_SUFFIXES)):
+            if not name.endswith(WEIGHT_SUFFIXES):
                 # Weights may lie elsewhere, on a larger disk.
                 require_own(root, name)
             sizes[name] = (root / name).stat().st_size

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from detune.checkpoints.entries import DAMAGED, DTYPE_NAMES, DTYPES, Entry, Header, check_name, check_shape, is_text
+from detune.checkpoints.entries import DAMAGED, Entry, Header, check_name, check_shape, is_text
+from detune.checkpoints.stored_dtypes import DTYPE_NAMES, DTYPES
 from detune.errors import InputError
 
 __all__ = ["encode_safetensors_header", "parse_safetensors", "read_safetensors"]

@@ -21,11 +21,11 @@ from torch import Tensor
 from detune.checkpoints.layout import read_json
 from detune.checkpoints.quantised import Coding, Decoded
 from detune.checkpoints.source import Checkpoint, TensorInfo
+from detune.checkpoints.stored_dtypes import FP8
 from detune.errors import InputError
 
-__all__ = ["FP8", "ScaledCodes", "with_scales"]
+__all__ = ["ScaledCodes", "with_scales"]
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "SCB")
 # bitsandbytes stores the largest magnitude of a row, which is level 127.
 FACTORS = {"SCB": 1 / 127}

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from detune.checkpoints.blocks import file_hash, read_into
 from detune.checkpoints.entries import Header
-from detune.checkpoints.headers import read_header
+from detune.checkpoints.formats import read_header
 
 __all__ = ["LocalFiles", "Part", "Storage"]
 

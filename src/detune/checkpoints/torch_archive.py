@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NoReturn
 
-from detune.checkpoints.entries import DAMAGED, DTYPE_NAMES, MAX_ELEMENTS, Entry, Header, check_name, check_shape
+from detune.checkpoints.entries import DAMAGED, MAX_ELEMENTS, Entry, Header, check_name, check_shape
 from detune.checkpoints.pickles import Foreign, StoredTensor, read_pickle
 from detune.checkpoints.state_dicts import state_dict, tensors_in
+from detune.checkpoints.stored_dtypes import DTYPE_NAMES
 from detune.errors import InputError
 
 __all__ = ["read_torch_archive"]

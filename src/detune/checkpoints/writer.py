@@ -25,7 +25,7 @@ from detune.checkpoints.atomic import new_directory, resolved
 from detune.checkpoints.blocks import memory_of, round_to
 from detune.checkpoints.data_file import DataFile, Read
 from detune.checkpoints.disk import discard, reported, sync
-from detune.checkpoints.headers import safetensors_name
+from detune.checkpoints.formats import safetensors_name
 from detune.checkpoints.output_plan import OutputPlan
 from detune.checkpoints.paths import inside
 from detune.checkpoints.side_files import read_side_file

@@ -4,10 +4,9 @@ import math
 from collections import Counter
 
 from detune.checkpoints import Checkpoint, Unmerged, raw
+from detune.checkpoints.formats import SAFETENSORS, format_of
 from detune.compatibility.views import is_stack
 from detune.numerics.float_grid import name_of
-
-FORMATS = {".safetensors": "safetensors", ".gguf": "GGUF"}
 
 
 def describe(model: Checkpoint) -> tuple[str, ...]:
@@ -21,7 +20,7 @@ def describe(model: Checkpoint) -> tuple[str, ...]:
     """
     whole = raw(model)
     tensors = whole.tensors.values()
-    formats = {FORMATS.get(file.file[file.file.rfind(".") :], "torch.save") for file in whole.weight_files}
+    formats = {(format_of(file.file) or SAFETENSORS).name for file in whole.weight_files}
     dtypes = Counter(name_of(info.dtype) for info in tensors if not info.quantised)
     codings = Counter(info.quantised for info in tensors if info.quantised)
     entries = sum(math.prod(info.shape) for info in tensors)

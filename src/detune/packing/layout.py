@@ -9,7 +9,7 @@ from typing import IO, Protocol
 
 from detune.checkpoints import Checkpoint, MergedCheckpoint
 from detune.checkpoints.entries import Entry
-from detune.checkpoints.headers import read_header
+from detune.checkpoints.formats import read_header
 from detune.checkpoints.paths import is_plain_path
 from detune.checkpoints.side_files import require_own
 from detune.errors import InputError

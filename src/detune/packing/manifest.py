@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from detune import __version__
-from detune.checkpoints.entries import DTYPES, MAX_ELEMENTS, check_shape, is_text
+from detune.checkpoints.entries import MAX_ELEMENTS, check_shape, is_text
 from detune.checkpoints.paths import is_plain_path
+from detune.checkpoints.stored_dtypes import DTYPE_NAMES, DTYPES
 
 FORMAT = "detune pack"
 VERSION = 1
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Coding(StrEnum):
@@ -137,7 +136,7 @@ class Manifest:
     def to_json(self) -> bytes:
         """The manifest as it is stored."""
         content = {"format": FORMAT, "version": VERSION, "detune": __version__, **asdict(self)}
-        return json.dumps(content, default=_NAMES.__getitem__).encode()
+        return json.dumps(content, default=DTYPE_NAMES.__getitem__).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "Manifest":
