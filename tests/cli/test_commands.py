@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import detune.cli
 from detune.methods import SOLVERS, Auto
@@ -469,3 +471,10 @@ def test_what_the_disk_refuses_is_one_line(command, monkeypatch):
     ran = command("inspect", "a")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == ("detune: error: cannot read or write results/a.json; No space left on device; check the disk\n")
+
+
+def test_so_is_what_it_refuses_safetensors(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(detune.cli, "cli", lambda **_: save_file({"a": torch.zeros(9)}, tmp_path / "gone" / "file"))
+    ran = command("demo")
+    assert (ran.code, ran.out) == (2, "")
+    assert re.fullmatch(r"detune: error: cannot write a file; .*I/O error.*No such file.*; check the disk\n", ran.err)

@@ -84,10 +84,19 @@ def main() -> None:
         place, why = error.filename or "a file", error.strerror or str(error)
         say(f"detune: error: {DetuneError(f'cannot read or write {place}', why, 'check the disk')}", err=True)
         sys.exit(2)
-    except Exception:
+    except Exception as error:
+        if _is_of_the_disk(error):
+            say(f"detune: error: {DetuneError('cannot write a file', str(error), 'check the disk')}", err=True)
+            sys.exit(2)
         # Ours to mend. Python would end with 1, by which `audit` says that something is given away.
         traceback.print_exc()
         sys.exit(2)
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether it is what safetensors, which PEFT and transformers write with, makes of an OSError."""
+    safetensors = sys.modules.get("safetensors")
+    return safetensors is not None and isinstance(error, safetensors.SafetensorError) and "I/O error" in str(error)
 
 
 def _notes(error: BaseException) -> list[str]:
