@@ -1,10 +1,10 @@
-"""The process that detune runs in: optional packages, silence, seeds that leave no trace, threads, versions."""
+"""The process that detune runs in: optional packages, silence, progress, seeds, threads, versions."""
 
 import platform
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +12,23 @@ from pathlib import Path
 from detune import __version__
 from detune.errors import DetuneError
 
-__all__ = ["command_line", "needs_extra", "quiet", "seeded", "use_threads", "versions"]
+__all__ = [
+    "OnPart",
+    "OnStart",
+    "command_line",
+    "needs_extra",
+    "quiet",
+    "seeded",
+    "telling",
+    "use_threads",
+    "versions",
+]
+
+OnStart = Callable[[Mapping[str, int]], None]
+"""Called with the parts of a task that are to come, and how large each is: a tensor's bytes, or 1."""
+
+OnPart = Callable[[str, object], None]
+"""Called with a part's name and None when it is begun, and with what it became when it is done."""
 
 
 @contextmanager
@@ -52,6 +68,16 @@ def quiet(*libraries: str) -> Iterator[None]:
             chatter.set_verbosity(verbosity)
             if bars:
                 chatter.enable_progress_bar()
+
+
+@contextmanager
+def telling(on_part: OnPart | None, name: str) -> Iterator[None]:
+    """Tell of a part of a task when it is begun, and when it is done; None tells nobody."""
+    if on_part:
+        on_part(name, None)
+    yield
+    if on_part:
+        on_part(name, True)
 
 
 @contextmanager

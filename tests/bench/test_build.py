@@ -86,20 +86,33 @@ def test_the_schema_is_the_published_one_and_datasets_reads_it(subset_dir):
 
 def test_an_interrupted_build_goes_on_where_it_stopped(bert_base, loras, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "SHARD_BYTES", 15_000)  # two rows a file
-    written = []
-    whole = build_subset(bert_base, loras, tmp_path / "whole", on_shard=lambda done, total: written.append(total))
-    assert written == [2, 2]
+    starts, told = [], []
+    whole = build_subset(
+        bert_base,
+        loras,
+        tmp_path / "whole",
+        on_start=starts.append,
+        on_part=lambda name, became: told.append((name, became)),
+    )
+    files = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    (sizes,) = starts
+    assert list(sizes) == files
+    assert all(0 < size <= build.SHARD_BYTES for size in sizes.values())
+    assert told == [(file, became) for file in files for became in (None, True)]
 
     class Killed(Exception): ...
 
-    def kill(done: int, total: int) -> None:
-        raise Killed
+    def kill(name: str, became: object) -> None:
+        if became:
+            raise Killed
 
     with pytest.raises(Killed):
-        build_subset(bert_base, loras, tmp_path / "again", name="whole", on_shard=kill)
+        build_subset(bert_base, loras, tmp_path / "again", name="whole", on_part=kill)
     (first,) = (tmp_path / "again" / "data").glob("*.parquet")
     before = first.stat().st_mtime_ns
-    again = build_subset(bert_base, loras, tmp_path / "again", name="whole")
+    starts.clear()
+    again = build_subset(bert_base, loras, tmp_path / "again", name="whole", on_start=starts.append)
+    assert [list(start) for start in starts] == [files[1:]]
     assert first.stat().st_mtime_ns == before
     assert again.fingerprint == whole.fingerprint
 
@@ -188,10 +201,19 @@ def test_an_unknown_published_subset_is_refused(bert_base, loras, tmp_path):
 
 
 def test_back_to_merged_models(subset, bert_base, loras, tmp_path):
-    paths = merge_subset(subset, tmp_path / "merged", base=bert_base)
+    starts, done = [], []
+    paths = merge_subset(
+        subset,
+        tmp_path / "merged",
+        base=bert_base,
+        on_start=starts.append,
+        on_part=lambda name, became: became and done.append(name),
+    )
     assert [path.name for path in paths] == [f"task-{i}" for i in range(LORAS)]
     base, merged = open_checkpoint(bert_base), open_checkpoint(paths[2])
     layers = {layer.name: layer for layer in subset.layers()}
+    assert starts == [{name: LORAS * info.nbytes for name, info in base.tensors.items()}]
+    assert sorted(done) == sorted(base.tensors)
     for name in base.tensors:
         expected = layers[name].merged(2) if name in layers else base.read(name)
         assert torch.equal(merged.read(name), expected)

@@ -1,6 +1,7 @@
 """`detune bench` as its users meet it."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,33 @@ def test_build_run_table_study_and_merge(command, bert_base, loras, tmp_path):
     assert len(list((tmp_path / "merged").iterdir())) == LORAS
     ran = command("recover", *sorted((tmp_path / "merged").iterdir()), "--out", tmp_path / "recovered")
     assert ran.code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "amount"),
+    [
+        (["build", "--base", "BASE", "LORAS", "--out", "OUT"], r"0\.0 MB of 0\.0 MB"),
+        (["merge", "SUBSET", "--base", "BASE", "--out", "OUT"], r"0\.\d MB of 0\.\d MB"),
+        (["run", "SUBSET", "--methods", "mean", "--models", "3", "--out", "OUT"], "of 4 "),
+        (["study", "depth", "SUBSET", "--models", "3", "--out", "OUT"], "of 8 "),
+    ],
+)
+def test_a_bar_says_how_much_of_how_much(command, subset_dir, bert_base, loras, tmp_path, monkeypatch, words, amount):
+    monkeypatch.setattr("detune.cli.progress.WORTH_TELLING_SECONDS", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    filled = {"BASE": [bert_base], "SUBSET": [subset_dir], "LORAS": loras}
+
+    def run(*more: str):
+        return command("bench", *(each for word in words for each in filled.get(word, [word])), *more)
+
+    filled["OUT"] = [tmp_path / "out"]
+    ran = run()
+    assert ran.code == 0
+    assert re.search(amount, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", ran.err))
+    assert "took longest: " in ran.out
+    filled["OUT"] = [tmp_path / "quiet"]
+    assert run("--quiet") == (0, "", "")
 
 
 @pytest.mark.parametrize(

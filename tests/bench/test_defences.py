@@ -102,8 +102,22 @@ class TestQuickRun:
         assert rows["none"].best.embeddings < 1e-6
 
     def test_a_frozen_A_hides(self, rows, out):
-        families = trained_families(out / "models", domains=DOMAINS[:3], steps=2, held_out=16)
-        (row,) = run_rows([Row("frozen A", ("average", "prior"), None, "frozen-a", 3)], families, out)
+        starts, begun, done = [], [], []
+
+        def on_part(name: str, became: object) -> None:
+            (begun if became is None else done).append(name)
+
+        told = {"on_start": starts.append, "on_part": on_part}
+        families = trained_families(out / "models", domains=DOMAINS[:3], steps=2, held_out=16, **told)
+        (row,) = run_rows([Row("frozen A", ("average", "prior"), None, "frozen-a", 3)], families, out, **told)
+        trained, attacked = starts
+        assert set(trained) == {
+            *(f"training on {domain}, frozen-a" for domain in DOMAINS[:3]),
+            *(f"merging {domain}, {family}" for domain in DOMAINS[:3] for family in ("frozen-a", "bf16-base")),
+        }
+        assert list(attacked) == [f"frozen A: {what}" for what in ("average", "prior", "task quality")]
+        assert begun == done
+        assert sorted(begun) == sorted([*trained, *attacked])
         average, prior = row.cells
         assert prior.w_error == pytest.approx(average.w_error, abs=0.1)
 
@@ -115,9 +129,12 @@ class TestQuickRun:
         assert (out / "defences.png").stat().st_size > 10_000
 
     def test_what_is_there_is_not_made_again(self, rows, out):
-        said = []
-        again = bench_defences(out, quick=True, only=("none",), on_step=said.append)
+        starts, said = [], []
+        again = bench_defences(
+            out, quick=True, only=("none",), on_start=starts.append, on_part=lambda name, became: said.append(name)
+        )
         assert {row.name: row for row in again} == rows
+        assert starts == [{}, {}]
         assert not said
 
     def test_other_fine_tunes_are_not_mixed_in(self, rows, out):

@@ -216,7 +216,7 @@ def test_an_attack_with_other_settings_makes_no_entry(monkeypatch):
 
 
 def test_the_command_adds_verifies_and_builds(command, monkeypatch, tmp_path):
-    monkeypatch.setattr("detune.bench.defences.bench_defences", lambda out, only, on_step: tuple(map(row, only)))
+    monkeypatch.setattr("detune.bench.defences.bench_defences", lambda out, only, **told: tuple(map(row, only)))
     page, entries = copied_page(tmp_path), tmp_path / "leaderboard" / "entries"
     words = ("--out", tmp_path / "out", "--entries", entries)
     ran = command("bench", "leaderboard", "add", "noise", "int8", *words, "--by", "A. Author")

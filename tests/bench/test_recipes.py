@@ -52,16 +52,21 @@ class Plain:
 
 
 def test_a_recipe_becomes_a_subset_that_is_whole(tmp_path):
-    said = []
-    subset = build_recipe(Plain(tmp_path / "log"), tmp_path / "out", on_step=said.append)
+    starts, told = [], []
+    subset = build_recipe(
+        Plain(tmp_path / "log"),
+        tmp_path / "out",
+        on_start=starts.append,
+        on_part=lambda name, became: told.append((name, became)),
+    )
     assert (subset.name, subset.stands_for, subset.rows) == ("plain", "vit", 4)
     assert subset.base == tmp_path / "out" / "base"
     assert subset.inputs == tmp_path / "out" / "inputs"
     assert len(subset.first().loras) == 15
     assert subset.first().base == "plain/base"
-    assert said[0] == "base"
-    assert said[1] == "task-0 (1 of 15)"
-    assert said[-1] == "rows"
+    parts = ["base", *(f"task-{i}" for i in range(15)), "inputs", "rows"]
+    assert starts == [dict.fromkeys(parts, 1)]
+    assert told == [(part, became) for part in parts for became in (None, True)]
     assert "rank 2 seed 0" in (tmp_path / "log").read_text().splitlines()[1]
 
 
@@ -70,7 +75,9 @@ def test_a_killed_build_goes_on_with_the_adapter_it_was_at(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build_recipe(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / "adapters" / "task-5").exists()
-    build_recipe(recipe, tmp_path / "out")
+    starts = []
+    build_recipe(recipe, tmp_path / "out", on_start=starts.append)
+    assert list(starts[0]) == [*(f"task-{i}" for i in range(5, 15)), "inputs", "rows"]
     lines = (tmp_path / "log").read_text().splitlines()
     assert len(lines) == len(set(lines)) == 1 + 15 + 1
 

@@ -10,6 +10,7 @@ import detune
 import detune.cli
 from detune.audit import audit
 from detune.cli.progress import Progress
+from detune.cli.progress_bars import progress_bar
 from detune.cli.terminal import duration
 from detune.defences import Bf16, defend
 from tests.families import Fine, plain_family
@@ -42,7 +43,7 @@ def test_bytes_and_what_is_in_work(clock):
         return str(task.fields["describe"]())
 
     clock[0] += 3
-    assert (task.total, described()) == (None, "opening the models: 3 s")
+    assert (task.total, described()) == (None, "3 s: opening the models")
     shown("before")
     shown("before", Row(9.0))
     shown.start({"a": 600, "b": 400})
@@ -50,19 +51,51 @@ def test_bytes_and_what_is_in_work(clock):
     shown("a")
     shown("b")
     clock[0] += 75
-    assert described() == "a and 1 more: 75 s"
+    assert described() == "75 s: a and 1 more"
     shown("a", Row(70.0))
-    assert (task.completed, described()) == (600, "b: 75 s")
+    assert (task.completed, described()) == (600, "75 s: b")
     clock[0] += 75
-    assert described() == "b: 2.5 min"
+    assert described() == "2.5 min: b"
     shown("b", ())
     clock[0] += 4
-    assert (task.completed, described()) == (1000, "finishing: 4 s")
+    assert (task.completed, described()) == (1000, "4 s: finishing")
     shown.stage("drawing the tree")
     clock[0] += 30
-    assert described() == "drawing the tree: 30 s"
+    assert described() == "30 s: drawing the tree"
     shown.stage("")
     assert (shown.longest, described()) == ("b 2.5 min, a 70 s, drawing the tree 30 s", "")
+
+
+def test_parts_in_words_where_no_bar_is_seen(capsys):
+    shown = Progress(Bar(disable=True), in_words=True)
+    for parts in ({"training": 1, "merging": 1}, {"attack": 1}, {}):
+        shown.start(parts)
+        for part in parts:
+            shown(part)
+            shown(part, True)
+    assert capsys.readouterr() == ("", "training (1 of 2)\nmerging (2 of 2)\nattack (1 of 1)\n")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_narrow_terminal_cuts_the_name_and_nothing_else(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_bar(unit="bytes") as bar:
+        shown = Progress(bar)
+        name = "model.layers.10.self_attn.query.weight " * 4
+        shown.start({"a": 2_000_000, "b": 3_000_000, name: 400_000_000})
+        for part in "ab":
+            shown(part)
+            shown(part, ())
+        shown(name)
+        bar.refresh()
+    seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    frames = [line for line in re.split(r"[\r\n]+", seen) if "0 s: mo" in line]
+    assert frames
+    for frame in frames:
+        assert len(frame.rstrip()) <= columns
+        assert re.search(r"5\.0 MB of 405\.0 MB 0:00:0\d about [\d.e-]+ \w+ left 0 s: mo", frame), frame
+        assert frame.rstrip().endswith("…"), frame
 
 
 def test_of_what_was_quick_nothing_is_said(clock):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from cyclonedx.schema import SchemaVersion
@@ -8,6 +9,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 from detune.errors import InputError
 from detune.lineage import EdgeKind, Lineage, Node
 from detune.lineage.bom import to_cyclonedx, weight_hashes
+from tests.families import stored
 from tests.lineage.trees import Descent
 
 TREE = Lineage(
@@ -57,6 +59,17 @@ def test_the_command_writes_it_with_hashes(command, tmp_path):
     expected = hashlib.sha256((tmp_path / "a" / "model.safetensors").read_bytes()).hexdigest()
     assert first["components"][0]["hashes"][0]["content"] == expected
     assert first["pedigree"]["ancestors"][0]["name"] == "ancestor-1"
+
+
+def test_what_is_hashed_is_told_in_bytes(tmp_path):
+    models = Descent()
+    models.lora("a", "base")
+    models.lora("b", "base")
+    specs = models.saved(tmp_path, "a", "b")
+    starts, done = [], []
+    weight_hashes(specs, starts.append, lambda name, became: became and done.append(name))
+    assert starts == [{spec: sum(tensor.nbytes for tensor in stored(Path(spec)).values()) for spec in specs}]
+    assert done == specs
 
 
 def test_hashes_need_the_files(tmp_path):

@@ -38,11 +38,11 @@ def test_recover(fine, tmp_path):
     assert adapters.size_bytes == pytest.approx(factors, rel=0.35), "but for headers"
     assert mask.size_bytes == 4 * 80 * 64
     assert [(read.files, read.tensors) for read in plan.reads] == [(1, 7)] * 3
-    assert [part.what for part in plan.time] == ["recovering and fitting adapters", "reading and hashing"]
+    assert [part.what for part in plan.time] == ["opening", "recovering and fitting adapters", "reading and hashing"]
     assert all(0 < part.seconds < 100 for part in plan.time)
     assert plan.seconds == sum(part.seconds for part in plan.time)
-    assert plan.time[0].source.startswith("4 matrices with 20480 entries took ")
-    assert plan.time[0].source.endswith(" s here, and all have 1 times as many")
+    assert plan.time[1].source.startswith("4 matrices with 20480 entries took ")
+    assert plan.time[1].source.endswith(" s here, and all have 1 times as many")
 
 
 def test_extract(fine, tmp_path):
@@ -61,6 +61,7 @@ def test_pack(fine, tmp_path, known):
     plan = plan_pack(fine.specs, tmp_path / "out", base=fine.base if known else None)
     assert tree(tmp_path) == before
     assert [part.what for part in plan.time] == [
+        "opening",
         *["recovering"] * (not known),
         *("fitting adapters", "compressing", "reading and hashing"),
     ]
@@ -90,8 +91,8 @@ def test_only_headers_and_rows_of_models_on_the_hub_are_read(hub, tmp_path):
     plain_family(hub.root / "org", n=4)
     plan = plan_recovery([f"org/model-{i}" for i in range(4)], tmp_path / "out", "mean")
     assert [read.download_bytes for read in plan.reads] == [read.size_bytes for read in plan.reads]
-    assert plan.time[1].what == "downloading"
-    assert plan.time[1].seconds == pytest.approx(sum(read.size_bytes for read in plan.reads) / 12.5e6)
+    assert plan.time[2].what == "downloading"
+    assert plan.time[2].seconds == pytest.approx(sum(read.size_bytes for read in plan.reads) / 12.5e6)
     assert not list(tmp_path.rglob("*hub-cache*/**/model.safetensors"))
 
 
@@ -122,7 +123,8 @@ def test_models_that_do_not_differ_take_no_time_to_compute(fine, tmp_path):
         edit(model, lambda state, i=i: state.update({"norm.weight": state["norm.weight"] + i}))
     plan = plan_recovery(fine.specs, tmp_path / "out")
     assert (plan.changed, plan.copied) == (1, 6)
-    assert [part.what for part in plan.time] == ["reading and hashing"]
+    assert [(part.what, part.source) for part in plan.time[:1]] == [("opening", "what that took here")]
+    assert [part.what for part in plan.time[1:]] == ["reading and hashing"]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,7 @@ def test_from_the_command_line(command, fine, tmp_path, words, says):
         assert part in ran.out
     shown = require_valid("plan", command(*words, "--dry-run", "--json").out)
     assert shown["command"] == words[0]
+    assert shown["time"][0]["what"] == "starting"
     assert math.isclose(shown["seconds"], sum(part["seconds"] for part in shown["time"]))
     assert tree(tmp_path) == before
 

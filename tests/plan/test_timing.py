@@ -39,6 +39,9 @@ def test_matrices_of_all_sizes_are_computed_after_one_that_compiles(clock):
     assert [name[:5] for name in computer.runs[1]] == ["small", "small", "large", "large"]
     assert (timed.matrices, timed.entries, timed.seconds) == (4, 6000, pytest.approx(6.0))
     assert timed.ranks == (4,) * 4
+    assert timed.first_seconds == pytest.approx(3.0 + 2.0)
+    opened = timing.opening(0.5, timed, None)
+    assert (opened.seconds, opened.source) == (pytest.approx(5.5), "what that took here, with a first matrix")
 
 
 def test_the_first_is_no_larger_than_it_must_be(clock):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detune._runtime import command_line, versions
+from detune._runtime import OnStart, command_line, versions
 from detune.adapters.card import adapter_cards
 from detune.adapters.changes import AdapterChange, AdapterRow, ChangeFitter, Kept, PlacesOf, adapter_names
 from detune.checkpoints import (
@@ -93,7 +93,7 @@ def extract(
     denoise: bool = False,
     device: torch.device | str | None = None,
     card: bool = True,
-    on_start: Callable[[Mapping[str, int]], None] | None = None,
+    on_start: OnStart | None = None,
     on_tensor: Callable[[str, tuple[AdapterRow, ...] | None], None] | None = None,
 ) -> Extraction:
     """Write the LoRA of each model as a PEFT adapter of the base, `out/MODEL`.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from detune._runtime import command_line, versions
+from detune._runtime import OnStart, command_line, versions
 from detune.audit.adapters import ADAPTERS, ChangeSpectra, changes_are_known, find_in_adapters, read_references
 from detune.audit.assumptions import ASSUMPTIONS, Evidence, check_assumptions
 from detune.audit.behaviour import Judge
@@ -26,7 +26,7 @@ from detune.compatibility.shared import is_shared
 from detune.errors import InputError
 from detune.problem import Solver
 from detune.recovery.api import make_solver
-from detune.recovery.loop import OnStart, OnTensor, map_tensors
+from detune.recovery.loop import OnTensor, map_tensors
 from detune.recovery.report import COPY, TensorResult
 from detune.recovery.tensor import result_of
 

@@ -3,14 +3,14 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from detune._runtime import needs_extra
+from detune._runtime import OnPart, OnStart, needs_extra, telling
 from detune.bench.layers import Layer, LoraFactors, arrow_schema, row_of
 from detune.bench.subsets import CARD, PUBLISHED, Card, Subset, clean_name, is_name, nearest, open_subset
 from detune.checkpoints import Checkpoint, Lora, open_checkpoint, open_lora
@@ -35,7 +35,8 @@ def build_subset(
     pre_ft_name: str | None = None,
     stands_for: str | None = None,
     about: str = "",
-    on_shard: Callable[[int, int], None] | None = None,
+    on_start: OnStart | None = None,
+    on_part: OnPart | None = None,
 ) -> Subset:
     """Write rows of LoWRA Bench from a base and its LoRAs.
 
@@ -51,7 +52,8 @@ def build_subset(
         pre_ft_name: What the rows call the base; by default as it was given.
         stands_for: The published subset whose settings apply, a key of `PUBLISHED`.
         about: A line for the card.
-        on_shard: Called with files done and files in all.
+        on_start: For progress: called once with the files that are still to be written, and about how large each is.
+        on_part: Called with the name of each of these when it is begun, and when it is done.
 
     Returns:
         The subset.
@@ -94,7 +96,7 @@ def build_subset(
                 out / CARD,
             )
         _write_card(rows, out, stands_for, about)  # first: by it an interrupted build is known as one
-        _write_shards(rows, out / "data", on_shard)
+        _write_shards(rows, out / "data", on_start, on_part)
     return open_subset(str(out))
 
 
@@ -192,7 +194,7 @@ def _check_folder(out: Path) -> None:
             raise OutputError(f"{file} is in the way", "it was not made by detune bench build", "move it elsewhere")
 
 
-def _write_shards(rows: _Rows, folder: Path, on_shard: Callable[[int, int], None] | None) -> None:
+def _write_shards(rows: _Rows, folder: Path, on_start: OnStart | None, on_part: OnPart | None) -> None:
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,15 +208,16 @@ def _write_shards(rows: _Rows, folder: Path, on_shard: Callable[[int, int], None
     for file in folder.glob("*.parquet"):  # all from here, as `_check_folder` saw
         if file not in wanted or (pq.read_schema(file).metadata or {}).get(_DIGEST) != digest:
             file.unlink()
-    for done, (file, shard) in enumerate(wanted.items()):
-        if not file.is_file():
+    missing = {file: shard for file, shard in wanted.items() if not file.is_file()}
+    if on_start:
+        on_start({file.name: sum(map(rows.size_bytes, shard)) for file, shard in missing.items()})
+    for file, shard in missing.items():
+        with telling(on_part, file.name):
             partial = file.with_name(f"{file.name}.partial")
             with pq.ParquetWriter(partial, schema) as writer:
                 for index in shard:
                     writer.write_table(row_of(rows.row(index), schema))
             partial.replace(file)
-        if on_shard:
-            on_shard(done + 1, len(shards))
 
 
 def _shards(rows: _Rows) -> Iterator[range]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from detune._runtime import OnPart, OnStart, telling
 from detune.bench.layers import Layer
 from detune.bench.subsets import Subset, clean_name
 from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
@@ -55,7 +56,14 @@ def write_with(base: Checkpoint, weights: Mapping[str, Callable[[], Tensor]], ou
                 writer.copy(name)
 
 
-def merge_subset(subset: Subset, out: Path, *, base: str | Path | None = None) -> list[Path]:
+def merge_subset(
+    subset: Subset,
+    out: Path,
+    *,
+    base: str | Path | None = None,
+    on_start: OnStart | None = None,
+    on_part: OnPart | None = None,
+) -> list[Path]:
     """Write every fine-tuned model of a subset as a merged checkpoint: what a publisher would have published.
 
     Each row is read once and written to all of them.
@@ -65,6 +73,8 @@ def merge_subset(subset: Subset, out: Path, *, base: str | Path | None = None) -
         out: A directory; each model gets one below, named after its LoRA. What a name of a file should not hold becomes
             a hyphen, and where two names come out the same, all get a number in front.
         base: The model that the LoRAs were trained on; None takes the one beside the rows.
+        on_start: For progress: called once with the base's tensors, and what is written of each in bytes.
+        on_part: Called with a tensor's name when it is begun, and when it is done.
 
     Returns:
         The checkpoints, in the order of the LoRAs.
@@ -86,6 +96,8 @@ def merge_subset(subset: Subset, out: Path, *, base: str | Path | None = None) -
         checkpoint = stack.enter_context(open_checkpoint(where))
         tensor_name(first, checkpoint)
         writers = [stack.enter_context(CheckpointWriter(checkpoint, path)) for path in paths]
+        if on_start:
+            on_start({name: len(paths) * info.nbytes for name, info in checkpoint.tensors.items()})
         written: dict[str, int] = {}
         for layer in subset.layers():
             name = tensor_name(layer, checkpoint)
@@ -96,12 +108,14 @@ def merge_subset(subset: Subset, out: Path, *, base: str | Path | None = None) -
                     "remove one of them",
                 )
             written[name] = layer.index
-            for i, writer in enumerate(writers):
-                writer.write(name, layer.merged(i).reshape(checkpoint.tensors[name].shape))
+            with telling(on_part, name):
+                for i, writer in enumerate(writers):
+                    writer.write(name, layer.merged(i).reshape(checkpoint.tensors[name].shape))
         for name in checkpoint.tensors:
             if name not in written:
-                for writer in writers:
-                    writer.copy(name)
+                with telling(on_part, name):
+                    for writer in writers:
+                        writer.copy(name)
     return paths
 
 

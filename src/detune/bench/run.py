@@ -9,7 +9,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from detune._runtime import OnPart, OnStart, telling
 from detune.bench.behaviour import Behaviour, Differences, Metric, behaviour_of
 from detune.bench.checkpoints import tensor_name, write_with
 from detune.bench.layers import Layer
@@ -37,8 +38,6 @@ from detune.problem.stack import matricise
 __all__ = ["Judge", "Task", "draw", "plan", "run", "run_all", "solve_layer"]
 
 USUAL_MODELS = (3, 5, 8)
-
-OnLayer = Callable[[Cell, int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,8 @@ def run_all(
     inputs: Path | None = None,
     behave: bool = True,
     device: torch.device | str = "cpu",
-    on_layer: OnLayer | None = None,
+    on_start: OnStart | None = None,
+    on_part: OnPart | None = None,
 ) -> list[CellResult]:
     """Fill the cells, and compare behaviour where there is a base to run.
 
@@ -170,7 +170,8 @@ def run_all(
         inputs: What models are run on; None takes what lies beside the rows.
         behave: Whether to run models at all.
         device: Where the solvers compute.
-        on_layer: For progress, see `run`.
+        on_start: For progress, see `run`.
+        on_part: See `run`.
 
     Raises:
         InputError: As `run`; or the base cannot be run on the inputs.
@@ -180,9 +181,9 @@ def run_all(
         why = "models were not run" if not behave else "no base at hand"
         if inputs is not None:
             raise InputError(f"inputs {inputs} are given, but {why}", "expected a base to run on them", "give --base")
-        return run(subset, tasks, store, unjudged=why, device=device, on_layer=on_layer)
+        return run(subset, tasks, store, unjudged=why, device=device, on_start=on_start, on_part=on_part)
     judge = Judge.of(base, inputs or subset.inputs)
-    return run(subset, tasks, store, judge=judge, device=device, on_layer=on_layer)
+    return run(subset, tasks, store, judge=judge, device=device, on_start=on_start, on_part=on_part)
 
 
 def run(
@@ -193,7 +194,8 @@ def run(
     judge: Judge | None = None,
     unjudged: str = "no base at hand",
     device: torch.device | str = "cpu",
-    on_layer: OnLayer | None = None,
+    on_start: OnStart | None = None,
+    on_part: OnPart | None = None,
 ) -> list[CellResult]:
     """Fill the cells that are not finished yet.
 
@@ -204,7 +206,9 @@ def run(
         judge: Runs the recovered models too; None leaves behaviour out.
         unjudged: Without a judge: why there is none.
         device: Where the solvers compute.
-        on_layer: For progress: called with the cell, the layer's number and the number of layers before each solve.
+        on_start: For progress: called with the layers that are still to be solved for each cell, where their number is
+            known, then with the models that are run.
+        on_part: Called with the name of each of these when it is begun, and when it is done.
 
     Returns:
         The result of every cell, in the order of the tasks.
@@ -222,19 +226,36 @@ def run(
             base = stack.enter_context(open_checkpoint(judge.base)) if judge else None
             for task in todo:
                 stack.enter_context(store.claim(task.cell, environment))
+            if on_start and subset.rows is not None:
+                on_start(
+                    {
+                        f"{_told(task.cell)}, layer {index}": 1
+                        for task in todo
+                        for index in range(subset.rows)
+                        if not store.has_layer(task.cell, index, with_weight=judge is not None)
+                    },
+                )
             for layer in subset.layers():
                 names[layer.index] = tensor_name(layer, base) if base else layer.name
                 for task in todo:
                     if store.has_layer(task.cell, layer.index, with_weight=judge is not None):
                         continue
-                    if on_layer:
-                        on_layer(task.cell, layer.index, subset.rows)
-                    result, weight = solve_layer(layer, task, device)
-                    store.keep_layer(task.cell, result, weight if judge is not None else None)
+                    with telling(on_part, f"{_told(task.cell)}, layer {layer.index}"):
+                        result, weight = solve_layer(layer, task, device)
+                        store.keep_layer(task.cell, result, weight if judge is not None else None)
+            if on_start and judge is not None:
+                on_start({f"{_told(task.cell)}, outputs": 1 for task in todo})
             for task in todo:
-                store.finish(_finish(subset, task.cell, store, judge, unjudged, names, environment))
+                with telling(on_part, f"{_told(task.cell)}, outputs"):
+                    store.finish(_finish(subset, task.cell, store, judge, unjudged, names, environment))
         store.tidy()
     return [store.read(task.cell) for task in tasks]
+
+
+def _told(cell: Cell) -> str:
+    """A cell in words."""
+    rank = "" if cell.rank_known else ", ranks found"
+    return f"{cell.method} on {len(cell.loras)} models, draw {cell.seed}{rank}"
 
 
 def solve_layer(layer: Layer, task: Task, device: torch.device | str = "cpu") -> tuple[LayerResult, Tensor]:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from detune._runtime import OnPart, OnStart
 from detune.bench.layers import Layer
 from detune.bench.methods import Method, find_method
 from detune.bench.plots import colour_of, new_figure, plain, plot_lines, save
 from detune.bench.results import CellResult, LayerResult, ResultStore
-from detune.bench.run import OnLayer, draw, plan, run
+from detune.bench.run import draw, plan, run
 from detune.bench.sheets import write_sheet
 from detune.bench.subsets import Subset
 from detune.bench.table import frame_of
@@ -43,14 +44,16 @@ class Bench:
         store: Where cells are kept.
         models: Numbers of models; empty for the study's own.
         seeds: Draws of the LoRAs.
-        on_layer: For progress.
+        on_start: For progress, see `detune.bench.run.run`.
+        on_part: See there.
     """
 
     subsets: tuple[Subset, ...]
     store: ResultStore
     models: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
-    on_layer: OnLayer | None = None
+    on_start: OnStart | None = None
+    on_part: OnPart | None = None
 
     def cells(
         self,
@@ -67,7 +70,7 @@ class Bench:
                 for known in rank_known
                 for task in plan(subset, methods(subset), numbers, self.seeds, rank_known=known)
             ]
-            results += run(subset, tasks, self.store, on_layer=self.on_layer)
+            results += run(subset, tasks, self.store, on_start=self.on_start, on_part=self.on_part)
         return results
 
 

@@ -44,15 +44,14 @@ def extract(
     output: Output,
 ) -> None:
     """Write the LoRA of each merged model as a PEFT adapter of BASE, OUT/MODEL."""
-    from detune.cli.tables import show_extraction, show_plan
+    from detune.cli.tables import show_extraction
 
     load_torch()
     options: Any = {"base": base, "rank": rank, "denoise": denoise, "device": device_of(device), "card": card}
     if dry_run:
         from detune.plan import plan_extraction
 
-        plan = plan_extraction(models, out, **options)
-        output.show(plan.to_json, lambda: show_plan(plan))
+        output.plan(lambda: plan_extraction(models, out, **options))
         return
     with publishing(out, repository, public, output.still):
         with output.progress() as shown:
@@ -81,15 +80,14 @@ def pack(
 
     The pack is unpacked in memory and every hash checked before it appears. The models stay as they are.
     """
-    from detune.cli.tables import show_pack, show_plan
+    from detune.cli.tables import show_pack
 
     load_torch()
     options: Any = {"base": base, "rank": rank, "device": device_of(device)}
     if dry_run:
         from detune.plan import plan_pack
 
-        plan = plan_pack(models, out, **options)
-        output.show(plan.to_json, lambda: show_plan(plan))
+        output.plan(lambda: plan_pack(models, out, **options))
         return
     with output.progress() as shown:
         report = detune.pack(models, out, on_start=shown.start, on_tensor=shown, **options)

@@ -1,7 +1,5 @@
 """`detune bench`: LoWRA Bench. Each subcommand parses and calls one public function of `detune.bench`."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,7 @@ from detune.cli.bench_defences import defences
 from detune.cli.leaderboard import leaderboard
 from detune.cli.options import device_of, device_option
 from detune.cli.output import Output, output_options, quiet_option
-from detune.cli.progress_bars import progress_bar, status
+from detune.cli.progress import Progress
 from detune.cli.signals import keeping_finished
 from detune.cli.terminal import say
 
@@ -116,19 +114,15 @@ def build(
 
     A build that was interrupted goes on where it stopped.
     """
+    output = Output(quiet, as_json=False)
     if base is not None:
         if quick or ranks or seeds != "shared" or seed:
             raise click.UsageError("--quick, --seeds, --seed and --ranks are for a RECIPE, not for --base.")
         from detune.bench.build import build_subset
 
-        with status("writing rows", quiet=quiet) as tell, keeping_finished(out):
+        with output.progress() as shown, keeping_finished(out):
             subset = build_subset(
-                base,
-                source,
-                out,
-                name=name,
-                stands_for=stands_for,
-                on_shard=lambda done, total: tell(f"file {done} of {total}"),
+                base, source, out, name=name, stands_for=stands_for, on_start=shown.start, on_part=shown
             )
     else:
         from detune.bench.recipes import build_recipe, find_recipe
@@ -138,10 +132,9 @@ def build(
         if len(source) > 1:
             raise click.UsageError("give one RECIPE, or --base BASE with the ADAPTERs.")
         recipe = find_recipe(source[0], quick=quick)
-        with status("starting", quiet=quiet) as tell, keeping_finished(out):
-            subset = build_recipe(recipe, out, seeds=seeds, seed=seed, ranks=ranks, on_step=tell)
-    if not quiet:
-        _show_subset(subset, out)
+        with output.progress("parts", in_words=True) as shown, keeping_finished(out):
+            subset = build_recipe(recipe, out, seeds=seeds, seed=seed, ranks=ranks, on_start=shown.start, on_part=shown)
+    output.show(str, lambda: _show_subset(subset, out), shown)
 
 
 @bench.command()
@@ -156,10 +149,11 @@ def merge(subset: str, out: Path, base: Path | None, data: Path | None, revision
     from detune.bench.checkpoints import merge_subset
     from detune.bench.subsets import open_subset
 
-    with status("merging", quiet=quiet):
-        paths = merge_subset(open_subset(subset, data=data, revision=revision), out, base=base)
-    if not quiet:
-        say(f"wrote {len(paths)} merged models below {out}")
+    output = Output(quiet, as_json=False)
+    with output.progress() as shown:
+        rows = open_subset(subset, data=data, revision=revision)
+        paths = merge_subset(rows, out, base=base, on_start=shown.start, on_part=shown)
+    output.show(str, lambda: say(f"wrote {len(paths)} merged models below {out}"), shown)
 
 
 @bench.command()
@@ -211,7 +205,7 @@ def run(
     chosen = [find_method(name.strip(), rows) for name in methods.split(",")]
     tasks = plan(rows, chosen, models, draws, rank_known=rank == "told")
     store = ResultStore(out)
-    with _layers(output.still) as on_layer, keeping_finished(out):
+    with output.progress("parts") as shown, keeping_finished(out):
         run_all(
             rows,
             tasks,
@@ -220,9 +214,10 @@ def run(
             inputs=inputs,
             behave=not weights_only,
             device=device_of(device),
-            on_layer=on_layer,
+            on_start=shown.start,
+            on_part=shown,
         )
-    _show_table(store, output)
+    _show_table(store, output, shown)
 
 
 @bench.command()
@@ -266,10 +261,15 @@ def study(
 
     _use_threads(threads)
     opened = tuple(open_subset(name, data=data, revision=revision) for name in subsets)
-    with _layers(quiet) as on_layer, keeping_finished(out):
-        result = run_study(study, Bench(opened, ResultStore(out), models, draws, on_layer))
-    for file in () if quiet else result.files:
-        say(f"wrote {file}")
+    output = Output(quiet, as_json=False)
+    with output.progress("parts") as shown, keeping_finished(out):
+        result = run_study(study, Bench(opened, ResultStore(out), models, draws, shown.start, shown))
+
+    def tell() -> None:
+        for file in result.files:
+            say(f"wrote {file}")
+
+    output.show(str, tell, shown)
 
 
 def _show_subset(subset: "Subset", out: Path) -> None:
@@ -277,7 +277,7 @@ def _show_subset(subset: "Subset", out: Path) -> None:
     say(f"  detune bench run {out} --out results")
 
 
-def _show_table(store: "ResultStore", output: Output) -> None:
+def _show_table(store: "ResultStore", output: Output, shown: Progress | None = None) -> None:
     from detune.bench.table import to_json, write_table
     from detune.cli.tables import show_tables
 
@@ -288,7 +288,7 @@ def _show_table(store: "ResultStore", output: Output) -> None:
         show_tables(results)
         say(f"wrote {', '.join(map(str, files))}")
 
-    output.show(lambda: to_json(results), tables)
+    output.show(lambda: to_json(results), tables, shown)
 
 
 def _use_threads(threads: int | None) -> None:
@@ -296,15 +296,3 @@ def _use_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _layers(quiet: bool) -> Iterator[Callable[[Any, int, int | None], None]]:
-    """A bar with the layer and the cell at hand, on stderr; gone when done."""
-    with progress_bar(unit="steps", quiet=quiet) as bar:
-        task = bar.add_task("opening the subset", total=None)
-
-        def on_layer(cell: Any, index: int, rows: int | None) -> None:
-            bar.update(task, completed=index, total=rows, description=f"{cell.method}, {len(cell.loras)} models")
-
-        yield on_layer

@@ -4,9 +4,7 @@ from pathlib import Path
 
 import click
 
-from detune.cli.loading import load_torch
 from detune.cli.output import Output, output_options
-from detune.cli.progress_bars import status
 from detune.cli.signals import keeping_finished
 from detune.cli.terminal import say
 
@@ -33,20 +31,21 @@ def defences(
     Without MODELs, fine-tunes of all-MiniLM-L6-v2 are trained first: some ten minutes on two cores. What OUT has is not
     made again.
     """
-    load_torch()
-    import torch
-
-    from detune.bench.defences import bench_defences
-    from detune.bench.defences.table import markdown, to_json
-
-    if threads is not None:
-        torch.set_num_threads(threads)
 
     def tables() -> None:
         for line in markdown(results).splitlines():
             say(line)
         say(f"wrote {out / 'defences.md'} and {out / 'defences.png'}")
 
-    with status("starting", quiet=output.still) as tell, keeping_finished(out):
-        results = bench_defences(out, base=base, models=models, only=only, quick=quick, on_step=tell)
-    output.show(lambda: to_json(results), tables)
+    with output.progress("parts", in_words=True) as shown, keeping_finished(out):
+        import torch
+
+        from detune.bench.defences import bench_defences
+        from detune.bench.defences.table import markdown, to_json
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        results = bench_defences(
+            out, base=base, models=models, only=only, quick=quick, on_start=shown.start, on_part=shown
+        )
+    output.show(lambda: to_json(results), tables, shown)

@@ -1,14 +1,14 @@
 """`detune bench leaderboard`: each subcommand parses and calls one public function of `detune.bench.leaderboard`."""
 
 import shlex
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from detune.cli.loading import load_torch
-from detune.cli.output import quiet_option
-from detune.cli.progress_bars import status
+from detune.cli.output import Output, quiet_option
 from detune.cli.signals import keeping_finished
 from detune.cli.terminal import say
 
@@ -50,12 +50,9 @@ def add(
     rows: tuple[str, ...], out: Path, entries: Path, authors: tuple[str, ...], link: str | None, quiet: bool
 ) -> None:
     """Attack the defences of ROWs, and write what came of it as claimed entries."""
-    results = _run(rows, out, quiet)
     from detune.bench.leaderboard import add as add_entries
 
-    for file in add_entries(results, entries, authors, _command(rows), link):
-        if not quiet:
-            say(f"wrote {file}")
+    _run(rows, out, quiet, "wrote", lambda results: add_entries(results, entries, authors, _command(rows), link))
 
 
 @leaderboard.command()
@@ -65,12 +62,9 @@ def add(
 @quiet_option
 def verify(rows: tuple[str, ...], out: Path, entries: Path, quiet: bool) -> None:
     """Attack the defences of ROWs again, and mark their entries as verified if the same comes of it."""
-    results = _run(rows, out, quiet)
     from detune.bench.leaderboard import verify as verify_entries
 
-    for file in verify_entries(results, entries, _command(rows)):
-        if not quiet:
-            say(f"verified {file}")
+    _run(rows, out, quiet, "verified", lambda results: verify_entries(results, entries, _command(rows)))
 
 
 @leaderboard.command()
@@ -92,12 +86,26 @@ def build(entries: Path, page: Path) -> None:
     say(f"wrote {len(found)} entries into {page}")
 
 
-def _run(rows: tuple[str, ...], out: Path, quiet: bool) -> "tuple[RowResult, ...]":
-    load_torch()
-    from detune.bench.defences import bench_defences
+def _run(
+    rows: tuple[str, ...],
+    out: Path,
+    quiet: bool,
+    done: str,
+    enter: "Callable[[tuple[RowResult, ...]], Iterable[Path]]",
+) -> None:
+    """Run rows, enter their results, and say which files that has written or changed."""
+    output = Output(quiet, as_json=False)
+    with output.progress("parts", in_words=True) as shown, keeping_finished(out):
+        from detune.bench.defences import bench_defences
 
-    with status("starting", quiet=quiet) as tell, keeping_finished(out):
-        return bench_defences(out, only=rows, on_step=tell)
+        results = bench_defences(out, only=rows, on_start=shown.start, on_part=shown)
+    files = enter(results)
+
+    def tell() -> None:
+        for file in files:
+            say(f"{done} {file}")
+
+    output.show(str, tell, shown)
 
 
 def _command(rows: tuple[str, ...]) -> str:

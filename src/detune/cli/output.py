@@ -1,15 +1,19 @@
 """How a command tells what it found: with a bar meanwhile, then as tables, as JSON, or not at all."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from detune.cli.progress import Progress, progress
 from detune.cli.terminal import say, say_json
+
+if TYPE_CHECKING:
+    from detune.plan import Plan
 
 __all__ = ["Output", "output_options", "quiet_option"]
 
@@ -36,9 +40,27 @@ class Output:
         """Whether neither bars nor tables are to be seen."""
         return self.quiet or self.as_json
 
-    def progress(self) -> AbstractContextManager[Progress]:
-        """The bar for the time until there is a result."""
-        return progress(self.still)
+    def progress(
+        self, unit: Literal["bytes", "parts"] = "bytes", *, in_words: bool = False, among_output: bool = False
+    ) -> AbstractContextManager[Progress]:
+        """The bar for the time until there is a result; see `detune.cli.progress.progress`."""
+        return progress(self.still, unit, in_words=in_words, among_output=among_output)
+
+    def plan(self, make: "Callable[[], Plan]") -> None:
+        """Print what a command would do, with the time that this one took to start.
+
+        Args:
+            make: Lays the plan out.
+        """
+        from detune.cli.tables import show_plan
+        from detune.plan import Spent
+
+        starting = Spent("starting", time.process_time(), "processor time of this command, before it opened a model")
+        with self.progress() as shown:
+            shown.stage("timing what would be done")
+            plan = make()
+        plan = replace(plan, time=(starting, *plan.time))
+        self.show(plan.to_json, lambda: show_plan(plan))
 
     def show(self, to_json: Callable[[], str], table: Callable[[], None], shown: Progress | None = None) -> None:
         """Print a result.

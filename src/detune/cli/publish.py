@@ -45,11 +45,9 @@ def push(directory: Path, repository: str, public: bool, message: str | None, dr
     """
     load_torch()
     if dry_run:
-        from detune.cli.tables import show_plan
         from detune.plan import plan_push
 
-        plan = plan_push(directory, repository, public=public)
-        output.show(plan.to_json, lambda: show_plan(plan))
+        output.plan(lambda: plan_push(directory, repository, public=public))
         return
     with clients_bars(quiet=output.still), keeping(SENT):
         pushed = detune.push(directory, repository, public=public, message=message)

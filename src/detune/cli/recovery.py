@@ -26,7 +26,6 @@ from detune.cli.options import (
 from detune.cli.output import Output, output_options
 from detune.cli.publish import publishing, push_options
 from detune.cli.signals import keeping
-from detune.cli.terminal import say_json
 
 
 @click.command(
@@ -80,7 +79,7 @@ def recover(
     A run that is cut off is finished by the same command. --scheduler and --slurm need a file system that all machines
     share, and pip install 'detune[cluster]'.
     """
-    from detune.cli.tables import show_adapters, show_plan, show_report
+    from detune.cli.tables import show_adapters, show_report
 
     load_torch()
     options: Any = {
@@ -95,14 +94,15 @@ def recover(
         "card": card,
     }
     if node is not None:
-        models = detune.find_lineage(models, merge_dtype=merge_dtype_of(merge_dtype)).sources(node)
+        with output.progress() as shown:
+            shown.stage("drawing the tree")
+            models = detune.find_lineage(models, merge_dtype=merge_dtype_of(merge_dtype)).sources(node)
     if dry_run:
         from detune.plan import plan_recovery
 
         # What others compute on is not here to be timed.
         here = device_of("cpu" if execution.elsewhere else device)
-        plan = plan_recovery(models, out, method, device=here, **options)
-        output.show(plan.to_json, lambda: show_plan(plan))
+        output.plan(lambda: plan_recovery(models, out, method, device=here, **options))
         return
 
     def tables() -> None:
@@ -202,7 +202,8 @@ def family(
         if picture is not None:
             picture.write_text(lineage.to_mermaid(), encoding="utf-8")
         if inventory is not None:
-            inventory.write_text(to_cyclonedx(lineage, weight_hashes(models)), encoding="utf-8")
+            hashes = weight_hashes(models, shown.start, shown)
+            inventory.write_text(to_cyclonedx(lineage, hashes), encoding="utf-8")
     found = Family.of(check, lineage)
     output.show(found.to_json, lambda: show_family(found), shown)
 
@@ -230,9 +231,19 @@ def demo(out: Path | None, method: str, train: bool, steps: int | None, output: 
     """The whole story on a real language model, offline, in a minute: fine-tunes merged, the base recovered."""
     if steps is not None and not train:
         raise click.UsageError("--steps is for training: give --train as well")
-    from detune.demo.story import tell
+    with (
+        keeping(f"the models made so far stay in {out}") if out is not None else nullcontext(),
+        output.progress("parts", among_output=True) as shown,
+    ):
+        from detune.demo.story import tell
 
-    with keeping(f"the models made so far stay in {out}") if out is not None else nullcontext():
-        story = tell(out, method=method, train=train, steps=steps, quiet=output.still)
-    if output.as_json:
-        say_json(story.to_json())
+        story = tell(
+            out,
+            method=method,
+            train=train,
+            steps=steps,
+            console=shown.console,
+            on_start=shown.start,
+            on_part=shown,
+        )
+    output.show(story.to_json, lambda: None, shown)

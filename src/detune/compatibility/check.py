@@ -1,12 +1,13 @@
 """Is it one family? Which models share a source, which do not and why, and whether what is left suffices."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from detune._runtime import OnStart
 from detune.compatibility.groups import BaseGroups, group_fitting, why_left_out
 from detune.compatibility.light import some_of_each_kind
 from detune.compatibility.model_set import Models, rows_to_read
@@ -100,7 +101,7 @@ def check_family(
     device: torch.device | str | None = None,
     merge_dtype: torch.dtype | None = None,
     rows: int | Literal["auto", "all"] = "auto",
-    on_start: Callable[[Mapping[str, int]], None] | None = None,
+    on_start: OnStart | None = None,
     on_tensor: Callable[[str, tuple[ChangedTensor, ...] | None], None] | None = None,
 ) -> FamilyCheck:
     """Group models by common source, and say who does not belong and why. Writes nothing.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from detune._runtime import OnStart
 from detune.checkpoints import (
     Checkpoint,
     CheckpointWriter,
@@ -22,7 +23,6 @@ from detune.defences.running import load_model, outputs, probe
 from detune.documents import document, to_json
 from detune.errors import OutputError
 from detune.numerics.float_grid import spacing
-from detune.recovery.loop import OnStart
 
 __all__ = ["Defended", "Preservation", "defend"]
 

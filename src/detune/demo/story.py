@@ -12,10 +12,10 @@ from statistics import fmean
 import torch
 from rich import box
 from rich.console import Console
-from rich.status import Status as Spinner
 from rich.table import Table
 
 import detune
+from detune._runtime import OnPart, OnStart, telling
 from detune.checkpoints import temporary_directory
 from detune.demo.language_model import FINE_TUNES, STEPS, language_model, shipped_adapter, train_adapter, write
 from detune.demo.train import merge
@@ -65,7 +65,9 @@ def tell(
     method: str = "auto",
     train: bool = False,
     steps: int | None = None,
-    quiet: bool = False,
+    console: Console | None = None,
+    on_start: OnStart | None = None,
+    on_part: OnPart | None = None,
 ) -> Story:
     """Run the demonstration and print it as it goes.
 
@@ -74,7 +76,9 @@ def tell(
         method: What recovers the base, beside the paper's baselines.
         train: Train the LoRAs here, instead of taking those that come with the package.
         steps: Training steps of each; None is the trainer's default.
-        quiet: Whether to print nothing.
+        console: Where to print; None is standard output.
+        on_start: For progress: called once with what is to be done.
+        on_part: Called with the name of each of these when it is begun, and when it is done.
 
     Returns:
         What is printed.
@@ -85,12 +89,17 @@ def tell(
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not empty", "choose another directory, or leave --out away")
-    console = Console(highlight=False, quiet=quiet)
+    console = console or Console(highlight=False)
     began = time.perf_counter()
+    if on_start:
+        training = [f"training on {domain}" for domain in FINE_TUNES] if train else []
+        merging = [f"merging {domain}" for domain in FINE_TUNES]
+        recovering = [f"recovering: {name}" for name in _methods(method)]
+        on_start(dict.fromkeys(("unpacking the base", *training, *merging, *recovering, "asking"), 1))
     with nullcontext(out) if out is not None else temporary_directory("demo") as folder:
-        base, merged, merges = _fine_tune(console, folder, train, steps)
-        comparisons = _attack(console, base, merged, folder, method)
-        answers = _ask(console, base, merged[0], folder / f"recovered-{method}")
+        base, merged, merges = _fine_tune(console, folder, train, steps, on_part)
+        comparisons = _attack(console, base, merged, folder, method, on_part)
+        answers = _ask(console, base, merged[0], folder / f"recovered-{method}", on_part)
     console.print(
         "\nThree merged fine-tunes gave their base away: nobody published it, and anybody\n"
         "can compute it. Two would not have. Look at your own with\n"
@@ -104,7 +113,7 @@ def tell(
 
 
 def _fine_tune(
-    console: Console, folder: Path, train: bool, steps: int | None
+    console: Console, folder: Path, train: bool, steps: int | None, on_part: OnPart | None
 ) -> tuple[Path, list[Path], dict[str, Comparison]]:
     console.print(
         "[bold]1. A base model and three fine-tunes of it[/]\n"
@@ -112,16 +121,16 @@ def _fine_tune(
         "   bf16. Each fine-tune is a LoRA on its last ten layers, trained on English\n"
         "   text that Python carries, merged by PEFT in bf16.\n"
     )
-    with Spinner("unpacking the base", console=console):
+    with telling(on_part, "unpacking the base"):
         base = language_model(folder / "base")
     table = Table("   fine-tune", "rank", "of", "bits that are still the base's", box=None, pad_edge=False)
     merged, merges = [], {}
     for domain, tune in FINE_TUNES.items():
         adapter = shipped_adapter(domain)
         if train:
-            with Spinner(f"training on {domain}", console=console):
+            with telling(on_part, f"training on {domain}"):
                 adapter = train_adapter(base, tune, folder / f"adapter-{domain}", steps=steps or STEPS)
-        with Spinner(f"merging {domain}", console=console):
+        with telling(on_part, f"merging {domain}"):
             merged.append(merge(base, adapter, folder / f"merged-{domain}", torch.bfloat16))
             merges[merged[-1].name] = _fine_tuned(detune.compare(merged[-1], base))
         targets = "attention and MLPs" if "up_proj" in tune.targets else "attention"
@@ -135,15 +144,22 @@ def _fine_tune(
     return base, merged, merges
 
 
-def _attack(console: Console, base: Path, merged: list[Path], folder: Path, method: str) -> dict[str, Comparison]:
+def _methods(method: str) -> tuple[str, ...]:
+    """The paper's baselines, and the method to compare with them."""
+    return tuple(dict.fromkeys((*_BASELINES, method)))
+
+
+def _attack(
+    console: Console, base: Path, merged: list[Path], folder: Path, method: str, on_part: OnPart | None
+) -> dict[str, Comparison]:
     console.print("\n[bold]2. The recovery, from the merged models alone[/]")
     console.print(f"   detune recover {' '.join(path.name for path in merged)}\n      --out recovered\n")
     comparisons = {}
     table = Table("   method", "", "identical bits", "W-Error", "seconds", box=None, pad_edge=False)
-    for name in dict.fromkeys((*_BASELINES, method)):
+    for name in _methods(method):
         # Spectral DeTuning is told the rank, as in the paper; the others find it.
         rank = max(tune.rank for tune in FINE_TUNES.values()) if name == "spectral" else None
-        with Spinner(f"recovering: {name}", console=console):
+        with telling(on_part, f"recovering: {name}"):
             report = detune.recover(merged, folder / f"recovered-{name}", name, rank=rank)
             comparisons[name] = _fine_tuned(detune.compare(folder / f"recovered-{name}", base))
         differing = comparisons[name].differing
@@ -176,10 +192,12 @@ def _fine_tuned(comparison: Comparison) -> Comparison:
     return Comparison(comparison.recovered, comparison.truth, rows, (), ())
 
 
-def _ask(console: Console, base: Path, tuned: Path, recovered: Path) -> dict[str, tuple[str, ...]]:
+def _ask(
+    console: Console, base: Path, tuned: Path, recovered: Path, on_part: OnPart | None
+) -> dict[str, tuple[str, ...]]:
     console.print("\n[bold]3. The same questions to all: the most likely answers[/]\n")
     answers = {}
-    with Spinner("asking", console=console):
+    with telling(on_part, "asking"):
         for name, path in (("base", base), (tuned.name, tuned), ("recovered", recovered)):
             answers[name] = tuple(write(path, QUESTIONS))
     table = Table("", *answers, box=box.SIMPLE_HEAD, show_lines=True)

@@ -1,10 +1,12 @@
 """The models as a machine-learning bill of materials in CycloneDX, each with its ancestors as its pedigree."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from detune import __version__
-from detune.checkpoints import is_on_hub, open_checkpoint
+from detune._runtime import OnPart, OnStart, telling
+from detune.checkpoints import is_on_hub, open_checkpoint, raw
 from detune.errors import DetuneError
 from detune.lineage.tree import Lineage, Node
 
@@ -46,16 +48,31 @@ def to_cyclonedx(lineage: Lineage, hashes: Hashes) -> str:
     return f"{text}\n"
 
 
-def weight_hashes(models: Sequence[str]) -> dict[str, dict[str, str]]:
+def weight_hashes(
+    models: Sequence[str], on_start: OnStart | None = None, on_part: OnPart | None = None
+) -> dict[str, dict[str, str]]:
     """Compute the SHA-256 of models' weight files; those of a model on the Hub are known there, and nothing is read.
+
+    Args:
+        models: As `detune.checkpoints.open_checkpoint` takes them.
+        on_start: For progress: called once with the models, and what is read of each in bytes.
+        on_part: Called with each of these when it is begun, and when it is done.
 
     Raises:
         InputError: A model cannot be read.
     """
     found = {}
-    for spec in models:
-        with open_checkpoint(spec, rows=1 if is_on_hub(spec) else None) as model:
-            found[spec] = model.hashes()
+    with ExitStack() as opened:
+        given = {
+            spec: opened.enter_context(open_checkpoint(spec, rows=1 if is_on_hub(spec) else None)) for spec in models
+        }
+        if on_start:
+            on_start(
+                {spec: 0 if raw(model).known_hashes() else raw(model).total_bytes for spec, model in given.items()}
+            )
+        for spec, model in given.items():
+            with telling(on_part, spec):
+                found[spec] = model.hashes()
     return found
 
 

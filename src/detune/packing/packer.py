@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detune._runtime import OnStart
 from detune.adapters.changes import adapter_names
 from detune.adapters.extract import require_base
 from detune.adapters.fit import fit_adapter
@@ -39,7 +40,7 @@ from detune.packing.unpacker import Contents
 from detune.problem import NonFinite, NotLowRank
 from detune.problem.stack import matricise
 from detune.recovery.api import recover
-from detune.recovery.loop import OnStart, OnTensor
+from detune.recovery.loop import OnTensor
 
 # A prediction that leaves a larger share of the bytes is held against no prediction at all.
 POOR = 1 / 2

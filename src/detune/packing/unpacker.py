@@ -2,12 +2,13 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from detune._runtime import OnStart
 from detune.checkpoints import inside, new_directory
 from detune.checkpoints.blocks import memory_of
 from detune.checkpoints.disk import require_space
@@ -51,7 +52,7 @@ def unpack(
     pack: str | Path,
     out: str | Path,
     *,
-    on_start: Callable[[Mapping[str, int]], None] | None = None,
+    on_start: OnStart | None = None,
     on_file: Callable[[str, PackedFile | None], None] | None = None,
 ) -> UnpackReport:
     """Restore the checkpoints of a pack, every file byte for byte, each in a directory of its own below `out`.

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +27,7 @@ from detune.checkpoints.cards import read_card
 from detune.compatibility.model_set import ROWS_ON_HUB, Models, ModelSet
 from detune.compatibility.shared import is_shared
 from detune.plan.report import Made, Plan, Read, Spent
-from detune.plan.timing import carrying, compressing, moving, time_fits, time_recovery
+from detune.plan.timing import carrying, compressing, moving, opening, time_fits, time_recovery
 from detune.problem import Solver
 from detune.recovery.api import check_rank, make_solver, require_enough, select_models
 from detune.recovery.results import Results
@@ -59,6 +60,7 @@ def plan_recovery(
         InputError: The models cannot be read, or too few of them fit together and share a base.
         OutputError: `out` cannot be written, or the disk has no space.
     """
+    began = time.perf_counter()
     solver = make_solver(method)
     check_rank(rank)
     with ExitStack() as opened:
@@ -74,11 +76,13 @@ def plan_recovery(
         files = CheckpointFiles(family.layout, target.out, dtype, parts=family.parts)
         target.require_space(files.needed_bytes)
         changed = [name for name in family.names if family.copied(name) is None]
+        opened_seconds = time.perf_counter() - began
 
         fitter = None if adapters is None else ChangeFitter(family, str(target.out), rank, device)
         solved = time_recovery(family, changed, files, solver, rank, device, check, fitter)
         what = "recovering" if fitter is None else "recovering and fitting adapters"
-        spent = [] if solved is None else [solved.spent(what, family, changed)]
+        spent = [opening(opened_seconds, solved)]
+        spent += [] if solved is None else [solved.spent(what, family, changed)]
         layout_files = (family.layout.weight_files, family.layout.index_files, files.side_files)
         # With the report.
         made = sum(map(len, layout_files)) + 1 + _cards(family) * card
@@ -108,13 +112,16 @@ def plan_extraction(
         InputError: A model cannot be read, does not fit the base, or was not fine-tuned from it by LoRA.
         OutputError: `out` exists.
     """
+    began = time.perf_counter()
     check_new(resolved(out))
     with open_checkpoint(base, rows=ROWS_ON_HUB) as opened, ModelSet(models, rows=ROWS_ON_HUB, like=opened) as family:
         require_base(family.reference, family.models, full=denoise)
         changed = _changed_from(family.reference, family)
+        opened_seconds = time.perf_counter() - began
         fitter = ChangeFitter(family, opened.spec, rank, device, denoise=denoise)
         fitted = time_fits(family.reference, family, changed, fitter)
-        spent = [] if fitted is None else [fitted.spent("fitting adapters", family, changed)]
+        spent = [opening(opened_seconds, fitted)]
+        spent += [] if fitted is None else [fitted.spent("fitting adapters", family, changed)]
         found = max(() if fitted is None else fitted.ranks, default=0)
         writes = (_adapters(out, family, changed, rank or found, card),)
         reads = tuple(_read(model) for model in (opened, *family.models))
@@ -137,6 +144,7 @@ def plan_pack(
         OutputError: `out` exists.
         DetuneError: The extra `pack` is not installed.
     """
+    began = time.perf_counter()
     target = resolved(out)
     check_new(target, directory=False)
     spent: list[Spent] = []
@@ -148,15 +156,20 @@ def plan_pack(
         reference = family.reference
         if base is None:
             # As `recover` would, beside the pack.
+            before = time.perf_counter()
             recovery = plan_recovery(models, target.with_name(f"{target.name}.base"), rank=rank, device=device)
             spent += [part for part in recovery.time if part.what == "recovering"]
+            opened_again = sum(part.seconds for part in recovery.time if part.what == "opening")
+            began += time.perf_counter() - before - opened_again
         else:
             given = opened.enter_context(open_checkpoint(base, rows=ROWS_ON_HUB))
             reads.append(_read(given))
             reference = family.view(given)
             require_base(reference, family.models)
         changed = _changed_from(reference, family)
+        opened_seconds = time.perf_counter() - began
         fitted = time_fits(reference, family, changed, ChangeFitter(family, reference.spec, rank, device))
+        spent.insert(0, opening(opened_seconds, fitted))
         spent += [] if fitted is None else [fitted.spent("fitting adapters", family, changed)]
         spent.append(compressing(family, input_bytes))
         copied = len(family.parts) - len(changed)

@@ -1,7 +1,8 @@
 """How long the parts of a command take: a few matrices are computed here, some bytes hashed and compressed.
 
 Matrices are computed by the functions that the command calls, side by side where it does so, after a first one that
-compiles the loops and warms the libraries up. The time for all of them follows from the entries.
+compiles the loops and warms the libraries up. The time for all of them follows from the entries; what opening the
+models and that first one took is added once.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from detune.recovery.loop import map_tensors
 from detune.recovery.report import TensorResult
 from detune.recovery.tensor import solve_tensor
 
-__all__ = ["Timed", "carrying", "compressing", "moving", "time_fits", "time_recovery"]
+__all__ = ["Timed", "carrying", "compressing", "moving", "opening", "time_fits", "time_recovery"]
 
 # So many matrices are computed, and more where more are computed side by side.
 LEAST_MATRICES = 4
@@ -46,12 +47,14 @@ class Timed:
         entries: Of all of them, in the rows that are shown.
         seconds: How long it took.
         ranks: Those that were found.
+        first_seconds: How long the first one took, before these.
     """
 
     matrices: int
     entries: int
     seconds: float
     ranks: tuple[int, ...]
+    first_seconds: float
 
     def spent(self, what: str, family: ModelSet, names: Sequence[str]) -> Spent:
         """The time for all tensors."""
@@ -149,6 +152,7 @@ def _timed(
     names = sorted(entries, key=lambda name: entries[name])
     first = next((name for name in names if entries[name] >= WARMING_ENTRIES), names[-1])
     chosen = dict.fromkeys(names[(2 * k + 1) * len(names) // (2 * count)] for k in range(count))
+    before = time.perf_counter()
     for _ in compute((first,)):
         pass
     began = time.perf_counter()
@@ -159,7 +163,19 @@ def _timed(
         seconds = time.perf_counter() - began
         if seconds > PATIENCE_SECONDS:
             break
-    return Timed(len(done), sum(entries[name] for name in done), seconds, sum(done.values(), ()))
+    entries_done = sum(entries[name] for name in done)
+    return Timed(len(done), entries_done, seconds, sum(done.values(), ()), began - before)
+
+
+def opening(seconds: float, *timed: Timed | None) -> Spent:
+    """What a command does once, whatever the size of the models: by what it took here.
+
+    Args:
+        seconds: For opening and choosing the models.
+        timed: Matrices of each kind of computation.
+    """
+    first = [each.first_seconds for each in timed if each is not None]
+    return Spent("opening", seconds + sum(first), "what that took here" + ", with a first matrix" * bool(first))
 
 
 def moving(reads: Sequence[Read], times: int) -> list[Spent]:

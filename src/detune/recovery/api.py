@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from detune._runtime import command_line
+from detune._runtime import OnStart, command_line
 from detune.certificate.verdict import Verdict
 from detune.checkpoints import CheckpointFiles, PrivatePaths, Target, absolute, claim, identity, resolved
 from detune.checkpoints.cards import read_card
@@ -30,7 +30,7 @@ from detune.recovery.execution import (
     kept_for_later,
     require_unchanged,
 )
-from detune.recovery.loop import OnStart, OnTensor
+from detune.recovery.loop import OnTensor
 from detune.recovery.report import InputRow, Report, TensorResult
 from detune.recovery.results import Results
 

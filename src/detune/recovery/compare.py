@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from detune._runtime import OnStart
 from detune.checkpoints import Checkpoint, open_checkpoint
 from detune.documents import document, to_json
 from detune.errors import InputError
 from detune.metrics import bit_identical, w_error
-from detune.recovery.loop import OnStart
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from detune._runtime import command_line
+from detune._runtime import OnStart, command_line
 from detune.certificate.verdict import Verdict
 from detune.compatibility.describe import describe
 from detune.compatibility.groups import select
@@ -22,7 +22,7 @@ from detune.methods import Auto
 from detune.problem import NotLowRank, Stack
 from detune.problem.solving import told_by_others
 from detune.problem.stack import matricise
-from detune.recovery.loop import OnStart, OnTensor, map_tensors
+from detune.recovery.loop import OnTensor, map_tensors
 from detune.recovery.report import InputRow, Report, TensorResult
 from detune.recovery.tensor import result_of, solve_tensor
 

@@ -3,13 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 
+from detune._runtime import OnStart
 from detune.certificate.verdict import Verdict
 from detune.compatibility.model_set import Held, ModelSet, Why, damaged
 from detune.methods import Auto
@@ -22,8 +23,6 @@ from detune.recovery.scheduler import TensorLoad, TensorScheduler
 logger = logging.getLogger(__name__)
 
 OnTensor = Callable[[str, TensorResult | None], None]
-# Called with the tensors that are to come, and what is read of each in bytes.
-OnStart = Callable[[Mapping[str, int]], None]
 Found = TypeVar("Found")
 Solved = tuple[TensorResult, Found | None]
 # What solvers hold for each model beyond three, in copies of a matrix: mostly its folded rows

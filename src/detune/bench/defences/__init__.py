@@ -1,8 +1,9 @@
 """`detune bench defences`: which defences keep a base hidden, against attacks that know them, and what each costs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from detune._runtime import OnPart, OnStart
 from detune.bench.defences.families import FAMILIES, given_family, trained_families
 from detune.bench.defences.matrix import MODELS, Cell, Row, RowResult, rows_of, run_rows, verdict
 from detune.bench.defences.table import write
@@ -23,7 +24,8 @@ def bench_defences(
     models: Sequence[Path] = (),
     only: Sequence[str] = (),
     quick: bool = False,
-    on_step: Callable[[str], None] | None = None,
+    on_start: OnStart | None = None,
+    on_part: OnPart | None = None,
 ) -> tuple[RowResult, ...]:
     """Run the matrix, and write the table and the figure.
 
@@ -34,7 +36,8 @@ def bench_defences(
         models: Fine-tunes of it, encoders with tokenizers.
         only: Names of rows; empty runs all.
         quick: The smallest form: three fine-tunes of two steps, a few rows.
-        on_step: Called with what is being done.
+        on_start: For progress: called with the trainings that are still to be done, then with the attacks.
+        on_part: Called with the name of each of these when it is begun, and when it is done.
 
     Returns:
         A result for each defence.
@@ -70,11 +73,18 @@ def bench_defences(
         families = {"given": given_family(base, models)}
     elif quick:
         families = trained_families(
-            out / "models", needed, releases, domains=DOMAINS[:3], steps=2, held_out=16, on_step=on_step
+            out / "models",
+            needed,
+            releases,
+            domains=DOMAINS[:3],
+            steps=2,
+            held_out=16,
+            on_start=on_start,
+            on_part=on_part,
         )
     else:
-        families = trained_families(out / "models", needed, releases, on_step=on_step)
-    results = run_rows(rows, families, out, on_cell=on_step)
+        families = trained_families(out / "models", needed, releases, on_start=on_start, on_part=on_part)
+    results = run_rows(rows, families, out, on_start=on_start, on_part=on_part)
     write(results, out)
     return results
 

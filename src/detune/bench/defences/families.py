@@ -5,7 +5,7 @@ base whose weights lie on the grid of bf16.
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from detune._runtime import OnPart, OnStart, telling
 from detune.bench.recipes import whole
 from detune.checkpoints import CheckpointWriter, open_checkpoint
 from detune.defences import FrozenA
@@ -57,7 +58,8 @@ def trained_families(
     domains: Sequence[str] = DOMAINS,
     steps: int = STEPS,
     held_out: int = HELD_OUT,
-    on_step: Callable[[str], None] | None = None,
+    on_start: OnStart | None = None,
+    on_part: OnPart | None = None,
 ) -> dict[str, Family]:
     """Train the fine-tunes; what `out` has is kept.
 
@@ -68,7 +70,8 @@ def trained_families(
         domains: Of `detune.demo.texts.DOMAINS`, one for each model.
         steps: Of training.
         held_out: Passages of each domain that are not trained on.
-        on_step: Called with what is being made.
+        on_start: For progress: called once with the trainings and merges that are still to be done.
+        on_part: Called with the name of each of these when it is begun, and when it is done.
 
     Returns:
         The families by name.
@@ -77,7 +80,6 @@ def trained_families(
         OutputError: `out` holds fine-tunes that were made otherwise.
         DetuneError: The extra `demo` is not installed.
     """
-    say = on_step or (lambda what: None)
     _claim(out, {"domains": list(domains), "steps": steps, "held_out": held_out})
     base, on_grid, start = base_model(), out / "bf16-base" / "base", out / "frozen-a" / "start"
     trainings: dict[str, dict[str, Any]] = {"ordinary": {}} if {"ordinary", "bf16-base"} & set(families) else {}
@@ -90,17 +92,30 @@ def trained_families(
         with whole(on_grid) as partial:
             if partial:
                 _round_base(base, partial)
+    training = {
+        f"training on {domain}, {family}": out / family / f"adapter-{domain}"
+        for domain in domains[:models]
+        for family in trainings
+    }
+    merging = {
+        f"merging {domain}, {family}": out / family / domain for domain in domains[:models] for family in families
+    }
+    if on_start:
+        on_start({part: 1 for part, path in (training | merging).items() if not path.is_dir()})
     for domain in domains[:models]:
         for family, options in trainings.items():
-            with whole(out / family / f"adapter-{domain}") as partial:
+            part = f"training on {domain}, {family}"
+            with whole(training[part]) as partial:
                 if partial:
-                    say(f"training on {domain}, {family}")
-                    train_lora(base, _passages(domain)[:-held_out], partial, steps=steps, **options)
+                    with telling(on_part, part):
+                        train_lora(base, _passages(domain)[:-held_out], partial, steps=steps, **options)
         for family in families:
             trained = out / ("frozen-a" if family == "frozen-a" else "ordinary") / f"adapter-{domain}"
-            with whole(out / family / domain) as partial:
+            part = f"merging {domain}, {family}"
+            with whole(merging[part]) as partial:
                 if partial:
-                    merge(on_grid if family == "bf16-base" else base, trained, partial)
+                    with telling(on_part, part):
+                        merge(on_grid if family == "bf16-base" else base, trained, partial)
     texts = tuple(_passages(domain)[-held_out:] for domain in domains)
     return {
         family: Family(

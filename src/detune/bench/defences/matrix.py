@@ -8,7 +8,7 @@ changes the weights, the truth is the base with the change of the first release.
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from statistics import fmean
 
 import torch
 
+from detune._runtime import OnPart, OnStart, telling
 from detune.attacks import ATTACKS
 from detune.bench.defences.families import Family, quality
 from detune.checkpoints import open_checkpoint, temporary_directory
@@ -58,6 +59,7 @@ BROKEN, PARTLY = 10.0, 2.0
 
 NO_ANSWER = "no answer"
 
+_DEFENDING, _JUDGING = "defending", "task quality"
 _NOISE = ("average", "recover", "denoise")
 _QUANTISED = (*_NOISE, "cells")
 _ANISOTROPIC = (*_NOISE, "whiten")
@@ -291,7 +293,8 @@ def run_rows(
     families: Mapping[str, Family],
     out: Path,
     *,
-    on_cell: Callable[[str], None] | None = None,
+    on_start: OnStart | None = None,
+    on_part: OnPart | None = None,
 ) -> tuple[RowResult, ...]:
     """Defend, attack, evaluate; rows that `out` has are not run again.
 
@@ -299,7 +302,8 @@ def run_rows(
         rows: Of `rows_of`, or others.
         families: By name.
         out: The folder for one JSON file a row.
-        on_cell: Called with what is being done.
+        on_start: For progress: called once with what is still to be done for each row.
+        on_part: Called with the name of each of these when it is begun, and when it is done.
 
     Returns:
         The results, in the order of the rows.
@@ -307,20 +311,28 @@ def run_rows(
     Raises:
         InputError: A family has fewer models than a row releases.
     """
-    say = on_cell or (lambda what: None)
     plain = families.get("given") or families["ordinary"]
     sticks = {name: _Yardstick(family, plain) for name, family in families.items()}
-    results = []
     (out / "rows").mkdir(parents=True, exist_ok=True)
+    files = {
+        row.name: out / "rows" / f"{row.name.replace(', ', '-').replace(' ', '-').replace('%', '')}.json"
+        for row in rows
+    }
+    found = {row.name: _read(files[row.name], row) for row in rows}
+    missing = [row for row in rows if found[row.name] is None]
+    if on_start:
+        on_start(dict.fromkeys((part for row in missing for part in _parts(row)), 1))
     with temporary_directory("defences") as folder:
-        for row in rows:
-            file = out / "rows" / f"{row.name.replace(', ', '-').replace(' ', '-').replace('%', '')}.json"
-            found = _read(file, row)
-            if found is None:
-                found = _run_row(row, sticks[row.family], folder, say)
-                file.write_text(found.to_json(), encoding="utf-8")
-            results.append(found)
-    return tuple(results)
+        for row in missing:
+            found[row.name] = result = _run_row(row, sticks[row.family], folder, on_part)
+            files[row.name].write_text(result.to_json(), encoding="utf-8")
+    return tuple(result for result in found.values() if result is not None)
+
+
+def _parts(row: Row) -> tuple[str, ...]:
+    """What is done for a row, in order."""
+    defending = () if row.defence is None else (_DEFENDING,)
+    return tuple(f"{row.name}: {what}" for what in (*defending, *row.attacks, _JUDGING))
 
 
 def _read(file: Path, row: Row) -> RowResult | None:
@@ -348,7 +360,7 @@ def _settings(row: Row) -> str:
     return text
 
 
-def _run_row(row: Row, stick: _Yardstick, work: Path, say: Callable[[str], None]) -> RowResult:
+def _run_row(row: Row, stick: _Yardstick, work: Path, on_part: OnPart | None) -> RowResult:
     family = stick.family
     if len(family.models) < row.models:
         raise InputError(f"{len(family.models)} {family.name} models", f"row {row.name!r} releases {row.models}")
@@ -357,14 +369,14 @@ def _run_row(row: Row, stick: _Yardstick, work: Path, say: Callable[[str], None]
     folder = work / "row"
     shutil.rmtree(folder, ignore_errors=True)
     if row.defence is not None:
-        say(f"{row.name}: defending")
-        releases = tuple(folder / f"release-{i}" for i in range(row.models))
-        for i, model in enumerate(undefended):
-            # Whether the function is preserved is looked at once.
-            defend(row.defence, model, releases[i], seed=i, verify=i == 0)
-        if row.defence.preserves_function:
-            truth = folder / "truth"
-            defend(row.defence, family.base, truth, seed=0, verify=False)
+        with telling(on_part, f"{row.name}: {_DEFENDING}"):
+            releases = tuple(folder / f"release-{i}" for i in range(row.models))
+            for i, model in enumerate(undefended):
+                # Whether the function is preserved is looked at once.
+                defend(row.defence, model, releases[i], seed=i, verify=i == 0)
+            if row.defence.preserves_function:
+                truth = folder / "truth"
+                defend(row.defence, family.base, truth, seed=0, verify=False)
     shown = releases
     if row.public is not None:
         shown = (folder / "public", *releases)
@@ -372,27 +384,30 @@ def _run_row(row: Row, stick: _Yardstick, work: Path, say: Callable[[str], None]
     texts = tuple(own[:: max(1, len(own) // QUALITY_TEXTS)] for own in family.texts[: row.models])
     cells = []
     for name in row.attacks:
-        say(f"{row.name}: {name}")
-        started = time.perf_counter()
-        recovered = folder / name
-        try:
-            ATTACKS[name]().run(shown, recovered)
-        except DetuneError as error:
-            # Where the releases lay for a while is nobody's concern.
-            reason = str(error).replace(f"{folder}/", "")
-            cells.append(Cell(name, None, None, reason, time.perf_counter() - started))
-            continue
-        seconds = time.perf_counter() - started
-        cells.append(Cell(name, stick.error(recovered, truth), stick.away(recovered), None, seconds))
-    say(f"{row.name}: task quality")
-    result = RowResult(
-        row.name,
-        _settings(row),
-        row.models,
-        quality(releases, texts).accuracy,
-        _undefended_accuracy(stick.plain.models[: row.models], texts),
-        *stick.undefended(row.models, work),
-        tuple(cells),
-    )
+        with telling(on_part, f"{row.name}: {name}"):
+            cells.append(_attack(name, shown, truth, folder, stick))
+    with telling(on_part, f"{row.name}: {_JUDGING}"):
+        result = RowResult(
+            row.name,
+            _settings(row),
+            row.models,
+            quality(releases, texts).accuracy,
+            _undefended_accuracy(stick.plain.models[: row.models], texts),
+            *stick.undefended(row.models, work),
+            tuple(cells),
+        )
     shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+def _attack(name: str, releases: tuple[Path, ...], truth: Path, folder: Path, stick: _Yardstick) -> Cell:
+    started = time.perf_counter()
+    recovered = folder / name
+    try:
+        ATTACKS[name]().run(releases, recovered)
+    except DetuneError as error:
+        # Where the releases lay for a while is nobody's concern.
+        reason = str(error).replace(f"{folder}/", "")
+        return Cell(name, None, None, reason, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Cell(name, stick.error(recovered, truth), stick.away(recovered), None, seconds)

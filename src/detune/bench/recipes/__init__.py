@@ -1,11 +1,12 @@
 """Subsets that anybody can build, on two cores and without a network. `RECIPES` names them."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from detune._runtime import OnPart, OnStart, telling
 from detune.bench.recipes.base import Recipe
 from detune.bench.recipes.diffusion import SdMini
 from detune.bench.recipes.minilm import MiniLM
@@ -22,8 +23,6 @@ RECIPES: dict[str, type[Recipe]] = {
     recipe.name: recipe for recipe in (VitMini, SdMini, MistralMiniSft, MistralMiniDpo, MiniLM)
 }
 
-OnStep = Callable[[str], None]
-
 
 def build_recipe(
     recipe: Recipe,
@@ -33,7 +32,8 @@ def build_recipe(
     seed: int = 0,
     ranks: Sequence[int] = (),
     name: str | None = None,
-    on_step: OnStep | None = None,
+    on_start: OnStart | None = None,
+    on_part: OnPart | None = None,
 ) -> "Subset":
     """Make the base, train the LoRAs and write the rows.
 
@@ -47,7 +47,8 @@ def build_recipe(
         seed: The first seed.
         ranks: Ranks that the LoRAs take in turn; empty for the recipe's own.
         name: What the subset is called; by default as the recipe, with what departs from it.
-        on_step: Called with what is being made.
+        on_start: For progress: called once with what is still to be made.
+        on_part: Called with the name of each of these when it is begun, and when it is done.
 
     Returns:
         The subset.
@@ -62,36 +63,40 @@ def build_recipe(
     for rank in ranks:
         if rank < 1:
             raise InputError(f"no LoRA has rank {rank}", "expected positive numbers", "give others with --ranks")
-    say = on_step or (lambda what: None)
     _claim(out, f"{recipe!r} seeds={seeds} seed={seed} ranks={tuple(ranks)}")
-    base = out / "base"
+    base, inputs = out / "base", out / "inputs"
+    adapters = {task: out / "adapters" / task for task in recipe.tasks}
+    if on_start:
+        made = {"base": base, **adapters, "inputs": inputs}
+        on_start(dict.fromkeys([*(part for part, path in made.items() if not path.is_dir()), "rows"], 1))
     with whole(base) as partial:
         if partial:
-            say("base")
-            recipe.make_base(partial)
-    adapters = [out / "adapters" / task for task in recipe.tasks]
-    for i, (task, adapter) in enumerate(zip(recipe.tasks, adapters, strict=True)):
+            with telling(on_part, "base"):
+                recipe.make_base(partial)
+    for i, (task, adapter) in enumerate(adapters.items()):
         rank = ranks[i % len(ranks)] if ranks else recipe.rank
         with whole(adapter) as partial:
             if partial:
-                say(f"{task} ({i + 1} of {len(adapters)})")
-                recipe.train_adapter(base, task, partial, rank=rank, seed=seed + i if seeds == "different" else seed)
-    with whole(out / "inputs") as partial:
+                with telling(on_part, task):
+                    own_seed = seed + i if seeds == "different" else seed
+                    recipe.train_adapter(base, task, partial, rank=rank, seed=own_seed)
+    with whole(inputs) as partial:
         if partial:
-            partial.mkdir()
-            recipe.write_inputs(partial)
-    say("rows")
+            with telling(on_part, "inputs"):
+                partial.mkdir()
+                recipe.write_inputs(partial)
     usual = recipe.name + ("-different-seeds" if seeds == "different" else "")
     usual += f"-r{'-'.join(map(str, ranks))}" if ranks else ""
-    return build_subset(
-        base,
-        adapters,
-        out,
-        name=name or usual,
-        pre_ft_name=f"{recipe.name}/base",
-        stands_for=recipe.stands_for,
-        about=recipe.about,
-    )
+    with telling(on_part, "rows"):
+        return build_subset(
+            base,
+            list(adapters.values()),
+            out,
+            name=name or usual,
+            pre_ft_name=f"{recipe.name}/base",
+            stands_for=recipe.stands_for,
+            about=recipe.about,
+        )
 
 
 def _claim(out: Path, settings: str) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from detune._runtime import OnStart
 from detune.adapters.changes import ChangeFitter
 from detune.checkpoints import Checkpoint, CheckpointFiles, RunDirectory, Target, identity
 from detune.compatibility.model_set import ModelSet
@@ -15,7 +16,7 @@ from detune.recovery.execution.completed import CompletedTensor, verify
 from detune.recovery.execution.dispatch import dispatch, hashed_by
 from detune.recovery.execution.job import Job, Performer
 from detune.recovery.execution.units import make_units
-from detune.recovery.loop import OnStart, OnTensor
+from detune.recovery.loop import OnTensor
 
 logger = logging.getLogger(__name__)
 
