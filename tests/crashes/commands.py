@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.cases import normal, seeded
-from tests.families import add, delta, save_plain
+from tests.families import State, add, delta, save_plain, shard
 
 __all__ = ["COMMANDS", "Command", "make_models"]
 
@@ -48,11 +48,19 @@ COMMANDS = {
 
 
 def make_models(folder: Path) -> None:
-    """A bf16 base that float32 merges give away to the bit, in a tree of two files."""
+    """A bf16 base that float32 merges give away to the bit, each in two shards, with files that travel along."""
     generator = seeded(3)
     base = {f"layer.{i}.weight": normal(generator, 48, 40).bfloat16().float() for i in range(2)}
-    base["norm.weight"] = normal(generator, 40).bfloat16().float()
+    base |= {"embed.weight": normal(generator, 8, 40).bfloat16().float()}
+    base |= {"norm.weight": normal(generator, 40).bfloat16().float()}
     for i in range(3):
         changed = {name: add(base[name], delta(generator, base[name], 2)) for name in base if "layer" in name}
-        save_plain(folder / f"model-{i}", base | changed)
-    save_plain(folder / "base", base)
+        save(folder / f"model-{i}", base | changed)
+    save(folder / "base", base)
+
+
+def save(path: Path, state: State) -> None:
+    save_plain(path, state)
+    shard(path)
+    (path / "tokenizer.json").write_text('{"version": "1.0"}')
+    (path / "merges.txt").write_text("a b\n" * 100)

@@ -1,5 +1,6 @@
 """One run that is struck, in a process of its own; the same command after it; and what must hold."""
 
+import faulthandler
 import os
 import random
 import re
@@ -7,9 +8,10 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,6 +22,9 @@ from tests.crashes.commands import COMMANDS, Command, make_models
 from tests.crashes.operations import SIGNALS, Blow, Operations
 
 __all__ = ["strike_commands"]
+
+WAITING_SECONDS = 300
+"""A run takes one or two."""
 
 
 # --- one run ---
@@ -33,11 +38,13 @@ class Ran:
         code: Its exit code, or the negative number of the signal that killed it.
         err: What it printed there.
         names: Of its operations, where it came to its end.
+        modules: All that it had imported then.
     """
 
     code: int
     err: str
     names: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
 
 def run(
@@ -59,9 +66,9 @@ def run(
         _run(words, folder, outside, at, blow, exchanges)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     names = outside.with_suffix(".names")
-    ran = Ran(code, outside.read_text(), tuple(names.read_text().split()) if names.exists() else ())
+    lines = names.read_text().split("\n") if names.exists() else ["", ""]
     names.unlink(missing_ok=True)
-    return ran
+    return Ran(code, outside.read_text(), *(tuple(line.split()) for line in lines))
 
 
 def _run(words: tuple[str, ...], folder: Path, said: Path, at: int | None, blow: Blow, exchanges: bool) -> None:
@@ -74,6 +81,8 @@ def _run(words: tuple[str, ...], folder: Path, said: Path, at: int | None, blow:
         (folder / "tmp").mkdir(exist_ok=True)
         tempfile.tempdir = str(folder / "tmp")
         sys.argv = ["detune", *words]
+        # A run that never ends is a finding too, and says where it waits.
+        faulthandler.dump_traceback_later(WAITING_SECONDS, exit=True)
         operations = Operations(folder, at, blow)
         operations.install()
         if not exchanges:
@@ -85,7 +94,7 @@ def _run(words: tuple[str, ...], folder: Path, said: Path, at: int | None, blow:
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(bool(error.code))
         operations.at = None
-        said.with_suffix(".names").write_text(" ".join(operations.names))
+        said.with_suffix(".names").write_text(f"{' '.join(operations.names)}\n{' '.join(sys.modules)}")
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -195,6 +204,12 @@ def prepare(command: Command, folder: Path) -> None:
 def operations_of(command: Command, folder: Path) -> tuple[tuple[str, ...], dict[str, bytes]]:
     """The operations of an undisturbed run, and what it makes."""
     prepare(command, folder)
+    for module in run(command.words, folder).modules:
+        # Imports are most of a run's time: whatever is forked from now on has them.
+        if module not in sys.modules:
+            with suppress(ImportError):  # names that a package gives to parts of itself
+                import_module(module)
+    prepare(command, folder)
     ran = run(command.words, folder, exchanges=command.exchanges)
     if ran.code != command.code or ran.err or left_over(folder, command.makes):
         raise RuntimeError(f"{command.words} ended with {ran.code}: {ran.err}, {left_over(folder, command.makes)}")
@@ -204,17 +219,16 @@ def operations_of(command: Command, folder: Path) -> tuple[tuple[str, ...], dict
 # --- all of them ---
 
 
-def strikes(every: int, seed: int, blows: list[Blow], operations: tuple[str, ...]) -> Iterator[tuple[int, Blow]]:
-    """Which operations are struck, and how: all of them in all ways, or a sample. A full disk lets files be removed."""
-    draw = random.Random(seed)
+def struck(every: int, seed: int, blow: Blow, operations: tuple[str, ...]) -> Iterator[int]:
+    """Which operations are struck: all of them, or a sample. A full disk lets files be removed."""
+    draw = random.Random(f"{seed}/{blow}")
     for at, name in enumerate(operations):
-        for blow in blows:
-            if draw.randrange(every) == 0 and not (blow is Blow.FULL and name in ("unlink", "rmdir", "remove")):
-                yield at, blow
+        if draw.randrange(every) == 0 and not (blow is Blow.FULL and name in ("unlink", "rmdir", "remove")):
+            yield at
 
 
 def strike_commands(names: list[str], every: int, seed: int, blows: list[Blow]) -> int:
-    """Strike, tell of what went wrong, and count it."""
+    """Strike, tell of each failure at once and of each way when it is through, and count the failures."""
     torch.set_num_threads(1)
     failures = 0
     # No `TemporaryDirectory`: each forked process would remove it at its end.
@@ -222,24 +236,16 @@ def strike_commands(names: list[str], every: int, seed: int, blows: list[Blow]) 
     try:
         make_models(root / "models")
         for name in names:
-            failures += strike_all(name, root / "run", every, seed, blows)
+            operations, expected = operations_of(COMMANDS[name], root / "run")
+            for blow in blows:
+                chosen = list(struck(every, seed, blow, operations))
+                found = 0
+                for at in chosen:
+                    if wrong := strike(COMMANDS[name], at, blow, root / "run", expected):
+                        found += 1
+                        print(f"{name}: {blow} at operation {at} ({operations[at]}): {wrong}", flush=True)
+                print(f"{name}: {len(chosen)} of {len(operations)} operations, {blow}: {found} failures", flush=True)
+                failures += found
     finally:
         shutil.rmtree(root)
-    return failures
-
-
-def strike_all(name: str, folder: Path, every: int, seed: int, blows: list[Blow]) -> int:
-    """The same for one command."""
-    command = COMMANDS[name]
-    operations, expected = operations_of(command, folder)
-    struck: dict[str, int] = Counter()
-    failures = 0
-    for at, blow in strikes(every, seed, blows, operations):
-        struck[blow] += 1
-        wrong = strike(command, at, blow, folder, expected)
-        if wrong:
-            failures += 1
-            print(f"{name}: {blow} at operation {at} ({operations[at]}): {wrong}", flush=True)
-    told = ", ".join(f"{count} {blow}" for blow, count in sorted(struck.items()))
-    print(f"{name}: {len(operations)} operations; {told}; {failures} failures", flush=True)
     return failures
