@@ -33,7 +33,12 @@ def test_whatever_a_parser_raises_names_the_file(error):
 
 
 def test_what_the_system_refuses_is_no_damage():
-    with pytest.raises(InputError, match=r"^cannot read x\.bin; Permission denied; check the path$"), parsing("x.bin"):
+    with (
+        pytest.raises(
+            InputError, match=r"^cannot read x\.bin; Permission denied; change its permissions, or ask its owner$"
+        ),
+        parsing("x.bin"),
+    ):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 

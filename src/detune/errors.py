@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["DetuneError", "InputError", "OutputError", "parsing", "printable", "reason_of"]
+__all__ = ["DetuneError", "InputError", "OutputError", "cannot_read", "cure_of", "parsing", "printable", "reason_of"]
 
 # A path has at most some 4000 characters; whatever is longer was made to be.
 MAX_PART_LENGTH = 5000
@@ -63,10 +63,29 @@ def parsing(what: object, cure: str = "download or copy it again") -> Iterator[N
     except DetuneError:
         raise
     except OSError as error:
-        raise InputError(f"cannot read {what}", error.strerror or str(error), "check the path") from error
+        raise cannot_read(what, error) from error
     except Exception as error:
         logger.debug("cannot read %s", what, exc_info=True)
         raise InputError(f"{what} is damaged", f"{type(error).__name__}: {reason_of(error)}", cure) from error
+
+
+def cannot_read(what: object, error: OSError) -> InputError:
+    """Make the error for a file that the system refuses.
+
+    Args:
+        what: The file, or the part of it.
+        error: What the system said.
+
+    Example:
+        >>> print(cannot_read("a/config.json", PermissionError(13, "Permission denied")))
+        cannot read a/config.json; Permission denied; change its permissions, or ask its owner
+    """
+    return InputError(f"cannot read {what}", error.strerror or str(error), cure_of(error, "check the path"))
+
+
+def cure_of(error: OSError, otherwise: str) -> str:
+    """Say what to try where the system refuses a file: permissions, or something else."""
+    return "change its permissions, or ask its owner" if isinstance(error, PermissionError) else otherwise
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError, field_validator
 
 from detune._runtime import needs_extra
 from detune.bench.sources import REPOSITORY, FolderFiles, HubFiles, RowFiles, check_files, resolve_commit
-from detune.errors import InputError
+from detune.errors import InputError, cannot_read
 
 if TYPE_CHECKING:
     from detune.bench.layers import Layer
@@ -269,7 +269,7 @@ def _read_card(path: Path) -> Card:
             "mend it, or build the subset again",
         ) from error
     except OSError as error:
-        raise InputError(f"cannot read {path}", str(error.strerror or error), "check the path") from error
+        raise cannot_read(path, error) from error
 
 
 def _open_copy(name: str, data: Path) -> Subset:

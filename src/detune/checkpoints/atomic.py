@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
 
-from detune.checkpoints.disk import reported, sync, sync_tree
+from detune.checkpoints.disk import reported, require_writable, sync, sync_tree
 from detune.checkpoints.staging import CONTENT, remove_abandoned, staging
 from detune.errors import OutputError, reason_of
 
@@ -32,11 +32,12 @@ def resolved(out: Path | str) -> Path:
 
 
 def check_new(out: Path, *, directory: bool = True) -> None:
-    """Refuse a target that is already there; an empty directory may become a filled one.
+    """Refuse a target that is already there, or where nothing can be; an empty directory may become a filled one.
 
     Raises:
-        OutputError: There is something in its place.
+        OutputError: There is something in its place, or the directory that it is to be in may not be written to.
     """
+    require_writable(out)
     if not out.exists() or (directory and out.is_dir() and not any(out.iterdir())):
         return
     expected = "a new or empty directory" if directory else "a new file"

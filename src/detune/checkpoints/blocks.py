@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from detune.errors import InputError, parsing
+from detune.errors import InputError, cannot_read, parsing
 from detune.files import open_regular
 
 __all__ = ["copy_block", "file_hash", "memory_of", "new_block", "read_into", "round_to"]
@@ -90,4 +90,4 @@ def read_into(path: Path, offset: int, memory: memoryview, name: str) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise InputError(f"cannot read tensor {name!r} in {path}", str(error.strerror or error), "check it") from error
+        raise cannot_read(f"tensor {name!r} in {path}", error) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from detune.errors import OutputError
 
-__all__ = ["FULL", "discard", "exchange", "reported", "require_space", "sync", "sync_tree"]
+__all__ = ["FULL", "discard", "exchange", "reported", "require_space", "require_writable", "sync", "sync_tree"]
 
 # What a full disk or quota says.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -84,6 +84,26 @@ def require_space(out: Path, needed_bytes: int) -> None:
             f"no space left for {out}",
             f"it needs {needed_bytes} bytes and {out.parent} has {available} available",
             "free some space or choose another disk",
+        )
+
+
+def require_writable(out: Path) -> None:
+    """Refuse to begin what this user could not put in its place in the end.
+
+    Args:
+        out: What is to be made, resolved.
+
+    Raises:
+        OutputError: The directory that it is to be in, or the nearest that exists, is none or may not be written to.
+    """
+    with reported(out):
+        parent = _existing(out.parent)
+    if not parent.is_dir():
+        raise OutputError(f"cannot write {out}", f"{parent} is no directory", "choose another place")
+    # As who this process acts, where the system can tell.
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise OutputError(
+            f"cannot write {out}", f"{parent} may not be written to", "change its permissions, or choose another place"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detune.checkpoints.formats import WEIGHT_SUFFIXES
 from detune.checkpoints.source import Checkpoint
-from detune.errors import InputError
+from detune.errors import cannot_read
 
 __all__ = ["identity"]
 
@@ -43,7 +43,7 @@ def identity(model: Checkpoint) -> str:
         try:
             _add_file(digest, path)
         except OSError as error:
-            raise InputError(f"cannot read {path}", str(error.strerror or error), "check the file") from error
+            raise cannot_read(path, error) from error
     return digest.hexdigest()
 
 

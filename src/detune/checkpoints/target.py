@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from detune.checkpoints.disk import require_space
+from detune.checkpoints.disk import require_space, require_writable
 from detune.checkpoints.mark import find_foreign
 from detune.errors import OutputError
 
@@ -34,8 +34,9 @@ class Target:
             out: The target, resolved.
 
         Raises:
-            OutputError: There is something in its place that may not be replaced.
+            OutputError: There is something in its place that may not be replaced, or nothing can be put there.
         """
+        require_writable(out)
         if not out.exists():
             return
         if not out.is_dir():

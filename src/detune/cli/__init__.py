@@ -21,7 +21,7 @@ from detune.cli.publish import push
 from detune.cli.recovery import compare, demo, family, inspect, recover
 from detune.cli.signals import Interrupted, leave, signals_raised
 from detune.cli.terminal import Formatter, say
-from detune.errors import DetuneError
+from detune.errors import DetuneError, cure_of
 
 __all__ = ["METHODS", "cli", "main"]
 
@@ -82,7 +82,8 @@ def main() -> None:
     except OSError as error:
         # A disk that is full or refuses, at a place that has no word of its own for it.
         place, why = error.filename or "a file", error.strerror or str(error)
-        say(f"detune: error: {DetuneError(f'cannot read or write {place}', why, 'check the disk')}", err=True)
+        told = DetuneError(f"cannot read or write {place}", why, cure_of(error, "check the disk"))
+        say(f"detune: error: {told}", err=True)
         sys.exit(2)
     except Exception as error:
         if _is_of_the_disk(error):

@@ -12,7 +12,6 @@ from detune._runtime import OnStart
 from detune.checkpoints import (
     Checkpoint,
     CheckpointWriter,
-    check_new,
     new_directory,
     open_checkpoint,
     require_outside,
@@ -125,9 +124,9 @@ def defend(
     seed = secrets.randbits(63) if seed is None else seed
     target = resolved(out)
     with open_checkpoint(model) as checkpoint:
-        _check(target, checkpoint)
-        change = defence.prepare(checkpoint, seed)
+        require_outside(target, checkpoint.places)
         with new_directory(target) as partial:
+            change = defence.prepare(checkpoint, seed)
             changed, moved, size = 0, 0.0, 0.0
             if on_start:
                 on_start({name: checkpoint.shown_bytes(name) for name in checkpoint.tensors})
@@ -162,11 +161,6 @@ def defend(
             copied,
             preservation,
         )
-
-
-def _check(target: Path, model: Checkpoint) -> None:
-    require_outside(target, model.places)
-    check_new(target)
 
 
 def _compare(original: Checkpoint, defended: Path) -> Preservation:

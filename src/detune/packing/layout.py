@@ -12,7 +12,7 @@ from detune.checkpoints.entries import Entry
 from detune.checkpoints.formats import read_header
 from detune.checkpoints.paths import is_plain_path
 from detune.checkpoints.side_files import require_own
-from detune.errors import InputError
+from detune.errors import InputError, cannot_read
 from detune.packing.manifest import Span
 
 BLOCK_BYTES = 4 * 2**20
@@ -149,4 +149,4 @@ def _opened(path: Path) -> IO[bytes]:
     try:
         return path.open("rb")
     except OSError as error:
-        raise InputError(f"cannot read {path}", str(error.strerror or error), "check the file") from error
+        raise cannot_read(path, error) from error

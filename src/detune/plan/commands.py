@@ -17,6 +17,7 @@ from detune.checkpoints import (
     Target,
     check_new,
     check_repository,
+    identity,
     open_checkpoint,
     raw,
     require_outside,
@@ -73,6 +74,9 @@ def plan_recovery(
         selection = select_models(given, solver)
         layout = None if like is None else given.reference
         family = opened.enter_context(ModelSet([given.models[i] for i in selection.members], like=layout))
+        for model in family.models:
+            # The run knows its models again by this: what cannot be read is refused here as it is there.
+            identity(model)
         files = CheckpointFiles(family.layout, target.out, dtype, parts=family.parts)
         target.require_space(files.needed_bytes)
         changed = [name for name in family.names if family.copied(name) is None]
