@@ -214,7 +214,7 @@ def test_certain_entries_of_a_start_that_is_one_of_many_are_not_believed():
     assert assess_bits(stack, replace(began, deltas=recovery.deltas)).certain
     # From the grid alone, what all adapters share begins at zero; but this matrix is small.
     assert not are_certain(stack, replace(began, method="lattice"), math.inf)
-    large = replace(began, method="lattice", weight=torch.zeros(256, 128))
+    large = replace(began, method="lattice", weight=torch.zeros(256, 256))
     assert are_certain(stack, large, math.inf)
     # What a model without any direction holds is in the weight, or in the others.
     assert not are_certain(stack, replace(large, ranks=(3, 0, 3)), math.inf)

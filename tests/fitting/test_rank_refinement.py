@@ -143,7 +143,7 @@ def test_the_weakest_direction_costs_what_leaving_it_out_costs():
     weakest = weakest_directions(V, F)
     data = torch.cat([F_i @ V_i.mT for F_i, V_i in zip(F, V, strict=True)], dim=1)  # (out, n * columns)
     for i in range(n):
-        kept = [weakest[i].others if j == i else V_j for j, V_j in enumerate(V)]
+        kept = [weakest[i].others(1) if j == i else V_j for j, V_j in enumerate(V)]
         design = torch.cat([torch.eye(columns, dtype=data.dtype).repeat(1, n), torch.block_diag(*[v.mT for v in kept])])
         left = data.mT - design.mT @ torch.linalg.lstsq(design.mT, data.mT, driver="gelsd").solution
         assert weakest[i].rise == pytest.approx(float(torch.linalg.matrix_norm(left, "fro")), rel=1e-6)

@@ -25,9 +25,12 @@ CLOSE_SPACES = 1.125
 # Fewer certain entries than 95 % leave the error to how far the others can be trusted (definition of a doubt).
 MOSTLY_CERTAIN = 0.95
 # From this amplification on a fit that least squares began has errors that it does not know of, many entries alike, and
-# so has one that began with the grid alone in a matrix of fewer entries: 19 of 1.1 million entries called certain were
-# wrong, 1 of 52 million elsewhere (measured: `benchmarks/corpus.py`, its parts fit and check).
-MOST_AMPLIFIED, FEW_ENTRIES = 1.5, 1 << 15
+# so has one that began with the grid alone in a matrix of fewer entries: 3,290 of 0.9 million entries called certain
+# were wrong there, 17 of 4.0 million in larger ones (measured: `benchmarks/corpus.py`, its parts fit and check).
+MOST_AMPLIFIED, FEW_ENTRIES = 1.5, 1 << 16
+# Where models as coarse as the base leave more entries open, adapters of many directions can explain a base that is on
+# no grid: 12,042 of 0.1 million entries called certain were wrong, 21 of 43 million elsewhere (measured: there).
+LEAST_CERTAIN = 0.25
 # No smaller matrix is in the corpus, and `benchmarks/exact.py` finds wrong ones there (derived).
 FEWEST_ENTRIES = 1 << 12
 
@@ -121,11 +124,11 @@ def is_exact(stack: Stack, recovery: Recovery) -> bool:
 def are_certain(stack: Stack, recovery: Recovery, amplified: float) -> bool:
     """Whether the entries that a fit on a grid calls certain are to be taken for it.
 
-    Not if the grid is assumed. Not of models as coarse as the base if the matrix is small, or if the fit began with a
-    least-squares answer that is one of many, or nearly so: then entries are wrong together. So they are where the fit
-    finds no direction of a model that did not leave the matrix alone. And not of one model, unless next to all its
-    entries are certain: a delta that is off by whole steps in some rows and columns explains that model as well (11
-    wrong of 0.1 million entries called certain in `benchmarks/corpus.py`).
+    Not if the grid is assumed. Not of models as coarse as the base if most entries are open, if the matrix is small, or
+    if the fit began with a least-squares answer that is one of many, or nearly so: then entries are wrong together. So
+    they are where the fit finds no direction of a model that did not leave the matrix alone. And not of one model,
+    unless next to all its entries are certain: a delta that is off by whole steps in some rows and columns explains
+    that model as well (11 wrong of 0.1 million entries called certain in `benchmarks/corpus.py`).
 
     Args:
         stack: The models.
@@ -141,6 +144,8 @@ def are_certain(stack: Stack, recovery: Recovery, amplified: float) -> bool:
     if _are_finer(stack, recovery):
         return True
     entries = recovery.weight.numel()
+    if bits.share < LEAST_CERTAIN:
+        return False
     if amplified <= MOST_AMPLIFIED:
         return entries >= FEWEST_ENTRIES
     return entries >= FEW_ENTRIES and all(recovery.ranks) and not recovery.method.endswith("+lattice")

@@ -37,6 +37,9 @@ __all__ = ["ARDFit", "fit_ard", "shrink_where_run_off"]
 # Measured on quantised merges of all-MiniLM-L6-v2 (24 and 100 steps of training, 3 and 5 models): twice as many turns
 # change the W-Error by 0.03 at most. Any number does from there on.
 TURNS = 12
+# A turn takes four eigenvalue problems of all models' directions together. Of many directions fewer turns are taken,
+# for a second or two of one core in all (any numbers do that leave some hundred directions all turns).
+EIGENPROBLEMS, LEAST_TURNS, MOST_CUBES = 4, 6, 1e10
 # Singular values of a model's own deviation are followed from this share of the noise's edge on: 0.6 and 0.9 come to
 # the same W-Error within 0.02, 1.0 to 0.04 less (measured on these merges).
 FOLLOWED = 0.8
@@ -270,6 +273,7 @@ def _take_turns(stack: Stack, V: Sequence[Tensor], noise: float, turns: int) -> 
     # As large as each model shows them by itself: from a size that has run off the turns come back slowly.
     shown = torch.cat(project_right(stack, V), dim=1).double().square().mean(dim=0) / columns
     nothing = torch.zeros_like(same)
+    turns = max(LEAST_TURNS, min(turns, int(MOST_CUBES / (EIGENPROBLEMS * max(1, len(model)) ** 3))))
     left = _Side(shown.new_zeros(out, len(model)), nothing, torch.diag(shown * stack.n / (stack.n - 1)))
     right = _Side(torch.cat(list(V), dim=1).double() * columns**0.5, nothing, nothing)
     right = replace(right, prior=right.squares)

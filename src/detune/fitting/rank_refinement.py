@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from detune.fitting.ard import fit_ard
-from detune.fitting.descent import ENOUGH, Fit, centred, descend
+from detune.fitting.descent import ENOUGH, MOST_STEPS, Fit, centred, descend
 from detune.fitting.least_squares import normal_inverse
 from detune.fitting.subspaces import RowSpaces
 from detune.numerics.linalg import orthonormal
@@ -43,6 +43,12 @@ BAD_START = 10.0
 # benchmarks/ranks.py (seeds 120 to 199) that has a rank one too high with 12 turns has the right ones with 36. Any
 # number does from there on.
 TURNS = 36
+# Steps of a fit that only tells which direction is the next to go (any number does: 1 to 25 give the same ranks in 30
+# sets of benchmarks/ranks.py).
+FEW_STEPS = 2
+# Fits of an elimination: for some seconds of one core at most. Where these are not enough the start is kept, or has
+# fewer directions to lose (any numbers do that are enough for 60 sets of benchmarks/ranks.py).
+FEWEST_FITS, MOST_WORK = 10, 2.5e9
 
 
 def refine_ranks(spaces: RowSpaces, rank: int | None = None) -> RowSpaces:
@@ -104,18 +110,36 @@ class _Elimination:
     def best(self, most: int) -> Fit:
         """The fit of least penalised misfit that is found, of ranks up to `most`."""
         found = fit_ard(self.stack, turns=TURNS)
-        fit = self._fit([SVDFactors.of(M_i).V[:, :most] for M_i in found.deltas])
-        options = [self._eliminated(option) for option in (fit, self.start) if _is_allowed(option.ranks, self.stack)]
-        return min([*options, self.start], key=self._penalised)
+        V = [SVDFactors.of(M_i).V[:, :most] for M_i in found.deltas]
+        options = [self.start]
+        if _is_allowed([V_i.shape[1] for V_i in V], self.stack):
+            options.append(self._eliminated(self._fit(V, FEW_STEPS), settled=False))
+        if _is_allowed(self.start.ranks, self.stack):
+            options.append(self._eliminated(self.start, settled=True))
+        return min(options, key=self._penalised)
 
-    def _eliminated(self, fit: Fit) -> Fit:
-        """A fit without directions that its model's noise accounts for."""
+    def _eliminated(self, fit: Fit, settled: bool) -> Fit:
+        """A fit without directions that its model's noise accounts for.
+
+        Where a model has several, half of them go at once; else the weakest of all models goes alone.
+
+        Args:
+            fit: Where to start.
+            settled: Whether it has taken all steps that it needs.
+        """
         floors = self._floors(fit)
-        while True:
-            weakest = min(drop_candidates(fit, floors), key=lambda drop: drop.strength, default=None)
-            if weakest is None or weakest.strength >= CLEAR:
-                return fit
-            fit = self._fit([weakest.rest if i == weakest.model else V_i for i, V_i in enumerate(fit.V)])
+        work = self.stack.n * sum(self.stack.shape) * max(1, sum(fit.ranks)) ** 2
+        for _ in range(max(FEWEST_FITS, int(MOST_WORK / work))):
+            weak = [drop for drop in drop_candidates(fit, floors) if drop.strength < CLEAR]
+            if weak:
+                several = [drop for drop in weak if drop.count > 1]
+                dropped = {drop.model: drop.rest for drop in several or [min(weak, key=lambda drop: drop.strength)]}
+                fit, settled = self._fit([dropped.get(i, V_i) for i, V_i in enumerate(fit.V)], FEW_STEPS), False
+            elif settled:
+                break
+            else:
+                fit, settled = self._fit(fit.V), True
+        return fit
 
     def _floors(self, fit: Fit) -> list[float]:
         """The largest singular value of each model's noise for such deltas, the base on the grid of the dtype.
@@ -135,9 +159,9 @@ class _Elimination:
             floors.append(max(self.floor, float(torch.linalg.matrix_norm(error, 2))))
         return floors
 
-    def _fit(self, V: Sequence[Tensor]) -> Fit:
+    def _fit(self, V: Sequence[Tensor], steps: int = MOST_STEPS) -> Fit:
         noise = float(self.stack.noise.square().mean().sqrt())
-        return descend(self.centred, V, noise, ENOUGH * self.floor**2)
+        return descend(self.centred, V, noise, ENOUGH * self.floor**2, steps)
 
     def _penalised(self, fit: Fit) -> float:
         """J in units of the floor's square."""
@@ -152,21 +176,23 @@ def _is_allowed(ranks: Sequence[int], stack: Stack) -> bool:
 
 @dataclass(frozen=True)
 class DropCandidate:
-    """The direction of a model that explains least.
+    """Directions of a model that explain least.
 
     Attributes:
-        strength: By how many floors the root of the misfit rises without it.
+        strength: By how many floors the root of the misfit rises without the weakest.
         model: The model.
-        rest: The model's row space without it, `(in, r_i - 1)`.
+        count: How many they are: half of those that are weak, one at least.
+        rest: The model's row space without them, `(in, r_i - count)`.
     """
 
     strength: float
     model: int
+    count: int
     rest: Tensor
 
 
 def drop_candidates(fit: Fit, floors: Sequence[float]) -> list[DropCandidate]:
-    """Find every model's weakest direction, on the side where it is weaker.
+    """Find every model's weakest directions, on the side where they are weaker.
 
     Args:
         fit: The fit.
@@ -177,31 +203,46 @@ def drop_candidates(fit: Fit, floors: Sequence[float]) -> list[DropCandidate]:
     by_column = weakest_directions(fit.U, [M_i.right @ (M_i.left.mT @ U_i) for M_i, U_i, _ in spaces])
     candidates = []
     for i in by_row:
-        row, column, M_i = by_row[i], by_column[i], fit.deltas[i]
-        is_row = row.rise <= column.rise or M_i.rank == 1
-        rest = row.others if is_row else orthonormal(M_i.right @ (M_i.left.mT @ column.others))
-        candidates.append(DropCandidate(min(row.rise, column.rise) / floors[i], i, rest))
+        M_i, is_row = fit.deltas[i], by_row[i].rise <= by_column[i].rise or fit.deltas[i].rank == 1
+        weakest = by_row[i] if is_row else by_column[i]
+        count = max(1, int((weakest.rises < CLEAR * floors[i]).sum()) // 2)
+        others = weakest.others(count)
+        rest = others if is_row else orthonormal(M_i.right @ (M_i.left.mT @ others))
+        candidates.append(DropCandidate(weakest.rise / floors[i], i, count, rest))
     return candidates
 
 
 @dataclass(frozen=True)
-class Weakest:
-    """The direction of one space that explains least.
+class Directions:
+    """The directions of one space, by what they explain.
 
     Attributes:
-        rise: By how much the root of the misfit rises without it.
-        others: Basis of the rest of the space.
+        basis: Of the space, `(in, r_i)`.
+        directions: In its coordinates, the strongest first, `(r_i, r_i)`.
+        rises: By how much the root of the misfit rises without each, descending.
     """
 
-    rise: float
-    others: Tensor
+    basis: Tensor
+    directions: Tensor
+    rises: Tensor
+
+    @property
+    def rise(self) -> float:
+        """That of the weakest."""
+        return float(self.rises[-1])
+
+    def others(self, count: int) -> Tensor:
+        """Basis of the space without its weakest directions, `(in, r_i - count)`."""
+        Q, _ = torch.linalg.qr(self.directions[:, -count:], mode="complete")
+        others: Tensor = self.basis @ Q[:, count:]
+        return others
 
 
-def weakest_directions(V: Sequence[Tensor], F: Sequence[Tensor]) -> dict[int, Weakest]:
+def weakest_directions(V: Sequence[Tensor], F: Sequence[Tensor]) -> dict[int, Directions]:
     """Test every model that has a direction (Wald), from the fit `M_i = F_i V_i^T` for given spaces V.
 
-    With N the normal matrix of all F, the smallest singular value of `F_i (N^{-1}_ii)^{-1/2}` is by how much the
-    misfit's root rises without that direction.
+    With N the normal matrix of all F, the singular values of `F_i (N^{-1}_ii)^{-1/2}` are by how much the misfit's root
+    rises without a direction.
     """
     ranks = [V_i.shape[1] for V_i in V]
     inverse = torch.split(normal_inverse(V), ranks)
@@ -212,8 +253,7 @@ def weakest_directions(V: Sequence[Tensor], F: Sequence[Tensor]) -> dict[int, We
         values, X = torch.linalg.eigh(torch.split(rows, ranks, dim=1)[i])
         root = (X * values.clamp(min=1e-12).rsqrt()) @ X.mT
         _, S, Yh = torch.linalg.svd(F_i @ root, full_matrices=False)
-        rest = torch.linalg.qr((root @ Yh[-1])[:, None], mode="complete")[0][:, 1:]
-        found[i] = Weakest(float(S[-1]), V_i @ rest)
+        found[i] = Directions(V_i, root @ Yh.mT, S)
     return found
 
 
