@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 
 from detune.lattice import fit
-from detune.lattice.entries import grid_of
 from detune.lattice.estimate import Estimate
 from detune.lattice.fit import Sweeps
 from detune.lattice.holdout import held_out
@@ -24,25 +23,31 @@ class TestUntilSettled:
     held = held_out((128, 96), 0)
 
     def test_stops_before_the_last_sweep(self):
-        found, sweeps = SWEEPS.until_settled(
-            self.problem.entries, nothing(self.problem, 0.5), grid_of(GRID), self.held, None
-        )
+        found, sweeps = SWEEPS.until_settled(self.problem.entries, nothing(self.problem, 0.5), GRID, self.held, None)
         assert 1 < sweeps < SWEEPS.most
         assert [e.rank for e in found] == [2, 2, 2]
         assert max(self.problem.off(found)) < 0.2
 
+    def test_stops_once_all_is_known(self):
+        problem = LatticeProblem((128, 96), n=1, rank=1, delta=0.1)
+        patient = replace(SWEEPS, most=100, patience=100)
+        found, sweeps = patient.until_settled(problem.entries, nothing(problem, 0.1), GRID, self.held, None)
+        assert sweeps < 50
+        assert max(e.variance for e in found) ** 0.5 < 1e-3 * problem.step
+        assert max(problem.off(found)) < 1e-2
+
     def test_sweeps_no_more_than_it_may(self):
         few = replace(SWEEPS, most=2)
-        _, sweeps = few.until_settled(self.problem.entries, nothing(self.problem, 0.5), grid_of(GRID), self.held, None)
+        _, sweeps = few.until_settled(self.problem.entries, nothing(self.problem, 0.5), GRID, self.held, None)
         assert sweeps == 2
 
     def test_no_delta_needs_no_sweep(self):
         same = replace(self.problem.entries, matrices=(self.problem.W.bfloat16(),) * 3)
-        _, sweeps = SWEEPS.until_settled(same, nothing(self.problem, 0.1), grid_of(GRID), self.held, None)
+        _, sweeps = SWEEPS.until_settled(same, nothing(self.problem, 0.1), GRID, self.held, None)
         assert sweeps == 0
 
     def test_no_model_has_more_directions_than_the_rank(self):
-        found, _ = SWEEPS.until_settled(self.problem.entries, nothing(self.problem, 0.5), grid_of(GRID), self.held, 1)
+        found, _ = SWEEPS.until_settled(self.problem.entries, nothing(self.problem, 0.5), GRID, self.held, 1)
         assert [e.rank for e in found] == [1, 1, 1]
 
 

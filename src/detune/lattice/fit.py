@@ -97,7 +97,7 @@ class Sweeps:
             return Fit(entries, tuple(estimates), grid, -ratio, 0)
         if not block.is_whole:
             spaces = None
-        fitted, sweeps = self.until_settled(part, chosen, grid_of(grid), held, rank, spaces)
+        fitted, sweeps = self.until_settled(part, chosen, grid, held, rank, spaces)
         ratio = log10_ratio(part, fitted, grid_of(grid), held)
         fitted = self._of_all(entries, estimates, fitted, block, grid_of(grid), rank, spaces)
         return Fit(entries, fitted, grid, -ratio, sweeps)
@@ -106,12 +106,12 @@ class Sweeps:
         self,
         entries: StoredEntries,
         estimates: Sequence[Estimate],
-        grid: np.ndarray,
+        grid: torch.dtype,
         held: Tensor,
         rank: int | None,
         spaces: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[tuple[Estimate, ...], int]:
-        """Sweep until nothing new comes.
+        """Sweep until nothing new comes, or all is known.
 
         Args:
             entries: The models.
@@ -124,22 +124,22 @@ class Sweeps:
         Returns:
             The estimates, and how many sweeps were made.
         """
-        found, before = tuple(estimates), math.inf
+        found, before, points = tuple(estimates), math.inf, grid_of(grid)
         # Least squares is at its best before directions are taken from what it leaves.
         barren, stalls = 0, 0
         first = int(any(e.rank for e in found))
         for turn in range(self.most):
             came = 0
             if turn >= first and barren < BARREN:
-                found, came = grown(entries, found, grid, held, rank, self.seed)
+                found, came = grown(entries, found, points, held, rank, self.seed)
                 found = tuple(e.within(spaces) for e in found)
                 barren = 0 if came else barren + 1
             if not any(e.rank for e in found):
                 return found, turn
-            found = tuple(e.within(spaces) for e in sweep(entries, found, grid, held))
+            found = tuple(e.within(spaces) for e in sweep(entries, found, points, held))
             uncertain = sum(e.variance for e in found)
             stalls = 0 if came or uncertain < self.least_gain * before else stalls + 1
-            if stalls > self.patience:
+            if stalls > self.patience or (not came and _is_fine(found, entries, grid)):
                 return found, turn + 1
             before = uncertain
         return found, self.most

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import torch
 
-from detune.lattice.entries import StoredEntries, grid_of, in_rounded_dtypes
+from detune.lattice.entries import StoredEntries, in_rounded_dtypes
 from detune.lattice.estimate import Estimate
 from detune.lattice.fit import Sweeps
 from detune.lattice.holdout import held_out
@@ -73,7 +73,7 @@ def left_alone_by_sizes(stack: Stack, sweeps: Sweeps, scales: Sequence[DeltaScal
     part = Submatrix.small(entries.shape, sweeps.seed).entries(entries)
     estimates = [Estimate.nothing(part.shape, scale.rms**2) for scale in scales]
     quick = replace(sweeps, most=FEW_SWEEPS)
-    found, _ = quick.until_settled(part, estimates, grid_of(grid), held_out(part.shape, sweeps.seed), None)
+    found, _ = quick.until_settled(part, estimates, grid, held_out(part.shape, sweeps.seed), None)
     return left_alone_by_fit(stack, found, scales)
 
 

@@ -8,7 +8,7 @@ delta modulo the base's step.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,7 +85,9 @@ class LatticeSearch:
             return patient.refined(stack, start, rank)
         return self.refined(stack, start, rank)
 
-    def of_light(self, stack: Stack, rank: int | None = None) -> Recovery | None:
+    def of_light(
+        self, stack: Stack, rank: int | None = None, of_finest: Callable[[], Recovery | None] = lambda: None
+    ) -> Recovery | None:
         """The base of models whose deltas are rounded away in most entries; None of others.
 
         The other entries show the deltas finely, but not to least squares.
@@ -93,6 +95,7 @@ class LatticeSearch:
         Args:
             stack: Three models or more.
             rank: As in `refine`.
+            of_finest: The answer of the finely stored models alone, asked for where all have deltas.
 
         Raises:
             NoGrid: As there.
@@ -100,7 +103,8 @@ class LatticeSearch:
         scales = delta_scales(stack)
         if not is_coarse(stack, scales):
             return None
-        return left_alone_by_sizes(stack, self._sweeps, scales) or self.refined(stack, None, rank, scales)
+        alone = left_alone_by_sizes(stack, self._sweeps, scales) or of_finest()
+        return alone or self.refined(stack, None, rank, scales)
 
     def taking_in(self, stack: Stack, found: Recovery, rank: int | None = None) -> Recovery:
         """The base's bits with models that an answer has left out, where it is expected to be nearer to it with them.

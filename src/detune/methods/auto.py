@@ -19,7 +19,13 @@ from detune.fitting.subspaces import RanksTooHigh, RowSpaces
 from detune.identifiability.principal_part import require_own_adapters
 from detune.lattice import HALVES, LatticeSearch, NoGrid, all_half, is_coarse, stays
 from detune.methods.agreement import solve_versions, unchanged
-from detune.methods.mixed_precision import solve_from, solve_from_finest
+from detune.methods.mixed_precision import (
+    rounded_alike,
+    solve_few_finest,
+    solve_from,
+    solve_from_finest,
+    solve_rounded_alike,
+)
 from detune.methods.spectral import Spectral
 from detune.problem.delta_sizes import independent_models
 from detune.problem.low_rank import LowRank, SVDFactors
@@ -72,14 +78,14 @@ class Auto:
 
     def solve(self, stack: Stack, rank: int | None = None) -> Recovery:
         """Choose and solve; see `Solver.solve`. The reason says which and why."""
-        of_finest = solve_from_finest(stack, self._solve_finest, rank)
+        of_finest = solve_from_finest(stack, self.solve, rank)
         if of_finest is not None:
             return of_finest
         of_versions = solve_versions(stack, self.solve, rank)
         if of_versions is not None:
             return of_versions
         models = independent_models(stack)
-        light = self.lattice is not None and all_half(stack) and is_coarse(stack.part(models))
+        light = self.lattice is not None and is_coarse(stack.part(models))
         if light:
             # Directions of light deltas do not stand over the noise.
             of_some, chosen = self._of_some(stack, models, rank), None
@@ -94,9 +100,10 @@ class Auto:
         if self.lattice is None or stack.noise_override:
             return self._least_squares(stack, chosen)
         found = self._left_alone(stack) if stack.n >= self.min_models else None
-        if found is None and all_half(stack):
+        if found is None:
+            refine = self.lattice.refine
             with suppress(NoGrid):
-                found = self.lattice.of_light(stack, rank)
+                found = self.lattice.of_light(stack, rank, lambda: solve_few_finest(stack, refine, rank))
         return found or self._on_grid(stack, chosen)
 
     def _of_some(self, stack: Stack, models: tuple[int, ...], rank: int | None) -> Recovery | None:
@@ -126,10 +133,14 @@ class Auto:
         return self._of_some(stack, chosen.models, chosen.rank)
 
     def _chosen(self, stack: Stack, models: tuple[int, ...], rank: int | None) -> Chosen:
-        """Differences of some models, of rows and columns with even rounding where they can be."""
+        """Differences of some models, of rows and columns with even rounding where they can be.
+
+        Beside coarse models fine ones show directions that these hide, and ranks do not add up: all are as coarse.
+        """
         part = stack.part(models) if len(models) < stack.n else stack
-        balance = part.balance if self.lattice is not None and not part.noise_override else None
-        differences = find_differences(part.scaled(balance) if balance else part, rank, self.seed)
+        alike = rounded_alike(part)
+        balance = alike.balance if self.lattice is not None and not part.noise_override else None
+        differences = find_differences(alike.scaled(balance) if balance else part, rank, self.seed)
         return Chosen(models, differences, balance, rank, self.seed)
 
     def _quick(self, chosen: Chosen) -> Recovery:
@@ -149,9 +160,12 @@ class Auto:
             with suppress(NotRecoverable):
                 require_own_adapters(quick)
                 alone = _left_alone_by_rank(stack, chosen.differences, quick)
-                if alone is not None and (not all_half(stack) or self.lattice.shows_on(stack, quick)):
+                if alone is not None and (not chosen.balance or self.lattice.shows_on(stack, quick)):
                     return alone
                 return self.lattice.refine(stack, quick, rank)
+        found = solve_rounded_alike(stack, self.solve, rank)
+        if found is not None:
+            return found
         found = self._least_squares(stack, chosen)
         if not found.deltas:
             return found
@@ -171,14 +185,6 @@ class Auto:
         """The matrix of a model whose bits show that it left it as the base has it, or that of models that agree."""
         assert self.lattice is not None
         return self.lattice.untouched(stack) or unchanged(stack)
-
-    def _solve_finest(self, part: Stack, rank: int | None) -> Recovery:
-        """Solve the finest-precision models alone: one or two are enough only on a grid."""
-        if part.n >= self.min_models:
-            return self.solve(part, rank)
-        if self.lattice is None:
-            raise NotRecoverable(f"{part.n} models stored finely", "expected three", "add models")
-        return self.lattice.refine(part, None, rank)
 
     def _without_grid(self, stack: Stack, chosen: Chosen) -> Recovery:
         first, rank = chosen.differences, chosen.rank

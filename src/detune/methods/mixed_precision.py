@@ -2,8 +2,9 @@
 
 Least squares weighs all models alike: one bf16 merge beside three in float32 leaves its own rounding in W, and rounds
 away what it holds of a small delta. So W is found from the finely stored models where they are enough; the
-differences of the others from it are their `M_i`. Where too few are fine, all are asked, as coarse as the coarsest if
-that hides what the others show.
+differences of the others from it are their `M_i`. Where too few are fine, all are asked: on the base's grid each entry
+says what its own dtype holds, and of light deltas the fine models alone say more; off it, least squares takes them as
+coarse as the coarsest if that hides what the others show.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,8 @@ COARSE = 64.0
 # (derived).
 ROUNDED_TWICE = 2**0.5
 
+COARSELY = "the others are stored far more coarsely"
+
 Solve = Callable[[Stack, int | None], Recovery]
 
 
@@ -37,18 +40,33 @@ def solve_from_finest(stack: Stack, solve: Solve, rank: int | None) -> Recovery 
 
     Args:
         stack: The models.
-        solve: What recovers from the finely stored ones, of which there may be one or two.
+        solve: What recovers from the finely stored ones.
         rank: The most that any `M_i` can have.
 
     Returns:
-        The recovery; None where all models are stored about alike, where the fine ones are not enough and the coarse
-        ones hide nothing, and where another model does not differ from their answer by a low rank.
+        The recovery; None where all models are stored about alike, where the fine ones are not enough, and where
+        another model does not differ from their answer by a low rank.
     """
     fine = _fine_models(stack)
-    found = None
-    if len(fine) < stack.n:
-        found = solve_from(stack, fine, solve, rank, "the others are stored far more coarsely")
-    return found or _solve_rounded_alike(stack, solve, rank)
+    if not FEWEST_MODELS <= len(fine) < stack.n:
+        return None
+    return solve_from(stack, fine, solve, rank, COARSELY)
+
+
+def solve_few_finest(
+    stack: Stack, refine: Callable[[Stack, None, int | None], Recovery], rank: int | None
+) -> Recovery | None:
+    """The answer of one or two finely stored models on the base's grid; None as in `solve_from_finest`.
+
+    Args:
+        stack: The models.
+        refine: Finds the base on a grid.
+        rank: The most that any `M_i` can have.
+    """
+    fine = _fine_models(stack)
+    if len(fine) >= min(FEWEST_MODELS, stack.n):
+        return None
+    return solve_from(stack, fine, lambda part, rank: refine(part, None, rank), rank, COARSELY)
 
 
 def solve_from(
@@ -110,7 +128,15 @@ def _least_noisy(stack: Stack) -> tuple[int, ...]:
     return tuple(sorted(order[:count]))
 
 
-def _solve_rounded_alike(stack: Stack, solve: Solve, rank: int | None) -> Recovery | None:
+def rounded_alike(stack: Stack) -> Stack:
+    """The stack with all models in the coarsest of their dtypes: no difference shows more directions than another."""
+    if len(set(stack.rounded_dtypes)) == 1:
+        return stack
+    coarsest = max(stack.rounded_dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return replace(stack, matrices=tuple(W_i.to(coarsest) for W_i in stack.matrices))
+
+
+def solve_rounded_alike(stack: Stack, solve: Solve, rank: int | None) -> Recovery | None:
     """The answer of all models in the coarsest of their dtypes, where that hides a part of some delta.
 
     Pairs of neighbours on a ring are looked at: each difference has at most the ranks of all others. Where it has more,
@@ -127,15 +153,13 @@ def _solve_rounded_alike(stack: Stack, solve: Solve, rank: int | None) -> Recove
     adds_up = 2 * ranks[-1] < sum(ranks) or (2 * ranks[-1] == sum(ranks) and 2 * energies[-1] > sum(energies[:-1]))
     if adds_up:
         return None
-    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    alike = replace(stack, matrices=tuple(W_i.to(coarsest) for W_i in stack.matrices))
+    alike = rounded_alike(stack)
     try:
         answer = solve(alike, rank)
     except NotRecoverable:
         return None
-    return replace(
-        answer, reason=f"{answer.reason}; all in {name_of(coarsest)}, which hides directions of some adapters"
-    )
+    coarsest = name_of(alike.rounded_dtypes[0])
+    return replace(answer, reason=f"{answer.reason}; all in {coarsest}, which hides directions of some adapters")
 
 
 def _is_enough(part: Stack, found: Recovery) -> bool:
