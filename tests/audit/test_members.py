@@ -108,7 +108,7 @@ def test_noise_is_measured_and_the_adapters_split_off_above_it(fine, tmp_path):
 
 def test_noise_is_not_searched_for_other_frames(fine, tmp_path, monkeypatch):
     """That takes minutes, and the spectrum of what the releases differ by says that it would find nothing."""
-    monkeypatch.setattr(members, "find_actions", lambda *_: pytest.fail("matched"))
+    monkeypatch.setattr(members, "write_aligned", lambda *_: pytest.fail("matched"))
     for i, model in enumerate(fine.models):
         defend(Noise(0.01), model, tmp_path / str(i), seed=i, verify=False)
     report = audit([tmp_path / str(i) for i in range(len(fine.models))], fine.base, weights_only=True)

@@ -22,9 +22,9 @@ from detune.errors import InputError
 from detune.methods import Auto, Mean
 from detune.problem import NotRecoverable, Recovery, Stack
 from detune.recovery.api import recover
-from detune.symmetries import Action, Actions, act, read_layers
+from detune.symmetries import Action, Layer, act, read_layers
 
-__all__ = ["Align", "align"]
+__all__ = ["Align", "align", "write_aligned"]
 
 # A misfit of up to this many times the storage noise is that. One more rounding in all releases but the first, of
 # weights that no adapter touched, is 1.24 times.
@@ -99,26 +99,31 @@ def align(models: Sequence[Path], folder: Path) -> tuple[Aligned, ...]:
         first, *others = family.models
         layers = read_layers(first.root, {name: info.shape for name, info in first.tensors.items()})
         for i, (path, other) in enumerate(zip(models[1:], others, strict=True), start=1):
-            actions: dict[str, tuple[Action, ...]] = {}
-            for layer in layers:
-                actions |= find_actions(layer, first, other)
-            if actions:
-                copy = folder / str(i)
-                is_exact = all(action.is_exact for done in actions.values() for action in done)
-                aligned.append(Aligned(_write(other, actions, copy), is_exact))
-            else:
-                aligned.append(Aligned(Path(path), True))
+            aligned.append(write_aligned(other, first, layers, folder / str(i)) or Aligned(Path(path), True))
     return tuple(aligned)
 
 
-def _write(release: Checkpoint, actions: Actions, copy: Path) -> Path:
+def write_aligned(release: Checkpoint, first: Checkpoint, layers: Sequence[Layer], copy: Path) -> Aligned | None:
+    """Write a release as it would be in the hidden bases of another; None where it is in these already.
+
+    Args:
+        release: The release.
+        first: The other one.
+        layers: The layers of both.
+        copy: The directory to make; one layer is in memory at a time.
+    """
+    actions: dict[str, tuple[Action, ...]] = {}
+    for layer in layers:
+        actions |= find_actions(layer, first, release)
+    if not actions:
+        return None
     with CheckpointWriter(release, copy) as writer:
         for name in release.tensors:
             if name in actions:
                 writer.write(name, act(actions[name], release.read(name)))
             else:
                 writer.copy(name)
-    return copy
+    return Aligned(copy, all(action.is_exact for done in actions.values() for action in done))
 
 
 def _solve(stack: Stack) -> Tensor:

@@ -8,15 +8,15 @@ from pathlib import Path
 from torch import Tensor
 
 from detune._runtime import needs_extra
-from detune.attacks.frames import find_actions
+from detune.attacks.align import write_aligned
 from detune.attacks.measured_noise import is_white, noise_size
-from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
+from detune.checkpoints import Checkpoint, open_checkpoint
 from detune.compatibility.groups import BaseGroups, group_by_base, group_fitting, why_foreign, why_left_out
 from detune.compatibility.mismatch import Cause, find_mismatch
 from detune.compatibility.views import align
 from detune.errors import InputError
 from detune.problem.stack import matricise
-from detune.symmetries import Action, Actions, act, read_layers
+from detune.symmetries import read_layers
 
 # Fewer than three releases leave a difference that splits in infinitely many ways: only a grid can decide.
 ENOUGH = 3
@@ -199,26 +199,13 @@ def _copies(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) -> tu
         layers = read_layers(first.root, {name: info.shape for name, info in first.tensors.items()})
     except InputError:
         return list(models), False
-    copies, turned = [first], False
+    copies, rounded = [first], False
     for i, other in enumerate(others):
-        actions: dict[str, tuple[Action, ...]] = {}
         with needs_extra("audit"):
-            for layer in layers:
-                actions |= find_actions(layer, first, other)
-        copies.append(_moved(other, actions, folder / str(i), opened) if actions else other)
-        turned = turned or not all(action.is_exact for done in actions.values() for action in done)
-    return copies, turned
-
-
-def _moved(model: Checkpoint, actions: Actions, copy: Path, opened: ExitStack) -> Checkpoint:
-    """A copy of a model, some tensors turned."""
-    with CheckpointWriter(model, copy) as writer:
-        for name in model.tensors:
-            if name in actions:
-                writer.write(name, act(actions[name], model.read(name)))
-            else:
-                writer.copy(name)
-    return opened.enter_context(open_checkpoint(copy))
+            aligned = write_aligned(other, first, layers, folder / str(i))
+        copies.append(opened.enter_context(open_checkpoint(aligned.path)) if aligned else other)
+        rounded = rounded or (aligned is not None and not aligned.is_exact)
+    return copies, rounded
 
 
 def _disagreement(found: BaseGroups) -> float:

@@ -1,13 +1,13 @@
 """The protocol of defences: changes of a checkpoint before it is released."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint
 
-__all__ = ["Change", "Defence"]
+__all__ = ["Change", "Defence", "only"]
 
 Change = Callable[[str, Tensor], Tensor]
 """The release of one tensor, from its name and its values as stored: of the same shape and dtype."""
@@ -43,3 +43,8 @@ class Defence(Protocol):
             InputError: The model is of no kind that this defence knows.
         """
         ...
+
+
+def only(names: Container[str], change: Change) -> Change:
+    """A change of these tensors, which leaves all others as they are."""
+    return lambda name, tensor: change(name, tensor) if name in names else tensor

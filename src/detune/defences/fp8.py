@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint
-from detune.defences.base import Change
+from detune.defences.base import Change, only
 from detune.defences.linear import linear_weights
 from detune.numerics.dithered_fp8 import fp8_stochastic, named_dither
 
@@ -38,8 +38,6 @@ class Fp8:
         linear = linear_weights(model)
 
         def change(name: str, tensor: Tensor) -> Tensor:
-            if name not in linear:
-                return tensor
             return fp8_stochastic(tensor, named_dither(name, tensor.shape), _GRIDS[self.grid]).to(tensor.dtype)
 
-        return change
+        return only(linear, change)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint, open_checkpoint
-from detune.defences.base import Change
+from detune.defences.base import Change, only
 from detune.defences.linear import generator_of, linear_weights
 from detune.errors import InputError
 from detune.problem import LowRank
@@ -62,8 +62,6 @@ class LoREnc:
             dominant = {name: self._dominant(name, base.read(name)) for name in linear}
 
         def change(name: str, tensor: Tensor) -> Tensor:
-            if name not in dominant:
-                return tensor
             C = dominant[name]
             public = (tensor.double() - C.dense()).to(tensor.dtype)
             if not self.adapter:
@@ -73,7 +71,7 @@ class LoREnc:
             B, A = (C.left @ Q).float(), (C.right @ Q).mT.float()
             return (public.float() + B @ A).to(tensor.dtype)
 
-        return change
+        return only(dominant, change)
 
     def _dominant(self, name: str, W: Tensor) -> LowRank:
         """C, its factors of equal norm."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint
-from detune.defences.base import Change
+from detune.defences.base import Change, only
 from detune.defences.linear import generator_of, linear_weights
 from detune.numerics.float_grid import spacing
 
@@ -36,13 +36,11 @@ class Noise:
         linear = linear_weights(model)
 
         def change(name: str, tensor: Tensor) -> Tensor:
-            if name not in linear:
-                return tensor
             exact = tensor.double()
             drawn = torch.randn(tensor.shape, generator=generator_of(seed, name), dtype=torch.float64)
             return (exact + drawn * (self.size * exact.square().mean().sqrt())).to(tensor.dtype)
 
-        return change
+        return only(linear, change)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint, Kind
-from detune.defences.base import Change
+from detune.defences.base import Change, only
 from detune.defences.linear import linear_weights
 
 __all__ = ["Int8", "Nf4"]
@@ -46,15 +46,13 @@ class Int8:
         linear = linear_weights(model)
 
         def change(name: str, tensor: Tensor) -> Tensor:
-            if name not in linear:
-                return tensor
             exact = tensor.double()
             axis = 1 if linear[name] is Kind.LINEAR else 0
             scale = exact.abs().amax(dim=axis, keepdim=True) / 127
             scale = scale.where(scale > 0, 1.0)
             return ((exact / scale).round() * scale).to(tensor.dtype)
 
-        return change
+        return only(linear, change)
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,6 @@ class Nf4:
         levels = torch.tensor(_NF4, dtype=torch.float32)
 
         def change(name: str, tensor: Tensor) -> Tensor:
-            if name not in linear:
-                return tensor
             # The last block may be short.
             flat = tensor.float().flatten()
             blocks = torch.nn.functional.pad(flat, (0, -len(flat) % self.block)).view(-1, self.block)
@@ -92,4 +88,4 @@ class Nf4:
             dequantised = (levels[nearest] * scale).flatten()[: len(flat)]
             return dequantised.view(tensor.shape).to(tensor.dtype)
 
-        return change
+        return only(linear, change)

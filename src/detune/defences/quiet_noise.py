@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint, Kind, find_places
-from detune.defences.base import Change
+from detune.defences.base import Change, only
 from detune.defences.linear import generator_of, linear_weights
 from detune.defences.running import input_moments
 from detune.errors import InputError
@@ -99,12 +99,10 @@ def _along_inputs(model: Checkpoint, texts: Path, seed: int, draw: Draw) -> Chan
 
     def change(name: str, tensor: Tensor) -> Tensor:
         # A layer that the texts do not reach, a pooler that nothing reads for instance, stays as it is.
-        if name not in seen:
-            return tensor
         transposed = linear[name] is Kind.TRANSPOSED
         W = tensor.double().mT if transposed else tensor.double()
         variances, directions = torch.linalg.eigh(seen[name])
         changed = W + draw(W, variances, directions, generator_of(seed, name))
         return (changed.mT if transposed else changed).to(tensor.dtype)
 
-    return change
+    return only(seen, change)
