@@ -10,7 +10,7 @@ __all__ = ["code", "fenced", "link", "table", "text"]
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _MARKS = frozenset("\\`*_[]|~#$")
-# What begins a list or a heading where it stands first.
+# Marks that begin a list or a heading where they stand first.
 _LEADING = frozenset("-+=")
 
 
@@ -63,7 +63,7 @@ def fenced(lines: Iterable[str], language: str = "") -> str:
 
     Args:
         lines: Any text, each a line.
-        language: Of the code; ours.
+        language: Language of the code; ours.
 
     Example:
         >>> print(fenced(["detune recover a b c --out base"]))

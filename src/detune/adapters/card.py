@@ -44,9 +44,9 @@ def adapter_cards(
     """The cards of an extraction.
 
     Args:
-        summary: Of each adapter, as in `Extraction.summary`; those that were written.
+        summary: Summary of each adapter, as in `Extraction.summary`; those that were written.
         folders: The directories that PEFT loads each from: one, or one for each component of a pipeline.
-        rows: Of the extraction.
+        rows: Rows of the extraction.
         models: The models, by the name of their adapter.
         base: The base, where it is one of the inputs; None where it was recovered in the same pass.
         base_name: Its name.

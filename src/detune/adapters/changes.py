@@ -55,7 +55,7 @@ class AdapterRow:
         name: The tensor's qualified name.
         shape: Its shape.
         kept: Where the difference went.
-        rank: Of the LoRA; 0 where there is none.
+        rank: Rank of the LoRA; 0 where there is none.
         identical: Share of the entries that base and adapter, merged by PEFT, give back bit for bit.
         largest_ulps: The largest deviation of the others, in units in the last place of the model's entry.
             It is large in entries near zero, whose units are small.
@@ -268,7 +268,7 @@ def adapter_names(specs: Sequence[str]) -> tuple[str, ...]:
     return tuple(given)
 
 
-# What lies beside the adapters, or makes a directory an adapter.
+# Files beside the adapters, or that make a directory an adapter.
 _FILES = (CARD, MARK, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 

@@ -46,7 +46,7 @@ class Extraction:
         base: What the adapters are loaded onto.
         models: The models as given, by the name of their adapter.
         rows: Each tensor of each model that differs from the base's, in file order.
-        entries: Of one model, over all of its tensors.
+        entries: Number of entries of one model, over all of its tensors.
         seconds: Wall time.
     """
 
@@ -284,7 +284,7 @@ class Extractor:
         lost: set[tuple[str, str]] = set()
         for (i, _), writer in self._writers.items():
             lost |= {(self._names[i], name) for name in writer.finish(partial(self._read, i))}
-        # Of a lost module the tensors that did not change have no row.
+        # The tensors of a lost module that did not change have no row.
         rows = tuple(self._lose(row) if (row.model, row.name) in lost else row for row in self._rows)
         models = dict(zip(self._names, (model.spec for model in self._models), strict=True))
         entries = sum(math.prod(info.shape) for info in self._reference.tensors.values())

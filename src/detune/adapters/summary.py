@@ -16,7 +16,7 @@ def adapter_table(rows: Sequence["AdapterRow"]) -> tuple[tuple[str, ...], list[t
     """The tensors that were changed, by kind.
 
     Args:
-        rows: Of an extraction.
+        rows: Rows of an extraction.
 
     Returns:
         The names of the columns, and a row for each kind.
@@ -40,7 +40,7 @@ def adapter_sentence(figures: Mapping[str, Any]) -> str:
     """The content of an adapter, and what PEFT's merge of it gives back.
 
     Args:
-        figures: Of `Extraction.summary`.
+        figures: Figures of `Extraction.summary`.
     """
     whole = f", {figures['whole']} tensors whole" * bool(figures["whole"])
     lost = f", {figures['left out']} LEFT OUT" * bool(figures["left out"])

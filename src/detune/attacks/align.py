@@ -38,7 +38,7 @@ _TRIES = 4
 # Directions that are not there for twice the noise may be noise: if without them the predicted W-Error, at the noise
 # as it is, is better by more than one.
 _CLEAR, _FAR_BETTER = 2.0, 1.0
-# Of rows and columns, each made even for the other.
+# Passes over rows and columns, each made even for the other.
 _TURNS = 3
 
 

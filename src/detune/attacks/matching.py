@@ -21,7 +21,7 @@ def match_neurons(targets: Sequence[Tensor], sources: Sequence[Tensor], scaled: 
     Args:
         targets: Every matrix with neurons as rows, `(neurons, other)`, as the first release has it.
         sources: As the other has it.
-        scaled: Of each matrix, whether neurons may have been scaled in it, also by a negative number.
+        scaled: Whether neurons may have been scaled in each matrix, also by a negative number.
 
     Returns:
         `(neurons,)`: which of the source stands at each place of the target.

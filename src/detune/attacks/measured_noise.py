@@ -117,7 +117,7 @@ def is_white(difference: Tensor) -> bool:
     steeply, but for weights that are as random as noise.
 
     Args:
-        difference: Of two models, `(out, in)`.
+        difference: Difference of two models, `(out, in)`.
     """
     values = torch.linalg.svdvals(difference)
     middle, upper = (float(values.quantile(share)) for share in (0.5, 0.75))

@@ -24,9 +24,9 @@ from detune.problem.storage_noise import FLOOR_RATIO, storage_variance
 
 __all__ = ["FALLS", "Fit", "Side", "fit", "stay"]
 
-# Of eps^2 from step to step, the second where the first ends in a wrong minimum: eps that falls faster than A gets
-# better takes A's error for more low rank. At 0.3 a quarter of general invertible matrices go wrong in float64, at 0.1
-# all; adapters of as high a rank as heads are wide need the slower one.
+# Falls of eps^2 from step to step, the second where the first ends in a wrong minimum: eps that falls faster than A
+# gets better takes A's error for more low rank. At 0.3 a quarter of general invertible matrices go wrong in float64, at
+# 0.1 all; adapters of as high a rank as heads are wide need the slower one.
 FALLS = (0.5, 0.85)
 # Steps in all, and steps in which what is left halves or the group is the wrong one, times `1 - fall`.
 _STEPS = 60
@@ -49,7 +49,7 @@ class Side:
             rows. The second release's; on the dual side the first's.
         end: What it should give: the first release's; on the dual side the second's.
         is_dual: Whether `A^T` acts here instead of A.
-        variance: Of the storage noise of an entry of `end`.
+        variance: Variance of the storage noise of an entry of `end`.
     """
 
     begin: Tensor
@@ -103,7 +103,7 @@ def fit(sides: Sequence[Side], group: Group, start: Tensor | None = None, fall: 
         sides: Matrices on both sides of the basis, or on one.
         group: Where A is looked for.
         start: An A that is nearly right; None starts from least squares.
-        fall: Of eps^2 from step to step.
+        fall: Fall of eps^2 from step to step.
 
     Returns:
         A, and how much of the rest is more than rounding.

@@ -1,4 +1,4 @@
-"""What the adapters tell, once the base is back: which layers, which ranks, and on how much data they were trained."""
+"""Adapters, once the base is back: which layers, which ranks, and on how much data they were trained."""
 
 import csv
 import io
@@ -57,7 +57,7 @@ class ChangeSpectra:
             name: Its qualified name.
             tensors: What each release holds of it.
             base: The base's, given or recovered.
-            ranks: Of the changes; empty where they are not known, and nothing can be said.
+            ranks: Ranks of the changes; empty where they are not known, and nothing can be said.
         """
         W = matricise(base).double()
         for found, tensor, rank in zip(self.of_release, tensors, ranks, strict=False):
@@ -121,7 +121,7 @@ def find_in_adapters(
         tensors: The changed tensors.
         models: The releases that were used.
         has_base: Whether the base was given, so that changes are known that the releases do not give away.
-        spectra: Of their changes, where there are references.
+        spectra: Spectra of their changes, where there are references.
         references: LoRAs whose training is known; none says nothing of the size of training sets.
 
     Raises:

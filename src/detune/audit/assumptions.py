@@ -13,7 +13,7 @@ __all__ = ["ASSUMPTIONS", "Evidence", "check_assumptions"]
 
 # Changes that stand less than twice over the rounding are half hidden by it.
 CLEAR = 2.0
-# Adapters of more than this share of the full rank are not low-rank.
+# Adapters above this share of the full rank are not low-rank.
 LOW = 1 / 4
 
 ASSUMPTIONS = (
@@ -100,7 +100,7 @@ def check_assumptions(evidence: Evidence) -> tuple[Result, ...]:
     """Judge every assumption, in the order of the table.
 
     Args:
-        evidence: Of an audit.
+        evidence: Evidence of an audit.
 
     Returns:
         A result each. What helps whoever wants the base is a warning.

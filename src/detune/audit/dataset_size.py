@@ -68,7 +68,7 @@ def estimate_size(spectra: Mapping[str, Tensor], references: Sequence[Reference]
     """Estimate the size of a training set, with an error bar.
 
     Args:
-        spectra: Of the LoRA in question, as in `Reference`.
+        spectra: Spectra of the LoRA in question, as in `Reference`.
         references: LoRAs that were trained in the same way, of at least three groups.
 
     Returns:
@@ -148,7 +148,7 @@ def _elected(votes: Sequence[tuple[int, float]]) -> int:
 
 
 def _difference(one: Tensor, other: Tensor) -> Tensor:
-    """Of two spectra; the shorter one goes on with zeros."""
+    """The distance of two spectra; the shorter one goes on with zeros."""
     length = max(len(one), len(other))
     padded = [torch.nn.functional.pad(values, (0, length - len(values))) for values in (one, other)]
     return padded[0] - padded[1]

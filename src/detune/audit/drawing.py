@@ -26,7 +26,7 @@ class Chart:
     """One chart of the page.
 
     Attributes:
-        id: Of its element.
+        id: Id of its element.
         title: Its heading.
         caption: What it shows, for those who do not see it too.
         figure: For plotly.js: data and layout.

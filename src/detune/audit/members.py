@@ -22,7 +22,7 @@ from detune.symmetries import read_layers
 ENOUGH = 3
 # Matrices of a release that are looked at to see whether it is close to the first.
 LOOKED_AT = 4
-# Of a large matrix these rows and columns show what a difference is.
+# These rows and columns of a large matrix show what a difference is.
 CORNER = 1024
 # Noise beyond this share of the weights leaves no use in a model.
 LOUDEST = 0.3
@@ -35,7 +35,7 @@ class Members:
     """The releases that are recovered from.
 
     Attributes:
-        models: Of all releases given, the checkpoint that stands for it: itself, or a copy in the first one's frame.
+        models: The checkpoint that stands for each release given: itself, or a copy in the first one's frame.
         places: Those that are recovered from.
         groups: How they were grouped; None for a single one.
         reasons: Why the others are left out, by place.

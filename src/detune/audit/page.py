@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["render"]
 
 PLOTLY = "plotly-cartesian.min.js"
-# What each level is called, and its sign: colour is not the only carrier.
+# The name of each level, and its sign: colour is not the only carrier.
 BADGES = {"error": ("▲", "Given away"), "warning": ("◆", "Partly given away"), "note": ("●", "Kept")}
 HOLDS = {True: ("✓", "holds"), False: ("✗", "does not hold"), None: ("?", "not known")}
 
@@ -31,7 +31,7 @@ def render(report: AuditReport) -> str:
     nothing be fetched.
 
     Args:
-        report: Of an audit.
+        report: Report of an audit.
 
     Returns:
         HTML.

@@ -64,7 +64,7 @@ class Tool(_Record):
 
     Attributes:
         name: Always "detune".
-        versions: Of detune and of what its figures depend on.
+        versions: Versions of detune and of what its figures depend on.
     """
 
     name: Literal["detune"] = "detune"
@@ -106,10 +106,10 @@ class ModelEntry(_Record):
 
 
 class Outcome(_Record):
-    """What a number of releases give of one tensor.
+    """One tensor as a number of releases give it.
 
     Attributes:
-        models: The first so many were used.
+        models: How many releases were used, from the first on.
         verdict: As `recover` reports it.
         method: The solver that gave it.
         reason: One sentence.
@@ -119,9 +119,9 @@ class Outcome(_Record):
         predicted_w_error: `log10` of the mean squared error to expect, without the truth.
         best_w_error: Lower end of the range that it is in; None, beside an upper end, where the tensor may be exact.
         worst_w_error: Upper end of that range.
-        w_error: The same against the base; None where there is none, or where all entries are equal.
+        w_error: The W-Error against the base; None where there is none, or where all entries are equal.
         identical: Share of the entries that have the base's bits; None without the base.
-        given_away: Whether the tensor counts as given away, by so many releases or by fewer of them.
+        given_away: Whether the tensor counts as given away, by these releases or by fewer of them.
         seconds: Time taken.
     """
 
@@ -214,10 +214,10 @@ class Unchanged(_Record):
 
 
 class CurvePoint(_Record):
-    """The matrices together, with so many releases.
+    """All matrices, with a number of releases.
 
     Attributes:
-        models: The first so many were used.
+        models: How many releases were used, from the first on.
         given_away: Matrices that count as given away.
         w_error: Mean W-Error of the matrices that are not exact; None without the base, or where all are.
         best: The lowest of them.
@@ -268,7 +268,7 @@ class Behaviour(_Record):
 
 
 class Rule(_Record):
-    """What a result is about.
+    """The subject of a result.
 
     Attributes:
         id: Its name in `results`.
@@ -285,11 +285,11 @@ class Result(_Record):
     """One finding.
 
     Attributes:
-        rule_id: Of its rule.
+        rule_id: Id of its rule.
         level: "error": something is given away. "warning": something helps whoever wants the base. "note": neither.
         message: One sentence.
         tensor: Where; None where it is about all of them.
-        holds: Of an assumption: whether it holds; None where that could not be told.
+        holds: Whether an assumption holds; None where that could not be told.
         properties: The figures.
     """
 
@@ -327,7 +327,7 @@ class AuditReport(_Record):
     """The whole audit.
 
     Attributes:
-        format: Of this file.
+        format: Format of this file.
         tool: What made it.
         invocation: How.
         base: The owner's base; None where the certificate stands in for it.
@@ -382,7 +382,7 @@ class AuditReport(_Record):
         )
 
     def as_published(self, out: Path) -> "AuditReport":
-        """The same for a file in a directory: places on this machine are named from there."""
+        """The record for a file in a directory: paths on this machine are named from there."""
         models = [*self.models, *((self.base,) if self.base else ())]
         places = PrivatePaths(out, [*(model.spec for model in models), *self.invocation.argv])
         return AuditReport.model_validate_json(json.dumps(places.within(json.loads(self.to_json()))))

@@ -32,7 +32,7 @@ from detune.recovery.tensor import result_of
 
 __all__ = ["audit"]
 
-# Spectra are shown of so many matrices.
+# The number of matrices whose spectra are shown.
 SPECTRA = 6
 
 

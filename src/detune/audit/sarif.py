@@ -30,7 +30,7 @@ def to_sarif(report: AuditReport) -> str:
     """Write the log.
 
     Args:
-        report: Of an audit, with the releases named as the log's reader finds them: see `AuditReport.as_published`.
+        report: Report of an audit; releases are named as the log's reader finds them: see `AuditReport.as_published`.
 
     Returns:
         JSON.

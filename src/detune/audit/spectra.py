@@ -14,9 +14,9 @@ from detune.problem.stack import matricise
 
 __all__ = ["spectrum"]
 
-# Of larger matrices the leading values are estimated.
+# The leading values of larger matrices are estimated.
 EXACT_UP_TO = 1024
-# Values shown: so many times the rank, within these bounds.
+# Values shown: this multiple of the rank, within these bounds.
 TIMES, LEAST, MOST = 2, 48, 256
 
 
@@ -24,7 +24,7 @@ def spectrum(tensors: Sequence[Tensor], ranks: Sequence[int]) -> Spectrum:
     """The largest singular values of `W_2 - W_1 = M_2 - M_1`.
 
     Args:
-        tensors: Of two releases, as stored.
+        tensors: Tensors of two releases, as stored.
         ranks: Found for them; empty where none were.
     """
     stack = Stack.of([matricise(tensor) for tensor in tensors[:2]])

@@ -27,11 +27,11 @@ from detune.problem.storage_noise import storage_variance
 from detune.recovery.report import COPY, TensorResult
 from detune.recovery.tensor import RecoveredTensor, result_of, solve_tensor
 
-# Deltas of more steps of the base's grid than this do not show modulo the step; the method itself gives up at 8.
+# Deltas of more steps of the base's grid do not show modulo the step; the method itself gives up at 8.
 MOST_STEPS = 100.0
-# An error of so many times what storing a release rounds off is at the storage floor.
+# An error of up to this multiple of what storing a release rounds off is at the storage floor.
 AT_FLOOR = 2.0
-# An error so many times smaller than the change made by fine-tuning gives the base away.
+# An error below this share of the change made by fine-tuning gives the base away.
 CLOSER = 100.0
 
 
@@ -138,7 +138,7 @@ class _Figures:
     Attributes:
         change: Root mean square over all releases; None where the base's values are not known.
         noise: Root mean square of what storing the releases rounded off.
-        steps: Of each release, in steps of the base's grid; empty where they are not known.
+        steps: Change of each release, in steps of the base's grid; empty where they are not known.
         grid: Its name.
     """
 
@@ -152,7 +152,7 @@ class _Figures:
         """Measure them.
 
         Args:
-            tensors: Of every release.
+            tensors: Tensors of every release.
             known: The base's values, as far as they are known.
         """
         if not tensors[0].is_floating_point():
@@ -219,7 +219,7 @@ def is_given_away(verdict: Verdict, error: float | None, change: float | None, n
     Args:
         verdict: What the recovery says.
         error: Root mean square, against the base; None without it.
-        change: Of the releases.
+        change: Change of the releases.
         noise: What storing the releases rounded off.
     """
     if error is None:

@@ -58,13 +58,13 @@ class Cell(_Record):
 
     Attributes:
         subset: Its name.
-        fingerprint: Of its rows.
+        fingerprint: Fingerprint of its rows.
         stands_for: The published subset that it is like.
         method: Its name.
         settings: Its hyperparameters.
         method_sha256: Of the file of a method that is not detune's.
         loras: Which LoRAs, from 0.
-        seed: Of the draw.
+        seed: Seed of the draw.
         rank_known: Whether the method was told the largest rank.
     """
 
@@ -95,7 +95,7 @@ class LayerResult(_Record):
         name: The parameter.
         kind: Which projection it is.
         depth: Its block.
-        shape: Of the weight.
+        shape: Shape of the weight.
         mse: Mean squared error of the recovered weight, rounded to float32 as it would be saved.
         bit_identical: Share of entries equal bit for bit.
         seconds: Time of the solver.
@@ -130,11 +130,11 @@ class Environment(_Record):
     """The machine and the versions that computed a cell.
 
     Attributes:
-        versions: Of detune, Python and torch.
+        versions: Versions of detune, Python and torch.
         code_sha256: Over the source files of detune.
         system: Operating system and processor.
-        threads: Of torch.
-        device: Of the solver.
+        threads: Number of torch's threads.
+        device: Device of the solver.
     """
 
     versions: dict[str, str]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cell", "write_sheet"]
 
-# What begins a formula, in the wide forms of Chinese and Japanese keyboards too; OWASP, "CSV Injection".
+# Characters that begin a formula, in the wide forms of Chinese and Japanese keyboards too; OWASP, "CSV Injection".
 _FORMULA = frozenset("=+-@＝＋－＠")
 
 

@@ -96,8 +96,8 @@ class HubFiles:
     """A subset of the published dataset, on the Hub.
 
     Attributes:
-        name: Of the subset.
-        commit: Of the dataset.
+        name: Name of the subset.
+        commit: Commit of the dataset.
     """
 
     name: str

@@ -43,7 +43,7 @@ class Published:
         layers: Rows.
         rank: LoRA rank.
         models: LoRAs that the paper uses.
-        iterations: Of Spectral DeTuning.
+        iterations: Iterations of Spectral DeTuning.
         base: The model before fine-tuning.
     """
 
@@ -198,9 +198,9 @@ def open_subset(name: str, *, data: Path | None = None, revision: str = "main") 
     Args:
         name: The folder of a subset, or the name of a published one.
         data: A local copy of the published dataset, as `hf download` makes it.
-        revision: Of the published dataset: a commit, or a branch or tag, which is resolved to the commit that it is at
-            now. All rows are read from this commit, and `source` and `fingerprint` record it, so that it can be given
-            again. There is no commit built in: `main` is whatever the authors have published last.
+        revision: Revision of the published dataset: a commit, or a branch or tag, which is resolved to the commit that
+            it is at now. All rows are read from this commit, and `source` and `fingerprint` record it, so that it can
+            be given again. There is no commit built in: `main` is whatever the authors have published last.
 
     Returns:
         The subset.

@@ -95,7 +95,7 @@ class TableRow:
         layers: How many layers.
         exact_layers: Those without an error.
         failed_layers: Those without an answer, where the average stands in.
-        seconds: Of the solver, over all layers.
+        seconds: Time of the solver, over all layers.
         peak_memory_mb: The most that one layer took, in MiB.
         behaviour: Metrics of the recovered model's behaviour against the original's.
     """

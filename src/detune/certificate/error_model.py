@@ -26,7 +26,7 @@ MOST, MUCH = 0.5, 0.25
 PRIOR = 30.0
 # A direction shows from twice the noise's largest singular value (measured, see `problem.storage_noise`).
 NOTICED = FLOOR_RATIO
-# A spectrum whose weakest singular value found is three times what shows has no more to come (definition of a doubt).
+# A spectrum that ends three times above the detection limit has no more to come (definition of a doubt).
 GAP = 3.0
 # Intervals leave no less than a twentieth of the error of least squares: 2 n / ((n + 1) (n + 2)) is 0.1 for the fifteen
 # models that anybody has, and steps may differ (derived, see `docs/method.md`).
@@ -54,11 +54,11 @@ class ErrorModel:
     Attributes:
         stack: The models.
         recovery: The answer.
-        spaces: Of the deltas.
+        spaces: Spaces of the deltas.
         operator: The operator at them.
         traces: How noise enters the answer.
         misfit: What it leaves, and how far it is from the best.
-        variances: Of the models' storage noise, `(n,)`.
+        variances: Variances of the models' storage noise, `(n,)`.
         stored: The dtype that the weight will be stored in.
     """
 
@@ -164,7 +164,7 @@ class ErrorModel:
     def hidden(self) -> float:
         """Mean squared error from directions below the noise that could have escaped, if the adapters have such.
 
-        Spectra go on as they were: one that ends well above what shows has ended. Of a model without any direction
+        Spectra go on as they were: one that ends well above the limit has ended. Of a model without any direction
         nothing is known; one could be as strong as the strongest of the others.
         """
         return max(self._hidden_by_side(GAP))
@@ -176,7 +176,7 @@ class ErrorModel:
 
     @cached_property
     def weakest_direction(self) -> float:
-        """The weakest singular value of any delta over what shows."""
+        """The weakest singular value of any delta over the detection limit."""
         return min((float(space.S[-1]) / self._noticed if len(space.S) else 0.0 for space in self.spaces), default=0.0)
 
     @cached_property
@@ -312,7 +312,7 @@ class ErrorModel:
 
     @property
     def _runs_into_noise(self) -> bool:
-        """Whether some spectrum may go on below what shows."""
+        """Whether some spectrum may go on below the detection limit."""
         return self.weakest_direction < GAP
 
     def _hidden_by_side(self, gap: float) -> list[float]:

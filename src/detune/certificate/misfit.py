@@ -48,7 +48,7 @@ class Misfit:
             stack: The models.
             recovery: The answer, with a delta for each model.
             operator: The operator A at its spaces, computing in float64.
-            spaces: Of the deltas.
+            spaces: Spaces of the deltas.
         """
         known = recovery.residuals
         if known is not None and known.are_of(recovery) and all(_well_scaled(space) for space in spaces):

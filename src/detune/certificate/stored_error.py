@@ -58,12 +58,12 @@ def stored_error(
     Args:
         recovery: The answer, with a delta for each model.
         operator: The operator at its spaces.
-        dtypes: Of the models.
+        dtypes: Dtypes of the models.
         stored: The dtype to round to.
         mse: Mean squared error per entry of the weight as it is.
         averaged: The part of it that is the mean of the n models' rounding errors in that very entry; the rest comes
             from everywhere, is normal, and larger where the spaces have large entries.
-        seed: Of the sampled entries and of the draws.
+        seed: Seed of the sampled entries and of the draws.
     """
     if torch.finfo(stored).eps < min(torch.finfo(dtype).eps for dtype in dtypes):
         # Nothing is lost, and nothing undone.
@@ -88,7 +88,7 @@ class _Sample:
         weight: The answer's entries, `(entries,)`, float64.
         base: A base within the models' rounding of it.
         deltas: The deltas there, `(n, entries)`.
-        dtypes: Of the models.
+        dtypes: Dtypes of the models.
         stored: The dtype to round to.
         between: Whether the answer is the middle between the models' intervals, not their mean.
         normal: Normal numbers, with the variance that the entries have of the error that comes from everywhere.

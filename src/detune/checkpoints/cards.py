@@ -86,7 +86,7 @@ class InputCard:
     Attributes:
         name: The Hub id, or the last part of the path; of BASE+ADAPTER both.
         hub_id: The Hub id without a revision; None of a model on disk.
-        licences: Of the model, or of base and adapter; None where one states none.
+        licences: Licences of the model, or of base and adapter; None where one states none.
         bases: What it was made from, by its own account.
         texts: The cards.
     """

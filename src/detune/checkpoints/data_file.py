@@ -23,7 +23,7 @@ Read = Callable[[int, memoryview], None]
 
 _PAGE_BYTES = mmap.PAGESIZE
 _BLOCK_BYTES = 16 * 2**20
-# What a file system says that writes to pages of its own only.
+# Error numbers of a file system that writes to pages of its own only.
 _INDIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
 

@@ -12,11 +12,11 @@ from detune.errors import OutputError
 
 __all__ = ["FULL", "discard", "exchange", "reported", "require_space", "require_writable", "sync", "sync_tree"]
 
-# What a full disk or quota says.
+# Error numbers of a full disk or quota.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Of <fcntl.h> and <linux/fs.h>: paths from where the process is, and a flag of `renameat2`.
+# From <fcntl.h> and <linux/fs.h>: paths from where the process is, and a flag of `renameat2`.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# What systems, file systems and sandboxes say that cannot exchange names.
+# Error numbers of systems, file systems and sandboxes that cannot exchange names.
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 

@@ -39,7 +39,7 @@ class Excerpt(Checkpoint):
         self.spec, self.root, self.index_files = whole.spec, whole.root, whole.index_files
         self.tensors, self.weight_files = whole.tensors, whole.weight_files
         self.rows = rows
-        # Of all excerpts of one model.
+        # Shared by all excerpts of one model.
         self._read_bytes = Counter[str]()
         self.whole = whole
         self._kept: dict[str, torch.Tensor] = {}

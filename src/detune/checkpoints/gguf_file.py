@@ -39,7 +39,7 @@ class Blocks:
 
     Attributes:
         weight: Its name in the file.
-        shape: Of the tensor.
+        shape: Shape of the tensor.
         encoding: The format of the blocks, as `gguf` names it.
     """
 

@@ -45,7 +45,7 @@ class LoraLayer:
         A: Shape (r, in) or (r, in, *kernel), float32.
         B: Shape (out, r) or (out, r, 1, ...), float32.
         rank: r.
-        alpha: Of a rank-stabilised LoRA, its own alpha times sqrt(r), so that the formula holds.
+        alpha: The numerator; that of a rank-stabilised LoRA times sqrt(r), so that the formula holds.
     """
 
     name: str

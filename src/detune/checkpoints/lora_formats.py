@@ -45,7 +45,7 @@ _UNSUPPORTED = (
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
-# What diffusers and kohya put behind a layer's name for its A. Without it, and with .alpha, that is its alpha.
+# Endings that diffusers and kohya put behind a layer's name for its A. Without it, and with .alpha, that is its alpha.
 _DOWN = re.compile(r"[._]lora(_A|_down|\.down|_linear_layer\.down)\.weight$")
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")

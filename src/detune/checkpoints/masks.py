@@ -15,7 +15,7 @@ def pack_mask(mask: torch.Tensor) -> bytes:
     """Pack one tensor's mask, eight entries a byte.
 
     Args:
-        mask: Of any shape, bool.
+        mask: Any shape, bool.
     """
     return np.packbits(mask.cpu().numpy()).tobytes()
 

@@ -11,7 +11,7 @@ from detune.checkpoints.source import Checkpoint, TensorInfo
 
 __all__ = ["Kind", "Place", "find_places"]
 
-# What embeddings are called where no library knows the model.
+# Names of embeddings where no library knows the model.
 _EMBEDDINGS = ("embed", "wte", "wpe")
 
 

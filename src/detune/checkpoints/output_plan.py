@@ -35,9 +35,9 @@ class OutputPlan:
 
     Attributes:
         tensors: Each as it will be stored.
-        headers: Of each weight file.
-        sizes_bytes: Of each weight file, its header included.
-        places: Of each tensor.
+        headers: Header of each weight file.
+        sizes_bytes: Size of each weight file, its header included.
+        places: Place of each tensor.
     """
 
     tensors: Mapping[str, TensorInfo]

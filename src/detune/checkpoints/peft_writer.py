@@ -38,7 +38,7 @@ class PeftLayer:
     Attributes:
         A: `(r, in)`, or `(r, in, *kernel)`, float32.
         B: `(out, r)`, or `(out, r, 1, ...)`, float32.
-        kind: Of its weight.
+        kind: Kind of its weight.
     """
 
     A: Tensor
@@ -65,7 +65,7 @@ def peft_layer(kind: Kind, left: Tensor, right: Tensor, shape: tuple[int, ...]) 
     """Put the factors of a change `left @ right.T` into PEFT's form.
 
     Args:
-        kind: Of the weight, one that takes a LoRA.
+        kind: Kind of the weight, one that takes a LoRA.
         left: `(rows, r)` where rows is the weight's first dimension.
         right: `(columns, r)`, columns being all its other dimensions together.
         shape: The weight's.
@@ -98,7 +98,7 @@ def unpack_layers(data: bytes, kind: Kind) -> dict[int, PeftLayer]:
 
     Args:
         data: What it returned.
-        kind: Of the weight.
+        kind: Kind of the weight.
 
     Returns:
         The factors by model.

@@ -115,7 +115,7 @@ def model_class_of(config: Any) -> Any:
     """The class of transformers that a configuration names; the model's body where it names none.
 
     Args:
-        config: Of transformers.
+        config: Config of transformers.
 
     Raises:
         InputError: It names something else.

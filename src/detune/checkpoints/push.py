@@ -25,9 +25,9 @@ __all__ = ["Publication", "Pushed", "check_repository", "push", "what_to_push"]
 
 _CONFIG = "adapter_config.json"
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-# What `kept_cards` makes.
+# Names of the files that `kept_cards` makes.
 _OWN_CARD = re.compile(r"README\.[\w.-]+\.md")
-# What the Hub puts into a repository itself.
+# Files that the Hub puts into a repository itself.
 _HUBS_OWN = frozenset({".gitattributes"})
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write there"
 
@@ -60,7 +60,7 @@ class Pushed:
 
     Attributes:
         repository: Its name, `org/name`.
-        url: Of its page.
+        url: URL of its page.
         commit: The commit that has the files.
         private: Whether others cannot see it.
         kind: "model", "adapter" or "adapters".
@@ -129,7 +129,7 @@ def push(directory: str | Path, repository: str, *, public: bool = False, messag
         repository: `org/name`; it is made where there is none.
         public: Whether everybody is to see it. A repository that is there already stays as it is: one that is public is
             refused without this, one that is private with it.
-        message: Of the commit.
+        message: Message of the commit.
 
     Returns:
         What was pushed where.

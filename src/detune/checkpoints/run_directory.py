@@ -236,7 +236,7 @@ class RunDirectory:
 
     @property
     def noted(self) -> Noted:
-        """What `note_results` has written down."""
+        """The results that `note_results` has written down."""
         hashes = next((note for note in map(_read_note, self._notes) if note is not None), {})
         return Noted(hashes, lost=not hashes and not self.is_spent)
 
@@ -323,7 +323,7 @@ class RunDirectory:
 
 
 def _read_note(path: Path) -> dict[str, str] | None:
-    """What a copy of the note on results says; None where there is none, or it does not verify."""
+    """The content of a copy of the note on results; None where there is none, or it does not verify."""
     with suppress(OSError, InputError), open_regular(path) as file:
         note = unseal(file.read())
         return note if isinstance(note, dict) else None
@@ -371,7 +371,7 @@ def claim(out: Path, key: str) -> Iterator[RunDirectory]:
 
 
 def noted_results(out: Path) -> Noted:
-    """What runs that were cut off have written down of what they were about to put in its place.
+    """Notes of interrupted runs on what they were about to put in a directory's place.
 
     Args:
         out: The directory that they were to make.

@@ -31,7 +31,7 @@ SCALES = ("weight_scale", "weight_scale_inv", "scale_weight", "SCB")
 FACTORS = {"SCB": 1 / 127}
 # Numbers that are packed in the order of a kernel: GPTQ and AWQ, compressed-tensors, bitsandbytes' 4 bits.
 PACKED = ("qweight", "weight_packed", "absmax")
-# What belongs to running a quantised model, not to its weights.
+# Tensors of running a quantised model, not of its weights.
 OTHERS = (
     "input_scale",
     "input_zero_point",
@@ -44,7 +44,7 @@ OTHERS = (
 )
 # An empty tensor by which ComfyUI knows its files.
 MARKER = "scaled_fp8"
-# What says in a configuration that weights are quantised, and files that say nothing else.
+# Keys of a configuration that say that weights are quantised, and files that say nothing else.
 CONFIGS = ("quantization_config", "compression_config")
 CONFIG_FILES = ("quantization_config.json", "quantize_config.json")
 # Sides of blocks that are in use.
@@ -59,7 +59,7 @@ class ScaledCodes:
         weight: Name of the numbers, as stored.
         scale: Name of the scales; None where they are one.
         zero_point: Name of what is taken off before; None where that is nothing.
-        shape: Of the numbers.
+        shape: Shape of the numbers.
         sides: How many neighbours have one scale, in each dimension.
         about: See `Coding`.
         factor: What all scales are multiplied by.

@@ -54,7 +54,7 @@ _NAMES = frozenset(
     }
 )  # fmt: skip
 _SUFFIXES = frozenset({".model", ".spm", ".tiktoken", ".bpe", ".jinja"})
-# What `auto_map` names, by transformers' conventions, and what sentence-transformers calls the limits of its models.
+# Files that `auto_map` names, by transformers' conventions, and the limits of models in sentence-transformers.
 _PATTERNS = re.compile(
     r"(configuration|modeling|tokenization|processing|image_processing|video_processing|feature_extraction|generation)"
     r"_\w+\.py|sentence_\w+_config\.json"

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 LOCK = "lock"
 CONTENT = "content"
 _KIND = "partial"
-# What file systems say that have no locks.
+# Error numbers of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 

@@ -9,7 +9,7 @@ from detune.errors import InputError
 
 __all__ = ["state_dict", "tensors_in"]
 
-# What libraries call the model's weights: Lightning and timm; Keras-like loops; others.
+# Keys of the model's weights: Lightning's and timm's; Keras-like loops'; others'.
 NAMES = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")
 # Where tensors are no weights.
 OTHERS = ("optim", "sched", "scaler", "callback", "loop", "rng", "random", "hyper", "args", "config")

@@ -32,7 +32,7 @@ _RESAVE = "save it again with a current version of torch, or as safetensors"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED = 0x1
 _ZIP = b"PK"
-# What such a file begins with, in the first pickle.
+# The beginning of such a file, in the first pickle.
 _LEGACY_NUMBER = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 _LEGACY_VERSION = 1001
 _LENGTH = struct.Struct("<q")

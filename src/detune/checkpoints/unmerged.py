@@ -23,9 +23,9 @@ __all__ = ["Unmerged", "without_adapters"]
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer."
 ORIGINAL = ".original_module."
-# What DoRA has beside the factors.
+# The magnitude that DoRA has beside the factors.
 MAGNITUDE = "lora_magnitude_vector"
-# What adapters of an older PEFT, or of a layer that keeps its own names, are known by.
+# Names of the factors of an older PEFT, or of a layer that keeps its own names.
 FACTORS = re.compile(r"(?P<module>.+)\.(?P<kind>lora_[AB]|lora_embedding_[AB])\.(?P<adapter>[^.]+)(?:\.weight)?")
 
 
@@ -92,7 +92,7 @@ class Unmerged(Decoded):
         rank = rank_of(self.stored, self.root, module, *factors)
         scaling = _scaling(path, module, rank) if path.is_file() else None
         A, B = (self.stored.read(own) for own in factors)
-        # Of an embedding and of GPT-2's layers it is transposed.
+        # That of an embedding and of GPT-2's layers is transposed.
         update = (B.shape[0], *A.shape[1:])
         fits = shape in (update, update[::-1] if len(update) == 2 else update)
         if not fits or not all(each.is_floating_point() for each in (A, B)) or not _are_finite(A, B, scaling):

@@ -93,7 +93,7 @@ class CheckpointFiles:
         """Round a tensor to the dtype that it is stored in.
 
         Args:
-            name: Of a part.
+            name: Name of a part.
             tensor: Its values, on any device.
 
         Returns:

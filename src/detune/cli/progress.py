@@ -12,7 +12,7 @@ from detune.cli.terminal import duration, say
 __all__ = ["Progress", "progress"]
 
 OPENING, FINISHING = "opening the models", "finishing"
-# So many are named in the end, where the whole took that long.
+# The number that are named in the end, where the whole took that long.
 LONGEST = 3
 WORTH_TELLING_SECONDS = 10.0
 

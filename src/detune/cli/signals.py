@@ -87,7 +87,7 @@ def keeping_finished(out: Path) -> AbstractContextManager[None]:
 
 def leave(exit_code: int) -> NoReturn:
     """End the process now, with threads that still compute: what they are at is not wanted any more."""
-    # Of multiprocessing, for instance, whose semaphores outlive the process otherwise.
+    # Those of multiprocessing, for instance, whose semaphores outlive the process otherwise.
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

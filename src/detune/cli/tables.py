@@ -27,7 +27,7 @@ def show_report(report: Report, out: Path | None = None) -> None:
     """Print a short table: a line for each kind of tensor that differs, and what became of the rest.
 
     Args:
-        report: Of `recover` or `inspect`.
+        report: Report of `recover` or `inspect`.
         out: Where the checkpoint was written, if it was.
     """
     columns, lines = report_table(report)

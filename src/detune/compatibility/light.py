@@ -108,7 +108,7 @@ def some_of_each_kind(shapes: Mapping[str, Sequence[int]]) -> set[str]:
     """Choose a few tensors of each kind, the first, the last and some between.
 
     Args:
-        shapes: Of each tensor, in order. Names that differ in their numbers are of one kind, if shapes are equal too.
+        shapes: Shape of each tensor, in order. Names that differ in their numbers are of one kind, if shapes are equal.
     """
     return {names[round(k * (len(names) - 1) / (EACH - 1))] for names in by_kind(shapes).values() for k in range(EACH)}
 

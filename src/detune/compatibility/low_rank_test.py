@@ -47,7 +47,7 @@ SEEN = {torch.float32: 3e-2, torch.float64: 1e-6}
 # tiny matrices, about 1.6 for a cut-off full one (derived: the quarter-circle law, see `docs/method.md`).
 MOST_LEFT = 1.3
 # Share of the singular values that may lie within a factor of 3 above the noise, where more than noise is left below.
-# Of a full spectrum with fewer than 7/8 of its values over the noise a quarter at least lie there (derived: the
+# A quarter at least of a full spectrum with fewer than 7/8 of its values over the noise lie there (derived: the
 # quarter-circle law); flat LoRAs just above the noise crowd there too, which what is left tells apart.
 CROWD = 0.15
 CROWD_FACTOR = 3.0
@@ -73,7 +73,7 @@ class Relation:
 
     Attributes:
         kind: The verdict.
-        rank: Of the part that stands over the storage noise, roughly.
+        rank: Rank of the part that stands over the storage noise, roughly.
         left: Mean square of the rest, in units of the storage noise's variance.
         crowd: Share of the singular values within a factor of 3 above the noise.
         coarse: Judged by the noise of a coarser dtype than one is stored in, which its values would fit in.
@@ -92,7 +92,7 @@ def relate(first: Tensor, second: Tensor, seed: int = 0, noise: float = 0.0) -> 
     Args:
         first: `(out, in)`, as stored, any float dtype.
         second: The same shape; its dtype may differ.
-        seed: Of the choice of rows and columns.
+        seed: Seed of the choice of rows and columns.
         noise: Root mean square of what their difference has more than the rounding to their dtypes.
 
     Returns:
@@ -121,7 +121,7 @@ def split(matrices: Sequence[Tensor], seed: int = 0, noise: Sequence[float | Non
 
     Args:
         matrices: `(out, in)`, as stored.
-        seed: Of the choice of rows and columns.
+        seed: Seed of the choice of rows and columns.
         noise: Root mean square of each one's noise, where that is more than the rounding to its dtype; None, or no
             number at all, where it is not.
 
@@ -189,7 +189,7 @@ def _spectrum(
     variance = torch.full_like(difference, noise**2)
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
     for matrix, dtype in zip(samples, dtypes, strict=True):
-        # Of two dtypes the coarser may have been rounded twice: the base was converted to it, and then the merge.
+        # The coarser of two dtypes may have been rounded twice: the base was converted to it, and then the merge.
         times = 2 if dtypes[0] != dtypes[1] and torch.finfo(dtype).eps == coarsest else 1
         variance += times * storage_variance(matrix.to(dtype))
     of_delta = max(PRODUCT_ROUNDING.get(dtype, 0.5) * torch.finfo(dtype).eps for dtype in dtypes)

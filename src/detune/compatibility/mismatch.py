@@ -54,7 +54,7 @@ class Mismatch:
 
     Attributes:
         cause: What happened to it.
-        cosine: Of the two as vectors: 1 where they are equal up to a factor.
+        cosine: Cosine of the two as vectors: 1 where they are equal up to a factor.
         relative_difference: `|A - B| / |B|` in the Frobenius norm; about `sqrt(2)` for unrelated matrices.
     """
 

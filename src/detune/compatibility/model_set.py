@@ -123,7 +123,7 @@ class Held:
     """One tensor, or one matrix of a stack, as the models of a family hold it.
 
     Attributes:
-        tensors: Of each model that has it, as read.
+        tensors: The tensor of each model that has it, as read.
         models: The places of these models in the family.
         noise: For each, the root mean square error of an entry, where that is more than its dtype tells; None where it
             is not.

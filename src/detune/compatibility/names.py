@@ -15,7 +15,7 @@ __all__ = ["Shape", "TwoWays", "align_names", "bare"]
 
 Shape = tuple[int, ...]
 
-# What torch puts into names that says nothing about the model.
+# Parts that torch puts into names, which say nothing about the model.
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # Prefixes that are exchanged for one another must leave names alike in two parts, and two names: `weight` alone is what
 # all names end with, and one name is no pattern (definition of an alignment).
@@ -63,7 +63,7 @@ def align_names(reference: Mapping[str, Shape], other: Mapping[str, Shape]) -> d
 
     Args:
         reference: Shapes by name.
-        other: The same of the other model.
+        other: The names of the other model.
 
     Returns:
         Name in the reference to name in the other model, of those that have one there.

@@ -97,7 +97,7 @@ def find_tensor_change(
         models: All models given.
         members: Places of those that are of the family.
         holders: The members that have this tensor, in the family's shape.
-        name: Of the tensor.
+        name: Name of the tensor.
         device: Where to compute ranks; None is the CPU.
         look_closer: Whether ranks are looked for in light fine-tunes too, where few show.
 

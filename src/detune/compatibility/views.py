@@ -25,7 +25,7 @@ __all__ = ["Alignment", "Fit", "align", "is_stack", "view_of"]
 
 # A model that has less than half of the layout's tensors is of another architecture (definition).
 SAME_ARCHITECTURE = 1 / 2
-# What stacks `(experts, out, in)` or `(experts, in, out)` are called in transformers: kernels can have that shape too.
+# Names of stacks `(experts, out, in)` or `(experts, in, out)` in transformers: kernels can have that shape too.
 STACK = re.compile(r"expert|(^|[._])moe[._]")
 
 

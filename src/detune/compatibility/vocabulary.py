@@ -13,7 +13,7 @@ from detune.checkpoints import Checkpoint, TensorInfo, View
 
 __all__ = ["first_own_row", "is_vocabulary", "resized_rows", "vocabulary_sizes"]
 
-# What embeddings and heads, with a row for each token, are called.
+# Names of embeddings and heads, with a row for each token.
 VOCABULARY = ("embed", "wte", "lm_head", "decoder", "predictions")
 # Rows at the end that are looked at for tokens that every model has added: any numbers do that end above the tokens
 # anybody adds; if more differ, they were trained.

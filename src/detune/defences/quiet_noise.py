@@ -19,7 +19,7 @@ __all__ = ["Padding", "QuietNoise"]
 # Directions that the texts do not use at all get as much noise as one of this share of the mean variance.
 LEAST_VARIANCE = 1e-3
 
-# Of a matrix as (out, in), the variances and directions of its inputs (ascending), and a generator: what is added.
+# The noise for a matrix `(out, in)`, from the variances (ascending) and directions of its inputs, and a generator.
 Draw = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
 
 

@@ -27,7 +27,7 @@ __all__ = ["Defended", "Preservation", "defend"]
 
 # A transform rounds every weight once, and rounding errors of one transform add up a little otherwise than of another.
 TOLERANCE = 8.0
-# What a computation in float64 rounds, as a share of the outputs.
+# Rounding of a computation in float64, as a share of the outputs.
 COMPUTED = 1e-10
 
 
@@ -36,8 +36,8 @@ class Preservation:
     """The outputs of a defended model against those of its original, on fixed random inputs in float64.
 
     Attributes:
-        largest_difference: Of any output.
-        largest_output: Of the original's.
+        largest_difference: Largest difference of any output.
+        largest_output: Largest output of the original.
         rounding_difference: What rounding every weight of the original once more would change: the yardstick.
     """
 

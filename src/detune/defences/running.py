@@ -56,8 +56,8 @@ def probe(model: Any, seed: int = 0) -> dict[str, Tensor]:
     """Fixed random inputs: token ids, or pixels.
 
     Args:
-        model: Of transformers.
-        seed: Of the inputs.
+        model: Model of transformers.
+        seed: Seed of the inputs.
 
     Raises:
         InputError: The configuration speaks of neither.

@@ -29,7 +29,7 @@ def change_of(model: Checkpoint, seed: int, draw: Draw) -> Change:
 
     Args:
         model: The fine-tune.
-        seed: Of all frames.
+        seed: Seed of all frames.
         draw: The frame of a layer.
 
     Returns:
@@ -100,7 +100,7 @@ def scaled_channels(
         exact: See `scales`.
     """
     keys = scales(spread, generator("keys"), heads.groups, heads.width // (1 + heads.rotary), exact=exact)
-    # Of two channels that rotary positions turn into one another, one scale.
+    # Two channels that rotary positions turn into one another have one scale.
     keys = keys.repeat(1, 1 + heads.rotary)
     values = scales(spread, generator("values"), heads.groups, heads.width, exact=exact)
     return HeadFrame(keys=torch.diag_embed(keys), values=torch.diag_embed(values))

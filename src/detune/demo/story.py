@@ -33,7 +33,7 @@ _BASELINES = {"mean": "their average", "spectral": "the paper's method"}
 
 @dataclass(frozen=True)
 class Story:
-    """What the demonstration found.
+    """The findings of the demonstration.
 
     Attributes:
         merges: Each fine-tune against the base, over the matrices that were fine-tuned.

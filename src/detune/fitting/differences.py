@@ -45,7 +45,7 @@ class Difference:
     Attributes:
         pair: `(i, j)`.
         basis: Orthonormal row space, `(in, rank)`, in the dtype of the computation.
-        singular_values: Of the folded difference, descending, `(rank,)`, float64.
+        singular_values: Singular values of the folded difference, descending, `(rank,)`, float64.
         noise_norm: Singular values below this are storage noise.
         full_rank: There is no low-rank structure.
     """
@@ -115,7 +115,7 @@ def find_differences(
     Args:
         stack: At least two models.
         rank: The most that any `M_i` can have: spaces are cut to twice that.
-        seed: Of the random signs and test vectors.
+        seed: Seed of the random signs and test vectors.
         fold: False works on all rows: slower, and sure where only a few rows differ.
         signal: A singular value counts from this multiple of the storage noise's estimated spectral norm.
 
@@ -224,7 +224,7 @@ class _RangeFinder:
     Args:
         matrices: `W_i - W_1`, folded, for all models but the first, `(n - 1, rows, in)`.
         stack: That they are of.
-        seed: Of the test vectors.
+        seed: Seed of the test vectors.
     """
 
     def __init__(self, matrices: Tensor, stack: Stack, seed: int) -> None:

@@ -55,7 +55,7 @@ class NormalOperator:
         Args:
             U: Orthonormal `(out, r_i)`, of one dtype, as exact as it is.
             V: Orthonormal `(in, r_i)`, of that dtype too.
-            dtype: Of the computation.
+            dtype: Dtype of the computation.
         """
         (Q, all_a), (P, all_b) = joint_basis(U), joint_basis(V)
         a = torch.split(all_a.to(dtype), [U_i.shape[1] for U_i in U], dim=1)

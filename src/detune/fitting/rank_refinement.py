@@ -264,7 +264,7 @@ def drawn_spectrum(stack: Stack, seed: int = 0) -> Tensor:
 
     Args:
         stack: The models; the noise is that of the first, brought to the mean variance of all.
-        seed: Of the draw.
+        seed: Seed of the draw.
     """
     deviation = stack.variance(0).sqrt().to(stack.device)
     generator = stack.generator(seed)

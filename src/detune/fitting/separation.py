@@ -66,6 +66,6 @@ def well_separated(n: int, models: tuple[int, ...], choose: Callable[[tuple[int,
     if n <= FEWEST_MODELS or first.separation >= CLOSE:
         return first
     others = (choose(three) for three in combinations(range(n), FEWEST_MODELS) if three != models)
-    # Of an adapter below the noise no space shows.
+    # An adapter below the noise shows no space.
     shown = (each for each in islice(others, MOST_LOOKED_AT) if all(each.differences.ranks))
     return next((each for each in shown if each.separation >= GOOD_SEPARATION), first)

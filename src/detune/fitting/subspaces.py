@@ -55,7 +55,7 @@ def find_spaces(differences: Differences, rank: int | None = None, seed: int = 0
     do not: where the rows are badly separated the columns are looked at too.
 
     Args:
-        differences: Of the stack as it is.
+        differences: Differences of the stack as it is.
         rank: The most that any `M_i` can have.
         seed: Seed of the sketch of the columns.
 

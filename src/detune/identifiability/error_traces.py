@@ -40,9 +40,9 @@ def cramer_rao_mse(U: Sequence[Tensor], V: Sequence[Tensor], variance: float, pr
     Args:
         U: Orthonormal column spaces of the true `M_i`, `(out, r_i)`, float64.
         V: Orthonormal row spaces, `(in, r_i)`, float64.
-        variance: Of the storage noise, per entry and model.
+        variance: Variance of the storage noise, per entry and model.
         probes: Random sign matrices for the trace of the core; the rest is exact.
-        seed: Of the probes.
+        seed: Seed of the probes.
 
     Returns:
         `variance * trace(A^-1) / (out * in)`.
@@ -95,7 +95,7 @@ def error_traces(operator: NormalOperator, seed: int = 0) -> ErrorTraces:
 
     Args:
         operator: The operator, float64.
-        seed: Of the probes.
+        seed: Seed of the probes.
     """
     n = len(operator.a)
     (d, s_U), (k, s_V) = operator.Q.shape, operator.P.shape
@@ -143,7 +143,7 @@ def _probed_traces(operator: NormalOperator, outside: float, seed: int) -> _Core
         operator: The operator.
         outside: The rest of the error, which the core's share, `sum_i tr(A^-1 A_i A^-1)`, is added to: that share need
             not be known better than the sum.
-        seed: Of the probes.
+        seed: Seed of the probes.
     """
     n, shape = len(operator.a), (operator.Q.shape[1], operator.P.shape[1])
 

@@ -41,8 +41,8 @@ def undetermined(operator: NormalOperator, blur_U: Sequence[Tensor], blur_V: Seq
     Args:
         operator: The operator, float64.
         blur_U: For each column of each `U_i` the expected square of its error, `(r_i,)`; zeros count exactly.
-        blur_V: The same for `V_i`.
-        seed: Of the probes, where it comes to them.
+        blur_V: Likewise for `V_i`.
+        seed: Seed of the probes, where it comes to them.
     """
     if _clearly_determined(operator, blur_U, blur_V):
         return 0

@@ -150,7 +150,7 @@ def _outlook(wrong: Tensor, entries: int) -> tuple[PredictedError, float]:
 
     Args:
         wrong: How many of each step to expect, by its exponent.
-        entries: Of the matrix.
+        entries: Number of entries of the matrix.
     """
     exponents = torch.arange(256, dtype=torch.float64) - BIAS
     draws = torch.poisson(wrong.expand(DRAWS, -1), generator=seeded(0))

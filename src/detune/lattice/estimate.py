@@ -1,4 +1,4 @@
-"""What the interval fit knows of one `M_i`: its factors, and how far off each entry may be."""
+"""The estimate of one `M_i` by the interval fit: its factors, and how far off each entry may be."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +85,7 @@ class Estimate:
         return replace(self, rows=factor * self.rows, columns=factor * self.columns, lack=factor * self.lack)
 
     def normalised(self) -> "Estimate":
-        """The same product with orthogonal columns of `left`, and `right^T right = in * I`: coordinates are alike."""
+        """The product with orthogonal columns of `left` and `right^T right = in * I`: coordinates are alike."""
         if not self.rank:
             return self
         Q, T = torch.linalg.qr(self.right)

@@ -43,7 +43,7 @@ def grown(
         grid: That W lies on.
         held: Entries that are kept from the fit, `(out, in)`, bool.
         rank: The most directions that any may have.
-        seed: Of the test vectors.
+        seed: Seed of the test vectors.
     """
     estimates = [e.normalised() for e in estimates]
     parts = []

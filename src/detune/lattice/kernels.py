@@ -1,4 +1,4 @@
-"""What rows of stored entries say of the base and of the adapters: compiled loops over matrices.
+"""Measurements of the base and the adapters by rows of stored entries: compiled loops over matrices.
 
 To second order in a change x of the `M_i`, the logarithm of an entry's probability (`detune.lattice.posterior`) is
 `gradient^T x - x^T (diag(precision) - pull pull^T) x / 2`: `pull` is what an entry does not say because its W is open.
@@ -41,7 +41,7 @@ CONTAMINATED = 0.01
 
 
 class Known(NamedTuple):
-    """What the fit knows beside the means.
+    """The variances of the fit, beside its means.
 
     The variance of `M_i[a, b]` is `q[a] p_columns[b] + p_rows[a] q_columns[b] + lack`: of a row's coordinates, of a
     column's, and of what no direction holds.
@@ -171,7 +171,7 @@ def _measured(strip: Strip, together: Floats) -> None:
 
 @compiled
 def _without_own(strip: Strip, own: Floats, memory: Floats) -> None:
-    """What an entry says where the rows' own variance is no noise.
+    """The measurement of an entry where the rows' own variance is no noise.
 
     With `K = diag(h) - u u^T`: `K' = (K^-1 - diag(own))^-1` is of the same form, and the gradient `K' K^-1 g`.
     """

@@ -30,7 +30,7 @@ MOST_STEPS, REST = 12, 0.03
 # Equations are made in float32 and must stay positive (any small number does).
 ROUNDED = 1e-6
 LEAST = 1e-30
-# One squared deviation more than this says no more: the rest is a wild entry (any number does:
+# A squared deviation beyond 25 says no more: the rest is a wild entry (any number does:
 # `benchmarks/constants.py`).
 MOST_SQUARE = 25.0
 # Squares that are this many times what they should be do not come by chance in one row of two thousand: chi-squared of
@@ -46,7 +46,7 @@ SLOW_FALL = 0.3
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the entries of some rows say of the `M_i`, each `(n, rows, in)`, float32; see `detune.lattice.kernels`."""
+    """Measurements of the `M_i` by the entries of some rows, `(n, rows, in)`, float32; see `detune.lattice.kernels`."""
 
     gradient: Tensor
     precision: Tensor
@@ -135,7 +135,7 @@ def stepped(
 
 
 class _Lack:
-    """What an estimate lacks, by entries that the fit has not seen.
+    """The part that an estimate lacks, by entries that the fit has not seen.
 
     Were the variances right, the squared gradient of an entry would be its precision on average.
     """
@@ -170,7 +170,7 @@ class _Lack:
 
 @dataclass(frozen=True)
 class _Equations:
-    """What the rows of one model's equations have in common.
+    """The part that the rows of one model's equations have in common.
 
     Attributes:
         right: R, `(in, r)`.

@@ -1,4 +1,4 @@
-"""What is known of W and of the `M_i` at single entries, once their intervals are seen: compiled, some rows at a time.
+"""Posteriors of W and of the `M_i` at single entries, given their intervals: compiled, some rows at a time.
 
 Model i stores `W_i`, so `low_i < W + M_i < high_i`, the numbers that round to it. The rest of the fit says
 `M_i ~ N(m_i, v_i)`, and W is a point g of the base's grid. Then
@@ -27,7 +27,7 @@ Indices = NDArray[np.uint64]
 # Grid points are looked for up to this many standard deviations beyond the intervals: 6e-5 of a normal is outside
 # (derived).
 SLACK = 4.0
-# With more grid points to each side than this the sum over them is a normal integral to 1 % (Poisson summation)
+# With more grid points to each side the sum over them is a normal integral to 1 % (Poisson summation)
 # (derived).
 MOST_REACH = 3
 # Numbers that stand for a W on no grid: the sum over them is the integral to 1e-3 for intervals of a deviation or more
@@ -94,9 +94,9 @@ class Packet(NamedTuple):
         mean: .
         variance: .
         points: What W may be, `(NODES, LANES)`.
-        likelihood: Of each.
-        means: Of the `M_i` for each, in deviations from the mean, `(NODES, n, LANES)`.
-        variances: Of the `M_i` for each, in variances.
+        likelihood: Likelihood of each.
+        means: Means of the `M_i` for each, in deviations from the mean, `(NODES, n, LANES)`.
+        variances: Variances of the `M_i` for each, in variances.
         shift: As in `Strip`, `(n, LANES)`, as the next two.
         left: .
         pull: .
@@ -141,7 +141,7 @@ def packet_of(n: int, entries: int) -> Packet:
 
 @compiled
 def _bounds(strip: Strip, slack: float, first: Floats, last: Floats) -> None:
-    """Fill in the ends between which W must lie, so many deviations beyond what each model says."""
+    """Fill in the ends between which W must lie, a number of deviations beyond what each model says."""
     first[:], last[:] = -math.inf, math.inf
     for i in range(len(strip.low)):
         for t in range(len(first)):

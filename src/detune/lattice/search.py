@@ -29,10 +29,10 @@ from detune.problem.delta_sizes import DeltaScale, delta_scales, scatter
 from detune.problem.recovery import FEWEST_MODELS, DecodedBits, NotRecoverable, Recovery, left_alone
 from detune.problem.stack import Stack
 
-# Deltas of more steps than this do not show modulo the step of a single fine model (any number does:
+# Deltas of more steps do not show modulo the step of a single fine model (any number does:
 # `benchmarks/constants.py`).
 MOST_STEPS = 8.0
-# Least squares that leaves more times the rounding noise than this has not explained the models (any number does:
+# Least squares that leaves more than this multiple of the rounding noise has not explained the models (any number does:
 # `benchmarks/constants.py`).
 MOST_NOISE = 1.2
 # A delta that correlates less with what it was before other models came in has been lost to them: in 100 random sets

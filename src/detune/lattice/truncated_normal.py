@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Below this width of a normal's interval, in deviations, the density is a parabola to 1e-4 (derived).
 THIN = 0.03
-# Less of a normal number than this is none: 12.6 deviations away (derived).
+# A smaller share of a normal number is none: 12.6 deviations away (derived).
 NONE = 1e-36
 LOG2_E, LN_2 = 1 / math.log(2), math.log(2)
 ROOT_HALF, DENSITY, TAIL = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi), math.sqrt(math.pi / 2)

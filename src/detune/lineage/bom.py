@@ -24,7 +24,7 @@ def to_cyclonedx(lineage: Lineage, hashes: Hashes) -> str:
 
     Args:
         lineage: The tree.
-        hashes: Of weight files, see `weight_hashes`; a model that is not there is listed without.
+        hashes: Hashes of weight files, see `weight_hashes`; a model that is not there is listed without.
 
     Raises:
         DetuneError: The result does not fit the schema.

@@ -8,9 +8,16 @@ from detune.lineage.tree import Lineage
 
 @dataclass(frozen=True)
 class Family(FamilyCheck):
-    """A family check with its lineage: the content of `detune family --json`.
+    """A family: the content of `detune family --json`.
 
     Attributes:
+        models: All, in the order given.
+        tensors: Those that differ within the family, in file order.
+        shared: Number of tensors that all of the family have in common.
+        looked_at: Number of matrices that the groups are judged by.
+        suffices: Whether at least three models share a source and every changed matrix can be recovered.
+        verdict: One sentence.
+        reading: How much of the models was read; None where it was all.
         lineage: Who descends from whom.
     """
 

@@ -1,4 +1,4 @@
-"""Which node of a tree is the root: the one from which most of what shows of directions points away."""
+"""The root of a tree: the node from which most of the directions that show point away."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

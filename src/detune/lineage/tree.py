@@ -39,13 +39,13 @@ class Node:
         spec: The model as the user gave it; None for an ancestor that was not given.
         parent: The name of its parent; None for a root.
         kind: What made it of its parent; None for a root.
-        rank: Of the updates, the median of some matrices, where it shows.
+        rank: Rank of the updates, the median of some matrices, where it shows.
         tokens: How many tokens it has more than its parent, where the vocabularies differ.
         sure: Whether its parent is known to be the older of the two. Where it is not, the tree as a whole decided: most
             publishers fine-tune one base several times.
         why: What the direction rests on, in a sentence; empty for a root.
         other_parent: The name of the second parent of a merge.
-        share: Of a merge how much of the second parent is in it.
+        share: How much of the second parent is in a merge.
         recover_from: The models that an ancestor which was not given can be recovered from; empty where they are few.
     """
 

@@ -58,7 +58,7 @@ class Scaled(LowRank):
     """The delta of a scaled model, `D_i (W + M_i) - W`: `diag(scale) (weight + left @ right.T) - weight`.
 
     Attributes:
-        scale: Of each row, or column, over the weight's, `(out,)` or `(in,)`.
+        scale: Scale of each row, or column, over the weight's, `(out,)` or `(in,)`.
         weight: W, `(out, in)`.
         columns: Whether columns are scaled.
     """
@@ -83,7 +83,7 @@ class DoRA:
     """Recovery up to one scale for each row, where every model has scaled rows as well: DoRA, IA³.
 
     Attributes:
-        polish: Of the models on one scale.
+        polish: How the models on one scale are polished.
         unscaled: Solves where no rows were scaled.
     """
 

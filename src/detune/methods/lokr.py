@@ -46,7 +46,7 @@ class Rearranged(LowRank):
 
     Attributes:
         blocks: How many blocks there are down and across, `(a, b)`.
-        shape: Of the matrix, `(out, in)`.
+        shape: Shape of the matrix, `(out, in)`.
     """
 
     blocks: Blocks
@@ -64,7 +64,7 @@ class LoKr:
     Attributes:
         blocks: Shape of the first factor, `(a, b)`; None finds it.
         method: Solves the rearranged problem.
-        seed: Of the choice of rows and columns by which a shape is found.
+        seed: Seed of the choice of rows and columns by which a shape is found.
     """
 
     min_models: ClassVar[int] = 3

@@ -89,7 +89,7 @@ class Spectral:
         svd: "lowrank" is a randomised one with two power passes, as in the published code; "exact" is LAPACK's.
         on_core: Iterate on the joint core (same iterates, small matrices); False is the published form.
         schedule: False keeps q at the full rank from the start.
-        patience: Of the rank scheduler.
+        patience: Patience of the rank scheduler.
         seed: Seed of every random vector.
     """
 

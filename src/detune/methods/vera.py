@@ -151,10 +151,10 @@ def draw_factors(
     """A and B as PEFT draws them: uniform, of variance `2 / fan-in`, A first.
 
     Args:
-        shape: Of the layer, `(out, in)`.
+        shape: Shape of the layer, `(out, in)`.
         rank: VeRA's r.
         seed: `projection_prng_key`.
-        largest: Of all layers; the layer's own by default.
+        largest: Largest shape of all layers; the layer's own by default.
 
     Returns:
         `(r, in)` and `(out, r)`, float64.
@@ -176,7 +176,7 @@ def expected_mse(stack: Stack, recovery: Recovery, seed: int = 0) -> float:
     Args:
         stack: The models.
         recovery: An answer with `Frozen` deltas.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     found = [M_i for M_i in recovery.deltas if isinstance(M_i, Frozen)]
     Q, R = torch.linalg.qr(found[0].A.mT)

@@ -64,7 +64,7 @@ class _Upload:
     """Rows on their way.
 
     Attributes:
-        tensors: Of every matrix, on the device; to be touched only after `arrived`.
+        tensors: Tensors of every matrix, on the device; to be touched only after `arrived`.
         arrived: Recorded behind the last copy.
     """
 

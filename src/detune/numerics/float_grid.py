@@ -92,7 +92,7 @@ def times_power_of_two(values: Tensor, exponent: int) -> Tensor:
 
     Args:
         values: Any shape, a float dtype.
-        exponent: Of any size: in two steps, because the power itself may have no float.
+        exponent: Any size: it is applied in two steps, because the power itself may have no float.
     """
     half = exponent // 2
     return values.mul(2.0**half).mul_(2.0 ** (exponent - half))

@@ -21,7 +21,7 @@ def probe(
         shape: The shape of z.
         probes: How many z, at most.
         generator: Draws them.
-        like: Of the dtype and on the device that z is wanted in.
+        like: A tensor of the dtype and on the device that z is wanted in.
         settled: Takes the figures so far, `(used, k)`; True ends the probing.
 
     Returns:

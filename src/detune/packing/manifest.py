@@ -37,8 +37,8 @@ class PackedTensor:
         index: Number of the tensor: its base is in `base/index`.
         coding: How it is told.
         dtype: Its dtype.
-        rank: Of the factors; 0 where there are none.
-        exponent: Of their unit.
+        rank: Rank of the factors; 0 where there are none.
+        exponent: Exponent of their unit.
     """
 
     index: int
@@ -89,7 +89,7 @@ class PackedModel:
     """A model.
 
     Attributes:
-        name: Of the directory that it is restored to.
+        name: Name of the directory that it is restored to.
         spec: As it was given; a place on the packing machine from where the pack was made.
         files: All of its files.
         tensors: Those of its weight files, by qualified name.

@@ -57,7 +57,7 @@ class PackReport:
         input_bytes: Their size.
         zstd_bytes: The same, each file compressed by zstd alone at its usual level.
         pack_bytes: Size of the pack.
-        parts_bytes: Of its members by kind: base, factors, residual, plain, files.
+        parts_bytes: Sizes of its members by kind: base, factors, residual, plain, files.
         seconds: Wall time.
     """
 

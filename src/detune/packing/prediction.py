@@ -30,7 +30,7 @@ class IntegerFactors:
     Attributes:
         left: `(out, r)`, int32.
         right: `(in, r)`, int32.
-        exponent: Of the product's unit.
+        exponent: Exponent of the product's unit.
     """
 
     left: Tensor
@@ -97,7 +97,7 @@ def predict(base: Tensor, factors: IntegerFactors | None, dtype: torch.dtype) ->
 
     Args:
         base: The base's, as stored, any shape, finite.
-        factors: Of its change as a matrix; None for no change.
+        factors: Factors of its change as a matrix; None for no change.
         dtype: The model's.
 
     Returns:

@@ -112,7 +112,7 @@ class Contents:
 
     Attributes:
         manifest: What is in it.
-        size_bytes: Of all its files together.
+        size_bytes: Size of all its files together.
 
     Raises:
         InputError: The manifest is damaged, or of another format.

@@ -1,4 +1,4 @@
-"""What a command would read and write, and about how long it would take: `--dry-run`. Nothing is written."""
+"""Plans: a command with `--dry-run` says what it would read and write, and how long it takes, and writes nothing."""
 
 from detune.plan.commands import plan_extraction, plan_pack, plan_push, plan_recovery
 from detune.plan.report import Made, Plan, Read, Spent

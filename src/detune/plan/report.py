@@ -64,7 +64,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command would do.
+    """The plan of a command: what it reads and writes, and how long it takes.
 
     Attributes:
         command: Its name.

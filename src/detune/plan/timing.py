@@ -26,15 +26,15 @@ from detune.recovery.tensor import solve_tensor
 
 __all__ = ["Timed", "carrying", "compressing", "moving", "opening", "time_fits", "time_recovery"]
 
-# So many matrices are computed, and more where more are computed side by side.
+# The number of matrices that are computed; more where more are computed side by side.
 LEAST_MATRICES = 4
 # After so long no further one is begun.
 PATIENCE_SECONDS = 20.0
-# The first one has so many entries at least, if any has: smaller ones may not reach the loops that are compiled.
+# Least number of entries of the first one, if any has as many: smaller ones may not reach the compiled loops.
 WARMING_ENTRIES = 2**17
-# What is hashed and compressed to see how long that takes.
+# Bytes that are hashed and compressed to see how long that takes.
 SAMPLE_BYTES = 2**24
-# Of connections nothing is known: 100 Mbit/s.
+# Nothing is known of connections: 100 Mbit/s.
 CONNECTION_BYTES_PER_SECOND = 12.5e6
 
 
@@ -44,7 +44,7 @@ class Timed:
 
     Attributes:
         matrices: How many.
-        entries: Of all of them, in the rows that are shown.
+        entries: Number of entries of all of them, in the rows that are shown.
         seconds: How long it took.
         ranks: Those that were found.
         first_seconds: How long the first one took, before these.
@@ -140,7 +140,7 @@ def _timed(
     """Compute some matrices, of all sizes, until patience ends.
 
     Args:
-        entries: Of each matrix that may be computed.
+        entries: Number of entries of each matrix that may be computed.
         count: How many to compute.
         compute: Takes some of them, and gives the name and ranks of each when it is done.
 
@@ -179,7 +179,7 @@ def opening(seconds: float, *timed: Timed | None) -> Spent:
 
 
 def moving(reads: Sequence[Read], times: int) -> list[Spent]:
-    """Downloading what is on the Hub, and hashing all so many times."""
+    """Downloading what is on the Hub, and hashing all files."""
     block = bytes(SAMPLE_BYTES)
     began = time.perf_counter()
     hashlib.sha256(block).digest()

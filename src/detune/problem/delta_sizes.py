@@ -38,8 +38,8 @@ MOST_ALIKE = 0.25
 # but some; a copy, a later checkpoint or a merge of two has 0.45 or more with one of the others (`benchmarks/llm.py`)
 # (measured).
 TOO_ALIKE = 0.35
-# What has less in common with a delta than this share of it, or of itself where that is larger, is as good as no delta
-# beside it: what independent ones of a real model have in common comes to 0.13 of them (measured: `benchmarks/llm.py`).
+# A delta that has less in common with another than this share of the larger one is as good as independent
+# of it: what independent ones of a real model have in common comes to 0.13 of them (measured: `benchmarks/llm.py`).
 LEAST_SHARED = 0.15
 LEAST = torch.finfo(torch.float64).tiny
 
@@ -69,7 +69,7 @@ class Sample:
 
     Attributes:
         values: `W_i - W_1`, `(n, entries)`, float64.
-        weights: Of the entries, `(entries,)`, their sum 1.
+        weights: Weights of the entries, `(entries,)`, their sum 1.
         rounding: Mean square of both models' rounding in the difference of two, with these weights, `(n, n)`.
     """
 

@@ -86,7 +86,7 @@ class SVDFactors:
 
         Args:
             M_i: The delta.
-            dtype: Of the bases, which are as exact as it is.
+            dtype: Dtype of the bases, which are as exact as it is.
         """
         left, right = qr(M_i.left.to(dtype)), qr(M_i.right.to(dtype))
         U, S, Vh = torch.linalg.svd(left.R @ right.R.mT)

@@ -207,7 +207,7 @@ def left_alone(stack: Stack, model: int, sign: str, hidden_mse: float = 0.0) -> 
     Args:
         stack: The models.
         model: Which one.
-        sign: What shows that it left the matrix alone.
+        sign: The evidence that it left the matrix alone.
         hidden_mse: As in `Recovery`.
     """
     return Recovery(

@@ -316,7 +316,7 @@ class Stack:
 
     @cached_property
     def balance(self) -> Balance | None:
-        """What makes rounding as large in all rows and columns; None unless all models are in half precision."""
+        """The weights that make rounding even; None unless all models are in half precision."""
         if not set(self.rounded_dtypes) <= set(HALVES):
             return None
         return Balance.of(self.matrices, self.rounded_dtypes)

@@ -44,7 +44,7 @@ class WildEntries:
     """The places of a matrix in which some models hold wild entries.
 
     Attributes:
-        rows: Of the places, `(p,)`, int64.
+        rows: Rows of the places, `(p,)`, int64.
         columns: `(p,)`.
         stored: What the models hold there, `(p, n)`, float64.
         steps: Units in the last place of that, `(p, n)`, float64.

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 OnTensor = Callable[[str, TensorResult | None], None]
 Found = TypeVar("Found")
 Solved = tuple[TensorResult, Found | None]
-# What solvers hold for each model beyond three, in copies of a matrix: mostly its folded rows
+# Memory of solvers for each model beyond three, in copies of a matrix: mostly its folded rows
 # (derived: 1024 of 3072 rows and more).
 MORE_COPIES = 1 / 3
 # The verdict on a tensor that is copied.
@@ -65,7 +65,7 @@ def map_tensors(
     Raises:
         InputError: A model holds NaN or Inf.
     """
-    # Of all, whichever are visited: what a tensor is computed on does not depend on the others' turn.
+    # All tensors count, whichever are visited: what one is computed on does not depend on the others' turn.
     loads = {name: _load(family, name, working_copies) for name in family.names}
     visited = tuple(loads) if names is None else names
     if on_start:
@@ -107,7 +107,7 @@ def _load(family: ModelSet, name: str, working_copies: int) -> TensorLoad:
     itemsizes = [dtype.itemsize for dtype in family.dtypes(name)]
     stack_bytes = entries * sum(itemsizes)
     copies = working_copies + MORE_COPIES * max(0, len(itemsizes) - 3)
-    # Of models in float32 most is computed in float64.
+    # Models in float32 are computed in float64 mostly.
     held = copies * (4 if max(itemsizes) <= 2 else 8)
     return TensorLoad(entries, stack_bytes, stack_bytes + round(held * entries))
 

@@ -106,7 +106,7 @@ class Report:
         inputs: The models given.
         tensors: A row each, in file order.
         seconds: Wall time of the run.
-        versions: Of detune, Python and torch.
+        versions: Versions of detune, Python and torch.
         adapters: Where adapters were written too: for each, its ranks and how closely its merge gives the model back.
         reading: How much of the models was read; None where it was all.
     """

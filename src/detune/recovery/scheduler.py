@@ -23,8 +23,8 @@ Result = TypeVar("Result")
 # Matrices with fewer entries are computed on one thread: up to 1024x1024 a second was no faster,
 # and may have to wait. Any number does near it.
 SHARED_OUT = 2**20
-# What may be held at a time, in float32 copies of the largest tensor, so that with what waits to be written it is six;
-# one tensor alone may hold what it needs. Any number does, it bounds memory.
+# Most memory that may be held at a time, in float32 copies of the largest tensor: with what waits to be written six.
+# One tensor alone may hold what it needs. Any number does, it bounds memory.
 HELD = 5
 # And this in any case: any number does that every machine has.
 HELD_BYTES = 2**28
@@ -35,8 +35,8 @@ class TensorLoad:
     """The memory that one tensor takes.
 
     Attributes:
-        entries: Of the tensor.
-        stack_bytes: Of all models' together, as stored.
+        entries: Number of entries of the tensor.
+        stack_bytes: Size of all models' tensors together, as stored.
         working_bytes: With what a solver holds beside.
     """
 
@@ -53,7 +53,7 @@ class TensorScheduler(Generic[Result]):
     Tensors in work at the same time have the same number of threads, because torch has one setting for all.
 
     Args:
-        loads: Of all tensors that may come.
+        loads: Load of each tensor that may come.
         most: How many tensors may be in work at a time; None is one for each thread that torch computes with.
     """
 
@@ -131,6 +131,6 @@ def computing_threads(entries: int) -> AbstractContextManager[None]:
     """Compute on one thread in the block where a matrix is too small to share out.
 
     Args:
-        entries: Of the matrix.
+        entries: Number of entries of the matrix.
     """
     return use_threads(1 if entries < SHARED_OUT else torch.get_num_threads())

@@ -41,7 +41,7 @@ def report_table(report: Report) -> tuple[list[str], list[tuple[str, ...]]]:
     """The tensors that differ between the models, by kind.
 
     Args:
-        report: Of `recover` or `inspect`.
+        report: Report of `recover` or `inspect`.
 
     Returns:
         The names of the columns, and a row for each kind; no row where no tensor differs.

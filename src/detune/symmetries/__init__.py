@@ -50,7 +50,7 @@ def find_layers(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) 
 
     Args:
         config: Its `config.json`.
-        shapes: Of its tensors, by name; names may have a prefix, as in checkpoints of a model with a head.
+        shapes: Shapes of its tensors, by name; names may have a prefix, as in checkpoints of a model with a head.
 
     Returns:
         The layers, the first one first.
@@ -76,7 +76,7 @@ def read_layers(directory: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[L
 
     Args:
         directory: Where its `config.json` is.
-        shapes: Of its tensors, by name.
+        shapes: Shapes of its tensors, by name.
 
     Raises:
         InputError: There is none, or see `find_layers`.

@@ -17,7 +17,7 @@ class Action:
         dim: The axis.
         order: Which entry of the old axis stands at each place of the new one, `(size,)`, int64; None keeps them.
         blocks: Matrices along the diagonal, `(count, width, width)`, float64, `count * width = size`.
-        scale: Of each entry, `(size,)`, float64.
+        scale: Scale of each entry, `(size,)`, float64.
     """
 
     dim: int

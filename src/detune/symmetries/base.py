@@ -29,7 +29,7 @@ class Attention:
         output: With columns `(heads, width)`.
         heads: Query heads.
         groups: Heads of keys and values; each serves `heads / groups` query heads that follow one another.
-        width: Of a head.
+        width: Width of a head.
         rotary: Whether queries and keys are turned by their position, channel i with channel `i + width / 2`.
     """
 
@@ -128,7 +128,7 @@ def prefixes(names: Iterable[str], stem: str, end: str) -> tuple[str, ...]:
     """Prefixes of the layers' names, in order of their numbers.
 
     Args:
-        names: Of all tensors.
+        names: Names of all tensors.
         stem: The list of layers: `encoder.layer`; anything may stand before it.
         end: A tensor that each layer has: `intermediate.dense.weight`.
 

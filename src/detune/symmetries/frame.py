@@ -56,7 +56,7 @@ class NeuronFrame:
 
     Attributes:
         order: Which neuron stands at each place, `(width,)`.
-        scale: Of `up`, its inverse of `down`, `(width,)`, float64; only where there is a gate.
+        scale: Scale of `up`, its inverse of `down`, `(width,)`, float64; only where there is a gate.
     """
 
     order: Tensor | None = None
@@ -77,7 +77,7 @@ class NormFrame:
     """A frame of the channels between a norm and its readers.
 
     Attributes:
-        scale: Of the norm's output, its inverse of the readers' columns, `(channels,)`, float64.
+        scale: Scale of the norm's output, its inverse of the readers' columns, `(channels,)`, float64.
     """
 
     scale: Tensor

@@ -31,7 +31,7 @@ class DrawnImages:
     Attributes:
         prompts: What to draw.
         steps: Steps of denoising; the paper's are 50.
-        seed: Of the latents, and of the noise of schedulers that add some.
+        seed: Seed of the latents, and of the noise of schedulers that add some.
     """
 
     prompts: tuple[str, ...]

@@ -29,8 +29,8 @@ class WrittenTexts:
         new_tokens: Tokens after the prompt; fewer where the model ends the text.
         temperature: The logits are divided by this.
         top_k: Only this many of the likeliest tokens are drawn from.
-        top_p: Of these, only the likeliest that together have this probability.
-        seed: Of the sampling.
+        top_p: Only the likeliest of these that together have this probability.
+        seed: Seed of the sampling.
 
     Reference:
         Horwitz, Kahana & Hoshen 2024 (arXiv 2402.10208), appendix.

@@ -67,8 +67,8 @@ def trained_families(
         out: The folder to fill.
         families: Which of `FAMILIES`; the base on a grid takes the ordinary family's adapters.
         models: How many of each to train, the first ones; None trains one for each domain.
-        domains: Of `detune.demo.texts.DOMAINS`, one for each model.
-        steps: Of training.
+        domains: Domains of `detune.demo.texts.DOMAINS`, one for each model.
+        steps: Steps of training.
         held_out: Passages of each domain that are not trained on.
         on_start: For progress: called once with the trainings and merges that are still to be done.
         on_part: Called with the name of each of these when it is begun, and when it is done.

@@ -58,8 +58,8 @@ class Utility(_Record):
     """The cost of a defence: task accuracy on passages that were not trained on.
 
     Attributes:
-        undefended: Of ordinary fine-tunes without a defence.
-        defended: Of the releases.
+        undefended: Accuracy of ordinary fine-tunes without a defence.
+        defended: Accuracy of the releases.
     """
 
     undefended: Annotated[float, Field(gt=0, le=1)]
@@ -75,7 +75,7 @@ class Making(_Record):
     """One computation of the figures.
 
     Attributes:
-        date: Of the day.
+        date: The day.
         command: That computes them.
         environment: Versions, the hash of detune's code, and the machine.
     """
@@ -89,8 +89,8 @@ class Entry(_Record):
     """A defence on the leaderboard.
 
     Attributes:
-        format: Of this file.
-        name: Of its row in `detune bench defences`.
+        format: Format of this file.
+        name: Name of its row in `detune bench defences`.
         defence: What is done to each release, with its settings.
         authors: Who answers for the entry.
         link: A paper, or the code.

@@ -28,7 +28,7 @@ def entry_of(result: RowResult, authors: Sequence[str], command: str, link: str 
     """A row's figures as a claimed entry of the latest set of attacks.
 
     Args:
-        result: Of `detune.bench.defences`.
+        result: Result of `detune.bench.defences`.
         authors: Who answers for it.
         command: That made the row.
         link: A paper, or the code.
@@ -76,7 +76,7 @@ def add(
     """Write rows as claimed entries.
 
     Args:
-        results: Of `detune.bench.defences`.
+        results: Results of `detune.bench.defences`.
         entries: The folder of entries.
         authors: Who answers for them.
         command: That made the rows.

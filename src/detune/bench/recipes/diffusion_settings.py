@@ -18,7 +18,7 @@ class DiffusionSettings:
             `2 r < width` and `3 r <= width`.
         vae_channels: Channels of the autoencoder's blocks; all but the first halve height and width.
         base_examples: Digits that the base is trained on.
-        base_seed: Of the base's initial weights and of its training.
+        base_seed: Seed of the base's initial weights and of its training.
         vae_steps: Updates of the autoencoder.
         vae_lr: Its learning rate at the first step.
         base_steps: Updates of U-Net and text encoder together.

@@ -145,7 +145,7 @@ def some(examples: Examples, count: int | None, seed: int) -> Examples:
     Args:
         examples: All of them.
         count: How many; None, or more than there are, is all as they come.
-        seed: Of the draw.
+        seed: Seed of the draw.
     """
     if count is None or count >= len(examples.labels):
         return examples

@@ -54,7 +54,7 @@ class Pair:
     rejected: str
 
 
-# What each instruction makes of the words of an ending.
+# The answer to each instruction, from the words of an ending.
 _STYLES: Mapping[str, tuple[str, Callable[[list[str]], str]]] = MappingProxyType(
     {
         "capitals": ("Write in capitals.", lambda words: " ".join(words).upper()),

@@ -37,7 +37,7 @@ class Pretraining:
         mlp: Width of the hidden layer of each MLP.
         vocabulary: Tokens, three special ones and all bytes among them.
         context: Tokens the model reads at most.
-        passages: Of the corpus, how many to train on; None for all.
+        passages: How many passages of the corpus to train on; None for all.
         steps: Updates.
         batch: Blocks of `context` tokens an update.
         lr: Highest learning rate, after a tenth of the steps.

@@ -184,8 +184,8 @@ class Written:
     """The checksums, CRC-32, of what was written of a tensor.
 
     Attributes:
-        weights: Of the tensor's bytes.
-        parts: Of its parts, by their suffix.
+        weights: That of the tensor's bytes.
+        parts: Those of its parts, by their suffix.
     """
 
     weights: int
