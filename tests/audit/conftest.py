@@ -1,16 +1,31 @@
 """Audits that several tests look at: made once."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from detune.audit import AuditReport, audit
+from detune.audit import AuditReport, audit, behaviour, model_process
 from detune.audit.page import render
 from tests.families import Fine, edit, plain_family
 
 # Of a tensor, and of a directory.
 HOSTILE = "layer.0.<script>alert(1)</script><a href='https:evil'>%{x}\u202e\x1b[31m\u2028"
 HOSTILE_FOLDER = "<img src=x onerror=document.title=1>"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are run in this process, to spare the tests the start of another one."""
+    monkeypatch.setattr(model_process, "_limit_memory", lambda more_bytes: None)
+
+    def run(command: Any, input: bytes, **_: Any) -> Any:  # as `subprocess.run` has it
+        monkeypatch.setattr("sys.stdin", io.StringIO(input.decode()))
+        model_process.main()
+        return type("Ended", (), {"returncode": 0, "stderr": b""})
+
+    monkeypatch.setattr(behaviour.subprocess, "run", run)
 
 
 @pytest.fixture(scope="session")

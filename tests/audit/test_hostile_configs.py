@@ -1,6 +1,5 @@
 """Configurations that no library takes, that stall it or that eat all memory: the audit keeps what it has found."""
 
-import io
 import json
 import re
 from collections.abc import Callable
@@ -21,6 +20,14 @@ from detune.errors import InputError
 from tests.bench.tiny_models import save_bert
 from tests.families import Fine, fine_tune
 
+# The other process, once it has read the request.
+ANSWERING = """
+import sys, torch
+from detune.audit import model_process
+def compare(request): {}
+model_process._compare = compare
+model_process.main()
+"""
 CONFIGS: dict[str, Any] = {
     "attention of another package": {"_attn_implementation": "flash_attention_2", "attn_implementation": "sage"},
     "a quantiser that is not there": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
@@ -73,19 +80,6 @@ def configure(fine: Fine) -> Any:
     yield change
     for path, content in before.items():
         path.write_bytes(content)
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models are run in this process, to spare the tests the start of another one."""
-    monkeypatch.setattr(model_process, "_limit_memory", lambda more_bytes: None)
-
-    def run(command: Any, input: bytes, **_: Any) -> Any:  # as `subprocess.run` has it
-        monkeypatch.setattr("sys.stdin", io.StringIO(input.decode()))
-        model_process.main()
-        return type("Ended", (), {"returncode": 0, "stderr": b""})
-
-    monkeypatch.setattr(behaviour.subprocess, "run", run)
 
 
 def judge(fine: Fine) -> Behaviour:
@@ -156,31 +150,41 @@ class TestTheProcess:
         assert judge(fine).metric == "activation"
 
     @pytest.mark.parametrize(
-        ("body", "note"),
+        ("code", "note"),
         [
-            ("import torch; model_process._limit_memory(2**28); torch.ones(2**28)", "not run: RuntimeError: .*memory"),
-            ("raise SystemExit('gone')", "not run: the process that ran the models failed; gone"),
+            (
+                ANSWERING.format("model_process._limit_memory(2**28); torch.ones(2**28)"),
+                "not run: RuntimeError: .*memory",
+            ),
+            (ANSWERING.format("sys.exit('gone')"), "not run: the process that ran the models failed; gone"),
+            # Whatever it was at when it ended.
             ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"was killed \(signal 9\)"),
             ("import time; time.sleep(600)", "the models were still running after 1 s"),
-            ("raise RecursionError()", "not run: RecursionError"),
         ],
     )
     def test_whatever_becomes_of_it(
-        self, fine: Fine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, note: str
+        self, fine: Fine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, note: str
     ) -> None:
-        lines = "from detune.audit import model_process", f"def f(*_): {body}", "model_process._compare = f"
-        code = "\n".join((*lines, "model_process.main()"))
         run = behaviour.subprocess.run
         monkeypatch.setattr(
             behaviour.subprocess,
             "run",
             lambda command, **options: run([command[0], "-c", code], **options),
         )
-        monkeypatch.setattr(behaviour, "SECONDS", 1.0 if "sleep" in body else 120.0)
+        monkeypatch.setattr(behaviour, "SECONDS", 1.0 if "sleep" in code else 120.0)
         with open_checkpoint(fine.models[0]) as release:
             found = Judge(release, None, None).judge(tmp_path / "recovered")
         assert found.metric is None
         assert re.search(note, found.note), found.note
+
+    def test_an_error_that_nobody_foresees_is_its_answer(
+        self, fine: Fine, here: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> Behaviour:
+            raise RecursionError("too deep")
+
+        monkeypatch.setattr(model_process, "_compare", fail)
+        assert judge(fine).note == "not run: RecursionError: too deep"
 
 
 def test_the_report_is_not_lost(fine: Fine, here: None, configure: Callable[[Any], None]) -> None:

@@ -211,7 +211,7 @@ class TestTheGrid:
 
 
 class TestBehaviour:
-    def test_the_recovered_model_does_what_the_base_does(self, tmp_path):
+    def test_the_recovered_model_does_what_the_base_does(self, tmp_path, here):
         from transformers import AutoModelForMaskedLM
 
         save_bert(tmp_path / "origin", ["whales", "breathe", "air", "the", "a"])
