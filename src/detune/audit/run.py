@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from detune._runtime import OnStart, command_line, versions
 from detune.audit.adapters import ADAPTERS, ChangeSpectra, changes_are_known, find_in_adapters, read_references
@@ -15,7 +16,7 @@ from detune.audit.assumptions import ASSUMPTIONS, Evidence, check_assumptions
 from detune.audit.behaviour import Judge
 from detune.audit.findings import FINDINGS, curve_of, find, verdict_of
 from detune.audit.members import base_in_frame, find_members
-from detune.audit.naming import places
+from detune.audit.naming import Place, places
 from detune.audit.record import AuditReport, Behaviour, Invocation, ModelEntry, TensorEntry, Tool, Unchanged
 from detune.audit.spectra import spectrum
 from detune.audit.trial import Trial, Tried
@@ -98,7 +99,8 @@ def audit(
         spectra = ChangeSpectra(family.n)
         recovered = folder / "recovered" if judge is not None and judge.is_ready else None
         kept = spectra if references else None
-        tensors, unchanged = _try_all(family, truth, trial, kept, recovered, on_start, on_tensor)
+        attempt = _Attempt(family, truth, trial, kept, places(family.names))
+        tensors, unchanged = _try_all(attempt, recovered, on_start, on_tensor)
         if not tensors:
             raise InputError(
                 f"{family.models[0].spec} is the base", "no tensor differs from it", "give fine-tunes of the base"
@@ -142,71 +144,91 @@ def audit(
     )
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """What a number of releases give of one tensor, tried on each.
+
+    Attributes:
+        family: The releases.
+        base: What they were fine-tuned from; None where it was not given.
+        trial: How a matrix is recovered.
+        spectra: Takes the spectra of the changes; None where nothing asks for them.
+        place_of: Where each tensor is in the model.
+    """
+
+    family: ModelSet
+    base: Checkpoint | None
+    trial: Trial
+    spectra: ChangeSpectra | None
+    place_of: Mapping[str, Place]
+
+    def __call__(self, name: str, held: Held) -> tuple[TensorResult, Tried | None]:
+        """Try one tensor; None where it is copied."""
+        family = self.family
+        if len(held.tensors) < family.n:
+            # Which release was the one too many cannot be said of what some do not have.
+            return result_of(name, held, Verdict.NOT_DETERMINED, "single", "not in all releases"), None
+        truth, first = self._truth(name), held.tensors[0]
+        if truth is not None and family.n == 1 and first.dtype == truth.dtype and torch.equal(first, truth):
+            return result_of(name, held, Verdict.SHARED, COPY, "as the base has it"), None
+        tried = self.trial.run(name, self.place_of[name], held, truth)
+        if self.spectra is not None and changes_are_known(tried.entry, truth is not None):
+            weight = tried.weight if truth is None else truth
+            self.spectra.add(name, held.tensors, weight, tried.entry.outcomes[-1].ranks)
+        files = tuple(model.tensors[name].file for model in family.models)
+        return tried.result, replace(tried, entry=tried.entry.model_copy(update={"files": files}))
+
+    def _truth(self, name: str) -> Tensor | None:
+        if self.base is None:
+            return None
+        truth = self.base.read(name)
+        if truth.is_floating_point() and not bool(torch.isfinite(truth).all()):
+            raise damaged(name, self.base.spec)
+        return truth
+
+
 def _try_all(
-    family: ModelSet,
-    base: Checkpoint | None,
-    trial: Trial,
-    spectra: ChangeSpectra | None,
-    recovered: Path | None,
-    on_start: OnStart | None,
-    on_tensor: OnTensor | None,
+    attempt: _Attempt, recovered: Path | None, on_start: OnStart | None, on_tensor: OnTensor | None
 ) -> tuple[tuple[TensorEntry, ...], Unchanged]:
     """Every tensor; the recovered model is written to a directory where one is named."""
-    place_of = places(family.names)
+    family, device = attempt.family, attempt.trial.device
     found: dict[str, TensorEntry] = {}
-    same: list[str] = []
-    differing: set[str] = set()
+    same: set[str] = set()
     with ExitStack() as opened:
         writer = None
         if recovered is not None:
             writer = opened.enter_context(CheckpointWriter(family.layout, recovered, parts=family.parts))
-
-        def copy(name: str) -> None:
-            if writer is not None:
-                original = family.original(name)
-                if original is None:
-                    writer.copy(name)
-                else:
-                    writer.write(name, original.read(name))
-
-        def attempt(name: str, held: Held) -> tuple[TensorResult, Tried | None]:
-            if len(held.tensors) < family.n:
-                # Which release was the one too many cannot be said of what some do not have.
-                return result_of(name, held, Verdict.NOT_DETERMINED, "single", "not in all releases"), None
-            truth = base.read(name) if base is not None else None
-            if truth is not None and truth.is_floating_point() and not bool(torch.isfinite(truth).all()):
-                raise damaged(name, base.spec if base is not None else "")
-            first = held.tensors[0]
-            if truth is not None and family.n == 1 and first.dtype == truth.dtype and torch.equal(first, truth):
-                return result_of(name, held, Verdict.SHARED, COPY, "as the base has it"), None
-            tried = trial.run(name, place_of[name], held, truth)
-            if spectra is not None and changes_are_known(tried.entry, truth is not None):
-                weight = tried.weight if truth is None else truth
-                spectra.add(name, held.tensors, weight, tried.entry.outcomes[-1].ranks)
-            files = tuple(model.tensors[name].file for model in family.models)
-            return tried.result, replace(tried, entry=tried.entry.model_copy(update={"files": files}))
-
-        for result, tried in map_tensors(family, attempt, on_tensor, device=trial.device, on_start=on_start):
-            name = result.name
+        for result, tried in map_tensors(family, attempt, on_tensor, device=device, on_start=on_start):
             if tried is not None:
-                found[name] = tried.entry
-                if writer is not None:
-                    writer.write(name, tried.weight)
-                continue
-            if result.method == COPY:
-                same.append(name)
-                models = [family.models[i] for i in family.holders(name)[:1]]
-                if base is not None and models and not is_shared((base, *models), name):
-                    differing.add(name)
-            copy(name)
+                found[result.name] = tried.entry
+            elif result.method == COPY:
+                same.add(result.name)
+            if writer is not None:
+                _write(writer, family, result.name, tried)
     entries = [found[name] for name in family.names if name in found]
     tensors = _with_spectra(entries, family) if family.n > 1 else tuple(entries)
     unchanged = Unchanged(
         tensors=len(same),
         entries=sum(math.prod(family.shape(name)) for name in same),
-        differing=tuple(name for name in family.names if name in differing),
+        differing=tuple(name for name in family.names if name in same and _differs(family, attempt.base, name)),
     )
     return tensors, unchanged
+
+
+def _write(writer: CheckpointWriter, family: ModelSet, name: str, tried: Tried | None) -> None:
+    original = family.original(name)
+    if tried is not None:
+        writer.write(name, tried.weight)
+    elif original is None:
+        writer.copy(name)
+    else:
+        writer.write(name, original.read(name))
+
+
+def _differs(family: ModelSet, base: Checkpoint | None, name: str) -> bool:
+    """Whether the base has another tensor than the releases, which all have one."""
+    models = [family.models[i] for i in family.holders(name)[:1]]
+    return base is not None and bool(models) and not is_shared((base, *models), name)
 
 
 def _with_spectra(entries: Sequence[TensorEntry], family: ModelSet) -> tuple[TensorEntry, ...]:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 from struct import unpack_from
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +11,10 @@ import torch
 from detune._runtime import needs_extra
 from detune.checkpoints.entries import DAMAGED, Entry, Header, check_name, check_shape
 from detune.errors import InputError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from gguf.gguf_reader import ReaderTensor
 
 __all__ = ["read_gguf"]
 
@@ -51,10 +55,20 @@ def read_gguf(path: Path, file: IO[bytes]) -> Header:
         InputError: The file is damaged or cut short.
         DetuneError: The extra `gguf` is not installed.
     """
-    with needs_extra("gguf"):
-        from gguf import GGML_QUANT_SIZES, GGUFEndian, GGUFReader, GGUFValueType
-
     size = os.fstat(file.fileno()).st_size
+    try:
+        reader = _bounded_reader(path, size)
+        metadata = _metadata(reader)
+        entries = [_entry(path, tensor, size) for tensor in reader.tensors]
+    except (ValueError, LookupError) as error:
+        raise InputError(f"{path} is damaged, cut short, or no GGUF file", str(error), DAMAGED) from error
+    return Header(tuple(sorted(entries, key=lambda entry: entry.offset)), metadata, None)
+
+
+def _bounded_reader(path: Path, size: int) -> "GGUFReader":
+    """The library's reader of a file of some bytes, which reads neither beyond its end nor without end."""
+    with needs_extra("gguf"):
+        from gguf import GGUFEndian, GGUFReader, GGUFValueType
 
     class Bounded(GGUFReader):
         """Refuses to read beyond the end, where the library would go on with nothing, and counts before it reads.
@@ -103,38 +117,43 @@ def read_gguf(path: Path, file: IO[bytes]) -> Header:
                 stop += 8 + unpack_from(order, buffer, stop)[0]
             return stop - start
 
-    try:
-        reader = Bounded(path)
-        metadata: dict[str, str] = {}
-        for key, field in (("architecture", "general.architecture"), ("heads", "{architecture}.attention.head_count")):
-            setting = reader.get_field(field.format(**{"architecture": "", **metadata}))
-            if setting is not None:
-                metadata[key] = str(setting.contents())
-        entries = []
-        for tensor in reader.tensors:
-            name, encoding = tensor.name, tensor.tensor_type.name
-            check_name(path, name)
-            shape = check_shape(f"tensor {name!r} in {path}", [int(length) for length in reversed(tensor.shape)])
-            if encoding in _PLAIN:
-                entry = Entry(name, _PLAIN[encoding], shape, int(tensor.data_offset))
-            else:
-                if 0 in shape:
-                    raise ValueError(f"tensor {name!r} has no elements, and is stored as {encoding}")
-                block, nbytes = GGML_QUANT_SIZES[tensor.tensor_type]
-                row = (*shape[:-1], shape[-1] // block * nbytes)
-                entry = Entry(name, torch.uint8, row, int(tensor.data_offset), encoding=encoding)
-            if entry.offset + entry.nbytes > size:
-                raise ValueError(f"tensor {name!r} ends at byte {entry.offset + entry.nbytes}, the file at {size}")
-            if entry.encoding and encoding not in _KNOWN:
-                raise InputError(
-                    f"tensor {name!r} in {path} is stored as {encoding}",
-                    f"known are {', '.join((*_PLAIN, *_KNOWN))}",
-                    "convert it to one of these, or to F16",
-                )
-            entries.append(entry)
-    except (ValueError, LookupError) as error:
-        raise InputError(f"{path} is damaged, cut short, or no GGUF file", str(error), DAMAGED) from error
-    return Header(tuple(sorted(entries, key=lambda entry: entry.offset)), metadata, None)
+    return Bounded(path)
+
+
+def _metadata(reader: "GGUFReader") -> dict[str, str]:
+    """The architecture, and how many heads it has."""
+    found: dict[str, str] = {}
+    for key, field in (("architecture", "general.architecture"), ("heads", "{architecture}.attention.head_count")):
+        setting = reader.get_field(field.format(**{"architecture": "", **found}))
+        if setting is not None:
+            found[key] = str(setting.contents())
+    return found
+
+
+def _entry(path: Path, tensor: "ReaderTensor", size: int) -> Entry:
+    """A row of the table of tensors of a file of some bytes."""
+    from gguf import GGML_QUANT_SIZES
+
+    name, encoding = tensor.name, tensor.tensor_type.name
+    check_name(path, name)
+    shape = check_shape(f"tensor {name!r} in {path}", [int(length) for length in reversed(tensor.shape)])
+    if encoding in _PLAIN:
+        entry = Entry(name, _PLAIN[encoding], shape, int(tensor.data_offset))
+    else:
+        if 0 in shape:
+            raise ValueError(f"tensor {name!r} has no elements, and is stored as {encoding}")
+        block, nbytes = GGML_QUANT_SIZES[tensor.tensor_type]
+        row = (*shape[:-1], shape[-1] // block * nbytes)
+        entry = Entry(name, torch.uint8, row, int(tensor.data_offset), encoding=encoding)
+    if entry.offset + entry.nbytes > size:
+        raise ValueError(f"tensor {name!r} ends at byte {entry.offset + entry.nbytes}, the file at {size}")
+    if entry.encoding and encoding not in _KNOWN:
+        raise InputError(
+            f"tensor {name!r} in {path} is stored as {encoding}",
+            f"known are {', '.join((*_PLAIN, *_KNOWN))}",
+            "convert it to one of these, or to F16",
+        )
+    return entry
 
 
 def _require_few(count: int, most: int, what: str) -> None:

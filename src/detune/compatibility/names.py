@@ -100,6 +100,21 @@ def _most_common(
     expected: Mapping[str, str], found: Mapping[str, str], reference: Mapping[str, Shape], other: Mapping[str, Shape]
 ) -> dict[str, str]:
     """The names that the most common exchange of prefixes aligns; none where no exchange is to be trusted."""
+    pairs = _exchanges(expected, found, reference, other)
+    trusted = [p for e, p in pairs.items() if e.is_addition or len(p) >= LEAST_NAMES]
+    if not trusted:
+        return {}
+    most = max(map(len, trusted))
+    best = [aligned for aligned in trusted if len(aligned) == most]
+    for one, another in combinations(best, 2):
+        _require_agreement(one, another, expected, found)
+    return best[0]
+
+
+def _exchanges(
+    expected: Mapping[str, str], found: Mapping[str, str], reference: Mapping[str, Shape], other: Mapping[str, Shape]
+) -> dict[_Exchange, dict[str, str]]:
+    """The exchanges of prefixes that align some names, each with what it aligns."""
     by_end: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in found:
         for end in _ends(name):
@@ -116,20 +131,24 @@ def _most_common(
                     pairs[exchange][name] = each
             if alike:
                 break
-    trusted = {e: p for e, p in pairs.items() if e.is_addition or len(p) >= LEAST_NAMES}
-    if not trusted:
-        return {}
-    most = max(len(aligned) for aligned in trusted.values())
-    best = [aligned for aligned in trusted.values() if len(aligned) == most]
-    for one, another in combinations(best, 2):
-        for name in one:
-            if another.get(name, one[name]) != one[name]:
-                raise TwoWays(expected[name], [found[one[name]], found[another[name]]])
-        its = {candidate: name for name, candidate in one.items()}
-        for name, candidate in another.items():
-            if its.get(candidate, name) != name:
-                raise TwoWays(found[candidate], [expected[its[candidate]], expected[name]])
-    return best[0]
+    return pairs
+
+
+def _require_agreement(
+    one: Mapping[str, str], another: Mapping[str, str], expected: Mapping[str, str], found: Mapping[str, str]
+) -> None:
+    """Refuse two ways to align names that do not agree.
+
+    Raises:
+        TwoWays: A name has two partners.
+    """
+    for name in one:
+        if another.get(name, one[name]) != one[name]:
+            raise TwoWays(expected[name], [found[one[name]], found[another[name]]])
+    its = {candidate: name for name, candidate in one.items()}
+    for name, candidate in another.items():
+        if its.get(candidate, name) != name:
+            raise TwoWays(found[candidate], [expected[its[candidate]], expected[name]])
 
 
 def may_be_one(shape: Shape, other: Shape) -> bool:
