@@ -1,12 +1,14 @@
 """Imports point one way: a module knows its own layer's package and what lies below, never above."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,9 @@ LAYERS = (
     {"cli"},
     {"__main__"},
 )
+
+# Those that CONTRIBUTING shows.
+PARTS = set().union(*LAYERS) - {"__init__", "__main__"}
 
 # What the pure core may use beside the standard library.
 THIRD_PARTY = {
@@ -116,6 +121,25 @@ def height(part: str) -> int:
 
 def test_every_file_has_one_layer():
     assert [name_of(file) for file in FILES if sum(part_of(file) in layer for layer in LAYERS) != 1] == []
+
+
+def test_contributing_shows_the_tree():
+    """All of it, from low to high."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = text.partition("## Where things are")[2].split("```")[1].strip()
+    rows = [re.split(r" {2,}| (?=[a-zA-Z]+ [a-z])", row)[0].split() for row in block.splitlines()]
+    shown = [[name for name in row if re.fullmatch(r"\w+(/|\.py)", name)] for row in rows]
+    entries = {f"{file.name}/" if file.is_dir() else file.name for file in SOURCE.iterdir() if part_of(file) in PARTS}
+    assert sorted(name for row in shown for name in row) == sorted(entries)
+    heights = [{height(name.rstrip("/").removesuffix(".py")) for name in row} for row in shown]
+    assert all(max(low) <= min(high) for low, high in pairwise(heights))
+
+
+def test_contributing_names_files_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+/\w+\.py)`", text)) - {"src/detune/methods/yours.py"}
+    assert len(named) > 10
+    assert [path for path in named if not any((home / path).exists() for home in (ROOT, SOURCE))] == []
 
 
 def test_imports_only_what_lies_below():
