@@ -17,7 +17,7 @@ from tests.crashes.runner import strike_commands
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commands", nargs="*", default=list(COMMANDS), choices=[*COMMANDS, []])
+    parser.add_argument("commands", nargs="*", default=[], choices=[*COMMANDS, []])
     parser.add_argument(
         "--by", nargs="+", type=Blow, default=list(Blow), choices=list(Blow), help="How; all by default."
     )

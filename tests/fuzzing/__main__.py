@@ -30,7 +30,7 @@ def main() -> None:
     seed = Random().randrange(10**6) if chosen.seed is None else chosen.seed
     names = chosen.targets or list(TARGETS)
     shares = sum(SHARES.get(name, 1.0) for name in names)
-    print(f"seed {seed}")
+    print(f"seed {seed}", flush=True)
     failed = False
     for name in names:
         count = round(chosen.mutations * SHARES.get(name, 1.0) / shares)
@@ -39,7 +39,7 @@ def main() -> None:
         print(f"{name:12} {counts['read']:6} read {counts['refused']:6} refused {counts['found']:6} found", flush=True)
         for finding in findings:
             failed = True
-            print(f"  --seed {seed} {name} --only {finding.number}: {printable(finding.what)}")
+            print(f"  --seed {seed} {name} --only {finding.number}: {printable(finding.what)}", flush=True)
             if chosen.only is not None and finding.error is not None:
                 traceback.print_exception(finding.error)
     sys.exit(failed)

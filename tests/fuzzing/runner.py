@@ -23,7 +23,7 @@ except ImportError:  # no limits of memory where the system has none
 __all__ = ["Finding", "Target", "Wrong", "fuzz"]
 
 SECONDS = 10  # of the processor
-WAITING_SECONDS = 60  # of a clock that others slow down
+WAITING_SECONDS = 600  # of a clock that others slow down: of ten programs, one may get a fiftieth of a processor
 MEMORY_BYTES = 2 * 2**30
 
 
