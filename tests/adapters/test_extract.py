@@ -358,6 +358,8 @@ def test_names_of_adapters(tmp_path):
         "adapter_config.json-1",
     )
     assert adapter_names(["A", "a", "a-1"]) == ("A-2", "a-3", "a-1")
+    # An accent in one character and in two.
+    assert adapter_names(["caf\u00e9", "cafe\u0301"]) == ("caf\u00e9-1", "cafe\u0301-2")
     path = tmp_path / "me@home" / "model"
     path.mkdir(parents=True)
     assert adapter_names([str(path), "org/name@v2"]) == ("model", "name")

@@ -85,7 +85,7 @@ def test_what_does_not_end_is_found(read: Any, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_seed_is_one_run(tmp_path: Path) -> None:
-    value = {"a": [1, 2, {"b": "text"}], "c": None}
+    value = {"a": [1, 2, {"b": "text"}], "c": None, "d": 10**400}
     for seed in range(200):
         one, other = (
             (to_json(mutated_json(Random(seed), value, 2)), mutated_bytes(Random(seed), b"some bytes", 2))
@@ -93,4 +93,4 @@ def test_a_seed_is_one_run(tmp_path: Path) -> None:
         )
         assert one == other
         json.loads(one[0])
-    assert value == {"a": [1, 2, {"b": "text"}], "c": None}
+    assert value == {"a": [1, 2, {"b": "text"}], "c": None, "d": 10**400}

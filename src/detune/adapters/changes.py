@@ -19,6 +19,7 @@ from detune.checkpoints import (
     PeftPlaces,
     Unmerged,
     find_places,
+    folded,
     own_name,
     peft_layer,
     plain_name,
@@ -255,16 +256,15 @@ def adapter_names(specs: Sequence[str]) -> tuple[str, ...]:
     """
     paths = [Path(spec if Path(spec).exists() else spec.partition("@")[0]) for spec in specs]
     names = [plain_name(path.resolve().name.removesuffix(".safetensors")) for path in paths]
-    # File systems that take large and small letters for the same have one place for "a" and "A".
-    taken = [name.casefold() for name in (*names, *_FILES)]
+    taken = [folded(name) for name in (*names, *_FILES)]
     given: list[str] = []
     for name in names:
-        if taken.count(name.casefold()) == 1:
+        if taken.count(folded(name)) == 1:
             given.append(name)
             continue
         numbered = (f"{name}-{k}" for k in count(1))
-        given.append(next(each for each in numbered if each.casefold() not in taken))
-        taken.append(given[-1].casefold())
+        given.append(next(each for each in numbered if folded(each) not in taken))
+        taken.append(folded(given[-1]))
     return tuple(given)
 
 

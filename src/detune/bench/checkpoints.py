@@ -10,7 +10,7 @@ from torch import Tensor
 from detune._runtime import OnPart, OnStart, telling
 from detune.bench.layers import Layer
 from detune.bench.subsets import Subset, clean_name
-from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint
+from detune.checkpoints import Checkpoint, CheckpointWriter, folded, open_checkpoint
 from detune.errors import InputError
 
 __all__ = ["merge_subset", "tensor_name", "write_with"]
@@ -122,6 +122,6 @@ def merge_subset(
 def _directory_names(loras: Sequence[str]) -> list[str]:
     """A directory for each LoRA: names that stay below their parent and differ even where case does not count."""
     names = [clean_name(lora.replace("/", "--")) for lora in loras]
-    if len({name.casefold() for name in names}) < len(names):
+    if len(set(map(folded, names))) < len(names):
         names = [f"{i:02}-{name}" for i, name in enumerate(names)]
     return names

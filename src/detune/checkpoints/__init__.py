@@ -15,7 +15,7 @@ from detune.checkpoints.masks import pack_mask, write_masks
 from detune.checkpoints.merged_checkpoint import MergedCheckpoint
 from detune.checkpoints.modules import Kind, Place, find_places
 from detune.checkpoints.opening import absolute, open_checkpoint
-from detune.checkpoints.paths import inside, plain_name
+from detune.checkpoints.paths import folded, inside, plain_name
 from detune.checkpoints.peft_writer import PeftLayer, PeftPlaces, PeftWriter, pack_layers, peft_layer, unpack_layers
 from detune.checkpoints.pretrained import load_pretrained, model_class_of
 from detune.checkpoints.private_paths import PrivatePaths, from_out
@@ -59,6 +59,7 @@ __all__ = [
     "check_repository",
     "claim",
     "find_places",
+    "folded",
     "from_out",
     "identity",
     "inside",

@@ -17,7 +17,7 @@ import yaml
 
 from detune.checkpoints.hub import is_on_hub
 from detune.checkpoints.layout import read_json
-from detune.checkpoints.paths import plain_name
+from detune.checkpoints.paths import folded, plain_name
 from detune.checkpoints.private_paths import PrivatePaths
 from detune.checkpoints.side_files import CARD, MAX_CARD_BYTES, read_side_file
 from detune.checkpoints.source import Checkpoint
@@ -155,7 +155,7 @@ def kept_cards(cards: Sequence[InputCard], places: PrivatePaths) -> dict[str, by
         stem = plain_name(re.sub(r"[^\w.-]+", "-", card.name.rpartition("/")[2]).strip(".-") or "model")
         for text in card.texts:
             names = (f"README.{stem}{f'-{k}' * (k > 1)}.md" for k in range(1, len(cards) * len(card.texts) + 2))
-            file = next(name for name in names if name not in kept)
+            file = next(name for name in names if folded(name) not in map(folded, kept))
             kept[file] = str(places.within(text)).encode()
     return kept
 

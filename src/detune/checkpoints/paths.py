@@ -3,11 +3,12 @@
 Names in files are anybody's: of tensors, components, shards, packed files. None of them may lead a write elsewhere.
 """
 
+import unicodedata
 from pathlib import Path, PurePath, PurePosixPath
 
 from detune.errors import InputError
 
-__all__ = ["inside", "is_plain_path", "plain_name"]
+__all__ = ["folded", "inside", "is_plain_path", "plain_name"]
 
 # File systems take 255, and what is made of a name adds to it.
 _MOST_BYTES = 200
@@ -34,6 +35,16 @@ def plain_name(text: str) -> str:
     shown = "".join(each if each.isprintable() and each not in "/\\" else "-" for each in text)
     shown = shown.encode()[:_MOST_BYTES].decode(errors="ignore") or "-"
     return shown.replace(".", "-") if shown in (".", "..") else shown
+
+
+def folded(name: str) -> str:
+    r"""A name as file systems compare it that take large and small letters, or two spellings of an accent, for one.
+
+    Example:
+        >>> folded("Caf\u00e9") == folded("cafe\u0301")
+        True
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def inside(directory: Path, relative: str | PurePath) -> Path:
