@@ -169,7 +169,7 @@ def test_a_wrong_answer_that_claims_to_be_right():
     )
     certificate = certify(stack, moved)
     assert certificate.verdict is Verdict.APPROXIMATE
-    assert certificate.predicted_w_error == pytest.approx(w_error(moved.weight, given.W_star), abs=0.3)
+    assert certificate.best_w_error < w_error(moved.weight, given.W_star) < certificate.worst_w_error
 
 
 def test_ranks_that_do_not_explain_the_data():

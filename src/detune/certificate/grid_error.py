@@ -28,11 +28,12 @@ MOSTLY_CERTAIN = 0.95
 # so has one that began with the grid alone in a matrix of fewer entries: 3,290 of 0.9 million entries called certain
 # were wrong there, 17 of 4.0 million in larger ones (measured: `benchmarks/corpus.py`, its parts fit and check).
 MOST_AMPLIFIED, FEW_ENTRIES = 1.5, 1 << 16
-# Where models as coarse as the base leave more entries open, adapters of many directions can explain a base that is on
-# no grid: 12,042 of 0.1 million entries called certain were wrong, 21 of 43 million elsewhere (measured: there).
-LEAST_CERTAIN = 0.25
-# No smaller matrix is in the corpus, and `benchmarks/exact.py` finds wrong ones there (derived).
-FEWEST_ENTRIES = 1 << 12
+# Where models as coarse as the base leave half of the entries open, adapters of many directions can explain a base that
+# is on no grid: 12,052 of 2.7 million entries called certain were wrong, 11 of 40 million elsewhere (measured: there).
+LEAST_CERTAIN = 0.5
+# In matrices below this a wrong fit of the adapters shows in too few entries: 60 of 0.2 million entries called certain
+# were wrong (measured: there).
+FEWEST_ENTRIES = 1 << 13
 
 
 def assess_bits(stack: Stack, recovery: Recovery) -> Assessment:
@@ -124,11 +125,11 @@ def is_exact(stack: Stack, recovery: Recovery) -> bool:
 def are_certain(stack: Stack, recovery: Recovery, amplified: float) -> bool:
     """Whether the entries that a fit on a grid calls certain are to be taken for it.
 
-    Not if the grid is assumed. Not of models as coarse as the base if most entries are open, if the matrix is small, or
-    if the fit began with a least-squares answer that is one of many, or nearly so: then entries are wrong together. So
-    they are where the fit finds no direction of a model that did not leave the matrix alone. And not of one model,
-    unless next to all its entries are certain: a delta that is off by whole steps in some rows and columns explains
-    that model as well (11 wrong of 0.1 million entries called certain in `benchmarks/corpus.py`).
+    Not if the grid is assumed. Not of models as coarse as the base if half of the entries are open, if the matrix is
+    small, or if the fit began with a least-squares answer that is one of many, or nearly so: then entries are wrong
+    together. So they are where the fit finds no direction of a model that did not leave the matrix alone. And not of
+    one model, unless next to all its entries are certain: a delta that is off by whole steps in some rows and columns
+    explains that model as well (11 wrong of 0.1 million entries called certain in `benchmarks/corpus.py`).
 
     Args:
         stack: The models.
