@@ -87,16 +87,23 @@ def name_of(file: Path) -> str:
 
 def imports(file: Path, *, top_level_only: bool = False) -> Iterator[str]:
     """Yield the dotted name of each imported module, or of each name taken out of one."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in tree.body if top_level_only else ast.walk(tree):
+    for node in import_statements(file, top_level_only):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             module = node.module or ""
             if node.level:
                 package = ("detune", *file.relative_to(SOURCE).parts[:-1])
                 module = ".".join([*package[: len(package) - node.level + 1], *module.split(".")]).rstrip(".")
             yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@cache
+def import_statements(file: Path, top_level_only: bool) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """Return the imports of a file, those in functions too unless the top level alone is asked for."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def parts_known(file: Path) -> set[str]:
