@@ -20,6 +20,7 @@ from detune.compatibility.levels import levels_of
 from detune.lattice.decode import decoded
 from detune.lattice.entries import grid_of, row_blocks
 from detune.lattice.estimate import Estimate, means
+from detune.lattice.holdout import held_out
 from detune.lattice.message_passing import sweep
 from detune.problem import Stack
 
@@ -87,8 +88,11 @@ def between_cells(stack: Stack, entries: "CellEntries", sweeps: int = 4) -> Tens
         measured = replace(stack, noise_override=(size,) * stack.n)
     variance = float(measured.noise[0]) ** 2
     estimates = tuple(Estimate.of(M_i, variance) for M_i in best_split(measured).deltas)
+    # Entries that the fit has not seen tell what of the deltas no direction holds. Of NF4 that is a half, and a fit
+    # that takes its directions for all there is runs away.
+    held = held_out(entries.shape, seed=0)
     for _ in range(sweeps):
-        estimates = sweep(entries, estimates, grid_of(None))
+        estimates = sweep(entries, estimates, grid_of(None), held)
     weight = torch.empty(stack.shape, dtype=torch.float64)
     for rows in row_blocks(entries):
         block = CellEntries(entries.low[:, rows], entries.high[:, rows])
