@@ -63,8 +63,9 @@ def find_command(words: list[str]) -> tuple[click.Command, list[str]]:
     """The subcommand that words lead to, and the words that are left for it."""
     command: click.Command = cli
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
-        assert words[0] in command.commands, f"no command {words[0]!r} in {command.name}"
-        command, words = command.commands[words[0]], words[1:]
+        found = command.get_command(click.Context(command), words[0])
+        assert found is not None, f"no command {words[0]!r} in {command.name}"
+        command, words = found, words[1:]
     return command, words
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_type_hints
 
 import pytest
 import torch
@@ -35,9 +35,8 @@ SEED = 8_211_093_547_716_253  # long enough to be found, were it anywhere in the
 
 
 def made(name: str, bert: Path, texts: Path) -> Defence:
-    if name == "lorenc":
-        return DEFENCES[name](bert, rank=4)
-    return DEFENCES[name](texts) if name in ("quiet-noise", "padding") else DEFENCES[name]()
+    given = {"base": bert, "rank": 4, "texts": texts}
+    return DEFENCES[name](**{key: value for key, value in given.items() if key in get_type_hints(DEFENCES[name])})
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -80,11 +79,11 @@ class TestEveryDefence:
         assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", sorted(set(DEFENCES) - {"bf16", "fp16", "int8", "nf4", "fp8", "lorenc"}))
-def test_another_seed_gives_another_release(bert, texts, tmp_path, name):
+@pytest.mark.parametrize("name", DEFENCES)
+def test_another_seed_gives_another_release_where_something_is_drawn(bert, texts, tmp_path, name):
     for seed in (1, 2):
         defend(made(name, bert, texts), bert, tmp_path / str(seed), seed, verify=False)
-    assert tree(tmp_path / "1") != tree(tmp_path / "2")
+    assert (tree(tmp_path / "1") != tree(tmp_path / "2")) is DEFENCES[name].draws
 
 
 def test_a_seed_of_its_own_is_never_the_same(bert, tmp_path):
@@ -259,6 +258,7 @@ class Boast:
     name: ClassVar[str] = "boast"
     about: ClassVar[str] = "a lie"
     preserves_function: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
 
     def prepare(self, model, seed):
         return lambda name, tensor: tensor * 1.01 if name.endswith("output.dense.weight") else tensor

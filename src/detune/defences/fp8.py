@@ -1,13 +1,13 @@
 """Stochastic rounding to fp8 as ComfyUI does it: the dither is seeded by the tensor's name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint
-from detune.defences.base import Change, only
+from detune.defences.base import Change, only, option
 from detune.defences.linear import linear_weights
 from detune.numerics.dithered_fp8 import fp8_stochastic, named_dither
 
@@ -30,8 +30,9 @@ class Fp8:
     name: ClassVar[str] = "fp8"
     about: ClassVar[str] = "round linear layers to fp8 stochastically, the dither seeded by the tensor's name"
     preserves_function: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
-    grid: Literal["float8_e4m3fn", "float8_e5m2"] = "float8_e4m3fn"
+    grid: Literal["float8_e4m3fn", "float8_e5m2"] = field(default="float8_e4m3fn", metadata=option("Which fp8."))
 
     def prepare(self, model: Checkpoint, seed: int) -> Change:
         """Nothing is drawn but from the names; see `Defence.prepare`."""

@@ -33,6 +33,7 @@ class Invertible:
     name: ClassVar[str] = "invertible"
     about: ClassVar[str] = "queries and keys, values and output in another invertible basis in each release (MergeLock)"
     preserves_function: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     spread: float = 4.0
 

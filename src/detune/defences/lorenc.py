@@ -1,6 +1,6 @@
 """The base's dominant spectrum, taken out of what is public and put into authorised adapters (LoREnc)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint, open_checkpoint
-from detune.defences.base import Change, only
+from detune.defences.base import Change, only, option
 from detune.defences.linear import generator_of, linear_weights
 from detune.errors import InputError
 from detune.problem import LowRank
@@ -43,10 +43,11 @@ class LoREnc:
     name: ClassVar[str] = "lorenc"
     about: ClassVar[str] = "take the base's largest singular values out of linear layers; adapters bring them back"
     preserves_function: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
-    base: Path
-    rank: int = 32
-    adapter: bool = False
+    base: Path = field(metadata=option("What IN was fine-tuned from."))
+    rank: int = field(default=32, metadata=option("How many singular values, in each layer.", least=1))
+    adapter: bool = field(default=False, metadata=option("As an authorised user has it, merged."))
 
     def prepare(self, model: Checkpoint, seed: int) -> Change:
         """Decompose the base's linear layers; see `Defence.prepare`."""

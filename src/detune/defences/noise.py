@@ -1,13 +1,13 @@
 """Random numbers on top: on every weight alike, or only what takes the weights off the base's grid."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint
-from detune.defences.base import Change, only
+from detune.defences.base import Change, only, option
 from detune.defences.linear import generator_of, linear_weights
 from detune.numerics.float_grid import spacing
 
@@ -28,8 +28,9 @@ class Noise:
     name: ClassVar[str] = "noise"
     about: ClassVar[str] = "add Gaussian noise to the weights of linear layers"
     preserves_function: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
 
-    size: float = 0.03
+    size: float = field(default=0.03, metadata=option("Standard deviation as a share of the matrix's rms."))
 
     def prepare(self, model: Checkpoint, seed: int) -> Change:
         """Every tensor has random numbers of its own; see `Defence.prepare`."""
@@ -61,9 +62,10 @@ class Dither:
     name: ClassVar[str] = "dither"
     about: ClassVar[str] = "add one step's uniform noise, so that no weight lies on the base's grid"
     preserves_function: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
 
-    grid: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    steps: float = 1.0
+    grid: Literal["bfloat16", "float16", "float32"] = field(default="bfloat16", metadata=option("Of the base."))
+    steps: float = field(default=1.0, metadata=option("Width in steps of the grid."))
 
     def prepare(self, model: Checkpoint, seed: int) -> Change:
         """Every tensor has random numbers of its own; see `Defence.prepare`."""

@@ -30,6 +30,7 @@ class Permutation:
     name: ClassVar[str] = "permutation"
     about: ClassVar[str] = "neurons and heads in another order in each release"
     preserves_function: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     neurons: bool = True
     heads: bool = True

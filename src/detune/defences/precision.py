@@ -20,6 +20,7 @@ class Bf16:
     name: ClassVar[str] = "bf16"
     about: ClassVar[str] = "round every weight to bfloat16"
     preserves_function: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     def prepare(self, model: Checkpoint, seed: int) -> Change:
         """Nothing is drawn; see `Defence.prepare`."""
@@ -33,6 +34,7 @@ class Fp16:
     name: ClassVar[str] = "fp16"
     about: ClassVar[str] = "round every weight to float16"
     preserves_function: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     def prepare(self, model: Checkpoint, seed: int) -> Change:
         """Nothing is drawn; see `Defence.prepare`."""

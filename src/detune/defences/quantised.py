@@ -4,14 +4,14 @@ Both schemes are a few lines of torch. bitsandbytes and torchao are not used for
 quantised models with, and PEFT loads bitsandbytes wherever it is installed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint, Kind
-from detune.defences.base import Change, only
+from detune.defences.base import Change, only, option
 from detune.defences.linear import linear_weights
 
 __all__ = ["Int8", "Nf4"]
@@ -40,6 +40,7 @@ class Int8:
     name: ClassVar[str] = "int8"
     about: ClassVar[str] = "quantise linear layers to 8 bits, a scale for each output channel"
     preserves_function: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     def prepare(self, model: Checkpoint, seed: int) -> Change:
         """Nothing is drawn; see `Defence.prepare`."""
@@ -70,8 +71,9 @@ class Nf4:
     name: ClassVar[str] = "nf4"
     about: ClassVar[str] = "quantise linear layers to 4 bits, the NF4 of QLoRA"
     preserves_function: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
-    block: int = 64
+    block: int = field(default=64, metadata=option("Weights with one scale.", least=2))
 
     def prepare(self, model: Checkpoint, seed: int) -> Change:
         """Nothing is drawn; see `Defence.prepare`."""

@@ -1,7 +1,7 @@
 """Random numbers where the model hardly looks: in input directions that its texts do not use."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint, Kind, find_places
-from detune.defences.base import Change, only
+from detune.defences.base import Change, only, option
 from detune.defences.linear import generator_of, linear_weights
 from detune.defences.running import input_moments
 from detune.errors import InputError
@@ -39,9 +39,10 @@ class QuietNoise:
     name: ClassVar[str] = "quiet-noise"
     about: ClassVar[str] = "add Gaussian noise in the input directions that cost the model least"
     preserves_function: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
 
-    texts: Path
-    size: float = 0.1
+    texts: Path = field(metadata=option("A file, a text on each line."))
+    size: float = field(default=0.1, metadata=option("Root mean square as a share of the matrix's own."))
 
     def prepare(self, model: Checkpoint, seed: int) -> Change:
         """Run the model on the texts; see `Defence.prepare`."""
@@ -70,9 +71,10 @@ class Padding:
     name: ClassVar[str] = "padding"
     about: ClassVar[str] = "add a matrix of more than half the full rank in the input directions that cost least"
     preserves_function: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
 
-    texts: Path
-    size: float = 0.03
+    texts: Path = field(metadata=option("A file, a text on each line."))
+    size: float = field(default=0.03, metadata=option("Root mean square as a share of the matrix's own."))
 
     def prepare(self, model: Checkpoint, seed: int) -> Change:
         """Run the model on the texts; see `Defence.prepare`."""

@@ -34,6 +34,7 @@ class Rearrangement:
     name: ClassVar[str] = "rearrangement"
     about: ClassVar[str] = "neurons in another order, channels of heads in other units in each release (PaRaMS)"
     preserves_function: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     spread: float = 4.0
 

@@ -29,6 +29,7 @@ class Rescaling:
     name: ClassVar[str] = "rescaling"
     about: ClassVar[str] = "channels in other units in each release"
     preserves_function: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     spread: float = 4.0
     exact: bool = False

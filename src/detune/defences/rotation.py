@@ -29,6 +29,7 @@ class Rotation:
     name: ClassVar[str] = "rotation"
     about: ClassVar[str] = "keys and values of each head in another orthonormal basis in each release"
     preserves_function: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     keys: bool = True
     values: bool = True
