@@ -6,6 +6,7 @@ import torch
 from detune.problem.rank_rule import OVER_EDGE
 from detune.problem.storage_noise import (
     as_rounded,
+    draw_rounding,
     noise_edge,
     sample_rows,
     storage_energy,
@@ -21,6 +22,14 @@ def test_rounding_errors_have_the_variance_that_the_model_gives_them(dtype):
     error = stored.double() - exact
     assert float(error.square().mean()) == pytest.approx(float(storage_variance(stored).mean()), rel=0.05)
     assert float(error.square().sum()) == pytest.approx(storage_energy(stored), rel=0.05)
+
+
+def test_drawn_errors_are_those_of_rounding():
+    deviation = torch.tensor([[1.0], [100.0]], dtype=torch.float64).expand(2, 4000)
+    drawn = draw_rounding(deviation, seeded())
+    for row, size in zip(drawn, (1.0, 100.0), strict=True):
+        assert float(row.square().mean().sqrt()) == pytest.approx(size, rel=0.05)
+        assert 0.99 < float(row.abs().max()) / (3**0.5 * size) <= 1
 
 
 def test_float32_files_of_half_precision_are_told_by_their_values():

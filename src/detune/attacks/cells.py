@@ -23,6 +23,7 @@ from detune.lattice.estimate import Estimate, means
 from detune.lattice.holdout import held_out
 from detune.lattice.message_passing import sweep
 from detune.problem import Stack
+from detune.problem.storage_noise import step_variance
 
 __all__ = ["CellEntries", "Cells", "between_cells", "between_levels", "within_cells"]
 
@@ -84,7 +85,7 @@ def between_cells(stack: Stack, entries: "CellEntries", sweeps: int = 4) -> Tens
     measured = with_measured_noise(stack)
     if not measured.noise_override:
         # Releases that hardly differ: as far as anybody knows, by no more than their cells.
-        size = float((entries.high - entries.low).square().mean() / 12) ** 0.5
+        size = float(step_variance((entries.high - entries.low).square().mean())) ** 0.5
         measured = replace(stack, noise_override=(size,) * stack.n)
     variance = float(measured.noise[0]) ** 2
     estimates = tuple(Estimate.of(M_i, variance) for M_i in best_split(measured).deltas)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detune.errors import InputError
 from detune.numerics.float_grid import spacing
-from detune.problem.storage_noise import sample_rows
+from detune.problem.storage_noise import sample_rows, step_variance
 
 __all__ = ["Levels", "level_noise", "levels_of", "to_nf4"]
 
@@ -78,7 +78,7 @@ def level_noise(matrix: Tensor) -> float | None:
         return None
     found = (_int8(rows, dim=1) or _q8_0(rows)) if _may_be_int8(values, matrix.dtype) else None
     found = found or (_nf4(rows) if _may_be_nf4(values, matrix.dtype) else None)
-    return None if found is None else float((found.high - found.low).square().mean() / 12) ** 0.5
+    return None if found is None else float(step_variance((found.high - found.low).square().mean())) ** 0.5
 
 
 def _may_be_int8(values: list[float], dtype: torch.dtype) -> bool:

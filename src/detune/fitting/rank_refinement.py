@@ -30,7 +30,7 @@ from detune.fitting.subspaces import RowSpaces
 from detune.numerics.linalg import orthonormal
 from detune.problem.low_rank import SVDFactors
 from detune.problem.stack import SMALL_ENTRIES, Stack
-from detune.problem.storage_noise import FLOOR_RATIO
+from detune.problem.storage_noise import FLOOR_RATIO, draw_rounding
 
 # Noise alone reaches 1, and a little more where the fit bends to it. Of 120 sets of benchmarks/ranks.py all ranks are
 # right in 116 at 1.1, in 119 from 1.15 to 1.4; with the weakest direction at 2 floors of 60 sets in 46 at 1.1 and 1.15,
@@ -267,8 +267,6 @@ def drawn_spectrum(stack: Stack, seed: int = 0) -> Tensor:
         seed: Seed of the draw.
     """
     deviation = stack.variance(0).sqrt().to(stack.device)
-    generator = stack.generator(seed)
-    uniform = torch.rand(deviation.shape, generator=generator, dtype=torch.float64, device=stack.device) - 0.5
     scale = float(stack.noise.square().mean().sqrt() / stack.noise[0])
-    spectrum: Tensor = torch.linalg.svdvals(uniform * deviation * (12**0.5 * scale))
+    spectrum: Tensor = torch.linalg.svdvals(draw_rounding(deviation, stack.generator(seed), scale))
     return spectrum

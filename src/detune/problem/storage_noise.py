@@ -1,4 +1,8 @@
-"""The model of storage noise: every weight was rounded once to its dtype. Where it ends, and what is more than it."""
+"""The model of storage noise: every weight was rounded once to its dtype. Where it ends, and what is more than it.
+
+Rounding is to the nearest, so an error is uniform within half a step to either side. `detune.numerics.float_grid` has
+the other side of it, the reals that round to a stored number.
+"""
 
 from collections.abc import Sequence
 from typing import overload
@@ -32,7 +36,27 @@ def storage_variance(values: Tensor, dtype: torch.dtype | None = None) -> Tensor
     Returns:
         The same shape, float64.
     """
-    return spacing(values, dtype or values.dtype).square() / 12
+    return step_variance(spacing(values, dtype or values.dtype).square())
+
+
+def step_variance(square: Tensor) -> Tensor:
+    """Variance of the error of rounding to numbers that are a step apart, `step^2 / 12`, from the step's square."""
+    return square / 12
+
+
+def draw_rounding(deviation: Tensor, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    """Draw errors as rounding makes them: independent and uniform.
+
+    Args:
+        deviation: The standard deviation of each, any shape, float64.
+        generator: On the same device.
+        scale: A factor of all of them.
+
+    Returns:
+        The same shape, float64.
+    """
+    drawn = torch.rand(deviation.shape, generator=generator, dtype=torch.float64, device=deviation.device) - 0.5
+    return drawn * deviation * (12**0.5 * scale)
 
 
 def storage_energy(matrix: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detune.numerics.float_grid import spacing, times_power_of_two
 from detune.problem.stack import Stack
-from detune.problem.storage_noise import sample_rows
+from detune.problem.storage_noise import sample_rows, step_variance
 
 # Stacks whose entries are around 2^-20 to 2^20 are taken as they are, and nothing is copied: everything down to the
 # squares of a float32 rounding error, 2^-88, is far above what the methods take for zero, 2^-100 (derived).
@@ -61,7 +61,7 @@ def _has_subnormal(matrix: Tensor) -> bool:
 def _noise(matrix: Tensor, exponent: int) -> float:
     """Root mean square of a matrix's rounding to its dtype, scaled before it is squared."""
     steps = times_power_of_two(spacing(sample_rows(matrix), matrix.dtype), exponent)
-    return float((steps.square().mean() / 12).sqrt())
+    return float(step_variance(steps.square().mean()).sqrt())
 
 
 def _scaled(value: float, exponent: int) -> float:
