@@ -2,8 +2,9 @@
 
 Models of one base are published with other prefixes, more or fewer tokens, tied heads saved or not, and expert weights
 stacked into one tensor. Here each model is held against the layout of one of them: its tensors are found by name and
-shape (`names.align_names`), an embedding is cut where the models have different numbers of rows, a stack of experts
-into its matrices. What comes out is a view of every model. Everything behind it sees matrices of one name and shape.
+shape (`names.align_names`), an embedding is cut where the models have different numbers of rows (`vocabulary`), a
+stack of experts into its matrices. What comes out is a view of every model. Everything behind it sees matrices of one
+name and shape.
 """
 
 import math
@@ -11,12 +12,18 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 from detune.checkpoints import Checkpoint, Excerpt, Part, TensorInfo, View, raw
 from detune.compatibility.names import TwoWays, align_names, bare
 from detune.compatibility.shared import LISTED, is_shared, some
-from detune.compatibility.vocabulary import first_own_row, is_vocabulary, resized_rows, vocabulary_sizes
+from detune.compatibility.vocabulary import (
+    cut_vocabulary,
+    first_own_row,
+    held_rows,
+    is_vocabulary,
+    resized_rows,
+    vocabulary_sizes,
+)
 from detune.errors import InputError
 from detune.numerics.float_grid import name_of
 from detune.problem.recovery import FEWEST_MODELS
@@ -262,22 +269,11 @@ def _misfit(layout: Checkpoint, model: Checkpoint, found: _Found) -> InputError:
 
 
 def _cut(info: TensorInfo, shapes: Sequence[Sequence[int]], own: int | None) -> dict[str, Part]:
-    """The parts of a tensor of the layout, by name.
-
-    Args:
-        info: The tensor.
-        shapes: Its shape in each model.
-        own: The row from which on each has its own; None where there is no such.
-    """
+    """The parts of a tensor of the layout, by name: see `cut_vocabulary` for the arguments."""
     name = info.name
     if is_stack(name, info.shape):
         return {f"{name}[{k}]": Part(name, k, k + 1, alone=True) for k in range(info.shape[0])}
-    fewer = sorted({shape[0] for shape in shapes if shape and shape[0] < info.shape[0] and shape[1:] == info.shape[1:]})
-    starts = sorted({*fewer, own or 0} - {0})
-    if not starts:
-        return {name: Part(name)}
-    cuts = (0, *starts, info.shape[0])
-    return {f"{name}[{start}:{stop}]": Part(name, start, stop) for start, stop in pairwise(cuts)}
+    return cut_vocabulary(info, shapes, own)
 
 
 def _fit(layout: Checkpoint, model: Checkpoint, found: _Found, pieces: Mapping[str, Mapping[str, Part]]) -> Fit:
@@ -295,8 +291,8 @@ def _fit(layout: Checkpoint, model: Checkpoint, found: _Found, pieces: Mapping[s
                 parts[key] = replace(piece, tensor=source.tensor, turned=source.turned)
             elif source.turned or (piece.is_whole and rows == expected[:1]):
                 parts[key] = source
-            elif rows[0] >= piece.rows(expected).stop:
-                parts[key] = replace(piece, tensor=source.tensor, stop=piece.rows(expected).stop)
+            elif (held := held_rows(piece, expected, rows[0], source.tensor)) is not None:
+                parts[key] = held
     renamed = [(own, name) for name, own in found.names.items() if own != name]
     used = {part.tensor for part in found.parts.values()} | set(found.names.values())
     return Fit(

@@ -5,13 +5,22 @@ rows that each has by itself are not.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from detune.checkpoints import Checkpoint, TensorInfo, View
+from detune.checkpoints import Checkpoint, Part, TensorInfo, View
 
-__all__ = ["first_own_row", "is_vocabulary", "resized_rows", "vocabulary_sizes"]
+__all__ = [
+    "cut_vocabulary",
+    "first_own_row",
+    "held_rows",
+    "is_vocabulary",
+    "resized_rows",
+    "vocabulary_sizes",
+]
 
 # Names of embeddings and heads, with a row for each token.
 VOCABULARY = ("embed", "wte", "lm_head", "decoder", "predictions")
@@ -63,6 +72,36 @@ def first_own_row(holders: Sequence[View], name: str) -> int | None:
             first = start + int(shared[-1]) + 1
             return first if first < rows else None
     return None
+
+
+def cut_vocabulary(info: TensorInfo, shapes: Sequence[Sequence[int]], own: int | None) -> dict[str, Part]:
+    """Cut a tensor where a model's rows end, by name; one that all have with as many rows stays whole.
+
+    Args:
+        info: The tensor of the layout.
+        shapes: Its shape in each model.
+        own: The row from which on each has its own, see `first_own_row`.
+    """
+    name = info.name
+    fewer = {shape[0] for shape in shapes if shape and shape[0] < info.shape[0] and shape[1:] == info.shape[1:]}
+    starts = sorted({*fewer, own or 0} - {0})
+    if not starts:
+        return {name: Part(name)}
+    cuts = (0, *starts, info.shape[0])
+    return {f"{name}[{start}:{stop}]": Part(name, start, stop) for start, stop in pairwise(cuts)}
+
+
+def held_rows(piece: Part, expected: Sequence[int], rows: int, own: str) -> Part | None:
+    """A piece of the layout's tensor in a model; None where the model's rows end before the piece does.
+
+    Args:
+        piece: Of `cut_vocabulary`.
+        expected: Shape of the layout's tensor.
+        rows: Rows of the model's.
+        own: The model's name for it.
+    """
+    stop = piece.rows(expected).stop
+    return replace(piece, tensor=own, stop=stop) if rows >= stop else None
 
 
 def _equal_rows(holders: Sequence[View], name: str, rows: slice) -> Tensor:
