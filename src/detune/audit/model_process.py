@@ -20,14 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "main"]
 
-# The metric that stands for each, in words.
-MEANINGS: "dict[Metric, str]" = {
-    "activation": "mean cosine distance of the hidden states, over inputs and blocks",
-    "sbert": "mean distance of the sentence embeddings of the texts written",
-    "lpips": "mean perceptual distance of the images drawn",
-    "levels": "largest difference of the images drawn, in levels of 255",
-}
-
 
 @dataclass(frozen=True)
 class Request:
@@ -81,6 +73,8 @@ def _compare(request: Request) -> Behaviour:
 
 
 def _distances(values: "Mapping[str, Mapping[Metric, float]]", inputs: int) -> Behaviour:
+    from detune.bench.behaviour import MEANINGS
+
     metric = next(name for name in MEANINGS if name in values["release"])
     release = values["release"][metric]
     recovered = values["recovered"][metric] if "recovered" in values else None

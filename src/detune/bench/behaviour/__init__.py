@@ -8,13 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from detune.bench.behaviour.base import Behaviour, Differences, Metric, images_in, prompts_in
+from detune.bench.behaviour.base import MEANINGS, Behaviour, Differences, Metric, images_in, prompts_in
 from detune.bench.behaviour.images import DrawnImages
 from detune.bench.behaviour.states import ImageStates, TextStates
 from detune.bench.behaviour.texts import WrittenTexts
 from detune.errors import InputError
 
 __all__ = [
+    "MEANINGS",
     "Behaviour",
     "Differences",
     "DrawnImages",

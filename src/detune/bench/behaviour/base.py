@@ -8,7 +8,7 @@ from typing import Literal, Protocol, TypeVar
 
 from detune.errors import InputError
 
-__all__ = ["Behaviour", "Differences", "Metric", "images_in", "prompts_in"]
+__all__ = ["MEANINGS", "Behaviour", "Differences", "Metric", "images_in", "prompts_in"]
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 
@@ -16,6 +16,14 @@ Observation = TypeVar("Observation")
 
 Metric = Literal["activation", "equal_texts", "levels", "lpips", "sbert", "sbert_log10"]
 """The names of what is measured; results are held to them, as another could be that of a column of their table."""
+
+MEANINGS: dict[Metric, str] = {
+    "activation": "mean cosine distance of the hidden states, over inputs and blocks",
+    "sbert": "mean distance of the sentence embeddings of the texts written",
+    "lpips": "mean perceptual distance of the images drawn",
+    "levels": "largest difference of the images drawn, in levels of 255",
+}
+"""Distances that stand for how alike two models are, in words; of several that were measured the first counts."""
 
 
 @dataclass(frozen=True)
