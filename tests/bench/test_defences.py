@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from detune.bench.defences import Cell, Row, RowResult, bench_defences, run_rows, verdict
+from detune.bench.defences import Cell, Row, RowResult, bench_defences, outcome, run_rows
 from detune.bench.defences.families import trained_families
 from detune.bench.defences.table import draw, markdown, to_json
 from detune.demo.texts import DOMAINS
@@ -34,7 +34,7 @@ def result(name: str = "noise", w_error: float = -6.0, embeddings: float = 1.0, 
     ],
 )
 def test_a_defence_is_judged_by_its_best_attack(w_error, embeddings, expected):
-    assert verdict(result(w_error=w_error, embeddings=embeddings)) == expected
+    assert outcome(result(w_error=w_error, embeddings=embeddings)) == expected
 
 
 SILENT = (Cell("average", None, None, "one model holds NaN", 0.1), Cell("recover", None, None, "not one family", 0.1))
@@ -42,7 +42,7 @@ SILENT = (Cell("average", None, None, "one model holds NaN", 0.1), Cell("recover
 
 def test_a_row_without_an_answer_says_so_everywhere(tmp_path):
     row = result(cells=SILENT)
-    assert (row.best, row.times_closer, verdict(row)) == (None, None, "no answer")
+    assert (row.best, row.times_closer, outcome(row)) == (None, None, "no answer")
     line = markdown([row]).splitlines()[-1]
     assert line == "| noise | 5 | none | none | no answer | no answer | 0.500 (-3.8%) | no answer |"
     (stored,) = require_valid("bench-defences", to_json([row]))["rows"]
@@ -97,7 +97,7 @@ class TestQuickRun:
         return {row.name: row for row in bench_defences(out, quick=True, only=("none",))}
 
     def test_undefended_releases_are_undone(self, rows):
-        assert verdict(rows["none"]) == "broken"
+        assert outcome(rows["none"]) == "broken"
         assert rows["none"].best.w_error < -14
         assert rows["none"].best.embeddings < 1e-6
 

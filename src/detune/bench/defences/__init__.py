@@ -5,13 +5,13 @@ from pathlib import Path
 
 from detune._runtime import OnPart, OnStart
 from detune.bench.defences.families import FAMILIES, given_family, trained_families
-from detune.bench.defences.matrix import MODELS, Cell, Row, RowResult, rows_of, run_rows, verdict
+from detune.bench.defences.matrix import MODELS, Cell, Row, RowResult, outcome, rows_of, run_rows
 from detune.bench.defences.table import write
 from detune.demo.texts import DOMAINS, passages
 from detune.demo.train import base_model
 from detune.errors import InputError
 
-__all__ = ["Cell", "Row", "RowResult", "bench_defences", "run_rows", "verdict", "write"]
+__all__ = ["Cell", "Row", "RowResult", "bench_defences", "outcome", "run_rows", "write"]
 
 # Passages of each domain that the defences look at activations with; none of them is held out.
 CALIBRATION = 24

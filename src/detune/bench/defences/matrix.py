@@ -44,7 +44,7 @@ from detune.errors import DetuneError, InputError
 from detune.metrics import w_error
 from detune.metrics.cosine import cosine_distances
 
-__all__ = ["NO_ANSWER", "Cell", "Row", "RowResult", "rows_of", "run_rows", "verdict"]
+__all__ = ["NO_ANSWER", "Cell", "Row", "RowResult", "outcome", "rows_of", "run_rows"]
 
 MODELS = 5
 """Releases, where a row does not say otherwise."""
@@ -165,10 +165,10 @@ class RowResult:
 
     def to_json(self) -> str:
         """All of it as JSON."""
-        return json.dumps(asdict(self) | {"verdict": verdict(self)}, indent=1) + "\n"
+        return json.dumps(asdict(self) | {"verdict": outcome(self)}, indent=1) + "\n"
 
 
-def verdict(row: RowResult) -> str:
+def outcome(row: RowResult) -> str:
     """Whether a defence survives: by how much closer its best attack comes than averaging undefended releases does.
 
     Returns:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from detune.attacks import ATTACKS
-from detune.bench.defences.matrix import NO_ANSWER, RowResult, verdict
+from detune.bench.defences.matrix import NO_ANSWER, RowResult, outcome
 from detune.bench.plots import plain
 from detune.documents import document
 from detune.documents import to_json as to_text
@@ -63,7 +63,7 @@ def markdown(rows: Sequence[RowResult]) -> str:
                 NO_ANSWER if closest is None else f"{closest:.1e}",
                 _times(row.times_closer),
                 f"{row.accuracy:.3f} ({_change(row)})",
-                verdict(row),
+                outcome(row),
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -72,7 +72,7 @@ def markdown(rows: Sequence[RowResult]) -> str:
 def to_json(rows: Sequence[RowResult]) -> str:
     """The matrix as JSON: each row with what follows from it."""
     content = [
-        asdict(row) | {"cost": row.cost, "times_closer": row.times_closer, "verdict": verdict(row)} for row in rows
+        asdict(row) | {"cost": row.cost, "times_closer": row.times_closer, "verdict": outcome(row)} for row in rows
     ]
     return to_text(document("detune-bench-defences/1", {"rows": content}))
 
@@ -107,7 +107,7 @@ def draw(rows: Sequence[RowResult], file: Path) -> None:
             label = axis.text(attacks.index(cell.attack), i, told, ha="center", va="center", fontsize=size)
             label.set(fontweight=weight, color="white" if light else "black")
         closer = "" if row.times_closer is None else f"{_times(row.times_closer)}×"
-        beside = (closer, _change(row), verdict(row))
+        beside = (closer, _change(row), outcome(row))
         for place, told in zip(_BESIDE, beside, strict=True):
             colour = _COLOURS.get(told, "black")
             axis.text(len(attacks) + place, i, told, va="center", fontsize=9, color=colour)
