@@ -22,7 +22,7 @@ from detune.cli.publish import publishing, push_options
 @click.command()
 @models_argument
 @click.option("--base", required=True, help="What they were fine-tuned from, or what recover made of them.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to make.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, readable=False), help="The directory to make.")
 @rank_option
 @click.option("--denoise", is_flag=True, help="Of models fine-tuned in full, keep what stands over the change's noise.")
 @device_option
@@ -62,7 +62,7 @@ def extract(
 @click.command()
 @models_argument
 @click.option("--base", help="What they were fine-tuned from, or its recovery; by default it is recovered.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to make.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, readable=False), help="The file to make.")
 @rank_option
 @device_option
 @dry_run_option
@@ -95,8 +95,8 @@ def pack(
 
 
 @click.command()
-@click.argument("pack", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to make.")
+@click.argument("pack", type=click.Path(path_type=Path, readable=False))
+@click.option("--out", required=True, type=click.Path(path_type=Path, readable=False), help="The directory to make.")
 @output_options
 def unpack(pack: Path, out: Path, output: Output) -> None:
     """Restore the models of PACK, every file byte for byte, each in a directory of its own below OUT."""

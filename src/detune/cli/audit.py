@@ -27,9 +27,13 @@ if TYPE_CHECKING:
 @click.command()
 @models_argument
 @click.option("--base", help="What they were fine-tuned from, to measure against. Without it, errors are predicted.")
-@click.option("--out", type=click.Path(path_type=Path), help="A directory to make with audit.html and audit.json.")
-@click.option("--html", type=click.Path(path_type=Path), help="A file to make: the page alone.")
-@click.option("--sarif", type=click.Path(path_type=Path), help="A file to make: the findings, for code scanning.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, readable=False), help="A directory to make with audit.html and audit.json."
+)
+@click.option("--html", type=click.Path(path_type=Path, readable=False), help="A file to make: the page alone.")
+@click.option(
+    "--sarif", type=click.Path(path_type=Path, readable=False), help="A file to make: the findings, for code scanning."
+)
 @click.option(
     "--fail-on",
     type=click.Choice(["exact", "floor", "approximate"]),
@@ -37,12 +41,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="What makes the exit code 1: weights that come back to the last bit; to the rounding; or in part.",
 )
-@click.option("--inputs", type=click.Path(path_type=Path), help="What to run the models on; see docs/bench.md.")
+@click.option(
+    "--inputs", type=click.Path(path_type=Path, readable=False), help="What to run the models on; see docs/bench.md."
+)
 @click.option("--weights-only", is_flag=True, help="Do not run the models.")
 @click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="From three releases on.")
 @click.option(
     "--trained",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     help="A CSV file of adapters whose training is known: adapter, examples, group. Estimates each release's.",
 )
 @rank_option

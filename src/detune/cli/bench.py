@@ -39,18 +39,23 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 
 
 out_option = click.option(
-    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The directory to fill."
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, readable=False, file_okay=False),
+    help="The directory to fill.",
 )
 data_option = click.option(
     "--data",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=click.Path(path_type=Path, readable=False, exists=True, file_okay=False),
     help="A local copy of the published dataset, instead of the Hub.",
 )
 revision_option = click.option(
     "--revision", default="main", show_default=True, help="Of the published dataset; a commit pins it."
 )
 base_option = click.option(
-    "--base", type=click.Path(path_type=Path), help="The base's directory, if it is not beside the rows."
+    "--base",
+    type=click.Path(path_type=Path, readable=False),
+    help="The base's directory, if it is not beside the rows.",
 )
 
 
@@ -171,7 +176,9 @@ def merge(subset: str, out: Path, base: Path | None, data: Path | None, revision
 )
 @out_option
 @base_option
-@click.option("--inputs", type=click.Path(path_type=Path), help="Prompts (CSV) or images to compare behaviour on.")
+@click.option(
+    "--inputs", type=click.Path(path_type=Path, readable=False), help="Prompts (CSV) or images to compare behaviour on."
+)
 @click.option("--weights-only", is_flag=True, help="Do not run the recovered models.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own choice.")
 @device_option
@@ -221,7 +228,7 @@ def run(
 
 
 @bench.command()
-@click.argument("results", type=click.Path(path_type=Path))
+@click.argument("results", type=click.Path(path_type=Path, readable=False))
 @output_options
 def table(results: Path, output: Output) -> None:
     """Print the table of RESULTS and write it beside them: Markdown, CSV, and a plot as PNG and SVG."""

@@ -10,9 +10,14 @@ from detune.cli.terminal import say
 
 
 @click.command()
-@click.argument("models", nargs=-1, type=click.Path(path_type=Path), metavar="[MODEL...]")
-@click.option("--base", type=click.Path(path_type=Path), help="The MODELs' base: the truth.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The directory to fill.")
+@click.argument("models", nargs=-1, type=click.Path(path_type=Path, readable=False), metavar="[MODEL...]")
+@click.option("--base", type=click.Path(path_type=Path, readable=False), help="The MODELs' base: the truth.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, readable=False, file_okay=False),
+    help="The directory to fill.",
+)
 @click.option("--only", multiple=True, metavar="ROW", help="A row of the table; may be given several times.")
 @click.option("--quick", is_flag=True, help="The smallest form, for a look at the code path.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; by default torch's own choice.")

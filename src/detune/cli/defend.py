@@ -58,7 +58,7 @@ def _command(defence: "type[Defence]") -> click.Command:
     """The subcommand of a defence: what is not said is as the defence has it."""
 
     @click.argument("model", metavar="IN")
-    @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+    @click.argument("out", metavar="OUT", type=click.Path(path_type=Path, readable=False))
     @click.option("--seed", type=click.IntRange(min=0), help="By default one that nobody can guess; keep it secret.")
     @output_options
     def run(model: str, out: Path, seed: int | None, output: Output, **settings: Any) -> None:
@@ -90,7 +90,7 @@ def _option(setting: "Field[Any]", kind: Any) -> Callable[..., Any]:
             "type": {
                 float: click.FloatRange(min=least),
                 int: click.IntRange(min=least),
-                Path: click.Path(path_type=Path),
+                Path: click.Path(path_type=Path, readable=False),
             }[kind]
         }
     return click.option(f"--{setting.name}", required=setting.default is MISSING, help=about, **form)
@@ -102,8 +102,8 @@ def _frozen_a() -> click.Command:
     from detune.defences import FrozenA
 
     @click.command(_FROZEN_A, short_help=FrozenA.about)
-    @click.argument("base", type=click.Path(path_type=Path))
-    @click.argument("out", type=click.Path(path_type=Path))
+    @click.argument("base", type=click.Path(path_type=Path, readable=False))
+    @click.argument("out", type=click.Path(path_type=Path, readable=False))
     @click.option("--rank", default=32, show_default=True, type=click.IntRange(min=1), help="LoRA rank.")
     @click.option("--alpha", default=64, show_default=True, type=click.IntRange(min=1), help="LoRA alpha.")
     @click.option("--targets", default="query,value", show_default=True, help="Names of the linear layers to train.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 rows_argument = click.argument("rows", nargs=-1, metavar="[ROW...]")
 entries_option = click.option(
     "--entries",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path, readable=False, file_okay=False),
     default=Path("docs/leaderboard/entries"),
     show_default=True,
     help="The folder of entries, one JSON file each.",
@@ -26,7 +26,7 @@ entries_option = click.option(
 out_option = click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path, readable=False, file_okay=False),
     help="The directory of `detune bench defences`; rows that it has are not run again.",
 )
 
@@ -71,7 +71,7 @@ def verify(rows: tuple[str, ...], out: Path, entries: Path, quiet: bool) -> None
 @entries_option
 @click.option(
     "--page",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path, readable=False, dir_okay=False),
     default=Path("docs/leaderboard.md"),
     show_default=True,
     help="The page; the part between its marks is replaced.",

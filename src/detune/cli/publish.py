@@ -32,7 +32,7 @@ def push_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, readable=False))
 @click.argument("repository", metavar="REPO")
 @public_option
 @click.option("--message", help="Of the commit.")

@@ -36,16 +36,20 @@ from detune.cli.signals import keeping
     },
 )
 @models_argument
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to make.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, readable=False), help="The directory to make.")
 @click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How to recover.")
 @rank_option
 @device_option
 @merge_option
 @click.option("--node", metavar="NAME", help="Recover this ancestor of the tree that `family` draws, not the root.")
 @click.option("--like", metavar="MODEL", help="Whose files, names and tokens OUT takes; those most models have.")
-@click.option("--adapters", type=click.Path(path_type=Path), help="A directory to make with each model's LoRA.")
+@click.option(
+    "--adapters", type=click.Path(path_type=Path, readable=False), help="A directory to make with each model's LoRA."
+)
 @dtype_option
-@click.option("--mask", type=click.Path(path_type=Path), help="A .npz file to make: where each tensor is certain.")
+@click.option(
+    "--mask", type=click.Path(path_type=Path, readable=False), help="A .npz file to make: where each tensor is certain."
+)
 @click.option("--check", is_flag=True, help="Recover from parts of the models too: do they agree? From four models on.")
 @card_option
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if recover wrote it and nothing was added or changed.")
@@ -154,9 +158,15 @@ def inspect(
 @rows_option
 @device_option
 @merge_option
-@click.option("--mermaid", type=click.Path(path_type=Path), help="A file to make: the tree as a picture, for Mermaid.")
 @click.option(
-    "--bom", type=click.Path(path_type=Path), help="A file to make: the models with their ancestors, CycloneDX."
+    "--mermaid",
+    type=click.Path(path_type=Path, readable=False),
+    help="A file to make: the tree as a picture, for Mermaid.",
+)
+@click.option(
+    "--bom",
+    type=click.Path(path_type=Path, readable=False),
+    help="A file to make: the models with their ancestors, CycloneDX.",
 )
 @output_options
 def family(
@@ -222,7 +232,11 @@ def compare(recovered: str, truth: str, output: Output) -> None:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), help="Keep the models here; a temporary directory otherwise.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, readable=False),
+    help="Keep the models here; a temporary directory otherwise.",
+)
 @click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="What recovers the base.")
 @click.option("--train", is_flag=True, help="Train the LoRAs here instead of taking those that come along: minutes.")
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps of each LoRA, with --train.")
