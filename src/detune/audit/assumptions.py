@@ -152,7 +152,8 @@ def _low_rank(evidence: Evidence) -> Checked:
     if not evidence.matrices or evidence.used < ENOUGH:
         return None, "fewer than three releases do not tell the ranks"
     low = [(entry, max(outcome.ranks)) for entry, outcome in evidence.ranked if _is_low(entry, max(outcome.ranks))]
-    asked = sum(outcome.method != "unchanged" for _, outcome in evidence.outcomes)
+    # A model that left a matrix alone gives it away: the others' ranks are known all the same.
+    asked = sum(outcome.method != "unchanged" or bool(outcome.ranks) for _, outcome in evidence.outcomes)
     noisy = sum(outcome.method == "denoise" for _, outcome in evidence.outcomes)
     if noisy and not low:
         return (
