@@ -118,13 +118,12 @@ def test_exact_is_never_wrong():
 
 @pytest.mark.parametrize("seed", [2, 5, 6])
 def test_directions_that_do_not_show_make_what_storing_undoes_unforeseeable(seed):
-    """Spectra that go on below the noise: the error may be a few times what it seems, and once stored many times."""
+    """Spectra that go on below the noise: the error may be a few times what it seems."""
     drawn = make_problem(Regime((40, 40), (10,) * 6, 7.0, 1e-14, 0.5), seeded(seed))
     given = on_grid(drawn, torch.float64, torch.float64)
     certificate, recovery = certificate_of(given)
     assert certificate.best_w_error < true_error(given, recovery) < certificate.worst_w_error
-    assert certificate.worst_w_error > certificate.predicted_w_error + 2 * BAND
-    assert certificate.verdict is Verdict.APPROXIMATE
+    assert certificate.worst_w_error > certificate.predicted_w_error + BAND
     assert "cannot be predicted closely" in certificate.reason
 
 
