@@ -3,6 +3,7 @@
 import sys
 from typing import NamedTuple
 
+import click
 import pytest
 
 import detune.cli
@@ -22,3 +23,15 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         detune.cli.main()
     captured = capsys.readouterr()
     return Ran(int(exit_.value.code or 0), captured.out, captured.err)
+
+
+def leaves(command: click.Command, *words: str) -> dict[str, click.Command]:
+    """Every command below a group, by its words; some groups make theirs when they are asked."""
+    if not isinstance(command, click.Group):
+        return {" ".join(words): command}
+    context, found = click.Context(command), dict[str, click.Command]()
+    for name in command.list_commands(context):
+        sub = command.get_command(context, name)
+        assert sub is not None
+        found |= leaves(sub, *words, name)
+    return found

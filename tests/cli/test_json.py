@@ -7,6 +7,7 @@ import pytest
 
 import detune.cli
 from tests.bench.tiny_models import save_bert
+from tests.command import leaves
 from tests.families import Fine, plain_family
 from tests.schemas import FOLDER, OUTPUTS, require_valid, text_of
 
@@ -32,13 +33,11 @@ def test_the_docs_list_every_schema():
 
 
 def test_every_command_that_prints_json_has_a_schema():
-    def printing(command, words=()):
-        for name, sub in getattr(command, "commands", {}).items():
-            yield from printing(sub, (*words, name))
-        if any(option.name == "as_json" for option in command.params):
-            yield "-".join(words)
-
-    names = set(printing(detune.cli.cli))
+    names = {
+        name.replace(" ", "-")
+        for name, found in leaves(detune.cli.cli).items()
+        if any(option.name == "as_json" for option in found.params)
+    }
     names = {"defend" if name.startswith("defend-") else name for name in names} - {"bench-run"}
     # What --dry-run prints.
     assert names | {"plan"} == set(OUTPUTS)

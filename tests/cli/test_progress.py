@@ -13,6 +13,7 @@ from detune.cli.progress import Progress
 from detune.cli.progress_bars import progress_bar
 from detune.cli.terminal import duration
 from detune.defences import Bf16, defend
+from tests.command import leaves
 from tests.families import Fine, plain_family
 
 
@@ -232,13 +233,7 @@ def test_what_took_longest_is_told(command, words_of, monkeypatch, name):
 
 
 def test_every_command_that_shows_progress_can_be_quiet():
-    def leaves(command, words=()):
-        for name, sub in getattr(command, "commands", {}).items():
-            yield from leaves(sub, (*words, name))
-        if not hasattr(command, "commands"):
-            yield " ".join(words), {option.name for option in command.params}
-
-    commands = dict(leaves(detune.cli.cli))
+    commands = {name: {option.name for option in found.params} for name, found in leaves(detune.cli.cli).items()}
     loud = {name for name, options in commands.items() if "quiet" not in options}
     assert loud == {"defend frozen-a", "bench leaderboard build"}, "which write a small file at once"
     assert {name for name, options in commands.items() if "as_json" in options} <= set(commands) - loud

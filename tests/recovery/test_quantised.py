@@ -110,6 +110,7 @@ def test_deltas_below_the_levels_are_not_promised_to_be_undone(family, tmp_path)
     for row in report.tensors:
         if row.name in NAMES:
             assert row.verdict is Verdict.APPROXIMATE
+            assert "rounded alike" in row.reason
             assert row.predicted_w_error == pytest.approx(w_error(written[row.name], base[row.name]), abs=0.3)
 
 

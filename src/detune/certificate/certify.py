@@ -168,7 +168,7 @@ def calibrated(found: Assessment) -> Certificate:
         worst = max(worst, agreement)
     narrow = best is not None and worst - best <= (BANDS if found.basis.startswith("grid") else NARROW)
     doubts = found.doubts if bin_.seen else (*found.doubts, UNSEEN)
-    verdict = Verdict.FLOOR if found.at_floor and narrow else Verdict.APPROXIMATE
+    verdict = Verdict.FLOOR if found.at_floor and narrow and bin_.seen else Verdict.APPROXIMATE
     said = (found.reason, *doubts) if found.at_floor else doubts
     if verdict is Verdict.APPROXIMATE and not doubts:
         said = (*said, "problems like it had errors that are known to a factor only")

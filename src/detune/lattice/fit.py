@@ -111,7 +111,7 @@ class Sweeps:
         rank: int | None,
         spaces: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[tuple[Estimate, ...], int]:
-        """Sweep until nothing new comes, or all is known.
+        """Sweep until nothing new comes.
 
         Args:
             entries: The models.
@@ -139,7 +139,7 @@ class Sweeps:
             found = tuple(e.within(spaces) for e in sweep(entries, found, points, held))
             uncertain = sum(e.variance for e in found)
             stalls = 0 if came or uncertain < self.least_gain * before else stalls + 1
-            if stalls > self.patience or (not came and _is_fine(found, entries, grid)):
+            if stalls > self.patience:
                 return found, turn + 1
             before = uncertain
         return found, self.most
