@@ -59,6 +59,8 @@ class TensorScheduler(Generic[Result]):
 
     def __init__(self, loads: Iterable[TensorLoad], most: int | None = None) -> None:
         self._all_threads = torch.get_num_threads()
+        # In a forked process the first call makes torch's pool anew, which two threads must not do at once.
+        torch.set_num_threads(self._all_threads)
         self._slots = self._all_threads if most is None else most
         largest = max((load.entries for load in loads), default=0)
         self._limit_bytes = max(HELD * 4 * largest, HELD_BYTES)
