@@ -8,8 +8,7 @@ from detune.certificate.calibration import Assessment, log_ratio
 from detune.fitting.normal_operator import NormalOperator
 from detune.identifiability.error_traces import error_traces
 from detune.identifiability.null_space import basis_error_variances, undetermined
-from detune.methods.mixed_precision import COARSE
-from detune.numerics.float_grid import name_of, spacing
+from detune.numerics.float_grid import COARSE, name_of, spacing
 from detune.problem.low_rank import SVDFactors
 from detune.problem.recovery import DecodedBits, Recovery
 from detune.problem.stack import Stack

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detune.lattice.entries import Entries, row_blocks
 from detune.lattice.estimate import Estimate, known, means
+from detune.numerics.float_grid import COARSE
 from detune.numerics.random import seeded
 from detune.problem.recovery import PredictedError
 
@@ -21,9 +22,6 @@ SAFETY = 4.0
 # and by more than this many standard deviations more than in others (measured: `benchmarks/constants.py`).
 MOST_STRAIN = 3.0
 DEVIATIONS, SCATTER = 4.0, 2.4
-# A model whose intervals are this many times shorter than the grid's steps shows what is off the grid: half precisions
-# are 2^3 apart, and float32 2^13 from these (derived).
-FINER = 64.0
 # The residual of an entry that is off the grid is more standard deviations than this: rounding errors are bounded, and
 # 2.5 is the most in 400 matrices that are on it (measured: `benchmarks/exact.py`).
 MOST_AWAY = 3.0
@@ -121,7 +119,7 @@ def _finely_stored(entries: Entries, grid: np.ndarray) -> np.ndarray:
     """The models that are stored far more finely than the grid."""
     low, high = entries.block(slice(0, 1))
     steps = grid[0] * np.abs(low).mean(axis=(1, 2))
-    return np.flatnonzero(FINER * (high - low).mean(axis=(1, 2)) < steps)
+    return np.flatnonzero(COARSE * (high - low).mean(axis=(1, 2)) < steps)
 
 
 def _residuals(low: np.ndarray, high: np.ndarray, fitted: np.ndarray) -> np.ndarray:

@@ -86,25 +86,33 @@ class Auto:
             return of_versions
         models = independent_models(stack)
         light = self.lattice is not None and is_coarse(stack.part(models))
+        of_some = chosen = None
         if light:
             # Directions of light deltas do not stand over the noise.
-            of_some, chosen = self._of_some(stack, models, rank), None
-        else:
+            of_some = self._of_some(stack, models, rank)
+        elif stack.n > self.min_models:
             chosen = well_separated(stack.n, models, lambda some: self._chosen(stack, some, rank))
             of_some = self._of_chosen(stack, chosen)
         if of_some is not None:
             return of_some
+        # What was rounded to levels of its own lies on no dtype's grid.
+        on_grid = self.lattice is not None and not stack.noise_override
+        found = self._without_differences(stack, rank) if on_grid else None
+        if found is not None:
+            return found
         if chosen is None or len(chosen.models) < stack.n:
             chosen = self._chosen(stack, tuple(range(stack.n)), rank)
-        # What was rounded to levels of its own lies on no dtype's grid.
-        if self.lattice is None or stack.noise_override:
-            return self._least_squares(stack, chosen)
+        return self._on_grid(stack, chosen) if on_grid else self._least_squares(stack, chosen)
+
+    def _without_differences(self, stack: Stack, rank: int | None) -> Recovery | None:
+        """A model's own bits where it left the matrix alone, or the base of light models; None of others."""
+        assert self.lattice is not None
         found = self._left_alone(stack) if stack.n >= self.min_models else None
         if found is None:
             refine = self.lattice.refine
             with suppress(NoGrid):
                 found = self.lattice.of_light(stack, rank, lambda: solve_few_finest(stack, refine, rank))
-        return found or self._on_grid(stack, chosen)
+        return found
 
     def _of_some(self, stack: Stack, models: tuple[int, ...], rank: int | None) -> Recovery | None:
         """The answer of models that are independent of each other, and then of all; None where these are all."""

@@ -16,16 +16,13 @@ from detune.fitting.differences import find_differences
 from detune.fitting.normal_operator import NormalOperator
 from detune.identifiability.null_space import basis_error_variances, undetermined
 from detune.lattice import is_coarse
-from detune.numerics.float_grid import name_of
+from detune.numerics.float_grid import COARSE, name_of
 from detune.numerics.linalg import thin_svd
 from detune.problem.low_rank import LowRank, SVDFactors
 from detune.problem.recovery import FEWEST_MODELS, NotLowRank, NotRecoverable, Recovery
 from detune.problem.stack import Stack
 from detune.problem.storage_noise import FLOOR_RATIO
 
-# Models whose steps are more than 64 times the finest are coarse: float32 and fp16 are 2^13 apart, fp16 and bf16
-# 2^3, and 64 is between (derived).
-COARSE = 64.0
 # A base in float32 may have been rounded to bf16 before its merge was: the variance is twice that of one rounding
 # (derived).
 ROUNDED_TWICE = 2**0.5

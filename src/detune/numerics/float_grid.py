@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
+# Steps that are more than 64 times others are coarse beside these: float32 and fp16 are 2^13 apart, fp16 and bf16 2^3,
+# and 64 is between (derived).
+COARSE = 64.0
 # The exponent's bits of a positive float64, by definition of the format.
 EXPONENT = 0x7FF0000000000000
 
