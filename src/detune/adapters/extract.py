@@ -29,11 +29,11 @@ from detune.checkpoints import (
 )
 from detune.checkpoints.atomic import Same
 from detune.checkpoints.cards import InputCard, read_card
+from detune.compatibility.common_tensors import ModelTensors
 from detune.compatibility.groups import STRANGER, group_by_base, why_foreign
 from detune.compatibility.mismatch import Cause
 from detune.compatibility.model_set import ModelSet
 from detune.compatibility.shared import is_shared
-from detune.compatibility.views import Fit
 from detune.documents import document, to_json
 from detune.errors import InputError, OutputError
 
@@ -143,7 +143,7 @@ def extract(
                 extractor.add(name, changes)
                 if on_tensor:
                     on_tensor(name, tuple(change.row for change in changes))
-            for i, fit in enumerate(family.alignment.fits[: family.n]):
+            for i, fit in enumerate(family.common.fits[: family.n]):
                 extractor.leave_out(i, fit)
             extraction = extractor.finish()
             if not any(row.kept is Kept.LORA for row in extraction.rows):
@@ -263,7 +263,7 @@ class Extractor:
                 self._as_base[row.model, name] = change.as_base
             self._rows.append(row)
 
-    def leave_out(self, model: int, fit: Fit | None) -> None:
+    def leave_out(self, model: int, fit: ModelTensors | None) -> None:
         """Report what a model has that the base has not, or has otherwise.
 
         Args:

@@ -11,9 +11,9 @@ from detune._runtime import needs_extra
 from detune.attacks.align import write_aligned
 from detune.attacks.measured_noise import is_white, noise_size
 from detune.checkpoints import Checkpoint, open_checkpoint
+from detune.compatibility.common_tensors import find_common_tensors
 from detune.compatibility.groups import BaseGroups, group_by_base, group_fitting, why_foreign, why_left_out
 from detune.compatibility.mismatch import Cause, find_mismatch
-from detune.compatibility.views import align
 from detune.errors import InputError
 from detune.problem.stack import matricise
 from detune.symmetries import read_layers
@@ -179,12 +179,12 @@ def base_in_frame(base: Checkpoint, first: Checkpoint, folder: Path, opened: Exi
 def _grouped(models: tuple[Checkpoint, ...]) -> Members:
     if len(models) == 1:
         return Members(models, (0,))
-    alignment = align(models)
-    if len(alignment.fitting) == 1:
-        raise next(iter(alignment.misfits.values()))
-    models = alignment.shown(models)
-    found = group_fitting(models, alignment)
-    reasons = [(i, str(why)) for i, why in alignment.misfits.items()]
+    common = find_common_tensors(models)
+    if len(common.fitting) == 1:
+        raise next(iter(common.misfits.values()))
+    models = common.shown(models)
+    found = group_fitting(models, common)
+    reasons = [(i, str(why)) for i, why in common.misfits.items()]
     reasons += [(i, why_left_out(models, found, i)) for members in found.groups[1:] for i in members]
     return Members(models, found.groups[0], found, tuple(reasons))
 

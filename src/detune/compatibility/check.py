@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 
 from detune._runtime import OnStart
+from detune.compatibility.common_tensors import ModelTensors
 from detune.compatibility.groups import BaseGroups, group_fitting, why_left_out
 from detune.compatibility.light import some_of_each_kind
 from detune.compatibility.model_set import Models, rows_to_read
 from detune.compatibility.reading import Reading
 from detune.compatibility.shared import some
 from detune.compatibility.tensor_change import ChangedTensor, ForeignTensor, find_tensor_change
-from detune.compatibility.views import Fit
 from detune.documents import document, to_json
 from detune.errors import InputError
 from detune.problem.recovery import FEWEST_MODELS
@@ -130,10 +130,10 @@ def check_family(
     if len(models) < 2:
         raise InputError(f"{len(models)} model given", "a family has at least two", "add models")
     with Models(models, merge_dtype, rows_to_read(models, rows)) as given:
-        known = _Sorted(given, group_fitting(given.models, given.alignment))
-        names = tuple(given.alignment.pieces) if len(known.members) > 1 else ()
+        known = _Sorted(given, group_fitting(given.models, given.common))
+        names = tuple(given.common.pieces) if len(known.members) > 1 else ()
         closer = some_of_each_kind({name: given.reference.tensors[name].shape for name in names})
-        foreign = [row for i in known.members for row in _unlike(i, given.alignment.fits[i])]
+        foreign = [row for i in known.members for row in _unlike(i, given.common.fits[i])]
         tensors, shared = [], 0
         all_holders = {name: [i for i in known.members if name in given.models[i].tensors] for name in names}
         if on_start:
@@ -158,7 +158,7 @@ def check_family(
     return FamilyCheck(statuses, tuple(tensors), shared, looked_at, suffices, verdict, reading)
 
 
-def _unlike(i: int, fit: Fit | None) -> list[ForeignTensor]:
+def _unlike(i: int, fit: ModelTensors | None) -> list[ForeignTensor]:
     """Tensors by which a model differs from the layout."""
     if fit is None:
         return []
@@ -177,7 +177,7 @@ def _model_status(
     spec, models = known.given.models[i].spec, known.given.models
     place = next((k for k, places in enumerate(known.found.groups) if i in places), None)
     if place is None:
-        return ModelStatus(spec, None, False, f"another architecture: {known.given.alignment.misfits[i]}")
+        return ModelStatus(spec, None, False, f"another architecture: {known.given.common.misfits[i]}")
     if not known.members:
         return ModelStatus(spec, place, False, f"one of {len(known.found.groups[place])} models of one source")
     if i not in known.members:

@@ -5,7 +5,7 @@ from collections import Counter
 
 from detune.checkpoints import Checkpoint, Unmerged, raw
 from detune.checkpoints.formats import SAFETENSORS, format_of
-from detune.compatibility.views import is_stack
+from detune.compatibility.common_tensors import is_stack
 from detune.numerics.float_grid import name_of
 
 

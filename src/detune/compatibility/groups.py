@@ -13,10 +13,10 @@ from itertools import combinations
 
 from detune._runtime import use_threads
 from detune.checkpoints import Checkpoint, Excerpt
+from detune.compatibility.common_tensors import CommonTensors
 from detune.compatibility.low_rank_test import LAST_SAMPLE, SMALLEST, split
 from detune.compatibility.mismatch import Cause, Mismatch, find_mismatch
 from detune.compatibility.model_set import Models, damaged, noise_of
-from detune.compatibility.views import Alignment
 from detune.errors import InputError
 from detune.problem import NonFinite
 from detune.problem.stack import matricise
@@ -108,30 +108,30 @@ def select(given: Models, need: int) -> Selection:
     Raises:
         InputError: Fewer than `need` remain, or two sets of equal size do.
     """
-    found = group_fitting(given.models, given.alignment)
-    for why in given.alignment.misfits.values():
+    found = group_fitting(given.models, given.common)
+    for why in given.common.misfits.values():
         if sum(map(len, found.groups)) < need:
             raise why
     _require(given.models, found, need)
-    left_out = [LeftOut(i, str(why)) for i, why in given.alignment.misfits.items() if i < len(given.models)]
+    left_out = [LeftOut(i, str(why)) for i, why in given.common.misfits.items() if i < len(given.models)]
     left_out += [LeftOut(i, why_left_out(given.models, found, i)) for members in found.groups[1:] for i in members]
     return Selection(found.groups[0], tuple(sorted(left_out, key=lambda row: row.model)))
 
 
-def group_fitting(models: Sequence[Checkpoint], alignment: Alignment) -> BaseGroups:
+def group_fitting(models: Sequence[Checkpoint], common: CommonTensors) -> BaseGroups:
     """Cluster the models that fit the layout, by the matrices that they all have.
 
     Args:
         models: By the names that all have.
-        alignment: How each fits.
+        common: How each fits.
 
     Raises:
         InputError: A model holds NaN or Inf.
     """
-    fitting = [i for i in alignment.fitting if i < len(models)]
+    fitting = [i for i in common.fitting if i < len(models)]
     chosen = [models[i] for i in fitting]
-    common = [name for name in alignment.pieces if all(name in model.tensors for model in chosen)]
-    return group_by_base(chosen, common).placed(fitting)
+    names = [name for name in common.pieces if all(name in model.tensors for model in chosen)]
+    return group_by_base(chosen, names).placed(fitting)
 
 
 def group_by_base(models: Sequence[Checkpoint], names: Sequence[str] | None = None) -> BaseGroups:

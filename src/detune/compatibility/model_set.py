@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from detune.checkpoints import Checkpoint, Excerpt, Part, Unmerged, is_on_hub, open_checkpoint, raw
+from detune.compatibility.common_tensors import find_common_tensors, view_of
 from detune.compatibility.levels import level_noise
 from detune.compatibility.low_rank_test import SMALLEST
 from detune.compatibility.reading import Reading
 from detune.compatibility.shared import is_shared, require_distinct
-from detune.compatibility.views import align, view_of
 from detune.errors import InputError
 from detune.problem.stack import matricise
 
@@ -36,8 +36,8 @@ class Models:
         like: The model whose layout the others are held against, one of them or another; None is that of most.
 
     Attributes:
-        models: The models, each by the names and in the pieces that all have; see `detune.compatibility.views`.
-        alignment: How each fits the layout.
+        models: The models, each by the names and in the pieces that all have; see `common_tensors`.
+        common: The tensors that they have in common, and how each fits the layout.
         reference: The model of the layout by these names and in these pieces.
 
     Raises:
@@ -65,10 +65,10 @@ class Models:
                 paths = [[path.resolve() for path in model.paths] for model in (*models, layout)]
                 place = paths.index(paths[-1])
                 models += [layout] * (place == len(models))
-            self.alignment = align(models, place)
-            shown = self.alignment.shown(models)
+            self.common = find_common_tensors(models, place)
+            shown = self.common.shown(models)
             self.models = shown[: len(specs)]
-            self.reference = shown[self.alignment.layout]
+            self.reference = shown[self.common.layout]
             self._check()
             self._opened = opened.pop_all()
 
@@ -147,7 +147,7 @@ class ModelSet(Models):
     """
 
     def _check(self) -> None:
-        for why in self.alignment.misfits.values():
+        for why in self.common.misfits.values():
             raise why
         super()._check()
 
@@ -159,7 +159,7 @@ class ModelSet(Models):
     @property
     def parts(self) -> Mapping[str, Part]:
         """The tensors, and the pieces of tensors, that are matrices of their own, in the file order of the layout."""
-        return self.alignment.pieces
+        return self.common.pieces
 
     @property
     def names(self) -> Iterator[str]:

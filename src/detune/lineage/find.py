@@ -57,12 +57,12 @@ def find_lineage(
     if len(models) < 2:
         raise InputError(f"{len(models)} model given", "a tree has at least two", "add models")
     with Models(models, merge_dtype, rows_to_read(models, rows)) as given, use_threads(1):
-        fitting = [i for i in given.alignment.fitting if i < len(models)]
+        fitting = [i for i in given.common.fitting if i < len(models)]
         chosen = [given.models[i] for i in fitting]
-        names = [name for name in given.alignment.pieces if all(_tells(model, name) for model in chosen)]
+        names = [name for name in given.common.pieces if all(_tells(model, name) for model in chosen)]
         geometry = _look(chosen, names)
         tokens = [_tokens(given, i) for i in fitting]
-        unrelated = tuple(given.models[i].spec for i in given.alignment.misfits if i < len(models))
+        unrelated = tuple(given.models[i].spec for i in given.common.misfits if i < len(models))
         specs = [model.spec for model in chosen]
         nodes: list[Node] = []
         if geometry is None:
@@ -124,7 +124,7 @@ def _far_apart(count: int) -> list[int]:
 
 def _tokens(given: Models, model: int) -> int:
     """How many tokens a model has, less those of the layout."""
-    fit = given.alignment.fits[model]
+    fit = given.common.fits[model]
     layout = given.layout.tensors
     return max((rows - layout[name].shape[0] for name, rows in fit.resized.items()), default=0, key=abs) if fit else 0
 

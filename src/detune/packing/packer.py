@@ -193,7 +193,7 @@ def _require_alike(base: Checkpoint, family: ModelSet) -> None:
         InputError: One has others, or the base lacks one.
     """
     for i, model in enumerate(family.models):
-        for note in family.alignment.notes(i):
+        for note in family.common.notes(i):
             raise InputError(f"{model.spec} does not fit the other models", note, "pack it by itself")
         coded = next((info for info in raw(model).tensors.values() if info.quantised), None)
         if coded is not None or isinstance(raw(model), Decoded):

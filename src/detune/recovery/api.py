@@ -193,7 +193,7 @@ def recover(
         if not isinstance(solver, Mean | Single) and not family.has_base:
             _refuse_if_hopeless(rows, family.n)
         inputs = tuple(
-            InputRow(model.spec, hashed(), selection.reason(i), given.alignment.notes(i))
+            InputRow(model.spec, hashed(), selection.reason(i), given.common.notes(i))
             for i, (model, hashed) in enumerate(zip(given.models, hashes, strict=True))
         )
         require_unchanged(job, family)

@@ -81,7 +81,7 @@ def inspect(
             found[result.name] = result
         looked_at = [found[name] for name in family.names]
         inputs = tuple(
-            InputRow(model.spec, model.hashes(), selection.reason(i), given.alignment.notes(i))
+            InputRow(model.spec, model.hashes(), selection.reason(i), given.common.notes(i))
             for i, model in enumerate(given.models)
         )
         if shown is not None:

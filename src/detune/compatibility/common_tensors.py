@@ -28,7 +28,7 @@ from detune.errors import InputError
 from detune.numerics.float_grid import name_of
 from detune.problem.recovery import FEWEST_MODELS
 
-__all__ = ["Alignment", "Fit", "align", "is_stack", "view_of"]
+__all__ = ["CommonTensors", "ModelTensors", "find_common_tensors", "is_stack", "view_of"]
 
 # A model that has less than half of the layout's tensors is of another architecture (definition).
 SAME_ARCHITECTURE = 1 / 2
@@ -37,8 +37,8 @@ STACK = re.compile(r"expert|(^|[._])moe[._]")
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A model, held against the layout.
+class ModelTensors:
+    """The tensors of one model, held against the layout.
 
     Attributes:
         parts: What takes part, by the names that all models have it under.
@@ -80,7 +80,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Alignment:
+class CommonTensors:
     """All models, held against the layout of one of them.
 
     Attributes:
@@ -91,7 +91,7 @@ class Alignment:
     """
 
     layout: int
-    fits: tuple[Fit | None, ...]
+    fits: tuple[ModelTensors | None, ...]
     misfits: Mapping[int, InputError]
     pieces: Mapping[str, Part]
 
@@ -110,7 +110,7 @@ class Alignment:
         return tuple(_shown(model, fit) for model, fit in zip(models, self.fits, strict=True))
 
 
-def align(models: Sequence[Checkpoint], like: int | None = None) -> Alignment:
+def find_common_tensors(models: Sequence[Checkpoint], like: int | None = None) -> CommonTensors:
     """Hold models against the layout that most of them have.
 
     Args:
@@ -137,8 +137,8 @@ def align(models: Sequence[Checkpoint], like: int | None = None) -> Alignment:
         looked_at = not any(isinstance(models[i], Excerpt) for i in fitting)
         own = first_own_row(holders, name) if looked_at and is_vocabulary(name) else None
         pieces[name] = _cut(info, [holder.tensors[name].shape for holder in holders], own)
-    fits = [_fit(whole[layout], model, each, pieces) for model, each in zip(whole, found, strict=True)]
-    return Alignment(
+    fits = [_matched(whole[layout], model, each, pieces) for model, each in zip(whole, found, strict=True)]
+    return CommonTensors(
         layout,
         tuple(fit if i in fitting else None for i, fit in enumerate(fits)),
         {i: _misfit(whole[layout], model, found[i]) for i, model in enumerate(whole) if i not in fitting},
@@ -152,7 +152,7 @@ def view_of(model: Checkpoint, layout: Checkpoint, pieces: Mapping[str, Part]) -
     Args:
         model: The model.
         layout: The model of the layout, as it is stored.
-        pieces: As in `Alignment`.
+        pieces: As in `CommonTensors`.
 
     Raises:
         InputError: It is of another architecture, or its names align in two ways.
@@ -163,7 +163,7 @@ def view_of(model: Checkpoint, layout: Checkpoint, pieces: Mapping[str, Part]) -
     grouped: dict[str, dict[str, Part]] = {}
     for key, part in pieces.items():
         grouped.setdefault(part.tensor, {})[key] = part
-    return _shown(model, _fit(layout, raw(model), found, grouped))
+    return _shown(model, _matched(layout, raw(model), found, grouped))
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,9 @@ def _cut(info: TensorInfo, shapes: Sequence[Sequence[int]], own: int | None) -> 
     return cut_vocabulary(info, shapes, own)
 
 
-def _fit(layout: Checkpoint, model: Checkpoint, found: _Found, pieces: Mapping[str, Mapping[str, Part]]) -> Fit:
+def _matched(
+    layout: Checkpoint, model: Checkpoint, found: _Found, pieces: Mapping[str, Mapping[str, Part]]
+) -> ModelTensors:
     parts: dict[str, Part] = {}
     resized = {}
     for name, each in pieces.items():
@@ -295,7 +297,7 @@ def _fit(layout: Checkpoint, model: Checkpoint, found: _Found, pieces: Mapping[s
                 parts[key] = held
     renamed = [(own, name) for name, own in found.names.items() if own != name]
     used = {part.tensor for part in found.parts.values()} | set(found.names.values())
-    return Fit(
+    return ModelTensors(
         parts,
         found.names,
         tuple(name for name in pieces if name not in found.parts and name not in found.unlike),
@@ -324,7 +326,7 @@ def _layout(models: Sequence[Checkpoint]) -> int:
     return max(range(len(models)), key=rank)
 
 
-def _shown(model: Checkpoint, fit: Fit | None) -> Checkpoint:
+def _shown(model: Checkpoint, fit: ModelTensors | None) -> Checkpoint:
     """A view of a model, in place of what it was a view of; itself, where that is what it shows."""
     shown = model.whole if isinstance(model, Excerpt) else model
     whole = raw(shown)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from detune.checkpoints import Part, View, open_checkpoint
+from detune.compatibility.common_tensors import find_common_tensors
 from detune.compatibility.model_set import Models, ModelSet, Why
-from detune.compatibility.views import align
 from detune.errors import InputError
 from tests.cases import normal, seeded
 from tests.families import Fine, State, edit, plain_family, save_plain
@@ -34,7 +34,7 @@ def test_models_that_fit_are_no_views(fine):
     with Models(fine.models) as given:
         assert not any(isinstance(model, View) for model in given.models)
         assert given.layout is given.models[0]
-        assert all(given.alignment.notes(i) == () for i in range(4))
+        assert all(given.common.notes(i) == () for i in range(4))
 
 
 @pytest.mark.parametrize("place", [0, 2])
@@ -45,7 +45,7 @@ def test_rows_that_one_model_has_more_are_left_out(fine, place):
         assert family.holders(EMBED) == (0, 1, 2, 3)
         assert family.copied(EMBED) is Why.SHARED
         assert family.layout is not family.models[place]
-        assert family.alignment.notes(place) == (
+        assert family.common.notes(place) == (
             f"'{EMBED}' has 52 rows in it: those that models share are solved by themselves",
         )
 
@@ -92,7 +92,7 @@ def test_the_names_are_those_that_most_have(fine, prefix):
     with ModelSet(fine.models) as family:
         assert family.layout.spec == str(fine.models[1])
         assert all(family.holders(name) == (0, 1, 2, 3) for name in family.names)
-        (note,) = family.alignment.notes(0)
+        (note,) = family.common.notes(0)
         assert note.startswith("7 of its tensors have other names")
 
 
@@ -122,8 +122,8 @@ def test_tensors_that_few_have(fine):
     with ModelSet(fine.models) as family:
         assert "more" not in set(family.names)
         assert family.holders("norm.weight") == (0, 1, 3)
-        assert family.alignment.notes(1) == ("it has in addition 'more', which the output has not",)
-        assert family.alignment.notes(2) == ("it lacks 'norm.weight'",)
+        assert family.common.notes(1) == ("it has in addition 'more', which the output has not",)
+        assert family.common.notes(2) == ("it lacks 'norm.weight'",)
     with ModelSet(fine.models, like=fine.models[1]) as family:
         assert family.copied("more") is Why.ALONE
         assert family.original("more") is None
@@ -181,7 +181,7 @@ def test_a_tensor_of_another_kind_takes_no_part(fine, change, note):
     edit(fine.models[1], change)
     with ModelSet(fine.models) as family:
         assert family.holders("norm.weight") == (0, 2, 3)
-        assert family.alignment.notes(1) == (f"'norm.weight' takes no part: {note}",)
+        assert family.common.notes(1) == (f"'norm.weight' takes no part: {note}",)
 
 
 def test_names_that_align_in_two_ways_are_refused(fine):
@@ -232,6 +232,6 @@ def test_excerpts_are_of_what_is_shown(fine, change: Callable[[State], None]):
 def test_an_alignment_is_the_same_however_often_it_is_made(fine):
     edit(fine.models[1], lambda state: rows_more(state, 2))
     with Models(fine.models) as given:
-        again = align(given.models)
+        again = find_common_tensors(given.models)
         assert again.shown(given.models) == given.models
-        assert again.pieces == given.alignment.pieces
+        assert again.pieces == given.common.pieces
