@@ -23,7 +23,7 @@ import torch
 
 from detune.checkpoints.atomic import new_directory, resolved
 from detune.checkpoints.blocks import memory_of, round_to
-from detune.checkpoints.data_file import DataFile, Read
+from detune.checkpoints.direct_io import DirectFile, Read
 from detune.checkpoints.disk import discard, reported, sync
 from detune.checkpoints.formats import safetensors_name
 from detune.checkpoints.output_plan import OutputPlan
@@ -257,10 +257,10 @@ class CheckpointFiles:
         return reported(self._directory / file, self.needed_bytes)
 
     @contextmanager
-    def _opened(self, file: str) -> Iterator[DataFile]:
+    def _opened(self, file: str) -> Iterator[DirectFile]:
         with (
             self._report_disk(file),
-            DataFile(inside(self._directory, file), self._buffers, through=self._shared) as opened,
+            DirectFile(inside(self._directory, file), self._buffers, through=self._shared) as opened,
         ):
             yield opened
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-__all__ = ["DataFile", "Read"]
+__all__ = ["DirectFile", "Read"]
 
 Read = Callable[[int, memoryview], None]
 """Fills memory with bytes from a position on."""
@@ -27,7 +27,7 @@ _BLOCK_BYTES = 16 * 2**20
 _INDIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
-class DataFile:
+class DirectFile:
     """A file of a fixed size, open for writing. A context manager; writes only from one thread.
 
     Args:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from detune.checkpoints import data_file
-from detune.checkpoints.data_file import DataFile
+from detune.checkpoints import direct_io
+from detune.checkpoints.direct_io import DirectFile
 
 BLOCK_BYTES = 3 * mmap.PAGESIZE
 # Neighbours that share pages, end on them, and take several blocks.
@@ -22,7 +22,7 @@ LENGTHS = (8, 5000, 4096, 1, 40_000, 3 * 4096, 4096 - 50, 0, 12_289, 100_000)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_file, "_BLOCK_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(direct_io, "_BLOCK_BYTES", BLOCK_BYTES)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def write(path: Path, content: bytes, buffers: deque[mmap.mmap], **options: bool
         def read(position: int, out: memoryview) -> None:
             out[:] = content[start + position : start + position + len(out)]
 
-        with DataFile(path, buffers, **options) as file:
+        with DirectFile(path, buffers, **options) as file:
             file.write(start, stop - start, read)
 
     parts = list(pairwise(accumulate(LENGTHS, initial=0)))
