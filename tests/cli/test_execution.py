@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from detune.recovery.execution import on_dask
+from detune.recovery.execution.executors import dask_cluster
 from tests.families import Fine, plain_family, tree
 
 
@@ -36,7 +36,7 @@ def test_workers_write_what_one_process_writes(command, family, tmp_path):
 )
 def test_what_cannot_be_is_said_in_one_line(command, family, tmp_path, monkeypatch, options, message):
     pytest.importorskip("distributed")
-    monkeypatch.setattr(on_dask, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(dask_cluster, "CONNECT_SECONDS", 0.2)
     ran = command("recover", *family.specs, "--out", tmp_path / "out", *options)
     assert ran.code == 2
     assert re.search(message, " ".join(ran.err.split()))

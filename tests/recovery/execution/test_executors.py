@@ -25,7 +25,7 @@ import detune
 from detune.certificate.verdict import Verdict
 from detune.errors import DetuneError, InputError, OutputError
 from detune.recovery.execution import Processes, dask_workers, job, units
-from detune.recovery.execution.processes import cores
+from detune.recovery.execution.executors.processes import cores
 from tests.cases import seeded
 from tests.families import Fine, add, delta, plain_family, plain_state, save_plain, shard, tree
 

@@ -6,16 +6,16 @@
 | `completed` | how a tensor is written, and what is known of it then |
 | `run` | one run, from what an earlier one left to the last tensor |
 | `units` | how tensors are cut into pieces of work |
-| `dispatch` | how pieces are handed to an executor, and what happens when a worker dies |
-| `processes`, `on_dask` | where executors come from |
+| `retry` | how pieces are handed to an executor, and again when a worker dies |
+| `executors/` | where executors come from: a file each |
 
 How completed tensors are kept on the disk is `detune.checkpoints.run_directory`'s to know.
 """
 
 from detune.recovery.execution.completed import CompletedTensor, read_changes, read_masks
+from detune.recovery.execution.executors.dask_cluster import dask_workers, slurm_workers
+from detune.recovery.execution.executors.processes import Processes
 from detune.recovery.execution.job import Job
-from detune.recovery.execution.on_dask import dask_workers, slurm_workers
-from detune.recovery.execution.processes import Processes
 from detune.recovery.execution.run import complete, completed_before, hashing, kept_for_later, require_unchanged
 from detune.recovery.execution.units import make_units
 

@@ -13,8 +13,8 @@ from detune.checkpoints import Checkpoint, CheckpointFiles, RunDirectory, Target
 from detune.compatibility.model_set import ModelSet
 from detune.errors import DetuneError, InputError
 from detune.recovery.execution.completed import CompletedTensor, verify
-from detune.recovery.execution.dispatch import dispatch, hashed_by
 from detune.recovery.execution.job import Job, Performer
+from detune.recovery.execution.retry import hashed_by, submit_with_retries
 from detune.recovery.execution.units import make_units
 from detune.recovery.loop import OnTensor
 
@@ -121,7 +121,7 @@ def complete(
         done.append(found)
         tell(found)
 
-    dispatch(executor, job, make_units(family, missing), take)
+    submit_with_retries(executor, job, make_units(family, missing), take)
     return completed | {found.row.name: found for found in done}
 
 

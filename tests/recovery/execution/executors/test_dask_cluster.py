@@ -10,7 +10,8 @@ import pytest
 
 import detune
 from detune.errors import DetuneError
-from detune.recovery.execution import dask_workers, on_dask, slurm_workers
+from detune.recovery.execution import dask_workers, slurm_workers
+from detune.recovery.execution.executors import dask_cluster
 from tests.families import plain_family
 
 dask = pytest.importorskip("dask")
@@ -21,7 +22,7 @@ dask = pytest.importorskip("dask")
     [("tcp://127.0.0.1:1", "Timed out|refused"), ("nowhere", "missing port number"), ("", "port")],
 )
 def test_a_scheduler_that_is_not_there(monkeypatch, address, reason):
-    monkeypatch.setattr(on_dask, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(dask_cluster, "CONNECT_SECONDS", 0.2)
     # One that failed to connect would block the next one when it is collected.
     monkeypatch.setattr("distributed.Client", None)
     with pytest.raises(DetuneError, match=rf"no Dask scheduler at '{address}'; .*({reason}).*; start one with"):

@@ -1,4 +1,4 @@
-"""How pieces of work are handed to an executor, and what happens when a worker dies."""
+"""Hands pieces of work to an executor, and again those whose worker died."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ import torch
 from detune.checkpoints import Checkpoint, RunDirectory, absolute
 from detune.errors import DetuneError
 from detune.recovery.execution.completed import CompletedTensor, read_completed
+from detune.recovery.execution.executors.dask_cluster import gave_up
 from detune.recovery.execution.job import Job, hashes, perform
-from detune.recovery.execution.on_dask import gave_up
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ GOES_ON = "what is complete stays: the same command does the rest"
 Unit = tuple[str, ...]
 
 
-def dispatch(
+def submit_with_retries(
     executor: Executor, job: Job, units: Sequence[Unit], on_completed: Callable[[CompletedTensor], None]
 ) -> None:
     """Have all pieces done.
