@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from detune.compatibility.levels import level_noise, to_nf4
+from detune.compatibility.quantisation_levels import level_noise, to_nf4
 from detune.demo.language_model import FINE_TUNES, shipped_adapter
 from detune.demo.texts import DOMAINS, passages
 from detune.demo.train import base_model, train_lora

@@ -27,7 +27,7 @@ from torch import Tensor
 import detune
 from detune._runtime import quiet
 from detune.checkpoints import open_checkpoint
-from detune.compatibility.levels import to_nf4
+from detune.compatibility.quantisation_levels import to_nf4
 from detune.demo.texts import DOMAINS, passages
 from detune.demo.train import STEPS, base_model, merge, train_lora
 from detune.metrics import w_error

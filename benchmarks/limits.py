@@ -20,7 +20,7 @@ from detune.attacks.cells import within_cells
 from detune.bench.defences.families import Family, trained_families
 from detune.bench.defences.matrix import MODELS, SENTENCES
 from detune.checkpoints import CheckpointWriter, open_checkpoint
-from detune.compatibility.levels import levels_of
+from detune.compatibility.quantisation_levels import levels_of
 from detune.defences import Bf16, Defence, Fp16, Int8, Nf4, Noise
 from detune.demo.train import embeddings
 from detune.metrics import w_error

@@ -9,7 +9,7 @@ from torch import Tensor
 from detune.attacks.cells import CellEntries, Cells, between_levels, within_cells
 from detune.attacks.measured_noise import denoised
 from detune.checkpoints import open_checkpoint
-from detune.compatibility.levels import levels_of
+from detune.compatibility.quantisation_levels import levels_of
 from detune.defences import Int8, Nf4
 from detune.errors import InputError
 from detune.lattice.estimate import Estimate

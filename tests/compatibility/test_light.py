@@ -9,7 +9,7 @@ from torch import Tensor
 
 import detune
 from detune.certificate.verdict import Verdict
-from detune.compatibility.light import changed_in_part, is_light, some_of_each_kind
+from detune.compatibility.light import changed_in_part, is_light, some_of_each_pattern
 from tests.cases import normal, seeded
 from tests.families import edit, save_plain
 
@@ -104,7 +104,7 @@ def test_inspect_of_two_light_models(tmp_path):
     assert rows[0].reason.endswith("a third model is needed")
 
 
-def test_some_of_each_kind():
+def test_some_of_each_pattern():
     shapes = {f"block.{k}.{kind}": (4, size) for k in range(9) for kind, size in (("up", 2), ("down", 3))}
-    assert some_of_each_kind(shapes) == {f"block.{k}.{kind}" for k in (0, 4, 8) for kind in ("up", "down")}
-    assert some_of_each_kind({"a": (1,), "b": (1,)}) == {"a", "b"}
+    assert some_of_each_pattern(shapes) == {f"block.{k}.{kind}" for k in (0, 4, 8) for kind in ("up", "down")}
+    assert some_of_each_pattern({"a": (1,), "b": (1,)}) == {"a", "b"}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from detune.compatibility.kinds import by_kind, span
+from detune.compatibility.name_patterns import by_pattern, span
 
 if TYPE_CHECKING:
     # It brings torch along, which tables do without.
@@ -31,7 +31,7 @@ def adapter_table(rows: Sequence["AdapterRow"]) -> tuple[tuple[str, ...], list[t
             f"{100 * sum(row.identical for row in kind) / len(kind):.2f} %",
             f"{max(row.largest_ulps for row in kind)}",
         )
-        for (pattern, _), kind in by_kind(rows, lambda row: (row.kept, row.shape)).items()
+        for (pattern, _), kind in by_pattern(rows, lambda row: (row.kept, row.shape)).items()
     ]
     return columns, lines
 

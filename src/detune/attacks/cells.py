@@ -16,7 +16,7 @@ from torch import Tensor
 
 from detune.attacks.measured_noise import best_split, with_measured_noise
 from detune.attacks.rebuild import rebuild
-from detune.compatibility.levels import levels_of
+from detune.compatibility.quantisation_levels import levels_of
 from detune.lattice.decode import decoded
 from detune.lattice.entries import grid_of, row_blocks
 from detune.lattice.estimate import Estimate, means

@@ -8,7 +8,7 @@ from rich.table import Column
 
 from detune.adapters.summary import adapter_sentence, adapter_table
 from detune.cli.terminal import Branch, duration, say, show_table, show_tree
-from detune.compatibility.kinds import by_kind, pattern_of, spans
+from detune.compatibility.name_patterns import by_pattern, counted, spans
 from detune.compatibility.reading import Reading
 from detune.recovery.report import Report
 from detune.recovery.summary import doubts, report_table
@@ -53,16 +53,16 @@ def show_family(check: "Family") -> None:
     for model in check.models:
         source = "-" if model.group is None else chr(ord("A") + model.group)
         say(f"{source}  {'' if model.belongs else 'NOT '}{model.spec}: {model.reason}")
-        for (pattern, cause), tensors in by_kind(model.foreign, lambda tensor: tensor.cause).items():
-            say(f"     {pattern}{f' ×{len(tensors)}' * (len(tensors) > 1)}: {cause}")
+        for (pattern, cause), tensors in by_pattern(model.foreign, lambda tensor: tensor.cause).items():
+            say(f"     {counted(pattern, tensors)}: {cause}")
     lines = [
         (
-            pattern_of(pattern, rows),
+            counted(pattern, rows),
             "×".join(map(str, rows[0].shape)),
             ", ".join(spans(rows)),
             "yes" if rows[0].enough else f"no: {rows[0].reason}",
         )
-        for (pattern, _), rows in by_kind(check.tensors, lambda row: (row.shape, row.enough)).items()
+        for (pattern, _), rows in by_pattern(check.tensors, lambda row: (row.shape, row.enough)).items()
     ]
     if check.tensors:
         show_table(("tensor", "shape", "ranks", "recoverable"), lines)
@@ -98,13 +98,13 @@ def show_comparison(comparison: "Comparison") -> None:
     """Print the tensors that differ, by kind, and the summary."""
     lines = [
         (
-            pattern_of(pattern, rows),
+            counted(pattern, rows),
             "×".join(map(str, rows[0].shape)),
             f"{sum(row.w_error for row in rows) / len(rows):.2f}",
             f"{max(row.w_error for row in rows):.2f}",
             f"{100 * sum(row.bit_identical for row in rows) / len(rows):.2f} %",
         )
-        for (pattern, _), rows in by_kind(comparison.differing, lambda row: row.shape).items()
+        for (pattern, _), rows in by_pattern(comparison.differing, lambda row: row.shape).items()
     ]
     if comparison.differing:
         show_table(("tensor", "shape", "W-Error", "worst", "identical bits"), lines)

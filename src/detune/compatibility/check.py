@@ -10,7 +10,7 @@ import torch
 from detune._runtime import OnStart
 from detune.compatibility.common_tensors import ModelTensors
 from detune.compatibility.groups import BaseGroups, group_fitting, why_left_out
-from detune.compatibility.light import some_of_each_kind
+from detune.compatibility.light import some_of_each_pattern
 from detune.compatibility.model_set import Models, rows_to_read
 from detune.compatibility.reading import Reading
 from detune.compatibility.shared import some
@@ -132,7 +132,7 @@ def check_family(
     with Models(models, merge_dtype, rows_to_read(models, rows)) as given:
         known = _Sorted(given, group_fitting(given.models, given.common))
         names = tuple(given.common.pieces) if len(known.members) > 1 else ()
-        closer = some_of_each_kind({name: given.reference.tensors[name].shape for name in names})
+        closer = some_of_each_pattern({name: given.reference.tensors[name].shape for name in names})
         foreign = [row for i in known.members for row in _unlike(i, given.common.fits[i])]
         tensors, shared = [], 0
         all_holders = {name: [i for i in known.members if name in given.models[i].tensors] for name in names}

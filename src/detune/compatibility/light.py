@@ -5,7 +5,6 @@ Of three models, the entries in which j and k both differ from i lie on one side
 changed, and on either side as often as on the other where it is not and the changes of j and k have nothing in common.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from detune.checkpoints import Checkpoint, Excerpt
 from detune.compatibility.model_set import noise_of
+from detune.compatibility.name_patterns import grouped, pattern_of
 from detune.compatibility.shared import is_shared
 from detune.numerics.float_grid import HALVES
 from detune.problem.stack import matricise
@@ -35,7 +35,7 @@ LIGHT = 2 / 3
 LEFT_ALONE = 0.2
 # Entries of all models together that are looked at: any number does, it bounds memory.
 ENTRIES = 1 << 18
-# Tensors of a kind whose ranks are looked for although deltas are light: any number does, it bounds time.
+# Tensors of a pattern whose ranks are looked for although deltas are light: any number does, it bounds time.
 EACH = 3
 BELOW_A_STEP = "deltas are below a step of half precision, where a full fine-tune cannot be told from LoRA"
 
@@ -104,21 +104,14 @@ def changed_in_part(matrices: Sequence[Tensor]) -> tuple[bool, ...]:
     return tuple(sizes[i] > LEFT_ALONE * median(size for j, size in enumerate(sizes) if j != i) for i in range(n))
 
 
-def some_of_each_kind(shapes: Mapping[str, Sequence[int]]) -> set[str]:
-    """Choose a few tensors of each kind, the first, the last and some between.
+def some_of_each_pattern(shapes: Mapping[str, Sequence[int]]) -> set[str]:
+    """Choose a few tensors of each pattern and shape, the first, the last and some between.
 
     Args:
-        shapes: Shape of each tensor, in order. Names that differ in their numbers are of one kind, if shapes are equal.
+        shapes: Shape of each tensor, in order.
     """
-    return {names[round(k * (len(names) - 1) / (EACH - 1))] for names in by_kind(shapes).values() for k in range(EACH)}
-
-
-def by_kind(shapes: Mapping[str, Sequence[int]]) -> dict[tuple[str, tuple[int, ...]], list[str]]:
-    """The names of tensors that differ in their numbers only and have one shape, together."""
-    kinds: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for name, shape in shapes.items():
-        kinds.setdefault((re.sub(r"\d+", "*", name), tuple(shape)), []).append(name)
-    return kinds
+    groups = grouped(shapes, lambda name: (pattern_of(name), tuple(shapes[name])))
+    return {names[round(k * (len(names) - 1) / (EACH - 1))] for names in groups.values() for k in range(EACH)}
 
 
 def _some_rows(model: Checkpoint) -> Checkpoint:

@@ -11,7 +11,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from detune.compatibility.levels import to_nf4
+from detune.compatibility.quantisation_levels import to_nf4
 from detune.compatibility.low_rank_test import LAST_SAMPLE, sample
 from detune.problem.solving import told_by_others
 from detune.problem.stack import Stack

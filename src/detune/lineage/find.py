@@ -11,11 +11,11 @@ from torch import Tensor
 from detune._runtime import use_threads
 from detune.checkpoints import Checkpoint, Excerpt
 from detune.compatibility.groups import tells
-from detune.compatibility.levels import level_noise
-from detune.compatibility.light import by_kind
+from detune.compatibility.quantisation_levels import level_noise
 from detune.compatibility.low_rank_test import sample
 from detune.compatibility.mismatch import CLOSE
 from detune.compatibility.model_set import Models, damaged, rows_to_read
+from detune.compatibility.name_patterns import grouped, pattern_of
 from detune.errors import InputError
 from detune.lineage.describe import describe_tree
 from detune.lineage.geometry import Geometry
@@ -110,8 +110,8 @@ def _tells(model: Checkpoint, name: str) -> bool:
 
 
 def _in_turn(names: Sequence[str]) -> Iterator[str]:
-    """The tensors in an order in which kinds take turns, and in each those far apart come first."""
-    shuffled = [[group[k] for k in _far_apart(len(group))] for group in by_kind(dict.fromkeys(names, ())).values()]
+    """The tensors in an order in which patterns take turns, and in each those far apart come first."""
+    shuffled = [[group[k] for k in _far_apart(len(group))] for group in grouped(names, pattern_of).values()]
     for k in range(max(map(len, shuffled), default=0)):
         yield from (group[k] for group in shuffled if k < len(group))
 

@@ -12,7 +12,7 @@ from detune._runtime import OnStart, command_line
 from detune.certificate.verdict import Verdict
 from detune.compatibility.describe import describe
 from detune.compatibility.groups import select
-from detune.compatibility.light import BELOW_A_STEP, is_light, some_of_each_kind
+from detune.compatibility.light import BELOW_A_STEP, is_light, some_of_each_pattern
 from detune.compatibility.model_set import Held, Models, ModelSet, rows_to_read
 from detune.compatibility.shared import surely_shared
 from detune.compatibility.tensor_change import find_tensor_change
@@ -69,7 +69,7 @@ def inspect(
         selection = select(given, min(3, len(models)))
         family = ModelSet([given.models[i] for i in selection.members])
 
-        closer = some_of_each_kind({name: family.shape(name) for name in family.names})
+        closer = some_of_each_pattern({name: family.shape(name) for name in family.names})
 
         def look(name: str, held: Held) -> tuple[TensorResult, None]:
             if not any(held.noise) and is_light([matricise(tensor) for tensor in held.tensors]):

@@ -9,7 +9,7 @@ from itertools import chain, zip_longest
 from operator import itemgetter
 
 from detune.certificate.verdict import Verdict
-from detune.compatibility.kinds import by_kind, pattern_of, spans
+from detune.compatibility.name_patterns import by_pattern, counted, spans
 from detune.recovery.report import Report, TensorResult, w_error_range
 
 __all__ = ["Doubt", "doubts", "report_table"]
@@ -51,7 +51,7 @@ def report_table(report: Report) -> tuple[list[str], list[tuple[str, ...]]]:
     on_grid = any(row.grid for row in changed)
     lines = [
         (
-            pattern_of(pattern, rows),
+            counted(pattern, rows),
             "×".join(map(str, rows[0].shape)),
             str(rows[0].verdict),
             _expected(rows),
@@ -61,7 +61,7 @@ def report_table(report: Report) -> tuple[list[str], list[tuple[str, ...]]]:
             _largest(row.noise_ratio for row in rows),
             *[_certain(rows)] * on_grid,
         )
-        for (pattern, _), rows in by_kind(changed, lambda row: row.verdict).items()
+        for (pattern, _), rows in by_pattern(changed, lambda row: row.verdict).items()
     ]
     return [*columns, *["certain bits"] * on_grid], lines
 

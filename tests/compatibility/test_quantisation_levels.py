@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detune.compatibility.levels import level_noise, to_nf4
+from detune.compatibility.quantisation_levels import level_noise, to_nf4
 from detune.compatibility.mismatch import Cause, find_mismatch
 from tests.cases import normal, seeded
 
