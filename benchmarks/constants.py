@@ -48,7 +48,7 @@ MODULES = {
     ),
     "problem.balance": ("SAMPLED", "ROUNDS"),
     "methods.auto": (*("BELOW_NOISE", "AT_FLOOR", "RAN_OFF", "CLEAR", "JUST_ABOVE", "FEW_DIRECTIONS"),),
-    "methods.agreement": ("MOST",),
+    "source_models.identical": ("MOST",),
 }
 # These are factors next to 1, or shares: what is over 1, or missing to it, is halved and doubled.
 FROM_ONE = {

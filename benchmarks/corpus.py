@@ -26,10 +26,10 @@ from corpus_problems import SPLITS, Problem, draw
 
 from detune.certificate.certify import Assessment, Certificate, assess
 from detune.methods import Auto, Intersect, Lattice
-from detune.methods.mixed_precision import finest_part
 from detune.numerics.float_grid import name_of
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.problem.solving import Prepared, solve
+from detune.source_models.solve_from import source_part
 
 FOLDER = Path(__file__).parent / ".cache" / "corpus"
 # Every third problem is solved by the closed form alone.
@@ -151,7 +151,7 @@ def outcome(seed: int, problem: Problem, most_seconds: float = MOST_SECONDS) -> 
 def _assessed(stack: Stack, recovery: Recovery, stored: torch.dtype) -> Assessment | Certificate:
     """What `certify` bases its range on, of a stack that is of the order of one."""
     unit, found = Prepared.of(stack).as_solved(recovery)
-    part, of_part = finest_part(unit, found) if found.source_models else (unit, found)
+    part, of_part = source_part(unit, found) if found.source_models else (unit, found)
     return assess(part, of_part.with_plain_errors(), stored)
 
 

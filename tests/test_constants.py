@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "detune"
 
 # Packages in which every constant has a source.
 SOURCED = (
-    *("numerics", "problem", "fitting", "identifiability", "lattice", "methods", "certificate"),
+    *("numerics", "problem", "fitting", "identifiability", "lattice", "source_models", "methods", "certificate"),
     *("compatibility", "lineage", "adapters", "recovery"),
 )
 

@@ -27,6 +27,7 @@ LAYERS = (
     {"fitting"},
     {"identifiability"},
     {"lattice"},
+    {"source_models"},
     {"methods"},
     {"certificate"},
     {"compatibility"},
@@ -56,6 +57,7 @@ THIRD_PARTY = {
     "fitting": {"torch", "numpy"},
     "identifiability": {"torch"},
     "lattice": {"torch", "numpy", "numba"},
+    "source_models": {"torch"},
     "methods": {"torch"},
     "certificate": {"torch"},
     "compatibility": {"torch"},
@@ -253,7 +255,7 @@ def test_inspecting_loads_no_library_of_models(tmp_path):
 
 
 def test_every_module_of_the_solvers_has_a_test_file_of_its_name():
-    solvers = ("numerics", "problem", "fitting", "identifiability", "lattice", "methods")
+    solvers = ("numerics", "problem", "fitting", "identifiability", "lattice", "source_models", "methods")
     tested = {file.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")}
     modules = [file.relative_to(SOURCE) for part in solvers for file in (SOURCE / part).glob("*.py")]
     named = {str(module): module.with_name(f"test_{module.name}") for module in modules if module.stem != "__init__"}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from detune.compatibility.quantisation_levels import level_noise, to_nf4
 from detune.compatibility.mismatch import Cause, find_mismatch
+from detune.compatibility.quantisation_levels import level_noise, to_nf4
 from tests.cases import normal, seeded
 
 

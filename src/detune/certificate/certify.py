@@ -17,13 +17,13 @@ from detune.certificate.verdict import BAND, Certificate, Verdict
 from detune.fitting.normal_operator import NormalOperator
 from detune.identifiability.null_space import basis_error_variances, undetermined
 from detune.identifiability.principal_part import lacks_principal_part
-from detune.methods.mixed_precision import finest_part
 from detune.numerics.float_grid import name_of
 from detune.problem.low_rank import SVDFactors
 from detune.problem.recovery import PredictedError, Recovery
 from detune.problem.solving import Prepared
 from detune.problem.stack import Stack
 from detune.problem.storage_noise import storage_energy
+from detune.source_models.solve_from import source_part
 
 __all__ = ["Certificate", "Verdict", "assess", "certify"]
 
@@ -78,7 +78,7 @@ def _certify(stack: Stack, recovery: Recovery, stored: torch.dtype, check: Solve
     if structured is not None:
         return structured
     if recovery.source_models:
-        part, of_part = finest_part(stack, recovery)
+        part, of_part = source_part(stack, recovery)
         return _certify(part, of_part, stored, check)
     has_model = bool(recovery.deltas) or recovery.expected is not None
     fitted = has_model and recovery.bits is None and not recovery.left_alone

@@ -11,8 +11,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from detune.compatibility.quantisation_levels import to_nf4
 from detune.compatibility.low_rank_test import LAST_SAMPLE, sample
+from detune.compatibility.quantisation_levels import to_nf4
 from detune.problem.solving import told_by_others
 from detune.problem.stack import Stack
 

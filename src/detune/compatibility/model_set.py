@@ -14,8 +14,8 @@ from torch import Tensor
 
 from detune.checkpoints import Checkpoint, Excerpt, Part, Unmerged, is_on_hub, open_checkpoint, raw
 from detune.compatibility.common_tensors import find_common_tensors, view_of
-from detune.compatibility.quantisation_levels import level_noise
 from detune.compatibility.low_rank_test import SMALLEST
+from detune.compatibility.quantisation_levels import level_noise
 from detune.compatibility.reading import Reading
 from detune.compatibility.shared import is_shared, require_distinct
 from detune.errors import InputError

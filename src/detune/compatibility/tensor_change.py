@@ -15,13 +15,13 @@ from detune.compatibility.shared import is_shared
 from detune.fitting.differences import find_differences
 from detune.fitting.subspaces import check_conditions
 from detune.methods import Intersect
-from detune.methods.agreement import unchanged
 from detune.numerics.device import full_precision
 from detune.problem import NonFinite, NotLowRank, NotRecoverable, Stack
 from detune.problem.delta_sizes import independent_models
 from detune.problem.recovery import FEWEST_MODELS
 from detune.problem.solving import Prepared, told_by_others
 from detune.problem.stack import matricise
+from detune.source_models.identical import unchanged
 
 Known = TypeVar("Known")
 

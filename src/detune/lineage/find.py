@@ -11,11 +11,11 @@ from torch import Tensor
 from detune._runtime import use_threads
 from detune.checkpoints import Checkpoint, Excerpt
 from detune.compatibility.groups import tells
-from detune.compatibility.quantisation_levels import level_noise
 from detune.compatibility.low_rank_test import sample
 from detune.compatibility.mismatch import CLOSE
 from detune.compatibility.model_set import Models, damaged, rows_to_read
 from detune.compatibility.name_patterns import grouped, pattern_of
+from detune.compatibility.quantisation_levels import level_noise
 from detune.errors import InputError
 from detune.lineage.describe import describe_tree
 from detune.lineage.geometry import Geometry

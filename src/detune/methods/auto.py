@@ -18,14 +18,6 @@ from detune.fitting.separation import Chosen, well_separated
 from detune.fitting.subspaces import RanksTooHigh, RowSpaces
 from detune.identifiability.principal_part import require_own_adapters
 from detune.lattice import HALVES, LatticeSearch, NoGrid, all_half, is_coarse, stays
-from detune.methods.agreement import solve_versions, unchanged
-from detune.methods.mixed_precision import (
-    rounded_alike,
-    solve_few_finest,
-    solve_from,
-    solve_from_finest,
-    solve_rounded_alike,
-)
 from detune.methods.spectral import Spectral
 from detune.problem.delta_sizes import independent_models
 from detune.problem.low_rank import LowRank, SVDFactors
@@ -33,6 +25,14 @@ from detune.problem.rank_rule import SIGNAL
 from detune.problem.recovery import NotRecoverable, Recovery, left_alone
 from detune.problem.stack import SMALL_ENTRIES, Stack
 from detune.problem.storage_noise import FLOOR_RATIO
+from detune.source_models.identical import solve_versions, unchanged
+from detune.source_models.mixed_precision import (
+    rounded_alike,
+    solve_few_finest,
+    solve_from_finest,
+    solve_rounded_alike,
+)
+from detune.source_models.solve_from import solve_from
 
 # Where the rank is told, singular values of differences are looked for down to this share of the storage noise (any
 # number does: `benchmarks/constants.py`).

@@ -13,13 +13,13 @@ from detune.certificate.verdict import Verdict
 from detune.compatibility.low_rank_test import SMALLEST, split
 from detune.compatibility.model_set import Held
 from detune.methods import Auto, Lattice, Mean, SHiRA, Single
-from detune.methods.agreement import unchanged
 from detune.numerics.float_grid import name_of
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.problem.solving import Prepared, solve, wild_entries_of
 from detune.problem.stack import matricise
 from detune.problem.storage_noise import FLOOR_RATIO, sample_rows
 from detune.recovery.report import TensorResult
+from detune.source_models.identical import unchanged
 
 # Where models have trained rows of their own, most rows are as they were, and most entries of the others are not. Low
 # ranks change all rows; where rounding leaves most entries as they were, it does so in all rows, too

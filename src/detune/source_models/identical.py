@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from detune.methods.mixed_precision import solve_from
 from detune.problem.recovery import FEWEST_MODELS, Recovery, left_alone
 from detune.problem.stack import Stack
+from detune.source_models.solve_from import solve_from
 
 # Where an entry is not certain it says nothing, and too few of them say too little (any number does:
 # `benchmarks/constants.py`).
