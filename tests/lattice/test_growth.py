@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from detune.lattice import message_passing
 from detune.lattice.entries import StoredEntries, grid_of
 from detune.lattice.estimate import Estimate
 from detune.lattice.growth import grown
@@ -44,7 +45,10 @@ def test_none_are_found_in_noise(n, merge, seed):
     assert grown(StoredEntries(tuple(noisy)), begun, GRID, None)[1] == 0
 
 
-def test_nothing_grows_beyond_the_rank_or_where_nothing_is_missing():
+def test_nothing_grows_beyond_the_rank_or_where_nothing_is_missing(monkeypatch):
+    # What is left unsolved of the equations has a score, too.
+    monkeypatch.setattr(message_passing, "REST", 1e-3)
+    monkeypatch.setattr(message_passing, "MOST_STEPS", 60)
     problem = LatticeProblem((256, 256), rank=2, n=3, delta=0.3, merge=torch.bfloat16)
     found, came = grown(problem.entries, nothing(problem, 0.3), GRID, None, rank=1)
     assert (came, [e.rank for e in found]) == (3, [1, 1, 1])

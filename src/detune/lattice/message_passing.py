@@ -26,9 +26,8 @@ from detune.problem.recovery import FEWEST_MODELS
 
 # Conjugate gradients: a model's own equations are close to those of all, so few steps, or a small rest, are enough (any
 # number does: `benchmarks/constants.py`).
-MOST_STEPS, REST = 12, 0.03
-# Equations are made in float32 and must stay positive (any small number does).
-ROUNDED = 1e-6
+MOST_STEPS, REST = 24, 0.01
+# What divides must stay positive (any small number does).
 LEAST = 1e-30
 # A squared deviation beyond 25 says no more: the rest is a wild entry (any number does:
 # `benchmarks/constants.py`).
@@ -173,51 +172,48 @@ class _Equations:
     """The part that the rows of one model's equations have in common.
 
     Attributes:
-        right: R, `(in, r)`.
-        squares: Products of its columns by pairs, `(in, r (r + 1) / 2)`.
-        pairs: Which pairs, `(2, r (r + 1) / 2)`.
+        right: R, `(in, r)`, with `R^T R = in I`.
+        energy: Mean square of each of its rows, `(in,)`.
         prior: Precision of a row's coordinates before anything is seen: rows are as large as they have been.
     """
 
     right: Tensor
-    squares: Tensor
-    pairs: Tensor
+    energy: Tensor
     prior: Tensor
 
     @classmethod
     def of(cls, estimate: Estimate) -> "_Equations":
         right = estimate.right
-        pairs = torch.tril_indices(estimate.rank, estimate.rank)
-        prior = 1 / estimate.left.square().mean(dim=0).clamp(min=LEAST)
-        return cls(right, right[:, pairs[0]] * right[:, pairs[1]], pairs, prior)
+        energy = right.square().sum(dim=1) / max(1, estimate.rank)
+        return cls(right, energy, 1 / estimate.left.square().mean(dim=0).clamp(min=LEAST))
 
-    def inverse_factors(self, precision: Tensor) -> Tensor:
-        """`C^-1` of each row's normal matrix `C C^T`, `(rows, r, r)`."""
-        r = self.right.shape[1]
-        normal = precision.new_zeros(len(precision), r, r)
-        normal[:, self.pairs[0], self.pairs[1]] = precision @ self.squares
-        diagonal = normal.diagonal(dim1=1, dim2=2)
-        diagonal += self.prior + ROUNDED * diagonal
-        # Only the lower triangles are read.
-        factor: Tensor = torch.linalg.cholesky(normal)
-        inverse: Tensor = torch.linalg.solve_triangular(factor, torch.eye(r).expand_as(factor), upper=False)
-        return inverse
+    def spectrum(self, precision: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean variance of each row's coordinates, `(rows,)`, and about what entries add to precisions, `(rows, 1)`."""
+        from detune.lattice.kernels import inverse_spectrum
+
+        variance, curvature = (precision.new_zeros(len(precision)) for _ in range(2))
+        if len(self.prior):
+            every = (precision, self.energy, self.prior, variance, curvature)
+            inverse_spectrum(*(part.numpy() for part in every))
+        return variance, curvature[:, None]
 
 
 def _joint_steps(
     said: Measurements, estimates: Sequence[Estimate], equations: Sequence[_Equations]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Steps of every L, and the variances of its coordinates, `(rows, r_i)` each.
+    """Steps of every L, and the variances of its coordinates, `(rows, r_i)` and `(rows,)`.
 
-    Conjugate gradients on the equations of all models, preconditioned by each model's own.
+    Conjugate gradients on the equations of all models. A row has many more entries than coordinates, and R is
+    normalised, so a model's own matrix is close to a multiple of the identity beside the prior: its mean preconditions.
     """
     from detune.lattice.kernels import weigh
 
-    inverses = [of_i.inverse_factors(alone) for of_i, alone in zip(equations, said.alone, strict=True)]
+    spectra = [of_i.spectrum(alone) for of_i, alone in zip(equations, said.alone, strict=True)]
+    inverses = [1 / (of_i.prior + curvature) for of_i, (_, curvature) in zip(equations, spectra, strict=True)]
     y = torch.empty_like(said.precision)
 
     def preconditioned(x: list[Tensor]) -> list[Tensor]:
-        return [((C @ x_i[..., None]).mT @ C).squeeze(1) for x_i, C in zip(x, inverses, strict=True)]
+        return [inverse * x_i for x_i, inverse in zip(x, inverses, strict=True)]
 
     def applied(x: list[Tensor]) -> list[Tensor]:
         for x_i, of_i, y_i in zip(x, equations, y, strict=True):
@@ -244,7 +240,7 @@ def _joint_steps(
         toward = preconditioned(residual)
         before, size = size, _dot(residual, toward)
         direction = [t + size / before.clamp(min=LEAST) * d for t, d in zip(toward, direction, strict=True)]
-    return [(step, C.square().sum(dim=(1, 2)) / max(1, C.shape[1])) for step, C in zip(steps, inverses, strict=True)]
+    return [(step, variance) for step, (variance, _) in zip(steps, spectra, strict=True)]
 
 
 def _dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
