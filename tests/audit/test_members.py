@@ -122,7 +122,7 @@ def test_noise_is_not_searched_for_other_frames(fine, tmp_path, monkeypatch):
 def test_noise_that_hides_the_weights_and_not_what_they_do(fine, recovered, level, words):
     report = audit(fine.models[:2], fine.base, weights_only=True)
     outputs = Behaviour(metric="cosine", meaning="mean distance", inputs=16, release=0.02, recovered=recovered)
-    verdict = verdict_of(report.tensors, report.curve, report.unchanged, outputs, has_base=True)
+    verdict = verdict_of(report.tensors, report.curve, report.unchanged, outputs, base=())
     assert (verdict.level, verdict.given_away) == (level, 0)
     assert words in verdict.headline
 

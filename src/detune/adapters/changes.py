@@ -33,6 +33,9 @@ from detune.problem import LowRank, NonFinite, NotLowRank, Stack
 from detune.problem.solving import wild_entries_of
 from detune.problem.stack import matricise
 
+_Noise = tuple[float | None, float | None]
+"""Of the base's tensor and a model's, see `Held`."""
+
 
 class Kept(StrEnum):
     """The place that a changed tensor went to."""
@@ -140,13 +143,14 @@ class ChangeFitter:
         self._device = device
         self._denoise = denoise
 
-    def fit(self, name: str, base: Tensor, held: Held) -> tuple[AdapterChange, ...]:
+    def fit(self, name: str, base: Tensor, held: Held, noise: float | None = None) -> tuple[AdapterChange, ...]:
         """Find what one tensor becomes.
 
         Args:
             name: Its qualified name.
             base: The base's, as stored.
             held: What the models hold of it.
+            noise: The base's, where that was quantised, as in `Held`.
 
         Returns:
             A change for each model whose tensor is not the base's.
@@ -155,11 +159,11 @@ class ChangeFitter:
             InputError: One holds NaN or Inf.
         """
         return tuple(
-            self._change(i, name, base, tensor)
-            for i, tensor in zip(held.models, held.tensors, strict=True)
+            self._change(i, name, base, tensor, (noise, own))
+            for i, tensor, own in zip(held.models, held.tensors, held.noise, strict=True)
             # What holds the base beside its adapter is no merge of it.
             if not isinstance(raw(self._models[i]), Unmerged)
-            if tensor.dtype != base.dtype or bit_identical(base, tensor) < 1
+            if not _are_equal(base, tensor)
         )
 
     def saved(self, name: str) -> tuple[AdapterChange, ...]:
@@ -188,11 +192,11 @@ class ChangeFitter:
             i, AdapterRow(self._names[i], name, shape, Kept.LORA, layer.rank, 1.0, 0, 0.0, reason), layer=layer
         )
 
-    def _change(self, i: int, name: str, base: Tensor, tensor: Tensor) -> AdapterChange:
+    def _change(self, i: int, name: str, base: Tensor, tensor: Tensor, noise: _Noise) -> AdapterChange:
         places = self._places.of(name)
         kind = places.takes_low_rank(name)
         is_matrix = kind is not None and tensor.is_floating_point() and min(matricise(base).shape) > 1
-        M_i, how = self._fit(i, name, base, tensor) if is_matrix else (None, "no matrix")
+        M_i, how = self._fit(i, name, base, tensor, noise) if is_matrix else (None, "no matrix")
         as_base = AdapterRow(
             self._names[i],
             name,
@@ -211,20 +215,21 @@ class ChangeFitter:
                 i, AdapterRow(self._names[i], name, as_base.shape, Kept.WHOLE, 0, *loaded, how), as_base
             )
         if M_i.rank == 0:
-            return AdapterChange(i, replace(as_base, kept=Kept.NOISE, reason=how or "storage noise alone"))
+            alone = f"{'quantisation' if any(noise) else 'storage'} noise alone"
+            return AdapterChange(i, replace(as_base, kept=Kept.NOISE, reason=how or alone))
         layer = peft_layer(kind, M_i.left, M_i.right, as_base.shape)
         # What PEFT will make of it, from the very factors that will be written.
         merged = _deviation(layer.merged(base), tensor)
         row = AdapterRow(self._names[i], name, as_base.shape, Kept.LORA, layer.rank, *merged, how)
         return AdapterChange(i, row, layer=layer)
 
-    def _fit(self, i: int, name: str, base: Tensor, tensor: Tensor) -> tuple[LowRank | None, str]:
+    def _fit(self, i: int, name: str, base: Tensor, tensor: Tensor, noise: _Noise) -> tuple[LowRank | None, str]:
         """The change at low rank and how it came to that, or None and why factors would not do."""
         W, W_i = matricise(base), matricise(tensor)
         told = ""
         try:
             try:
-                M_i = fit_adapter(W, W_i, self._rank, self._device)
+                M_i = fit_adapter(W, W_i, self._rank, self._device, noise)
             except NotLowRank:
                 if not self._denoise:
                     return None, "no low rank"
@@ -238,6 +243,13 @@ class ChangeFitter:
         if not _has_float32_factors(M_i):
             return None, "a change of this size has no float32 factors"
         return M_i, "; ".join(filter(None, (told, wild)))
+
+
+def _are_equal(base: Tensor, tensor: Tensor) -> bool:
+    """Whether two tensors are the same bits, or the same numbers in two float dtypes."""
+    if base.dtype == tensor.dtype or not (base.is_floating_point() and tensor.is_floating_point()):
+        return base.dtype == tensor.dtype and bit_identical(base, tensor) == 1
+    return torch.equal(base.double(), tensor.double())
 
 
 def _has_float32_factors(M_i: LowRank) -> bool:

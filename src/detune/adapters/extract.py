@@ -138,7 +138,8 @@ def extract(
                 changes: tuple[AdapterChange, ...] = ()
                 holders = [family.models[i] for i in family.holders(name)]
                 if holders and not is_shared((family.reference, *holders), name):
-                    changes = fitter.fit(name, family.reference.read(name), family.held(name))
+                    held, noise = family.held(name), family.reference.noise(name)
+                    changes = fitter.fit(name, family.reference.read(name), held, noise)
                 changes += fitter.saved(name)
                 extractor.add(name, changes)
                 if on_tensor:
@@ -147,12 +148,20 @@ def extract(
                 extractor.leave_out(i, fit)
             extraction = extractor.finish()
             if not any(row.kept is Kept.LORA for row in extraction.rows):
-                raise InputError(
-                    f"no model has a LoRA of {opened.spec}",
-                    f"none of {len(extraction.rows)} changed tensors differs at low rank",
-                    "give the base they were fine-tuned from",
-                )
+                raise _no_lora(opened, extraction.rows)
     return extraction
+
+
+def _no_lora(base: Checkpoint, rows: Sequence[AdapterRow]) -> InputError:
+    """The error for models of which no adapter can be had."""
+    what = f"no model has a LoRA of {base.spec}"
+    hidden = [row for row in rows if row.kept is Kept.NOISE]
+    if hidden:
+        found = f"{len(hidden)} of {len(rows)} tensors that differ do so by {hidden[0].reason}"
+        return InputError(what, found, "give models that were stored more finely")
+    return InputError(
+        what, f"none of {len(rows)} changed tensors differs at low rank", "give the base they were fine-tuned from"
+    )
 
 
 def require_base(base: Checkpoint, models: Sequence[Checkpoint], *, full: bool = False) -> None:
@@ -168,7 +177,7 @@ def require_base(base: Checkpoint, models: Sequence[Checkpoint], *, full: bool =
     """
     for model in models:
         pair = (base, model)
-        found = group_by_base(pair, [name for name in model.tensors if name in base.tensors])
+        found = group_by_base(pair, [name for name in model.tensors if name in base.tensors], based=True)
         if len(found.groups) == 1:
             continue
         foreign = found.foreign(1, (0,))

@@ -5,6 +5,8 @@ tie. They are uniform: every entry says `low <= W + M_i <= high`, the reals that
 the one wanted lies in all of these intervals, and is found by alternating between them and the rank.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,13 @@ FEWEST_VIOLATED = 1e-3
 
 
 @full_precision()
-def fit_adapter(W: Tensor, W_i: Tensor, rank: int | None = None, device: torch.device | str | None = None) -> LowRank:
+def fit_adapter(
+    W: Tensor,
+    W_i: Tensor,
+    rank: int | None = None,
+    device: torch.device | str | None = None,
+    noise: Sequence[float | None] = (),
+) -> LowRank:
     """Fit `W_i = round(W + M_i)` with `M_i` of the rank that stands over the storage noise.
 
     Args:
@@ -41,6 +49,7 @@ def fit_adapter(W: Tensor, W_i: Tensor, rank: int | None = None, device: torch.d
         W_i: The model's, same shape, a float dtype.
         rank: The most that `M_i` can have; None finds it from the data.
         device: Where to compute; None is where the matrices lie.
+        noise: That of each of the two where it was quantised, see `Stack.of`: `M_i` is what stands over it.
 
     Returns:
         The factors, `(out, r)` and `(in, r)`, in the compute dtype, with columns of equal norm on either side. Of
@@ -50,7 +59,7 @@ def fit_adapter(W: Tensor, W_i: Tensor, rank: int | None = None, device: torch.d
         NotLowRank: They differ at full rank.
         NonFinite: One holds NaN or Inf.
     """
-    prepared = Prepared.of(Stack.of([W, W_i], device=device))
+    prepared = Prepared.of(Stack.of([W, W_i], device=device, noise=noise))
     exponent = prepared.scale.exponent
 
     def split(part: Stack) -> tuple[LowRank, LowRank]:
@@ -82,7 +91,8 @@ def _fit(stack: Stack, exponent: int, rank: int | None) -> LowRank:
     bounds = [bound.sub_(base) for bound in interval(W_i.to(stack.device))]
     low, high = ((times_power_of_two(bound, -exponent) if exponent else bound).to(stack.dtype) for bound in bounds)
     start = _least_squares(low + (high - low) / 2, difference, W_i.dtype, rank)
-    return _balanced(_into_intervals(start, low, high))
+    # What was quantised may be anywhere between two levels, and not where its dtype would have rounded it to.
+    return _balanced(start if stack.noise_override else _into_intervals(start, low, high))
 
 
 def _least_squares(D: Tensor, difference: Difference, dtype: torch.dtype, rank: int | None) -> LowRank:

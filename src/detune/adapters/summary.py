@@ -45,8 +45,13 @@ def adapter_sentence(figures: Mapping[str, Any]) -> str:
     whole = f", {figures['whole']} tensors whole" * bool(figures["whole"])
     lost = f", {figures['left out']} LEFT OUT" * bool(figures["left out"])
     shares = (f"{100 * figures[key]:.2f} %" for key in ("identical_of_changed", "identical"))
+    layers = _layers(figures["LoRA"], figures["ranks"])
     return (
-        f"{figures['LoRA']} LoRA layers of rank {span(figures['ranks'])}{whole}{lost}; "
-        f"merged by PEFT, {' of the changed entries and '.join(shares)} of all have the model's bits, "
+        f"{layers}{whole}{lost}; merged by PEFT, "
+        f"{' of the changed entries and '.join(shares)} of all have the model's bits, "
         f"largest deviation {figures['largest_deviation']:.1e} ({figures['largest_ulps']} ulp)"
     )
+
+
+def _layers(count: int, ranks: Sequence[int]) -> str:
+    return f"{count} LoRA layer{'s' * (count > 1)} of rank {span(ranks)}" if count else "no LoRA"

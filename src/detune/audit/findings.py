@@ -1,7 +1,7 @@
 """Findings in words: the curve, what was found, and the verdict."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean
 
 from pydantic import JsonValue
@@ -20,6 +20,7 @@ from detune.audit.record import (
     Unchanged,
 )
 from detune.audit.trial import AT_FLOOR, CLOSER
+from detune.compatibility.shared import some
 
 __all__ = ["FINDINGS", "curve_of", "find", "verdict_of"]
 
@@ -185,9 +186,18 @@ def verdict_of(
     curve: Sequence[CurvePoint],
     unchanged: Unchanged,
     behaviour: Behaviour,
-    has_base: bool,
+    base: Collection[str] | None,
 ) -> Conclusion:
-    """The audit in some sentences."""
+    """The audit in some sentences.
+
+    Args:
+        tensors: Those that differ between releases.
+        curve: The matrices together.
+        unchanged: The other tensors.
+        behaviour: What the models do.
+        base: The names of the base's tensors; None where it was not given.
+    """
+    has_base = base is not None
     matrices, final, release = _matrices(tensors), curve[-1].given_away, one_too_many(curve)
     n = len(curve)
     these = f"These {n} releases" if n > 1 else "This release"
@@ -208,6 +218,9 @@ def verdict_of(
     sentences = [_counted(final, matrices, release, n, has_base)]
     sentences += _closeness(tensors, curve, has_base)
     sentences += _shares(tensors, unchanged)
+    if base is not None and (new := [entry.name for entry in tensors if entry.name not in base]):
+        verb = "is" if len(new) == 1 else "are"
+        sentences.append(f"{_count(len(new), 'tensor')} {verb} not in the base, and judged without it: {some(new)}.")
     sentences += _same_outputs(behaviour)
     return Conclusion(
         level=level,

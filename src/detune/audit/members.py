@@ -156,13 +156,13 @@ def base_in_frame(base: Checkpoint, first: Checkpoint, folder: Path, opened: Exi
     Raises:
         InputError: It has another architecture, or other weights altogether.
     """
-    _require_fit(base, first)
-    found = group_by_base((base, first), tuple(first.tensors))
+    common = [name for name in first.tensors if name in base.tensors]
+    found = group_by_base((base, first), common, based=True)
     if not _disagreement(found) or _all_explained((base, first), found, 1, 0, _is_noise):
         return base
     (_, copy), _ = _copies((first, base), folder / "base", opened)
     if copy is not base:
-        again = group_by_base((copy, first), tuple(first.tensors))
+        again = group_by_base((copy, first), common, based=True)
         if _disagreement(again) < _disagreement(found):
             return copy
     foreign = found.foreign(1, (0,))
@@ -211,13 +211,3 @@ def _copies(models: Sequence[Checkpoint], folder: Path, opened: ExitStack) -> tu
 def _disagreement(found: BaseGroups) -> float:
     """Share of the matrices in which not all differ by a low rank."""
     return sum(len(groups) > 1 for groups in found.splits.values()) / max(1, len(found.splits))
-
-
-def _require_fit(base: Checkpoint, model: Checkpoint) -> None:
-    unfit = next((name for name in model.tensors if name not in base.tensors), None)
-    if unfit is not None:
-        raise InputError(
-            f"{base.spec} is not the base of {model.spec}",
-            f"tensor {unfit!r} is missing, expected {list(model.tensors[unfit].shape)}",
-            "give the base that it was fine-tuned from",
-        )

@@ -21,7 +21,7 @@ from detune.audit.record import AuditReport, Behaviour, Invocation, ModelEntry, 
 from detune.audit.spectra import spectrum
 from detune.audit.trial import Trial, Tried
 from detune.certificate.verdict import Verdict
-from detune.checkpoints import Checkpoint, CheckpointWriter, open_checkpoint, temporary_directory
+from detune.checkpoints import Checkpoint, CheckpointWriter, Unmerged, open_checkpoint, raw, temporary_directory
 from detune.compatibility.model_set import Held, Models, ModelSet, damaged
 from detune.compatibility.shared import is_shared
 from detune.errors import InputError
@@ -89,6 +89,7 @@ def audit(
         folder = opened.enter_context(temporary_directory("audit"))
         given = opened.enter_context(Models(models, merge_dtype))
         given_base = opened.enter_context(open_checkpoint(base)) if base is not None else None
+        _require_merged(given)
         members = find_members(given.models, folder, opened)
         family = opened.enter_context(ModelSet(members.used))
         trial = Trial(solver, rank, device, members.turned, members.noisy)
@@ -130,7 +131,7 @@ def audit(
         ),
         base=base_entry,
         models=entries,
-        verdict=verdict_of(tensors, curve, unchanged, behaviour, truth is not None),
+        verdict=verdict_of(tensors, curve, unchanged, behaviour, None if truth is None else truth.tensors),
         rules=(*ASSUMPTIONS, *FINDINGS, *ADAPTERS),
         results=(
             *check_assumptions(evidence),
@@ -142,6 +143,21 @@ def audit(
         tensors=tensors,
         behaviour=behaviour,
     )
+
+
+def _require_merged(releases: Models) -> None:
+    """Refuse a release that needs no recovery.
+
+    Raises:
+        InputError: One holds the base itself.
+    """
+    for model in releases.models:
+        if isinstance(raw(model), Unmerged):
+            raise InputError(
+                f"{model.spec} gives the whole base away",
+                "it holds the base's own weights, beside an adapter that was not merged",
+                "release the adapter alone, or merge it with PEFT's merge_and_unload and audit that",
+            )
 
 
 @dataclass(frozen=True)
@@ -179,7 +195,7 @@ class _Attempt:
         return tried.result, replace(tried, entry=tried.entry.model_copy(update={"files": files}))
 
     def _truth(self, name: str) -> Tensor | None:
-        if self.base is None:
+        if self.base is None or name not in self.base.tensors:
             return None
         truth = self.base.read(name)
         if truth.is_floating_point() and not bool(torch.isfinite(truth).all()):
@@ -228,7 +244,7 @@ def _write(writer: CheckpointWriter, family: ModelSet, name: str, tried: Tried |
 def _differs(family: ModelSet, base: Checkpoint | None, name: str) -> bool:
     """Whether the base has another tensor than the releases, which all have one."""
     models = [family.models[i] for i in family.holders(name)[:1]]
-    return base is not None and bool(models) and not is_shared((base, *models), name)
+    return base is not None and name in base.tensors and bool(models) and not is_shared((base, *models), name)
 
 
 def _with_spectra(entries: Sequence[TensorEntry], family: ModelSet) -> tuple[TensorEntry, ...]:

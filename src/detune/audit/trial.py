@@ -84,7 +84,8 @@ class Trial:
         outcomes = []
         for k in range(len(tensors), 0, -1):
             began = time.perf_counter()
-            found = self._solve(name, Held(tensors[:k], held.models[:k], held.noise[:k]), figures)
+            first = replace(held, tensors=tensors[:k], models=held.models[:k], noise=held.noise[:k])
+            found = self._solve(name, first, figures)
             if k == len(tensors):
                 whole = found
                 if truth is None and whole.result.verdict.is_close:

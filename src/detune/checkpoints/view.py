@@ -29,6 +29,7 @@ class Part:
         stop: The row after its last; None takes all.
         alone: Whether it is one matrix of a stack `(matrices, rows, columns)`, without the first dimension then.
         turned: Whether the matrix is transposed.
+        added: Whether each model has these rows of its own, as tokens that it has added: they are no base's.
     """
 
     tensor: str
@@ -36,6 +37,7 @@ class Part:
     stop: int | None = None
     alone: bool = False
     turned: bool = False
+    added: bool = False
 
     @property
     def is_whole(self) -> bool:

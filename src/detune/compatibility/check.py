@@ -1,7 +1,7 @@
 """Is it one family? Which models share a source, which do not and why, and whether what is left suffices."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,8 @@ from detune.compatibility.tensor_change import ChangedTensor, ForeignTensor, fin
 from detune.documents import document, to_json
 from detune.errors import InputError
 from detune.problem.recovery import FEWEST_MODELS
+
+ADDED = "rows that each model has added by itself: they can only be averaged"
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ def check_family(
             change = None
             if holders:
                 change = find_tensor_change(given.models, known.members, holders, name, device, name in closer)
-            if change is not None:
+            if change is not None and given.alignment.pieces[name].added:
+                tensors.append(replace(change.tensor, ranks=(), enough=False, reason=ADDED))
+            elif change is not None:
                 tensors.append(change.tensor)
                 foreign.extend(change.foreign)
             else:
@@ -224,6 +228,8 @@ def _verdict(known: _Sorted, tensors: Sequence[ChangedTensor]) -> tuple[bool, st
         others > 0
     )
     source = f"{size} of {n} models share a source"
+    if not tensors:
+        return True, f"{source}: no tensor differs"
     if lost:
         good = len(matrices) - len(lost)
         return False, f"{source}: {good} of {len(matrices)} changed matrices can be recovered, not {some(lost)}{also}"

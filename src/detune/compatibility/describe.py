@@ -32,7 +32,8 @@ def describe(model: Checkpoint) -> tuple[str, ...]:
         notes.append("quantised tensors are read as scale times level, with the noise of levels; the output is bf16")
     stacks = [info.name for info in tensors if is_stack(info.name, info.shape)]
     if stacks:
-        notes.append(f"{len(stacks)} stacks of experts, first {stacks[0]!r}: each expert is a matrix of its own")
+        count = f"{len(stacks)} stack{'s' * (len(stacks) > 1)} of experts"
+        notes.append(f"{count}, first {stacks[0]!r}: each expert is a matrix of its own")
     if isinstance(whole, Unmerged):
         notes += _adapters(whole)
     else:

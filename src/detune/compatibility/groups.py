@@ -134,21 +134,24 @@ def group_fitting(models: Sequence[Checkpoint], common: CommonTensors) -> BaseGr
     return group_by_base(chosen, names).placed(fitting)
 
 
-def group_by_base(models: Sequence[Checkpoint], names: Sequence[str] | None = None) -> BaseGroups:
+def group_by_base(
+    models: Sequence[Checkpoint], names: Sequence[str] | None = None, *, based: bool = False
+) -> BaseGroups:
     """Group models that have the same matrices.
 
     Args:
         models: Opened checkpoints.
         names: The matrices that they all have; None takes those of the first model.
+        based: Whether the first is to be the base of the others, see `noise_of`.
 
     Raises:
         InputError: A model holds NaN or Inf.
     """
     telling = [name for name in (models[0].tensors if names is None else names) if tells(models[0], name)]
     step = max(1, len(telling) // LOOKED_AT)
-    splits = {name: split_tensor(models, name) for name in telling[::step][:LOOKED_AT]}
+    splits = {name: split_tensor(models, name, based=based) for name in telling[::step][:LOOKED_AT]}
     if not _unanimous(splits, len(models)):
-        splits = {name: splits.get(name) or split_tensor(models, name) for name in telling}
+        splits = {name: splits.get(name) or split_tensor(models, name, based=based) for name in telling}
     kin = [(i, j) for i, j in combinations(range(len(models)), 2) if _agreement(splits, i, j) >= 1 / 2]
     return BaseGroups(_connected(kin, len(models)), splits)
 
@@ -165,8 +168,8 @@ def some_of(model: Checkpoint) -> Checkpoint:
     return model if isinstance(model, Excerpt) else Excerpt(model, LAST_SAMPLE)
 
 
-def split_tensor(models: Sequence[Checkpoint], name: str) -> Groups:
-    """The groups of models that differ by a low rank in one matrix.
+def split_tensor(models: Sequence[Checkpoint], name: str, *, based: bool = False) -> Groups:
+    """The groups of models that differ by a low rank in one matrix; `based` as in `noise_of`.
 
     Raises:
         InputError: A model holds NaN or Inf in it.
@@ -175,7 +178,7 @@ def split_tensor(models: Sequence[Checkpoint], name: str) -> Groups:
         # What is looked at is small: two threads take twice as long over it.
         with use_threads(1):
             shown = [matricise(some_of(model).read(name)) for model in models]
-            return split(shown, noise=noise_of(models, name, shown))
+            return split(shown, noise=noise_of(models, name, shown, based=based))
     except NonFinite as error:
         raise damaged(name, models[error.model].spec) from None
 

@@ -127,11 +127,13 @@ class Held:
         models: The places of these models in the family.
         noise: For each, the root mean square error of an entry, where that is more than its dtype tells; None where it
             is not.
+        added: Whether each has these rows of its own, see `Part`.
     """
 
     tensors: tuple[Tensor, ...]
     models: tuple[int, ...]
     noise: tuple[float | None, ...]
+    added: bool = False
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Held":
@@ -214,16 +216,19 @@ class ModelSet(Models):
         holders = self.holders(name)
         models = [self.models[i] for i in holders]
         tensors = tuple(model.read(name) for model in models)
-        return Held(tensors, holders, noise_of(models, name, tensors))
+        return Held(tensors, holders, noise_of(models, name, tensors), self.parts[name].added)
 
 
-def noise_of(models: Sequence[Checkpoint], name: str, tensors: Sequence[Tensor]) -> tuple[float | None, ...]:
+def noise_of(
+    models: Sequence[Checkpoint], name: str, tensors: Sequence[Tensor], *, based: bool = False
+) -> tuple[float | None, ...]:
     """How far models' numbers are from those that were quantised, where they were.
 
     Args:
         models: The models.
         name: The tensor's name.
         tensors: What was read of it in each.
+        based: Whether the first is the base of the others: it need not be quantised where they are.
 
     Returns:
         For each the root mean square error of an entry: told by the format, or seen where the numbers of all models lie
@@ -233,11 +238,11 @@ def noise_of(models: Sequence[Checkpoint], name: str, tensors: Sequence[Tensor])
     if any(noise is not None for noise in told) or any(tensor.ndim < 2 for tensor in tensors):
         return told
     seen: list[float | None] = []
-    for tensor in tensors:
+    for tensor in tensors[based:]:
         seen.append(level_noise(matricise(tensor)))
         if seen[-1] is None:
             return told
-    return tuple(seen)
+    return (level_noise(matricise(tensors[0])), *seen) if based else tuple(seen)
 
 
 def rows_to_read(specs: Sequence[str | Path], rows: int | Literal["auto", "all"]) -> int | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detune.checkpoints import Checkpoint
+from detune.checkpoints import Checkpoint, Unmerged, raw
 from detune.errors import InputError
 
 # Bytes compared at a time, bytes compared first, and names listed: any numbers do.
@@ -58,6 +58,9 @@ def require_distinct(first: Checkpoint, second: Checkpoint) -> None:
 
 def _same_content(first: Checkpoint, second: Checkpoint) -> bool:
     """Equal starts of all tensors are a suspicion, cheap to rule out; equal bytes are proof, or equal numbers."""
+    if isinstance(one := raw(first), Unmerged) and isinstance(other := raw(second), Unmerged):
+        # They may hold one base, and each an adapter of its own.
+        first, second = one.stored, other.stored
     pair = (first, second)
     if first.tensors.keys() != second.tensors.keys():
         return False
@@ -65,8 +68,8 @@ def _same_content(first: Checkpoint, second: Checkpoint) -> bool:
     if any(one.shape != other.shape for one, other in infos):
         return False
     if any(one.dtype != other.dtype for one, other in infos):
-        return all(_same_numbers(pair, name, 1) for name in first.tensors) and all(
-            _same_numbers(pair, name) for name in first.tensors
+        return all(same_numbers(pair, name, 1) for name in first.tensors) and all(
+            same_numbers(pair, name) for name in first.tensors
         )
     unknown = [name for name in first.tensors if not surely_shared(pair, name)]
     return all(_same_bytes(pair, name, SAMPLE_BYTES) for name in unknown) and all(
@@ -74,14 +77,17 @@ def _same_content(first: Checkpoint, second: Checkpoint) -> bool:
     )
 
 
-def _same_numbers(pair: Sequence[Checkpoint], name: str, rows: int | None = None) -> bool:
-    """Whether two models hold the same numbers of a tensor, in whatever dtypes, in all or in the first rows."""
-    if rows is None or not pair[0].tensors[name].shape:
-        one, other = (model.read(name) for model in pair)
+def same_numbers(models: Sequence[Checkpoint], name: str, rows: int | None = None) -> bool:
+    """Whether models hold the same numbers of a tensor, in whatever dtypes, in all or in the first rows."""
+    shape = models[0].tensors[name].shape
+    if rows is None or not shape:
+        first, *others = (model.read(name) for model in models)
     else:
-        one, other = (model.read_rows(name, [slice(0, min(rows, model.tensors[name].shape[0]))]) for model in pair)
-    wide = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
-    return torch.equal(one.to(wide), other.to(wide))
+        first, *others = (model.read_rows(name, [slice(0, min(rows, shape[0]))]) for model in models)
+    wide = torch.float32
+    for tensor in (first, *others):
+        wide = torch.promote_types(wide, tensor.dtype)
+    return all(torch.equal(first.to(wide), other.to(wide)) for other in others)
 
 
 def some(names: Sequence[str]) -> str:

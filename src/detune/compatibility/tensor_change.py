@@ -11,7 +11,7 @@ from detune.compatibility.groups import split_tensor, tells, why_foreign
 from detune.compatibility.light import BELOW_A_STEP, find_bit_change
 from detune.compatibility.mismatch import Cause
 from detune.compatibility.model_set import damaged, noise_of
-from detune.compatibility.shared import is_shared
+from detune.compatibility.shared import is_shared, same_numbers
 from detune.fitting.differences import find_differences
 from detune.fitting.subspaces import check_conditions
 from detune.methods import Intersect
@@ -102,12 +102,12 @@ def find_tensor_change(
         look_closer: Whether ranks are looked for in light fine-tunes too, where few show.
 
     Returns:
-        The change; None where all holders hold the same bytes.
+        The change; None where all holders hold the same bytes, or the same numbers in other dtypes.
 
     Raises:
         InputError: A model holds NaN or Inf in it.
     """
-    if is_shared([models[i] for i in holders], name):
+    if is_shared([models[i] for i in holders], name) or _differs_in_dtype_alone([models[i] for i in holders], name):
         return None
     shape = models[holders[0]].tensors[name].shape
     bits = find_bit_change([models[i] for i in holders], name)
@@ -137,6 +137,12 @@ def find_tensor_change(
     foreign = tuple(ForeignTensor(i, name, _cause(models, i, groups[0][0], name)) for i in sorted(strangers))
     row = ChangedTensor(name, shape, ranks, outcome.enough, outcome.reason, changed, bits.light)
     return TensorChange(row, foreign)
+
+
+def _differs_in_dtype_alone(models: Sequence[Checkpoint], name: str) -> bool:
+    """Whether models hold the same numbers of a tensor in several dtypes; the first row is looked at first."""
+    dtypes = {model.tensors[name].dtype for model in models}
+    return len(dtypes) > 1 and same_numbers(models, name, 1) and same_numbers(models, name)
 
 
 def _placed(known: Mapping[int, Known], members: Sequence[int]) -> tuple[Known | None, ...]:

@@ -88,7 +88,10 @@ def cut_vocabulary(info: TensorInfo, shapes: Sequence[Sequence[int]], own: int |
     if not starts:
         return {name: Part(name)}
     cuts = (0, *starts, info.shape[0])
-    return {f"{name}[{start}:{stop}]": Part(name, start, stop) for start, stop in pairwise(cuts)}
+    return {
+        f"{name}[{start}:{stop}]": Part(name, start, stop, added=own is not None and start >= own)
+        for start, stop in pairwise(cuts)
+    }
 
 
 def held_rows(piece: Part, expected: Sequence[int], rows: int, own: str) -> Part | None:

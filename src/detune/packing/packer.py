@@ -20,6 +20,7 @@ from detune.checkpoints import (
     Checkpoint,
     Decoded,
     PrivatePaths,
+    Unmerged,
     new_file,
     open_checkpoint,
     raw,
@@ -127,6 +128,7 @@ def pack(
     started = time.perf_counter()
     with ExitStack() as opened:
         family = opened.enter_context(ModelSet(models))
+        require_alike(family)
         places = [place for model in family.models for place in model.places]
         if base is not None:
             with open_checkpoint(base) as given:
@@ -135,13 +137,14 @@ def pack(
         require_outside(target, places)
         partial = opened.enter_context(new_file(out))
         known = opened.enter_context(_base_of(models, base, partial, rank, device, on_start, on_tensor))
-        _require_alike(known, family)
-        require_base(known, family.models)
+        _require_fit(known, family)
+        require_base(family.view(known), family.models)
         with ArchiveWriter(partial) as archive:
             packer = _Packer(archive, family, known, rank, device)
             names = list(family.layout.tensors)
             if on_start:
-                on_start({name: sum(model.tensors[name].nbytes for model in family.models) for name in names})
+                whole = [raw(model) for model in family.models]
+                on_start({name: sum(model.tensors[name].nbytes for model in whole) for name in names})
             for index, name in enumerate(names):
                 if on_tensor:
                     on_tensor(name, None)
@@ -186,19 +189,34 @@ def _base_of(
         yield opened
 
 
-def _require_alike(base: Checkpoint, family: ModelSet) -> None:
-    """Refuse models that do not have the same tensors: a pack tells each model's by the base's.
+def require_alike(family: ModelSet) -> None:
+    """Refuse models that do not have the same tensors, as they are stored: a pack tells each model's by the base's.
 
     Raises:
-        InputError: One has others, or the base lacks one.
+        InputError: One has others, or is stored otherwise than it is read.
     """
     for i, model in enumerate(family.models):
         for note in family.common.notes(i):
             raise InputError(f"{model.spec} does not fit the other models", note, "pack it by itself")
         coded = next((info for info in raw(model).tensors.values() if info.quantised), None)
         if coded is not None or isinstance(raw(model), Decoded):
-            how = f"{coded.name!r} is stored as {coded.quantised}" if coded else "it is not stored as it is meant"
+            how = f"{coded.name!r} is stored as {coded.quantised}" if coded else _coded(model)
             raise InputError(f"{model.spec} cannot be packed", how, "keep the file as it is")
+
+
+def _coded(model: Checkpoint) -> str:
+    """Why a model whose numbers are those of a dtype is not stored as it is read."""
+    if isinstance(raw(model), Unmerged):
+        return "it holds an adapter that was not merged beside its base"
+    return "its tensors are stored under other names or in another order than they are read"
+
+
+def _require_fit(base: Checkpoint, family: ModelSet) -> None:
+    """Refuse a base that does not have the family's tensors.
+
+    Raises:
+        InputError: It lacks one, or has it in another shape.
+    """
     for name, info in family.layout.tensors.items():
         found = base.tensors.get(name)
         if found is None or found.shape != info.shape:

@@ -27,6 +27,7 @@ from detune.checkpoints import (
 from detune.checkpoints.cards import read_card
 from detune.compatibility.model_set import ROWS_ON_HUB, Models, ModelSet
 from detune.compatibility.shared import is_shared
+from detune.packing.packer import require_alike
 from detune.plan.report import Made, Plan, Read, Spent
 from detune.plan.timing import carrying, compressing, moving, opening, time_fits, time_recovery
 from detune.problem import Solver
@@ -154,6 +155,7 @@ def plan_pack(
     spent: list[Spent] = []
     with ExitStack() as opened:
         family = opened.enter_context(ModelSet(models, rows=ROWS_ON_HUB))
+        require_alike(family)
         require_outside(target, [place for model in family.models for place in model.places])
         reads = [_read(model) for model in family.models]
         input_bytes = sum(read.size_bytes for read in reads)

@@ -12,6 +12,7 @@ from detune.certificate.jackknife import Solve
 from detune.certificate.verdict import Verdict
 from detune.compatibility.low_rank_test import SMALLEST, split
 from detune.compatibility.model_set import Held
+from detune.lattice import NoGrid
 from detune.methods import Auto, Lattice, Mean, SHiRA, Single
 from detune.numerics.float_grid import name_of
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
@@ -117,8 +118,14 @@ def solve_tensor(
         reason = "not floating point, so there is no average; the first model's stand in"
         return RecoveredTensor(result_of(name, held, Verdict.NOT_DETERMINED, "single", reason), tensors[0])
     stack = Stack.of([matricise(tensor) for tensor in tensors], device=device, noise=held.noise)
-    found = _solve(stack, solver, rank, stored, check)
+    found = _averaged_rows(stack) if held.added else _solve(stack, solver, rank, stored, check)
     return found.but(name=name, shape=tuple(tensors[0].shape), dtype=_dtypes(held))
+
+
+def _averaged_rows(stack: Stack) -> RecoveredTensor:
+    """Rows that are no base's."""
+    reason = f"rows that each model has added by itself: the average of {stack.n} models"
+    return _recovered(solve(Mean(), stack), Verdict.AVERAGED).but(reason=reason)
 
 
 def _solve(stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype, check: bool) -> RecoveredTensor:
@@ -165,6 +172,7 @@ def _solve_matrix(stack: Stack, solver: Solver, rank: int | None, stored: torch.
     if trained is not None and trained.alone > MOSTLY_ALONE:
         return _certified(stack, trained.recovery(stack), stored)
     try:
+        _require_grid(stack, solver)
         recovery = solve(solver, stack, rank)
     except NotRecoverable as why:
         if trained is not None:
@@ -172,6 +180,16 @@ def _solve_matrix(stack: Stack, solver: Solver, rank: int | None, stored: torch.
         reason = _joined(str(why), wild_entries_of(stack))
         return _recovered(solve(Mean(), stack), Verdict.NOT_DETERMINED).but(reason=reason)
     return _certified(stack, recovery, stored, (lambda part: solver.solve(part, rank)) if check else None)
+
+
+def _require_grid(stack: Stack, solver: Solver) -> None:
+    """Refuse what lies on the levels of a format, where a grid of the base's would have to tell.
+
+    Raises:
+        NoGrid: It does.
+    """
+    if stack.noise_override and stack.n < Auto.min_models and isinstance(solver, Lattice):
+        raise NoGrid("quantised models lie on levels of their own, and on no grid of the base's")
 
 
 def _solve_vector(stack: Stack, solver: Solver, stored: torch.dtype) -> RecoveredTensor:
