@@ -244,7 +244,9 @@ def _refuse_if_hopeless(rows: Sequence[TensorResult], n: int) -> None:
     """Nothing is written where nothing could be had."""
     if n < 3 and not any(row.grid for row in rows):
         # One checkpoint whose every entry lies on a grid may be the base, or was rounded when it was merged.
-        reason = next((row.reason for row in rows if row.verdict is Verdict.NOT_DETERMINED), "every entry lies on it")
+        lost = [row for row in rows if row.verdict is Verdict.NOT_DETERMINED]
+        # A matrix says more than a counter does.
+        reason = max(lost, key=lambda row: len(row.shape)).reason if lost else "every entry lies on it"
         raise InputError(f"{n} model{'s' * (n != 1)} show{'s' * (n == 1)} no delta against a grid of the base", reason)
     # Integers that differ are no matrices, and stand as the first model has them.
     hopeless = [row for row in rows if row.verdict is Verdict.NOT_DETERMINED and row.method == "mean"]
