@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from detune.compatibility.levels import to_nf4
+from detune.compatibility.quantisation_levels import to_nf4
 from tests.cases import normal, seeded
 from tests.families import Fine, State, add, delta, edit, plain_family, save_plain, stored, tree
 

@@ -146,7 +146,7 @@ def check_family(
             change = None
             if holders:
                 change = find_tensor_change(given.models, known.members, holders, name, device, name in closer)
-            if change is not None and given.alignment.pieces[name].added:
+            if change is not None and given.common.pieces[name].added:
                 tensors.append(replace(change.tensor, ranks=(), enough=False, reason=ADDED))
             elif change is not None:
                 tensors.append(change.tensor)
