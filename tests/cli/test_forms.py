@@ -183,10 +183,9 @@ class TestAudit:
 
 
 @pytest.mark.parametrize("change", [in_fp8, turned_back], ids=["fp8", "int8"])
-@pytest.mark.parametrize("count", [1, 2])
-def test_fewer_than_three_quantised_models_lie_on_no_grid(command, fine, tmp_path, change, count):
+def test_two_quantised_models_lie_on_no_grid(command, fine, tmp_path, change):
     edited(fine, change)
-    ran = command("recover", *fine.models[:count], "--method", "lattice", "--out", tmp_path / "out")
+    ran = command("recover", *fine.models[:2], "--method", "lattice", "--out", tmp_path / "out")
     assert ran.code == 2
     (line,) = ran.err.splitlines()
     assert "quantised models lie on levels of their own, and on no grid of the base's" in line
