@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "detune"
 # From low to high. Packages and modules of one row do not know each other.
 LAYERS = (
     {"errors"},
-    {"_runtime", "documents", "files", "markdown"},
+    {"_runtime", "documents", "files", "markdown", "origin"},
     {"numerics", "checkpoints", "metrics", "symmetries"},
     {"problem"},
     {"fitting"},
@@ -52,6 +52,7 @@ PARTS = set().union(*LAYERS) - {"__init__", "__main__"}
 THIRD_PARTY = {
     "errors": set(),
     "markdown": set(),
+    "origin": set(),
     "numerics": {"torch"},
     "problem": {"torch"},
     "fitting": {"torch", "numpy"},

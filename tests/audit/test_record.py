@@ -3,6 +3,7 @@
 import pytest
 
 from detune.audit.record import CurvePoint, Outcome
+from detune.origin import Origin
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,7 @@ def test_a_tensor_has_a_range_where_no_more_is_known(verdict, errors, shown):
         verdict=verdict,
         method="intersect",
         reason="why",
+        origin=Origin.SOLVED,
         predicted_w_error=predicted,
         best_w_error=best,
         worst_w_error=worst,

@@ -4,6 +4,7 @@ import pytest
 
 from detune.certificate.verdict import Verdict
 from detune.cli.tables import show_report
+from detune.origin import Origin
 from detune.recovery.report import Report, TensorResult
 
 
@@ -16,6 +17,7 @@ def row(verdict: Verdict, *errors: float | None) -> TensorResult:
         verdict,
         "intersect",
         "why",
+        Origin.SOLVED,
         predicted_w_error=predicted,
         best_w_error=best,
         worst_w_error=worst,
@@ -40,7 +42,9 @@ def test_a_range_is_shown_where_no_more_is_known(given, shown, capsys):
 
 def test_the_worst_of_a_kind_is_shown(capsys):
     rows = tuple(
-        TensorResult(f"w.{i}", (4, 4), "float32", Verdict.APPROXIMATE, "polish", "why", (), *[None] * 3, *errors)
+        TensorResult(
+            f"w.{i}", (4, 4), "float32", Verdict.APPROXIMATE, "polish", "why", Origin.SOLVED, (), *[None] * 3, *errors
+        )
         for i, errors in enumerate([(-7.0, -7.3, -6.0), (-6.6, -6.9, -4.1), (None, None, -5.0)])
     )
     show_report(Report({}, (), rows, 1.0))
@@ -49,7 +53,7 @@ def test_the_worst_of_a_kind_is_shown(capsys):
 
 def test_a_reason_that_several_have_is_told_once(capsys):
     rows = tuple(
-        TensorResult(f"w.{i}", (4, 4), "float32", Verdict.APPROXIMATE, "polish", reason)
+        TensorResult(f"w.{i}", (4, 4), "float32", Verdict.APPROXIMATE, "polish", reason, Origin.SOLVED)
         for i, reason in enumerate(["why", "because", "why", "why"])
     )
     show_report(Report({}, (), rows, 1.0))
@@ -64,7 +68,7 @@ def test_reasons_that_differ_in_figures_are_told_with_their_span(capsys):
         "4 sweeps; 97.5 % at 0.5",
     ]
     rows = tuple(
-        TensorResult(f"w.{i}", (4, 4), "float32", Verdict.APPROXIMATE, "polish", reason)
+        TensorResult(f"w.{i}", (4, 4), "float32", Verdict.APPROXIMATE, "polish", reason, Origin.SOLVED)
         for i, reason in enumerate(reasons)
     )
     show_report(Report({}, (), rows, 1.0))

@@ -13,6 +13,7 @@ from torch import Tensor
 from detune._runtime import use_threads
 from detune.certificate.verdict import Verdict
 from detune.compatibility.model_set import Held, ModelSet
+from detune.origin import Origin
 from detune.recovery import scheduler
 from detune.recovery.loop import map_tensors
 from detune.recovery.report import TensorResult
@@ -63,7 +64,7 @@ class Stacks:
 def solve_with(act: Callable[[int], None]) -> Callable[[str, Held], tuple[TensorResult, str]]:
     def solve(name: str, held: Held) -> tuple[TensorResult, str]:
         act(int(name.split(".")[1]))
-        return result_of(name, held, Verdict.AVERAGED, "mean", "for the test"), f"found of {name}"
+        return result_of(name, held, Verdict.AVERAGED, Origin.MEAN, "for the test"), f"found of {name}"
 
     return solve
 

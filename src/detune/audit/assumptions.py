@@ -8,6 +8,7 @@ from detune.audit.record import ModelEntry, Outcome, Result, Rule, TensorEntry
 from detune.certificate.verdict import Verdict
 from detune.compatibility.groups import STRANGER, BaseGroups
 from detune.compatibility.mismatch import Cause
+from detune.origin import Origin
 
 __all__ = ["ASSUMPTIONS", "Evidence", "check_assumptions"]
 
@@ -153,8 +154,8 @@ def _low_rank(evidence: Evidence) -> Checked:
         return None, "fewer than three releases do not tell the ranks"
     low = [(entry, max(outcome.ranks)) for entry, outcome in evidence.ranked if _is_low(entry, max(outcome.ranks))]
     # A model that left a matrix alone gives it away: the others' ranks are known all the same.
-    asked = sum(outcome.method != "unchanged" or bool(outcome.ranks) for _, outcome in evidence.outcomes)
-    noisy = sum(outcome.method == "denoise" for _, outcome in evidence.outcomes)
+    asked = sum(outcome.origin is not Origin.UNCHANGED or bool(outcome.ranks) for _, outcome in evidence.outcomes)
+    noisy = sum(outcome.origin is Origin.DENOISED for _, outcome in evidence.outcomes)
     if noisy and not low:
         return (
             False,
@@ -195,7 +196,7 @@ def _uniqueness(evidence: Evidence) -> Checked:
             f"{len(lost)} of {_matrices(len(known))} hold directions that the releases cannot tell, {max(lost)} at most"
         )
     doubtful = sum(
-        outcome.verdict == Verdict.APPROXIMATE and not outcome.given_away for _, outcome in evidence.outcomes
+        outcome.verdict is Verdict.APPROXIMATE and not outcome.given_away for _, outcome in evidence.outcomes
     )
     if doubtful:
         return None, f"{doubtful} of {_matrices(len(known))} came out approximate, so directions may hide"

@@ -20,6 +20,7 @@ from detune.audit.record import (
     Unchanged,
 )
 from detune.audit.trial import AT_FLOOR, CLOSER
+from detune.certificate.verdict import Verdict
 from detune.compatibility.shared import some
 
 __all__ = ["FINDINGS", "curve_of", "find", "verdict_of"]
@@ -146,7 +147,7 @@ def _of_tensor(entry: TensorEntry) -> Result:
         return Result(rule_id=rule, level=level, message=outcome.reason, tensor=entry.name, properties=properties)
     first = next((found.models for found in entry.outcomes if found.given_away), None)
     if not outcome.given_away:
-        level = "warning" if outcome.verdict == "approximate" else "note"
+        level = "warning" if outcome.verdict is Verdict.APPROXIMATE else "note"
         return Result(rule_id="kept", level=level, message=outcome.reason, tensor=entry.name, properties=properties)
     return Result(
         rule_id="given-away",
@@ -255,9 +256,7 @@ def _closeness(tensors: Sequence[TensorEntry], curve: Sequence[CurvePoint], has_
         if entry.is_matrix and outcome.given_away and error is not None and entry.change:
             ratios.append(math.log10(entry.change) - error / 2)
     exact = sum(
-        entry.is_matrix
-        and entry.outcomes[-1].given_away
-        and (entry.outcomes[-1].identical == 1 if has_base else entry.outcomes[-1].verdict == "exact")
+        entry.is_matrix and entry.outcomes[-1].given_away and entry.outcomes[-1].is_exact(measured=has_base)
         for entry in tensors
     )
     sentences = []

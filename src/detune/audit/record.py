@@ -14,6 +14,7 @@ from detune.certificate.verdict import Trust, Verdict
 from detune.checkpoints import PrivatePaths
 from detune.checkpoints.entries import is_text
 from detune.errors import printable
+from detune.origin import Origin
 from detune.recovery.report import w_error_range
 
 __all__ = [
@@ -113,6 +114,7 @@ class Outcome(_Record):
         verdict: As `recover` reports it.
         method: The solver that gave it.
         reason: One sentence.
+        origin: Where its values come from.
         ranks: The rank found for each release's change; empty where none was.
         undetermined: Dimension of what the releases cannot tell; None where it was not looked at.
         grid: The dtype that the base was found to have been stored in.
@@ -126,9 +128,10 @@ class Outcome(_Record):
     """
 
     models: int
-    verdict: str
+    verdict: Verdict
     method: str
     reason: str
+    origin: Origin
     ranks: tuple[int, ...] = ()
     undetermined: int | None = None
     grid: str | None = None
@@ -142,12 +145,12 @@ class Outcome(_Record):
 
     def is_exact(self, *, measured: bool) -> bool:
         """Whether the base's own bits are back: as measured against the base, or by the verdict."""
-        return self.identical == 1 if measured else Verdict(self.verdict).trust is Trust.BITS
+        return self.identical == 1 if measured else self.verdict.trust is Trust.BITS
 
     @property
     def expected(self) -> str:
         """The W-Error to expect without the truth, in words; empty where there is none."""
-        if self.worst_w_error is not None and self.verdict == Verdict.APPROXIMATE:
+        if self.worst_w_error is not None and self.verdict is Verdict.APPROXIMATE:
             return w_error_range(self.best_w_error, self.worst_w_error)
         return "" if self.predicted_w_error is None else f"{self.predicted_w_error:.2f}"
 

@@ -25,10 +25,11 @@ from detune.checkpoints import Checkpoint, CheckpointWriter, Unmerged, open_chec
 from detune.compatibility.model_set import Held, Models, ModelSet, damaged
 from detune.compatibility.shared import is_shared
 from detune.errors import InputError
+from detune.origin import Origin
 from detune.problem import Solver
 from detune.recovery.api import make_solver
 from detune.recovery.loop import OnTensor, map_tensors
-from detune.recovery.report import COPY, TensorResult
+from detune.recovery.report import TensorResult
 from detune.recovery.tensor import result_of
 
 __all__ = ["audit"]
@@ -183,10 +184,10 @@ class _Attempt:
         family = self.family
         if len(held.tensors) < family.n:
             # Which release was the one too many cannot be said of what some do not have.
-            return result_of(name, held, Verdict.NOT_DETERMINED, "single", "not in all releases"), None
+            return result_of(name, held, Verdict.NOT_DETERMINED, Origin.SINGLE, "not in all releases"), None
         truth, first = self._truth(name), held.tensors[0]
         if truth is not None and family.n == 1 and first.dtype == truth.dtype and torch.equal(first, truth):
-            return result_of(name, held, Verdict.SHARED, COPY, "as the base has it"), None
+            return result_of(name, held, Verdict.SHARED, Origin.COPY, "as the base has it"), None
         tried = self.trial.run(name, self.place_of[name], held, truth)
         if self.spectra is not None and changes_are_known(tried.entry, truth is not None):
             weight = tried.weight if truth is None else truth
@@ -217,7 +218,7 @@ def _try_all(
         for result, tried in map_tensors(family, attempt, on_tensor, device=device, on_start=on_start):
             if tried is not None:
                 found[result.name] = tried.entry
-            elif result.method == COPY:
+            elif result.origin is Origin.COPY:
                 same.add(result.name)
             if writer is not None:
                 _write(writer, family, result.name, tried)

@@ -20,11 +20,12 @@ from detune.methods import Auto, Lattice, Mean, Single
 from detune.metrics import bit_identical
 from detune.metrics.w_error import squared_error
 from detune.numerics.float_grid import HALVES, lies_on, name_of, spacing
+from detune.origin import Origin
 from detune.problem import Recovery, Solver, Stack
 from detune.problem.solving import solve
 from detune.problem.stack import matricise
 from detune.problem.storage_noise import storage_variance
-from detune.recovery.report import COPY, TensorResult
+from detune.recovery.report import TensorResult
 from detune.recovery.tensor import RecoveredTensor, result_of, solve_tensor
 
 # Deltas of more steps of the base's grid do not show modulo the step; the method itself gives up at 8.
@@ -110,7 +111,7 @@ class Trial:
         tensors = held.tensors
         n = len(tensors)
         if n > 1 and all(_same(tensors[0], tensor) for tensor in tensors[1:]):
-            same = result_of(name, held, Verdict.SHARED, COPY, f"identical in {n} releases")
+            same = result_of(name, held, Verdict.SHARED, Origin.COPY, f"identical in {n} releases")
             return RecoveredTensor(same, tensors[0])
         if n < ENOUGH and (self.turned or self.noisy):
             why = f"matrices that {'were turned' if self.turned else 'hold noise'} lie on no grid"
@@ -128,7 +129,7 @@ class Trial:
         solver = Single() if len(held.tensors) == 1 else Mean()
         stack = Stack.of([matricise(tensor) for tensor in held.tensors], device=self.device)
         found = solver.solve(stack) if isinstance(solver, Single) else solve(solver, stack)
-        result = result_of(name, held, Verdict.NOT_DETERMINED, found.method, reason)
+        result = result_of(name, held, Verdict.NOT_DETERMINED, found.origin, reason)
         return RecoveredTensor(result, _stored(found.weight, held.tensors[0]))
 
 
@@ -208,7 +209,7 @@ class AboveMeasuredNoise:
             return Auto(lattice=None).solve(measured, rank)
         times = float(measured.noise.mean() / stack.noise.mean())
         reason = f"noise of {times:.2g} times the rounding; adapters split off as far as they stand over it"
-        return Recovery(best_split(measured).weight, "denoise", reason)
+        return Recovery(best_split(measured).weight, "denoise", reason, origin=Origin.DENOISED)
 
 
 def is_given_away(verdict: Verdict, error: float | None, change: float | None, noise: float) -> bool:
@@ -233,9 +234,10 @@ def _outcome(models: int, found: RecoveredTensor, truth: Tensor | None, figures:
     mse = None if truth is None else squared_error(weight, truth)
     return Outcome(
         models=models,
-        verdict=str(result.verdict),
+        verdict=result.verdict,
         method=result.method,
         reason=result.reason,
+        origin=result.origin,
         ranks=tuple(rank for rank in result.ranks if rank is not None),
         undetermined=result.undetermined,
         grid=result.grid,

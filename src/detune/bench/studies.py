@@ -172,13 +172,16 @@ def study_scheduler(bench: Bench) -> "tuple[pd.DataFrame, Figure]":
 
 def study_ranks(bench: Bench) -> "tuple[pd.DataFrame, Figure]":
     """Ranks told against ranks found from the data; give a subset of mixed ranks to see those."""
+    looks_for_ranks = {"spectral": False, "auto": True}
     results = bench.cells(
-        lambda subset: [find_method(name, subset) for name in ("spectral", "auto")],
+        lambda subset: [find_method(name, subset) for name in looks_for_ranks],
         lambda subset: sorted({3, _paper_models(subset)}),
         rank_known=(True, False),
     )
     frame = frame_of(results)
-    frame["ranks_exact"] = [_ranks_exact(result, bench.subsets) for result in results]
+    frame["ranks_exact"] = [
+        _ranks_exact(result, bench.subsets) if looks_for_ranks[result.cell.method] else None for result in results
+    ]
     figure, axes = new_figure(len(bench.subsets))
     for axis, (subset, rows) in zip(axes, frame.groupby("subset", sort=False), strict=True):
         labels, values, colours = [], [], []
@@ -318,10 +321,8 @@ def _spread_layers(subset: Subset, count: int) -> list[Layer]:
     return [layer for layer in islice(subset.layers(), max(wanted) + 1) if layer.index in wanted]
 
 
-def _ranks_exact(result: CellResult, subsets: Sequence[Subset]) -> float | None:
-    """Share of the layers in which every model's rank is that of the LoRA; None where none was looked for."""
-    if result.cell.method == "spectral":
-        return None
+def _ranks_exact(result: CellResult, subsets: Sequence[Subset]) -> float:
+    """Share of the layers in which every model's rank is that of the LoRA."""
     (subset,) = (subset for subset in subsets if subset.name == result.cell.subset)
     exact = [layer.ranks == tuple(subset.ranks[layer.index][i] for i in result.cell.loras) for layer in result.layers]
     return sum(exact) / len(exact)

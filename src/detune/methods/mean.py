@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from detune.fitting.least_squares import w_step
+from detune.origin import Origin
 from detune.problem.recovery import Recovery
 from detune.problem.stack import Stack
 
@@ -28,4 +29,5 @@ class Mean:
             f"the average of {stack.n} models; no deltas were split off",
             relative_residual=step.relative_residual,
             noise_ratio=step.noise_ratio,
+            origin=Origin.MEAN,
         )

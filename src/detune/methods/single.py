@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from detune.origin import Origin
 from detune.problem.recovery import Recovery
 from detune.problem.stack import Stack
 
@@ -24,4 +25,4 @@ class Single:
         """Take the model's matrix; see `Solver.solve`. `rank` plays no part."""
         weight = stack.matrices[self.index].to(stack.device, stack.dtype, copy=True)
         stack.require_finite(weight.sum())
-        return Recovery(weight, "single", f"model {self.index} as it is")
+        return Recovery(weight, "single", f"model {self.index} as it is", origin=Origin.SINGLE)

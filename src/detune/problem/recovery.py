@@ -21,6 +21,7 @@ from torch import Tensor
 
 from detune.errors import DetuneError
 from detune.numerics.float_grid import times_power_of_two
+from detune.origin import Origin
 from detune.problem.low_rank import LowRank
 from detune.problem.rank_rule import MOST_RANK
 from detune.problem.stack import Stack
@@ -144,7 +145,7 @@ class Recovery:
         hidden_mse: Where a model is taken, without proof, to have left the matrix alone: the most that the weight's
             mean squared error is if it did not.
         expected: The error of the weight by what the fit itself leaves open, where it is no fit of least squares.
-        left_alone: Whether it is the matrix of a model that is taken to have left it alone: nothing was solved.
+        origin: Where the weight comes from.
         mse_exponent: The mean squared errors here and in `bits` are to be multiplied by `2^mse_exponent`: what they are
             then may have no float.
     """
@@ -164,8 +165,13 @@ class Recovery:
     source_models: tuple[int, ...] = ()
     hidden_mse: float = 0.0
     expected: PredictedError | None = None
-    left_alone: bool = False
+    origin: Origin = Origin.SOLVED
     mse_exponent: int = 0
+
+    @property
+    def left_alone(self) -> bool:
+        """Whether it is the matrix of a model that is taken to have left it alone: nothing was solved."""
+        return self.origin is Origin.UNCHANGED
 
     def times_power_of_two(self, exponent: int) -> "Recovery":
         """The answer for models that are `2^exponent` times as large."""
@@ -216,7 +222,7 @@ def left_alone(stack: Stack, model: int, sign: str, hidden_mse: float = 0.0) -> 
         f"{sign}: taken to have left it as the base has it",
         noise_ratio=0.0,
         hidden_mse=hidden_mse,
-        left_alone=True,
+        origin=Origin.UNCHANGED,
     )
 
 

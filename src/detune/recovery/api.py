@@ -19,6 +19,7 @@ from detune.compatibility.model_set import Models, ModelSet
 from detune.errors import InputError
 from detune.methods import SOLVERS, Mean, Single
 from detune.numerics.device import full_precision
+from detune.origin import Origin
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.problem.solving import solve
 from detune.recovery.execution import (
@@ -249,7 +250,7 @@ def _refuse_if_hopeless(rows: Sequence[TensorResult], n: int) -> None:
         reason = max(lost, key=lambda row: len(row.shape)).reason if lost else "every entry lies on it"
         raise InputError(f"{n} model{'s' * (n != 1)} show{'s' * (n == 1)} no delta against a grid of the base", reason)
     # Integers that differ are no matrices, and stand as the first model has them.
-    hopeless = [row for row in rows if row.verdict is Verdict.NOT_DETERMINED and row.method == "mean"]
+    hopeless = [row for row in rows if row.verdict is Verdict.NOT_DETERMINED and row.origin is Origin.MEAN]
     if hopeless and not any(row.is_solved for row in rows):
         raise InputError(
             f"none of {len(hopeless)} changed matrices can be recovered",

@@ -19,6 +19,7 @@ from detune.compatibility.tensor_change import find_tensor_change
 from detune.errors import InputError
 from detune.fitting.differences import find_differences
 from detune.methods import Auto
+from detune.origin import Origin
 from detune.problem import NotLowRank, Stack
 from detune.problem.solving import told_by_others
 from detune.problem.stack import matricise
@@ -107,7 +108,7 @@ def _look_at_light(
     row = change.tensor
     verdict = Verdict.APPROXIMATE if row.enough else Verdict.NOT_DETERMINED
     reason = f"{BELOW_A_STEP}; " + ("recover looks for the base's bits" if row.enough else "a third model is needed")
-    result = result_of(name, held, verdict, "none", reason)
+    result = result_of(name, held, verdict, Origin.NONE, reason)
     return replace(result, ranks=row.ranks)
 
 
@@ -116,14 +117,14 @@ def _look(name: str, held: Held, rank: int | None, device: torch.device | str | 
         # What `recover` would do, to the end: a rank alone does not show whether the answer fits.
         return solve_tensor(name, held, Auto(), rank, device).result
     if not all(tensor.is_floating_point() for tensor in held.tensors):
-        return result_of(name, held, Verdict.NOT_DETERMINED, "none", "not floating point")
+        return result_of(name, held, Verdict.NOT_DETERMINED, Origin.NONE, "not floating point")
     stack = Stack.of([matricise(tensor) for tensor in held.tensors], device=device, noise=held.noise)
     seen = told_by_others(stack)
     if min(stack.shape) == 1:
         reason = "a vector cannot be low-rank: it can only be averaged"
-        return result_of(name, held, Verdict.AVERAGED, "mean", reason)
+        return result_of(name, held, Verdict.AVERAGED, Origin.MEAN, reason)
     difference = find_differences(seen, rank).of(0, 1)
     reason = f"the difference has rank {difference.rank}; a third model is needed to split it"
     if difference.full_rank:
         reason = str(NotLowRank((difference.pair,), stack.shape))
-    return result_of(name, held, Verdict.NOT_DETERMINED, "none", reason)
+    return result_of(name, held, Verdict.NOT_DETERMINED, Origin.NONE, reason)

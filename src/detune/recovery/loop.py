@@ -16,8 +16,9 @@ from detune.compatibility.model_set import Held, ModelSet, Why, damaged
 from detune.methods import Auto
 from detune.numerics.device import full_precision
 from detune.numerics.float_grid import name_of
+from detune.origin import Origin
 from detune.problem import NonFinite
-from detune.recovery.report import COPY, TensorResult
+from detune.recovery.report import TensorResult
 from detune.recovery.scheduler import TensorLoad, TensorScheduler
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def map_tensors(
             if on_tensor:
                 on_tensor(name, None)
             if why is not None:
-                result = TensorResult(name, family.shape(name), "", COPIED[why], COPY, why)
+                result = TensorResult(name, family.shape(name), "", COPIED[why], str(Origin.COPY), why, Origin.COPY)
                 yield from told([(_placed(result, family, began), None)])
             elif held is not None:
                 scheduler.start(load, partial(_visit, family, name, [held], solve))
@@ -127,7 +128,7 @@ def _placed(result: TensorResult, family: ModelSet, began: float) -> TensorResul
     """The result as one of the family: with the ranks of all models, and its time."""
     name, holders = result.name, family.holders(result.name)
     ranks = dict(zip(holders, result.ranks, strict=True)) if result.ranks else {}
-    some = len(holders) < family.n and result.method != COPY
+    some = len(holders) < family.n and result.origin is not Origin.COPY
     return replace(
         result,
         shape=family.shape(name),

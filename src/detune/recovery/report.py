@@ -10,12 +10,7 @@ from detune._runtime import versions
 from detune.certificate.verdict import Verdict
 from detune.compatibility.reading import Reading
 from detune.documents import document, to_json
-
-COPY = "copy"
-"""The method where nothing was computed."""
-
-_NOT_SOLVED = (COPY, "mean", "single", "none")
-"""Methods that leave the deltas in."""
+from detune.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -27,8 +22,9 @@ class TensorResult:
         shape: Its shape.
         dtype: Its stored dtype; several, where the models differ.
         verdict: How far it can be trusted.
-        method: The solver that gave it, or "copy".
+        method: The solver that gave it; "copy" or "none" where none did.
         reason: One sentence.
+        origin: Where its values come from.
         ranks: The rank found for each model that was used; the full rank for one that was left out of this tensor, and
             None for one that does not have it; empty where none was looked for.
         relative_residual: Share of the spread between the models that the answer does not explain.
@@ -51,6 +47,7 @@ class TensorResult:
     verdict: Verdict
     method: str
     reason: str
+    origin: Origin
     ranks: tuple[int | None, ...] = ()
     relative_residual: float | None = None
     noise_ratio: float | None = None
@@ -67,7 +64,7 @@ class TensorResult:
     @property
     def is_solved(self) -> bool:
         """Whether a method took the deltas out, or a model left the tensor as the base has it."""
-        return self.method not in _NOT_SOLVED
+        return self.origin.is_base
 
     @classmethod
     def of_json(cls, content: Mapping[str, Any]) -> "TensorResult":
@@ -76,6 +73,7 @@ class TensorResult:
             "shape": tuple(content["shape"]),
             "ranks": tuple(content["ranks"]),
             "verdict": Verdict(content["verdict"]),
+            "origin": Origin(content["origin"]),
         }
         return cls(**{**content, **kinds})
 

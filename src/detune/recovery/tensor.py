@@ -15,6 +15,7 @@ from detune.compatibility.model_set import Held
 from detune.lattice import NoGrid
 from detune.methods import Auto, Lattice, Mean, SHiRA, Single
 from detune.numerics.float_grid import name_of
+from detune.origin import Origin
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
 from detune.problem.solving import Prepared, solve, wild_entries_of
 from detune.problem.stack import matricise
@@ -116,7 +117,7 @@ def solve_tensor(
     stored = stored or tensors[0].dtype
     if not all(tensor.is_floating_point() for tensor in tensors):
         reason = "not floating point, so there is no average; the first model's stand in"
-        return RecoveredTensor(result_of(name, held, Verdict.NOT_DETERMINED, "single", reason), tensors[0])
+        return RecoveredTensor(result_of(name, held, Verdict.NOT_DETERMINED, Origin.SINGLE, reason), tensors[0])
     stack = Stack.of([matricise(tensor) for tensor in tensors], device=device, noise=held.noise)
     found = _averaged_rows(stack) if held.added else _solve(stack, solver, rank, stored, check)
     return found.but(name=name, shape=tuple(tensors[0].shape), dtype=_dtypes(held))
@@ -235,6 +236,7 @@ def _recovered(recovery: Recovery, verdict: Verdict, certain: bool = True) -> Re
         verdict=verdict,
         method=recovery.method,
         reason=recovery.reason,
+        origin=recovery.origin,
         ranks=recovery.ranks,
         relative_residual=recovery.relative_residual,
         noise_ratio=recovery.noise_ratio,
@@ -245,17 +247,18 @@ def _recovered(recovery: Recovery, verdict: Verdict, certain: bool = True) -> Re
     return RecoveredTensor(result, recovery.weight, bits.certain if bits else None)
 
 
-def result_of(name: str, held: Held, verdict: Verdict, method: str, reason: str) -> TensorResult:
+def result_of(name: str, held: Held, verdict: Verdict, origin: Origin, reason: str) -> TensorResult:
     """The result for a tensor that was not solved.
 
     Args:
         name: Its qualified name.
         held: What the models hold of it.
         verdict: How far it can be trusted.
-        method: What stands in.
+        origin: What stands in.
         reason: Why.
     """
-    return TensorResult(name, tuple(held.tensors[0].shape), _dtypes(held), verdict, method, reason)
+    shape = tuple(held.tensors[0].shape)
+    return TensorResult(name, shape, _dtypes(held), verdict, str(origin), reason, origin)
 
 
 def _dtypes(held: Held) -> str:

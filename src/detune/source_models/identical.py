@@ -69,7 +69,7 @@ def _agree(group: tuple[int, ...]) -> str:
 
 def _confirms(found: Recovery, own: Tensor) -> bool:
     """Whether an answer has a model's own bits, wherever it is certain of them."""
-    if found.method != "unchanged" and (found.bits is None or found.bits.share < MOST):
+    if not found.left_alone and (found.bits is None or found.bits.share < MOST):
         return False
     same = found.weight.eq(own.to(found.weight))
     return bool((same if found.bits is None else same[found.bits.certain]).all())
