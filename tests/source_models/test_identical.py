@@ -91,6 +91,21 @@ class TestThreeVersions:
         assert torch.equal(recovery.weight.float(), W)
         assert [rank > 0 for rank in recovery.ranks] == [seed is not None for seed in order]
 
+    def test_a_light_adapter_that_half_precision_hides_is_not_called_exact(self):
+        base = W.bfloat16()
+        sizes = (0.1, 0.01, 0.01, 0.1)
+        stack = Stack.of(
+            [(base.double() + size * lora(seed)).bfloat16() for size, seed in zip(sizes, (0, 1, 1, 2), strict=True)]
+        )
+        recovery = Auto().solve(stack)
+        certificate = certify(stack, recovery, torch.bfloat16)
+        assert recovery.method == "unchanged"
+        assert certificate.verdict is Verdict.APPROXIMATE
+        assert certificate.reason == (
+            "exact, if models 1 and 2 agree in every bit, as the others allow, because the matrix was left alone"
+        )
+        assert float("-inf") < w_error(recovery.weight, base) <= certificate.worst_w_error
+
     def test_two_pairs_and_another(self):
         stack = merged(lora(0), lora(1), lora(0), lora(1), lora(2))
         recovery = Auto().solve(stack)

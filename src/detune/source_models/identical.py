@@ -2,7 +2,8 @@
 
 Of two that agree and a third nobody can tell: either side may be the base's. What can be said is what the third differs
 by, which is how far the base may be off. A third version decides: where the ranks of the differences add up without
-those that agree having one, or where the base's grid shows.
+those that agree having one, or where the base's grid shows. In half precision it confirms no more than that: a light
+delta changes few entries there, and those are the ones of which nothing is certain.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from detune.numerics.float_grid import HALVES
 from detune.problem.recovery import FEWEST_MODELS, Recovery, left_alone
 from detune.problem.stack import Stack
 from detune.source_models.solve_from import solve_from
@@ -47,8 +49,8 @@ def solve_versions(stack: Stack, solve: Callable[[Stack, int | None], Recovery],
         rank: The most that any `M_i` can have.
 
     Returns:
-        The answer; with the bits of models that agree, where the others confirm them. None where no two agree, there
-        are too few versions, or they do not have an answer.
+        The answer; with the bits of models that agree, where the others confirm them: in half precision as far as
+        another version is off. None where no two agree, there are too few versions, or they do not have an answer.
     """
     groups = stack.versions
     if not FEWEST_MODELS <= len(groups) < stack.n:
@@ -58,7 +60,9 @@ def solve_versions(stack: Stack, solve: Callable[[Stack, int | None], Recovery],
     confirmed = [group for group in groups if found and len(group) > 1 and _confirms(found, stack.matrices[group[0]])]
     if found is None or not confirmed:
         return found
-    kept = left_alone(stack, confirmed[0][0], f"{_agree(confirmed[0])}, and the others show that base")
+    unseen = _unseen(stack, confirmed[0], groups)
+    how = "as the others allow," if unseen else "and the others show that base"
+    kept = left_alone(stack, confirmed[0][0], f"{_agree(confirmed[0])}, {how}", unseen)
     return replace(kept, deltas=found.deltas, ranks=found.ranks)
 
 
@@ -73,6 +77,14 @@ def _confirms(found: Recovery, own: Tensor) -> bool:
         return False
     same = found.weight.eq(own.to(found.weight))
     return bool((same if found.bits is None else same[found.bits.certain]).all())
+
+
+def _unseen(stack: Stack, agreeing: tuple[int, ...], groups: tuple[tuple[int, ...], ...]) -> float:
+    """Mean square of the delta that models which agree may share: an independent one is no larger than a difference."""
+    model = agreeing[0]
+    if stack.rounded_dtypes[model] not in HALVES:
+        return 0.0
+    return min(_distance(stack, model, group[0]) for group in groups if group != agreeing)
 
 
 def _distance(stack: Stack, i: int, j: int) -> float:
