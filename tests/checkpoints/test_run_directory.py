@@ -20,24 +20,24 @@ def names(folder) -> set[str]:
 
 def test_what_is_recorded_is_found_again(tmp_path):
     with claim(tmp_path / "out", "key") as run_directory:
-        run_directory.record([{"name": "a"}, {"name": "b"}])
+        run_directory.journal.record([{"name": "a"}, {"name": "b"}])
     with claim(tmp_path / "out", "key") as again:
-        assert again.rows() == [{"name": "a"}, {"name": "b"}]
+        assert again.journal.rows() == [{"name": "a"}, {"name": "b"}]
         # By another process: another file.
-        again.record([{"name": "c"}])
+        again.journal.record([{"name": "c"}])
         assert len(list((again.directory / "journal").iterdir())) == 2
-        assert sorted(row["name"] for row in again.rows()) == ["a", "b", "c"]
+        assert sorted(row["name"] for row in again.journal.rows()) == ["a", "b", "c"]
         again.clear()
-        assert again.rows() == []
+        assert again.journal.rows() == []
         again.remove()
     assert names(tmp_path) == set()
 
 
 def test_another_key_starts_from_nothing_and_removes_what_was_left(tmp_path):
     with claim(tmp_path / "out", "one") as run_directory:
-        run_directory.record([{"name": "a"}])
+        run_directory.journal.record([{"name": "a"}])
     with claim(tmp_path / "other", "one"), claim(tmp_path / "out", "two") as run_directory:
-        assert run_directory.rows() == []
+        assert run_directory.journal.rows() == []
         assert names(tmp_path) == {".other.recovering-one", ".out.recovering-two"}
 
 
@@ -48,7 +48,7 @@ def test_a_run_keeps_every_other_one_out_until_it_dies(tmp_path, key):
 import os, signal, sys, pathlib
 from detune.checkpoints import claim
 with claim(pathlib.Path({str(tmp_path / "out")!r}), "one") as run_directory:
-    run_directory.record([dict(name="a")])
+    run_directory.journal.record([dict(name="a")])
     print(flush=True)
     sys.stdin.readline()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -59,7 +59,7 @@ with claim(pathlib.Path({str(tmp_path / "out")!r}), "one") as run_directory:
             claim(tmp_path / "out", key).__enter__()
         first.communicate(b"\n")
     with claim(tmp_path / "out", key) as run_directory:
-        assert len(run_directory.rows()) == (1 if key == "one" else 0)
+        assert len(run_directory.journal.rows()) == (1 if key == "one" else 0)
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
@@ -149,7 +149,7 @@ def test_a_planted_lock_is_not_followed(tmp_path, kind, key):
 
 def test_what_another_user_made_is_left_alone(tmp_path, monkeypatch):
     with claim(tmp_path / "out", "one") as run_directory:
-        run_directory.record([{"name": "a"}])
+        run_directory.journal.record([{"name": "a"}])
     theirs = os.geteuid() + 1
     monkeypatch.setattr(os, "geteuid", lambda: theirs)
     own, stat = Path.stat, tmp_path.stat()
@@ -180,7 +180,7 @@ def test_what_is_written_does_not_go_through_what_stands_there(tmp_path, kind, n
         else:
             (place / "x").mkdir(parents=True)
         checksum = run.save_part("a", ".mask", b"after")
-        run.note_results({"out": "hash"})
+        run.note.write({"out": "hash"})
         assert run.read_part("a", ".mask", checksum) == b"after"
         assert run.noted.hashes == {"out": "hash"}
     assert victim.read_text() == "mine"

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from detune.errors import OutputError
 
-__all__ = ["FULL", "discard", "exchange", "reported", "require_space", "require_writable", "sync", "sync_tree"]
+__all__ = [
+    "FULL",
+    "discard",
+    "exchange",
+    "reported",
+    "require_space",
+    "require_writable",
+    "sync",
+    "sync_tree",
+    "write_new",
+]
 
 # Error numbers of a full disk or quota.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,6 +52,15 @@ def discard(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file anew, not through a link or into whatever else stands there, and wait until it is on the disk."""
+    discard(path)
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -19,33 +19,28 @@ directories: a process that outlives its run has nowhere to write what another w
 import hashlib
 import logging
 import os
-import secrets
 import shutil
-import socket
 import stat
-import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from detune.checkpoints.blocks import file_hash
-from detune.checkpoints.disk import discard, exchange, reported, sync, sync_tree
+from detune.checkpoints.disk import discard, exchange, reported, sync, sync_tree, write_new
+from detune.checkpoints.journal import Journal
 from detune.checkpoints.mark import MARK, find_foreign
+from detune.checkpoints.results_note import ResultsNote
 from detune.checkpoints.staging import is_ours, locked, remove, siblings, taken
-from detune.errors import InputError, OutputError
-from detune.files import open_regular, seal, unseal
+from detune.errors import OutputError
 
 __all__ = ["Noted", "RunDirectory", "claim", "noted_results", "remove_spent"]
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("journal", "parts", "checkpoint")
-# Twice: without it nobody could tell a result that is in its place from what somebody else has put there.
-_RESULTS = ("results", "results.copy")
-_NEW_RESULTS, _REPLACED = "results.new", "replaced"
+_FOLDERS = ("journal", "parts", "checkpoint")
+_REPLACED = "replaced"
 _KIND = "recovering"
 _AGAIN = "run the same command again: it computes again what has changed"
 
@@ -72,14 +67,15 @@ class RunDirectory:
     Attributes:
         directory: As given.
         checkpoint: The directory that becomes the output.
+        journal: The tensors that are complete.
+        note: The results that are about to be put in their places.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.checkpoint = directory / "checkpoint"
-        # One file for each process: appends of several machines to one file would overwrite each other.
-        self._journal = directory / "journal" / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.txt"
-        self._lock = threading.Lock()
+        self.journal = Journal(directory / "journal")
+        self.note = ResultsNote(directory)
 
     def save_part(self, name: str, suffix: str, data: bytes) -> int:
         """Write something that belongs to a tensor, and wait until it is on the disk.
@@ -97,7 +93,7 @@ class RunDirectory:
         """
         path = self._part(name, suffix)
         with reported(path):
-            _write_new(path, data)
+            write_new(path, data)
         return zlib.crc32(data)
 
     def read_part(self, name: str, suffix: str, checksum: int) -> bytes:
@@ -124,137 +120,53 @@ class RunDirectory:
     def _part(self, name: str, suffix: str) -> Path:
         return self.directory / "parts" / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}{suffix}"
 
-    def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write down what is complete, in whole lines or not at all. All that the rows speak of must be on the disk.
-
-        Args:
-            rows: What JSON can hold.
-
-        Raises:
-            OutputError: The disk refuses.
-        """
-        lines = b"".join(map(seal, rows))
-        with self._lock, reported(self._journal), self._journal.open("ab", buffering=0) as file:
-            start = file.tell()
-            try:
-                written = 0
-                while written < len(lines):
-                    written += file.write(lines[written:])
-                os.fsync(file.fileno())
-            except BaseException:
-                # What follows begins with a line of its own.
-                file.truncate(start)
-                raise
-
-    def rows(self) -> list[Any]:
-        """All that was written down, by any process; lines that do not verify are left out, with a word."""
-        found: list[Any] = []
-        damaged = 0
-        for path in self._journals():
-            with reported(path):
-                lines = path.read_bytes().splitlines()
-            for line in lines:
-                row = unseal(line)
-                if row is None:
-                    damaged += 1
-                else:
-                    found.append(row)
-        if damaged:
-            logger.warning(
-                "%d lines of the journal in %s are damaged or cut off: what they spoke of is computed again",
-                damaged,
-                self.directory,
-            )
-        return found
-
-    def keep(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Forget all that has been written down but some rows, whose tensors and parts stay.
-
-        Raises:
-            OutputError: The disk refuses.
-        """
-        before = self._journals()
-        self.record(rows)
-        for path in before:
-            with reported(path):
-                path.unlink()
-
-    def _journals(self) -> list[Path]:
-        return sorted(path for path in (self.directory / "journal").glob("*.txt") if path.is_file())
-
     @property
-    def is_complete(self) -> bool:
+    def has_folders(self) -> bool:
         """Whether all of its directories are there."""
-        parts = [self.directory / part for part in _PARTS]
-        return all(part.is_dir() and not part.is_symlink() for part in parts)
+        folders = [self.directory / name for name in _FOLDERS]
+        return all(folder.is_dir() and not folder.is_symlink() for folder in folders)
 
     def clear(self) -> None:
         """Forget all that is complete."""
-        for part in _PARTS:
-            discard(self.directory / part)
-            (self.directory / part).mkdir()
+        for name in _FOLDERS:
+            discard(self.directory / name)
+            (self.directory / name).mkdir()
         sync(self.directory)
 
     @property
     def is_spent(self) -> bool:
         """Whether nothing in it is of use: nothing is complete, or its removal was cut off."""
-        kept = (self.directory / name for name in (*_RESULTS, _REPLACED))
-        return not any(path.exists() for path in kept) and not any(path.stat().st_size for path in self._journals())
+        return not (self.note.exists or self._replaced.exists()) and self.journal.is_empty
+
+    @property
+    def noted(self) -> Noted:
+        """The results that this run was about to put in their places when it was cut off."""
+        hashes = self.note.hashes()
+        return Noted(hashes, lost=not hashes and not self.is_spent)
 
     def mend(self) -> None:
-        """Remove what no run has made, and the notes that have been damaged; another copy takes their place.
+        """Remove what no run has made, and replace a copy of the note that has been damaged by the other one.
 
         Raises:
             OutputError: The disk refuses.
         """
         with reported(self.directory):
-            flat = [path for part in ("journal", "parts") for path in (self.directory / part).iterdir()]
-            for path in (
-                *flat,
-                *(path for path in self.checkpoint.rglob("*") if path.is_symlink() or not path.is_dir()),
-            ):
+            for path in self._found():
                 status = path.lstat()
                 # Read or written to, it would be something elsewhere, or never end.
                 if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                     logger.warning("removing %s: it is no file of a run; what it stood for is computed again", path)
                     discard(path)
-            damaged = [path for path in self._notes if os.path.lexists(path) and _read_note(path) is None]
-            if not damaged:
-                return
-            results = self.noted.hashes
-            known = "its copy is used" if results else "what is in its place already is computed again and compared"
-            logger.warning("%s has been damaged: %s", damaged[0], known)
-            for path in damaged:
-                # An empty one for the time being: that there was a note stays known.
-                _write_new(path, b"")
-            if results:
-                self.note_results(results)
+            self.note.mend()
+
+    def _found(self) -> list[Path]:
+        """All that is in the journal and the parts, and all of the checkpoint but its folders."""
+        flat = [path for folder in ("journal", "parts") for path in (self.directory / folder).iterdir()]
+        return flat + [path for path in self.checkpoint.rglob("*") if path.is_symlink() or not path.is_dir()]
 
     @property
-    def _notes(self) -> list[Path]:
-        return [self.directory / name for name in _RESULTS]
-
-    @property
-    def noted(self) -> Noted:
-        """The results that `note_results` has written down."""
-        hashes = next((note for note in map(_read_note, self._notes) if note is not None), {})
-        return Noted(hashes, lost=not hashes and not self.is_spent)
-
-    def note_results(self, results: Mapping[str, str]) -> None:
-        """Write down what will be put in its place, so that the next run knows it where this one is cut off.
-
-        Args:
-            results: A hash of each, by its path.
-
-        Raises:
-            OutputError: The disk refuses.
-        """
-        new = self.directory / _NEW_RESULTS
-        for path in self._notes:
-            with reported(path):
-                _write_new(new, seal(results))
-                os.replace(new, path)
-                sync(self.directory)
+    def _replaced(self) -> Path:
+        return self.directory / _REPLACED
 
     def place(self, out: Path, check: Callable[[Path], None]) -> None:
         """Rename the checkpoint to its place once all of it is on the disk.
@@ -276,8 +188,8 @@ class RunDirectory:
                 if not _is_filled(out):
                     os.rename(self.checkpoint, out)
                 elif not exchange(self.checkpoint, out):
-                    discard(self.directory / _REPLACED)
-                    os.rename(out, self.directory / _REPLACED)
+                    discard(self._replaced)
+                    os.rename(out, self._replaced)
                     os.rename(self.checkpoint, out)
             except BaseException:
                 self.put_back(out)
@@ -293,41 +205,32 @@ class RunDirectory:
         Raises:
             OutputError: There is something else, or the disk refuses.
         """
-        replaced = self.directory / _REPLACED
-        if not replaced.exists() or self.has_placed(out):
+        if not self._replaced.exists() or self.has_placed(out):
             return
         if _is_filled(out):
             if self.noted.lost and find_foreign(out) is None:
                 # Maybe this run's checkpoint: that is found out by computing it again.
                 return
             raise OutputError(
-                f"{replaced} is what stood in {out} until a run was cut off that was to replace it",
+                f"{self._replaced} is what stood in {out} until a run was cut off that was to replace it",
                 "something else stands there now",
                 "move one of the two elsewhere",
             )
         with reported(out):
-            os.rename(replaced, out)
+            os.rename(self._replaced, out)
             sync(out.parent)
 
     def has_placed(self, out: Path) -> bool:
         """Whether what is in `out` is this run's checkpoint."""
         mark = out / MARK
-        return mark.is_file() and self.noted.hashes.get(str(mark)) == file_hash(mark)
+        return mark.is_file() and self.note.hashes().get(str(mark)) == file_hash(mark)
 
     def remove(self) -> None:
         """Remove the directory, once its checkpoint has been moved to its place, or is of no use."""
         # The results last: while anything else is there, they say what it was for.
-        for part in (*_PARTS, _REPLACED):
-            shutil.rmtree(self.directory / part, ignore_errors=True)
+        for name in (*_FOLDERS, _REPLACED):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
         remove(self.directory)
-
-
-def _read_note(path: Path) -> dict[str, str] | None:
-    """The content of a copy of the note on results; None where there is none, or it does not verify."""
-    with suppress(OSError, InputError), open_regular(path) as file:
-        note = unseal(file.read())
-        return note if isinstance(note, dict) else None
-    return None
 
 
 @contextmanager
@@ -350,7 +253,7 @@ def claim(out: Path, key: str) -> Iterator[RunDirectory]:
     with reported(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         for other in siblings(out, _KIND):
-            if other != own and is_ours(other, _is_landed):
+            if other != own and is_ours(other, _is_of_a_run):
                 with locked(other, out):
                     RunDirectory(other).put_back(out)
                     logger.info("removing %s: its run had other inputs or options", other)
@@ -358,13 +261,13 @@ def claim(out: Path, key: str) -> Iterator[RunDirectory]:
         try:
             own.mkdir()
         except FileExistsError:
-            if not is_ours(own, _is_landed):
+            if not is_ours(own, _is_of_a_run):
                 raise taken(own) from None
     with locked(own, out):
         run_directory = RunDirectory(own)
         run_directory.put_back(out)
         with reported(out):
-            if not run_directory.is_complete:
+            if not run_directory.has_folders:
                 run_directory.clear()
         run_directory.mend()
         yield run_directory
@@ -376,7 +279,7 @@ def noted_results(out: Path) -> Noted:
     Args:
         out: The directory that they were to make.
     """
-    found = [RunDirectory(place).noted for place in siblings(out, _KIND) if is_ours(place, _is_landed)]
+    found = [RunDirectory(place).noted for place in siblings(out, _KIND) if is_ours(place, _is_of_a_run)]
     hashes = {path: value for noted in found for path, value in noted.hashes.items()}
     return Noted(hashes, any(noted.lost for noted in found))
 
@@ -388,23 +291,14 @@ def remove_spent(out: Path) -> None:
         out: The directory that they were to make.
     """
     for directory in siblings(out, _KIND):
-        if is_ours(directory, _is_landed) and RunDirectory(directory).is_spent:
+        if is_ours(directory, _is_of_a_run) and RunDirectory(directory).is_spent:
             with suppress(OutputError), locked(directory, out, needs_lock=True):
                 if RunDirectory(directory).is_spent:
                     remove(directory)
 
 
-def _is_landed(name: str) -> bool:
-    return name in (*_PARTS, *_RESULTS, _NEW_RESULTS, _REPLACED)
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    """Write a file anew, not through a link or into whatever else stands there, and wait until it is on the disk."""
-    discard(path)
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _is_of_a_run(name: str) -> bool:
+    return name in (*_FOLDERS, *ResultsNote.NAMES, _REPLACED)
 
 
 def _is_filled(out: Path) -> bool:

@@ -165,7 +165,7 @@ class Results:
                 not self.target.overwrite and self._mark.is_file() and _same(run_directory.checkpoint, self.target.out)
             )
             results[str(self._mark)] = _hash(self._mark if stands else run_directory.checkpoint / MARK)
-            run_directory.note_results(results)
+            run_directory.note.write(results)
         if stands:
             return self._placed
         run_directory.place(self.target.out, self.target.check)

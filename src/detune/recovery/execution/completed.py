@@ -79,7 +79,7 @@ def _row(content: Mapping[str, Any]) -> AdapterRow:
 def read_completed(run_directory: RunDirectory) -> list[CompletedTensor]:
     """Read the completed tensors that a run's journal lists, in its order."""
     found = []
-    for row in run_directory.rows():
+    for row in run_directory.journal.rows():
         try:
             found.append(CompletedTensor.of_json(row))
         except (TypeError, LookupError, ValueError):
@@ -121,7 +121,7 @@ def verify(run_directory: RunDirectory, files: CheckpointFiles, names: Iterable[
             changed[0],
         )
     if len(whole) < len(lines):
-        run_directory.keep([completed.to_json() for completed in whole.values()])
+        run_directory.journal.keep([completed.to_json() for completed in whole.values()])
     return whole
 
 
@@ -255,7 +255,7 @@ class ResultWriter:
         if not self._unrecorded:
             return
         self._files.sync(completed.row.name for completed in self._unrecorded)
-        self._run_directory.record([completed.to_json() for completed in self._unrecorded])
+        self._run_directory.journal.record([completed.to_json() for completed in self._unrecorded])
         self.completed += self._unrecorded
         self._unrecorded = []
         self._recorded = time.monotonic()
