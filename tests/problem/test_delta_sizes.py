@@ -81,6 +81,23 @@ def test_independent_models_leave_out_what_others_hold(kind, size, dtype):
         assert {order[i] for i in models} == set(range(len(deltas))) - set(left_out)
 
 
+@pytest.mark.parametrize("strength", [1.0, 3.0])
+@pytest.mark.parametrize("size", [(1, 1, 1, 1, 1), (3, 3, 1, 1, 1), (1, 1, 3, 3, 3)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_two_fine_tunes_of_one_fine_tune_are_not_the_most(size, strength, seed):
+    """From that one as the base both are independent of another, and all others are alike."""
+    generator = seeded(seed)
+    W = (normal(generator, *SHAPE) / 20).bfloat16().double()
+    deltas = [normal(generator, SHAPE[0], 8) @ normal(generator, 8, SHAPE[1]) for _ in range(6)]
+    first, *others = (2.0**-12 * M_i / rms(M_i) for M_i in deltas)
+    of_one = [
+        strength * max(size) * first * (i < 2) + s * M_i for i, (s, M_i) in enumerate(zip(size, others, strict=True))
+    ]
+    found = independent_models(Stack.of([(W + M_i).bfloat16() for M_i in of_one]))
+    assert {2, 3, 4} < set(found)
+    assert len(found) == 4
+
+
 def test_a_model_without_a_delta_is_like_none():
     """Deltas that have a tenth in common, as those of one language have."""
     generator = seeded(0)

@@ -65,7 +65,9 @@ def well_separated(n: int, models: tuple[int, ...], choose: Callable[[tuple[int,
     first = choose(models)
     if n <= FEWEST_MODELS or first.separation >= CLOSE:
         return first
-    others = (choose(three) for three in combinations(range(n), FEWEST_MODELS) if three != models)
+    # Two of a three that share a part may be told apart from the third, with that part in the base.
+    threes = sorted(combinations(range(n), FEWEST_MODELS), key=lambda three: not set(three) <= set(models))
+    others = (choose(three) for three in threes if three != models)
     # An adapter below the noise shows no space.
     shown = (each for each in islice(others, MOST_LOOKED_AT) if all(each.differences.ranks))
     return next((each for each in shown if each.separation >= GOOD_SEPARATION), first)

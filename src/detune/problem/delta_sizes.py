@@ -8,7 +8,6 @@ all that others show.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -41,6 +40,11 @@ TOO_ALIKE = 0.35
 # A delta that has less in common with another than this share of the larger one is as good as independent
 # of it: what independent ones of a real model have in common comes to 0.13 of them (measured: `benchmarks/llm.py`).
 LEAST_SHARED = 0.15
+# Bases of three that are looked at: all that fifteen models have (any number does).
+MOST_THREES = 455
+# Pairs that are alike from one base and not from another, by chance: of two fine-tunes of one fine-tune and three more
+# two more are alike from the wrong base (derived).
+BY_CHANCE = 1
 LEAST = torch.finfo(torch.float64).tiny
 
 
@@ -143,9 +147,10 @@ def independent_models(stack: Stack, most_alike: float = TOO_ALIKE) -> tuple[int
     """The models without those whose deltas are more alike than independent fine-tunes: a copy at another strength.
 
     Distances of three models are those of three independent deltas from one base, whatever they are: of a fine-tune, a
-    copy of it and another, that base is the copy or beyond. So the base is that of the three whose smallest delta is
-    largest; and of all models the most that are not alike, seen from there, are taken, with the largest deltas: their
-    directions stand over the noise.
+    copy of it and another, that base is the copy or beyond; of two fine-tunes of one fine-tune and another, it is that
+    first one. So the base is one that the fewest pairs of deltas are alike from, and of such bases that of the three
+    whose smallest delta is largest. Of all models the most that are not alike, seen from there, are taken, with the
+    largest deltas: their directions stand over the noise.
 
     Args:
         stack: The models.
@@ -158,21 +163,27 @@ def independent_models(stack: Stack, most_alike: float = TOO_ALIKE) -> tuple[int
     if stack.n <= FEWEST_MODELS:
         return models
     distances, errors = Sample.of(stack, SAMPLED_FOR_PRODUCTS).distances
-    three = max(combinations(models, FEWEST_MODELS), key=lambda each: min(_squares(distances, each)))
-    if min(_squares(distances, three)) <= 0:
+    threes = torch.combinations(torch.arange(stack.n), FEWEST_MODELS)
+    own = _squares(distances, threes)
+    smallest, order = own.min(dim=1).values.sort(descending=True, stable=True)
+    order = order[smallest > 0][:MOST_THREES]
+    if not len(order):
         return models
-    squares = _squares_from(distances, three)
-    products = (squares[:, None] + squares - distances) / 2
+    threes = threes[order]
+    squares = _squares_from(distances, threes, own[order])
+    products = (squares[:, :, None] + squares[:, None] - distances) / 2
     sizes = squares.clamp(min=0)
     # Deltas of one direction, in rows that they share, have a correlation of about this size by chance.
     by_chance = min(stack.shape) ** -0.5
     least = torch.maximum(
-        max(most_alike, SURE * by_chance) * (sizes[:, None] * sizes).sqrt(),
-        LEAST_SHARED * torch.maximum(sizes[:, None], sizes),
+        max(most_alike, SURE * by_chance) * (sizes[:, :, None] * sizes[:, None]).sqrt(),
+        LEAST_SHARED * torch.maximum(sizes[:, :, None], sizes[:, None]),
     )
     alike = products.abs() > least + SURE * errors / 2
-    found = _most_unlike(alike, squares.tolist())
-    return found if len(found) >= FEWEST_MODELS else three
+    pairs = alike.triu(diagonal=1).sum(dim=(1, 2))
+    best = int((pairs <= pairs.min() + BY_CHANCE).nonzero()[0])
+    found = _most_unlike(alike[best], squares[best].tolist())
+    return found if len(found) >= FEWEST_MODELS else tuple(threes[best].tolist())
 
 
 def _most_unlike(alike: Tensor, squares: Sequence[float]) -> tuple[int, ...]:
@@ -197,32 +208,31 @@ def _most_unlike(alike: Tensor, squares: Sequence[float]) -> tuple[int, ...]:
     return tuple(sorted(most(frozenset(range(len(alike))))))
 
 
-def _squares(distances: Tensor, three: tuple[int, ...]) -> list[float]:
-    """Mean squares of three independent deltas with these distances."""
-    i, j, k = three
-    a, b, c = (float(distances[pair]) for pair in ((i, j), (i, k), (j, k)))
-    return [(a + b - c) / 2, (a + c - b) / 2, (b + c - a) / 2]
+def _squares(distances: Tensor, threes: Tensor) -> Tensor:
+    """Mean squares of three independent deltas with these distances, `(threes, 3)`."""
+    i, j, k = threes.T
+    a, b, c = distances[i, j], distances[i, k], distances[j, k]
+    return torch.stack([a + b - c, a + c - b, b + c - a], dim=1) / 2
 
 
-def _squares_from(distances: Tensor, three: tuple[int, ...]) -> Tensor:
-    """Mean squares of all deltas from the base of three independent ones, `(n,)`.
+def _squares_from(distances: Tensor, threes: Tensor, own: Tensor) -> Tensor:
+    """Mean squares of all deltas from the bases of three independent ones, `(threes, n)`.
 
     A distance from one of these is `m + m_t - 2 p_t`: with the square m of a delta its three products p_t are known.
     Of the m that Bessel's inequality `sum_t p_t^2 / m_t <= m` allows, that is taken with the least sum of |p_t|.
+
+    Args:
+        distances: Mean squares of differences, `(n, n)`.
+        threes: Which three, `(threes, 3)`.
+        own: Mean squares of their deltas, above zero.
     """
-    own = torch.tensor(_squares(distances, three), dtype=torch.float64)
-    squares = torch.empty(len(distances), dtype=torch.float64)
-    for model, row in enumerate(distances[:, list(three)]):
-        if model in three:
-            squares[model] = own[three.index(model)]
-            continue
-        # p_t = (m - off_t) / 2, so the inequality is a quadratic one in m.
-        off = row - own
-        second, first, constant = (float((each / (4 * own)).sum()) for each in (torch.ones(3), -2 * off, off.square()))
-        vertex = (1 - first) / (2 * second)
-        reach = math.sqrt(max(0.0, vertex**2 - constant / second))
-        squares[model] = min(max(float(off.median()), vertex - reach), vertex + reach)
-    return squares
+    # p_t = (m - off_t) / 2, so the inequality is a quadratic one in m.
+    off, own = distances[threes].mT - own[:, None], own[:, None]
+    second, first, constant = ((each / (4 * own)).sum(dim=2) for each in (torch.ones_like(off), -2 * off, off.square()))
+    vertex = (1 - first) / (2 * second)
+    reach = (vertex.square() - constant / second).clamp(min=0).sqrt()
+    squares = off.median(dim=2).values.clamp(min=vertex - reach, max=vertex + reach)
+    return squares.scatter(1, threes, own[:, 0])
 
 
 def beside_rounding(rest: Tensor, W_i: Tensor) -> float:
