@@ -196,6 +196,9 @@ class ErrorModel:
 
     def _basis(self, after: StoredError, at_floor: bool, doubts: int) -> str:
         """The bin of the calibration: by the gravest of the doubts."""
+        if self.recovery.mse_reduction and len(set(self.stack.rounded_dtypes)) > 1:
+            # Finely stored models confine the error, by how much least squares does not know.
+            return "least squares, intervals of mixed dtypes"
         if self._is_coarse:
             return "least squares, deltas below a step"
         if not at_floor or doubts > self._is_steep(after):

@@ -144,6 +144,26 @@ class Sweeps:
             before = uncertain
         return found, self.most
 
+    def settled(
+        self, entries: StoredEntries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor
+    ) -> Sequence[Estimate]:
+        """Sweep until nothing is gained, with the directions that there are.
+
+        Args:
+            entries: The models.
+            estimates: The start.
+            grid: The grid of W; none is one, too.
+            held: Entries that are kept from the fit.
+        """
+        before = math.inf
+        for _ in range(self.most):
+            estimates = sweep(entries, estimates, grid, held)
+            uncertain = sum(e.variance for e in estimates)
+            if uncertain > self.least_gain * before:
+                break
+            before = uncertain
+        return estimates
+
     def _of_all(
         self,
         entries: StoredEntries,

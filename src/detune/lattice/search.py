@@ -27,7 +27,7 @@ from detune.lattice.submatrix import Submatrix
 from detune.numerics.float_grid import HALVES, lies_on, name_of, spacing
 from detune.problem.delta_sizes import DeltaScale, delta_scales, scatter
 from detune.problem.recovery import FEWEST_MODELS, DecodedBits, NotRecoverable, Recovery, left_alone
-from detune.problem.stack import Stack
+from detune.problem.stack import SMALL_ENTRIES, Stack
 
 # Deltas of more steps do not show modulo the step of a single fine model (any number does:
 # `benchmarks/constants.py`).
@@ -189,7 +189,12 @@ class LatticeSearch:
         if (start.noise_ratio or 0.0) > MOST_NOISE:
             return start
         entries, grid = StoredEntries.of(rounded), grid_of(None)
-        estimates = sweep(entries, from_least_squares(rounded, start), grid)
+        estimates: Sequence[Estimate] = from_least_squares(rounded, start)
+        if len({W_i.dtype for W_i in rounded.matrices}) > 1 and start.weight.numel() <= SMALL_ENTRIES:
+            # Finely stored models gain ten times as much from each sweep; others a tenth, for four times the time.
+            held = held_out(entries.shape, self.seed)
+            estimates = self._sweeps.settled(entries, estimates, grid, held)
+        estimates = sweep(entries, estimates, grid)
         found = decoded(entries, estimates, grid)
         variances = float(stack.noise.square().sum()) + sum(e.variance for e in estimates)
         before = variances / stack.n**2
