@@ -10,6 +10,7 @@ from torch import Tensor
 import detune
 from detune.certificate.verdict import Verdict
 from detune.compatibility.light import changed_in_part, is_light, some_of_each_pattern
+from detune.compatibility.model_set import ModelSet
 from tests.cases import normal, seeded
 from tests.families import edit, save_plain
 
@@ -95,6 +96,14 @@ def test_inspect_does_not_solve_what_is_light(tmp_path):
     assert {(row.verdict, row.method) for row in rows} == {(Verdict.APPROXIMATE, "none")}
     assert "a full fine-tune cannot be told from LoRA; recover looks for the base's bits" in rows[0].reason
     assert sum(bool(row.ranks) for row in rows) == 3
+
+
+def test_inspect_reads_nothing_whole_that_is_light(tmp_path, monkeypatch):
+    read: list[str] = []
+    whole = ModelSet.held
+    monkeypatch.setattr(ModelSet, "held", lambda family, name: read.append(name) or whole(family, name))
+    detune.inspect(light_family(tmp_path))
+    assert read == ["norm.weight"]
 
 
 def test_inspect_of_two_light_models(tmp_path):

@@ -32,6 +32,13 @@ def test_writes_nothing(fine):
     assert tree(fine.base.parent) == before
 
 
+def test_hashes_the_files_where_that_is_wanted(fine):
+    whole, quick = (detune.inspect(fine.models, hashes=hashes) for hashes in (True, False))
+    assert [[len(sha256) for sha256 in row.sha256.values()] for row in whole.inputs] == [[64]] * 3
+    assert [row.sha256 for row in quick.inputs] == [{}] * 3
+    assert [row.verdict for row in quick.tensors] == [row.verdict for row in whole.tensors]
+
+
 def test_finds_mixed_ranks(tmp_path):
     base, generator = plain_state(), seeded(4)
     models = []

@@ -147,6 +147,7 @@ def inspect(
             device=device_of(device),
             merge_dtype=merge_dtype_of(merge_dtype),
             rows=rows,
+            hashes=output.as_json,
             on_start=shown.start,
             on_tensor=shown,
         )

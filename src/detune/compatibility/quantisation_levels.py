@@ -83,10 +83,11 @@ def level_noise(matrix: Tensor) -> float | None:
 
 def _may_be_int8(values: list[float], dtype: torch.dtype) -> bool:
     """Whether a row may lie on levels of int8: a glance at some entries, which costs nothing beside reading them."""
-    tolerance = 256 * torch.finfo(dtype).eps
+    tolerance = 2 * torch.finfo(dtype).eps
     for scaled in (values, values[:Q8_0_BLOCK]):
         step = max(map(abs, scaled)) / 127
-        if step and all(abs(value / step - round(value / step)) <= tolerance for value in values[:Q8_0_BLOCK]):
+        multiples = [value / step for value in values[:Q8_0_BLOCK]] if step else []
+        if multiples and all(abs(each - round(each)) <= tolerance * abs(round(each)) for each in multiples):
             return True
     return False
 

@@ -8,7 +8,7 @@ import torch
 
 from detune.checkpoints import Checkpoint
 from detune.compatibility.groups import split_tensor, tells, why_foreign
-from detune.compatibility.light import BELOW_A_STEP, find_bit_change
+from detune.compatibility.light import BELOW_A_STEP, BitChange, find_bit_change
 from detune.compatibility.mismatch import Cause
 from detune.compatibility.model_set import damaged, noise_of
 from detune.compatibility.shared import is_shared, same_numbers
@@ -82,7 +82,6 @@ class TensorChange:
     foreign: tuple[ForeignTensor, ...] = ()
 
 
-@full_precision()
 def find_tensor_change(
     models: Sequence[Checkpoint],
     members: Sequence[int],
@@ -109,8 +108,35 @@ def find_tensor_change(
     """
     if is_shared([models[i] for i in holders], name) or _differs_in_dtype_alone([models[i] for i in holders], name):
         return None
-    shape = models[holders[0]].tensors[name].shape
     bits = find_bit_change([models[i] for i in holders], name)
+    return describe_change(models, members, holders, name, bits, device, look_closer)
+
+
+@full_precision()
+def describe_change(
+    models: Sequence[Checkpoint],
+    members: Sequence[int],
+    holders: Sequence[int],
+    name: str,
+    bits: BitChange,
+    device: torch.device | str | None,
+    look_closer: bool,
+) -> TensorChange:
+    """Describe the change of a tensor of which it is known who changed it; see `find_tensor_change`.
+
+    Args:
+        models: All models given.
+        members: Places of those that are of the family.
+        holders: The members that have this tensor, in the family's shape.
+        name: Name of the tensor.
+        bits: Who of the holders changed it.
+        device: Where to compute ranks; None is the CPU.
+        look_closer: Whether ranks are looked for in light fine-tunes too, where few show.
+
+    Raises:
+        InputError: A model holds NaN or Inf in it.
+    """
+    shape = models[holders[0]].tensors[name].shape
     changed = _placed(dict(zip(holders, bits.changed, strict=True)), members)
     if bits.light and not look_closer:
         enough = len(holders) >= FEWEST_MODELS

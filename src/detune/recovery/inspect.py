@@ -10,12 +10,13 @@ import torch
 
 from detune._runtime import OnStart, command_line
 from detune.certificate.verdict import Verdict
+from detune.checkpoints import Checkpoint
 from detune.compatibility.describe import describe
 from detune.compatibility.groups import select
-from detune.compatibility.light import BELOW_A_STEP, is_light, some_of_each_pattern
+from detune.compatibility.light import BELOW_A_STEP, find_bit_change, some_of_each_pattern
 from detune.compatibility.model_set import Held, Models, ModelSet, rows_to_read
 from detune.compatibility.shared import surely_shared
-from detune.compatibility.tensor_change import find_tensor_change
+from detune.compatibility.tensor_change import describe_change
 from detune.errors import InputError
 from detune.fitting.differences import find_differences
 from detune.methods import Auto
@@ -35,6 +36,7 @@ def inspect(
     device: torch.device | str | None = None,
     merge_dtype: torch.dtype | None = None,
     rows: int | Literal["auto", "all"] = "auto",
+    hashes: bool = True,
     on_start: OnStart | None = None,
     on_tensor: OnTensor | None = None,
 ) -> Report:
@@ -48,6 +50,7 @@ def inspect(
         merge_dtype: For `BASE+ADAPTER`: merge in this dtype instead of the base's.
         rows: Rows of each matrix to look at; what the report says is then of these. "auto" is 1024 if a model is on the
             Hub, of which no more is fetched, and all otherwise.
+        hashes: Whether the report has the SHA-256 of the weight files, which takes longer than to read them.
         on_start: For progress: called once with the tensors, and what is read of each in bytes.
         on_tensor: Called with the tensor's name and None when it is begun, and with its row when it is done.
 
@@ -65,7 +68,7 @@ def inspect(
     with Models(models, merge_dtype, shown) as given:
         if len(models) == 1:
             (model,) = given.models
-            alone = InputRow(model.spec, model.hashes(), notes=describe(model))
+            alone = InputRow(model.spec, _hashes(model, hashes), notes=describe(model))
             return Report(command, (alone,), (), time.perf_counter() - started)
         selection = select(given, min(3, len(models)))
         family = ModelSet([given.models[i] for i in selection.members])
@@ -73,22 +76,27 @@ def inspect(
         closer = some_of_each_pattern({name: family.shape(name) for name in family.names})
 
         def look(name: str, held: Held) -> tuple[TensorResult, None]:
-            if not any(held.noise) and is_light([matricise(tensor) for tensor in held.tensors]):
-                return _look_at_light(family, name, held, device, name in closer), None
             return _look(name, held, rank, device), None
 
+        def glance(name: str) -> TensorResult | None:
+            return _look_at_light(family, name, device, name in closer)
+
         found: dict[str, TensorResult] = {}
-        for result, _ in map_tensors(family, look, on_tensor, device=device, on_start=on_start):
+        for result, _ in map_tensors(family, look, on_tensor, device=device, on_start=on_start, glance=glance):
             found[result.name] = result
         looked_at = [found[name] for name in family.names]
         inputs = tuple(
-            InputRow(model.spec, model.hashes(), selection.reason(i), given.common.notes(i))
+            InputRow(model.spec, _hashes(model, hashes), selection.reason(i), given.common.notes(i))
             for i, model in enumerate(given.models)
         )
         if shown is not None:
             looked_at = [_hedged(row, family, shown) for row in looked_at]
         reading = given.reading
     return Report(command, inputs, tuple(looked_at), time.perf_counter() - started, reading=reading)
+
+
+def _hashes(model: Checkpoint, wanted: bool) -> dict[str, str]:
+    return model.hashes() if wanted else model.known_hashes()
 
 
 def _hedged(row: TensorResult, family: ModelSet, rows: int) -> TensorResult:
@@ -100,16 +108,20 @@ def _hedged(row: TensorResult, family: ModelSet, rows: int) -> TensorResult:
 
 
 def _look_at_light(
-    family: ModelSet, name: str, held: Held, device: torch.device | str | None, look_closer: bool
-) -> TensorResult:
-    """The row of a tensor whose deltas are below a step: what `recover` does there takes long, and is left to it."""
-    change = find_tensor_change(family.models, held.models, held.models, name, device, look_closer)
-    assert change is not None
-    row = change.tensor
+    family: ModelSet, name: str, device: torch.device | str | None, look_closer: bool
+) -> TensorResult | None:
+    """The row of a tensor whose deltas are below a step; None of another.
+
+    What `recover` does there takes long, and is left to it.
+    """
+    holders = family.holders(name)
+    bits = find_bit_change([family.models[i] for i in holders], name)
+    if not bits.light:
+        return None
+    row = describe_change(family.models, holders, holders, name, bits, device, look_closer).tensor
     verdict = Verdict.APPROXIMATE if row.enough else Verdict.NOT_DETERMINED
     reason = f"{BELOW_A_STEP}; " + ("recover looks for the base's bits" if row.enough else "a third model is needed")
-    result = result_of(name, held, verdict, Origin.NONE, reason)
-    return replace(result, ranks=row.ranks)
+    return TensorResult(name, row.shape, "", verdict, str(Origin.NONE), reason, Origin.NONE, row.ranks)
 
 
 def _look(name: str, held: Held, rank: int | None, device: torch.device | str | None) -> TensorResult:

@@ -46,6 +46,7 @@ def map_tensors(
     device: torch.device | str | None = None,
     working_copies: int = Auto.working_copies,
     on_start: OnStart | None = None,
+    glance: Callable[[str], TensorResult | None] | None = None,
 ) -> Iterator[Solved[Found]]:
     """Visit tensors, several at a time where memory and threads allow it; the next one's stack is read meanwhile.
 
@@ -58,10 +59,12 @@ def map_tensors(
         device: Where `solve` computes; None is the CPU. A GPU takes one tensor at a time.
         working_copies: What it holds beside the stack of three models; see `Solver`.
         on_start: For progress: called once with the tensors to visit, and what is read of each in bytes.
+        glance: Called with the name of a tensor that differs before it is read whole: its result where that need not
+            be.
 
     Yields:
         The result of each tensor and what else `solve` found, in the order in which they are done; None for a tensor
-        that is copied, as one that is identical in all models: it is not read whole.
+        that is copied, as one that is identical in all models, or that a glance is enough for: it is not read whole.
 
     Raises:
         InputError: A model holds NaN or Inf.
@@ -88,13 +91,15 @@ def map_tensors(
                 yield from told(scheduler.finished())
             began = time.perf_counter()
             why = family.copied(name)
-            held = None if why is not None else family.held(name)
+            result = glance(name) if glance and why is None else None
+            if why is not None:
+                result = TensorResult(name, family.shape(name), "", COPIED[why], str(Origin.COPY), why, Origin.COPY)
+            held = None if result is not None else family.held(name)
             while held is not None and not scheduler.may_start(load):
                 yield from told(scheduler.finished())
             if on_tensor:
                 on_tensor(name, None)
-            if why is not None:
-                result = TensorResult(name, family.shape(name), "", COPIED[why], str(Origin.COPY), why, Origin.COPY)
+            if result is not None:
                 yield from told([(_placed(result, family, began), None)])
             elif held is not None:
                 scheduler.start(load, partial(_visit, family, name, [held], solve))
