@@ -18,7 +18,8 @@ from torch import Tensor
 
 from detune.attacks.cells import within_cells
 from detune.bench.defences.families import Family, trained_families
-from detune.bench.defences.matrix import MODELS, SENTENCES
+from detune.bench.defences.rows import MODELS
+from detune.bench.defences.run import SENTENCES
 from detune.checkpoints import CheckpointWriter, open_checkpoint
 from detune.compatibility.quantisation_levels import levels_of
 from detune.defences import Bf16, Defence, Fp16, Int8, Nf4, Noise

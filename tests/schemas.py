@@ -18,7 +18,7 @@ from pydantic_core import core_schema
 from detune.adapters.extract import Extraction
 from detune.audit.record import AuditReport
 from detune.bench.catalogue import Catalogue
-from detune.bench.defences.matrix import RowResult
+from detune.bench.defences.result import RowResult
 from detune.bench.table import TableRow
 from detune.checkpoints.push import Pushed
 from detune.defences.release import Defended
@@ -125,16 +125,16 @@ class DefenceRow(RowResult):
         undefended_accuracy: The same without a defence.
         undefended_w_error: W-Error of the average of as many releases without a defence.
         undefended_embeddings: The same average's distance by embeddings.
-        cells: One for each attack.
+        attacks: Each attack.
         cost: The share of the task accuracy that is lost.
         times_closer: How many times closer to the base the best attack comes than averaging undefended releases does;
             null where none gave an answer.
-        verdict: Whether it survives.
+        outcome: Whether it survives.
     """
 
     cost: float = 0.0
     times_closer: float | None = None
-    verdict: Literal["survives", "broken partly", "broken", "no answer"] = "survives"
+    outcome: Literal["survives", "broken partly", "broken", "no answer"] = "survives"
 
 
 class BenchTable(BaseModel):
@@ -150,7 +150,7 @@ class BenchTable(BaseModel):
 
 
 class BenchDefences(BaseModel):
-    """The matrix of defences and attacks.
+    """The table of defences and attacks.
 
     Attributes:
         rows: One for each defence.
@@ -184,10 +184,12 @@ class Output:
     Attributes:
         report: Whose fields it has.
         more: Types of what follows from them, or of a field that says little itself, by name.
+        version: Of its format.
     """
 
     report: type
     more: dict[str, Any] = field(default_factory=dict)
+    version: int = 1
 
 
 _REPORT = Output(
@@ -214,7 +216,7 @@ OUTPUTS = {
     "demo": Output(Demonstration),
     "bench-list": Output(Catalogue),
     "bench-table": Output(BenchTable),
-    "bench-defences": Output(BenchDefences),
+    "bench-defences": Output(BenchDefences, version=2),
 }
 
 
@@ -238,7 +240,7 @@ def schema_of(name: str) -> dict[str, Any]:
         __config__=ConfigDict(json_schema_serialization_defaults_required=True),
         __doc__=output.report.__doc__,
         **{
-            "format": (Literal[f"detune-{name}/1"], ...),
+            "format": (Literal[f"detune-{name}/{output.version}"], ...),
             **{key: (kind, ...) for key, kind in types.items() if not key.startswith("model_")},
         },
     )
@@ -246,7 +248,11 @@ def schema_of(name: str) -> dict[str, Any]:
     for node in _objects(schema):
         node.pop("additionalProperties", None)
         _describe(node)
-    return {"$schema": jsonschema.Draft202012Validator.META_SCHEMA["$id"], **schema, "title": f"detune-{name}/1"}
+    return {
+        "$schema": jsonschema.Draft202012Validator.META_SCHEMA["$id"],
+        **schema,
+        "title": f"detune-{name}/{output.version}",
+    }
 
 
 def _describe(node: dict[str, Any]) -> None:

@@ -118,7 +118,10 @@ def test_a_bar_says_how_much_of_how_much(command, subset_dir, bert_base, loras, 
         (["build", "nothing", "--base", "BASE", "--out", "OUT"], "detune: error: no such model: 'nothing'; "),
         (["merge", "SUBSET", "--out", "OUT"], "has no base beside its rows"),
         (["table", "OUT"], "holds no results; expected *.json"),
-        (["study", "depths", "SUBSET", "--out", "OUT"], "'depths' is not one of"),
+        (
+            ["study", "depths", "SUBSET", "--out", "OUT"],
+            "no study 'depths'; expected one of models, ",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(command, subset_dir, bert_base, tmp_path, words, message):

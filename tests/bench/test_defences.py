@@ -1,10 +1,11 @@
-"""The matrix of attacks and defences: what counts as broken, the table, and one quick run."""
+"""The table of defences: what counts as broken, the table, and one quick run."""
 
 import json
+import shutil
 
 import pytest
 
-from detune.bench.defences import Cell, Row, RowResult, bench_defences, outcome, run_rows
+from detune.bench.defences import AttackResult, Row, RowResult, bench_defences, run_rows
 from detune.bench.defences.families import trained_families
 from detune.bench.defences.table import draw, markdown, to_json
 from detune.demo.texts import DOMAINS
@@ -14,9 +15,9 @@ from tests.schemas import require_valid
 
 
 def result(name: str = "noise", w_error: float = -6.0, embeddings: float = 1.0, **changes) -> RowResult:
-    cells = (Cell("average", -6.0, 1.0, None, 0.1), Cell("denoise", w_error, embeddings, None, 0.2))
-    cells += (Cell("recover", None, None, "not one family", 0.1),)
-    return RowResult(name, "Noise(size=0.1)", 5, 0.5, 0.52, -6.0, 1.0, changes.get("cells", cells))
+    attacks = (AttackResult("average", -6.0, 1.0, None, 0.1), AttackResult("denoise", w_error, embeddings, None, 0.2))
+    attacks += (AttackResult("recover", None, None, "not one family", 0.1),)
+    return RowResult(name, "Noise(size=0.1)", 5, 0.5, 0.52, -6.0, 1.0, changes.get("attacks", attacks))
 
 
 @pytest.mark.parametrize(
@@ -34,19 +35,22 @@ def result(name: str = "noise", w_error: float = -6.0, embeddings: float = 1.0, 
     ],
 )
 def test_a_defence_is_judged_by_its_best_attack(w_error, embeddings, expected):
-    assert outcome(result(w_error=w_error, embeddings=embeddings)) == expected
+    assert result(w_error=w_error, embeddings=embeddings).outcome == expected
 
 
-SILENT = (Cell("average", None, None, "one model holds NaN", 0.1), Cell("recover", None, None, "not one family", 0.1))
+SILENT = (
+    AttackResult("average", None, None, "one model holds NaN", 0.1),
+    AttackResult("recover", None, None, "not one family", 0.1),
+)
 
 
 def test_a_row_without_an_answer_says_so_everywhere(tmp_path):
-    row = result(cells=SILENT)
-    assert (row.best, row.times_closer, outcome(row)) == (None, None, "no answer")
+    row = result(attacks=SILENT)
+    assert (row.best, row.times_closer, row.outcome) == (None, None, "no answer")
     line = markdown([row]).splitlines()[-1]
     assert line == "| noise | 5 | none | none | no answer | no answer | 0.500 (-3.8%) | no answer |"
     (stored,) = require_valid("bench-defences", to_json([row]))["rows"]
-    assert (stored["times_closer"], stored["verdict"]) == (None, "no answer")
+    assert (stored["times_closer"], stored["outcome"]) == (None, "no answer")
     draw([row, result()], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -58,14 +62,14 @@ def test_the_cost_is_the_share_of_accuracy_lost():
 def test_the_table_has_a_line_for_each_defence_and_the_best_in_bold():
     header, _, line = markdown([result(w_error=-8.25, embeddings=0.5)]).splitlines()
     assert header == (
-        "| defence | n | average | recover | denoise | embeddings | times closer | task accuracy | verdict |"
+        "| defence | n | average | recover | denoise | embeddings | times closer | task accuracy | outcome |"
     )
     assert line == "| noise | 5 | -6.00 | none | **-8.25** | 5.0e-01 | 13.3 | 0.500 (-3.8%) | broken |"
 
 
 def test_json_says_what_follows():
     (row,) = require_valid("bench-defences", to_json([result(w_error=-8.25, embeddings=0.5)]))["rows"]
-    assert (row["verdict"], len(row["cells"])) == ("broken", 3)
+    assert (row["outcome"], len(row["attacks"])) == ("broken", 3)
     assert row["times_closer"] == pytest.approx(13.3, abs=0.05)
     assert row["cost"] == pytest.approx(1 - 0.5 / 0.52)
 
@@ -97,7 +101,7 @@ class TestQuickRun:
         return {row.name: row for row in bench_defences(out, quick=True, only=("none",))}
 
     def test_undefended_releases_are_undone(self, rows):
-        assert outcome(rows["none"]) == "broken"
+        assert rows["none"].outcome == "broken"
         assert rows["none"].best.w_error < -14
         assert rows["none"].best.embeddings < 1e-6
 
@@ -118,13 +122,12 @@ class TestQuickRun:
         assert list(attacked) == [f"frozen A: {what}" for what in ("average", "prior", "task quality")]
         assert begun == done
         assert sorted(begun) == sorted([*trained, *attacked])
-        average, prior = row.cells
+        average, prior = row.attacks
         assert prior.w_error == pytest.approx(average.w_error, abs=0.1)
 
     def test_what_is_found_is_written(self, rows, out):
         stored = json.loads((out / "rows" / "none.json").read_text())
-        assert stored["verdict"] == "broken"
-        assert stored["cells"][0]["attack"] == "average"
+        assert stored["attacks"][0]["name"] == "average"
         assert (out / "defences.md").read_text() == markdown(list(rows.values()))
         assert (out / "defences.png").stat().st_size > 10_000
 
@@ -137,6 +140,14 @@ class TestQuickRun:
         assert starts == [{}, {}]
         assert not said
 
+    def test_a_row_of_an_older_form_is_not_believed(self, rows, out, tmp_path, caplog):
+        shutil.copytree(out, tmp_path / "older")
+        stored = tmp_path / "older" / "rows" / "none.json"
+        stored.write_text(json.dumps(json.loads(stored.read_text()) | {"verdict": "broken"}))
+        (again,) = bench_defences(tmp_path / "older", quick=True, only=("none",))
+        assert again.best.w_error == rows["none"].best.w_error
+        assert "none.json holds no result of this version: the row is run again" in caplog.text
+
     def test_other_fine_tunes_are_not_mixed_in(self, rows, out):
         with pytest.raises(OutputError, match="holds other fine-tunes"):
             bench_defences(out)
@@ -146,11 +157,11 @@ class TestQuickRun:
             bench_defences(out, quick=True, only=("magic",))
 
     def test_models_of_ones_own(self, rows, out, tmp_path, monkeypatch):
-        monkeypatch.setattr("detune.bench.defences.matrix.QUALITY_TEXTS", 8)
+        monkeypatch.setattr("detune.bench.defences.run.QUALITY_TEXTS", 8)
         models = [out / "models" / "ordinary" / domain for domain in DOMAINS[:3]]
         (row,) = bench_defences(tmp_path / "own", base=base_model(), models=models, only=("release one",))
-        assert row.cells[0].w_error == row.undefended_w_error
-        assert row.cells[0].embeddings == pytest.approx(1.0)
+        assert row.attacks[0].w_error == row.undefended_w_error
+        assert row.attacks[0].embeddings == pytest.approx(1.0)
         assert row.times_closer == pytest.approx(1.0)
         assert row.cost == 0
 

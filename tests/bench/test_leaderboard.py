@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from detune.attacks import ATTACKS
-from detune.bench.defences import Cell, RowResult
+from detune.bench.defences import AttackResult, RowResult
 from detune.bench.leaderboard import (
     ATTACK_SETS,
     LATEST,
@@ -37,9 +37,9 @@ COMMAND = "detune bench defences --only noise"
 def row(name: str = "noise", best: float = -6.0, loss: float = 0.0) -> RowResult:
     """A row of the matrix: `recover` comes closest, `denoise` gives no answer, and the others were not tried."""
     cells = (
-        Cell("average", -5.5, 0.5, None, 1.0),
-        Cell("recover", best, 0.4, None, 1.0),
-        Cell("denoise", None, None, "the ranks leave no room", 1.0),
+        AttackResult("average", -5.5, 0.5, None, 1.0),
+        AttackResult("recover", best, 0.4, None, 1.0),
+        AttackResult("denoise", None, None, "the ranks leave no room", 1.0),
     )
     return RowResult(name, "Noise(size=0.03)", 5, 0.5 * (1 - loss), 0.5, -5.4, 0.6, cells)
 
@@ -69,7 +69,7 @@ def test_a_set_of_attacks_never_changes():
 
 
 def test_a_row_that_no_attack_answers_is_no_entry():
-    silent = replace(row(), cells=(Cell("denoise", None, None, "the ranks leave no room", 1.0),))
+    silent = replace(row(), attacks=(AttackResult("denoise", None, None, "the ranks leave no room", 1.0),))
     with pytest.raises(InputError, match="no attack on 'noise' gave an answer; the first, denoise, says: the ranks"):
         entry_of(silent, ["A. Author"], COMMAND)
 
@@ -195,10 +195,10 @@ def test_rows_become_claimed_and_then_verified_entries(tmp_path):
         (replace(row(), defence="Noise(size=0.1)"), r"defence is 'Noise\(size=0.1\)', not 'Noise\(size=0.03\)'"),
         (replace(row(), undefended_w_error=-6.0), "W-Error of the average is -6.00, not -5.40"),
         (
-            replace(row(), cells=(*row().cells, Cell("align", -17.0, 0.0, None, 1.0))),
+            replace(row(), attacks=(*row().attacks, AttackResult("align", -17.0, 0.0, None, 1.0))),
             "the attack align was tried",
         ),
-        (replace(row(), cells=row().cells[:1]), "the attack recover was not tried"),
+        (replace(row(), attacks=row().attacks[:1]), "the attack recover was not tried"),
     ],
 )
 def test_an_entry_that_does_not_come_out_again_stays_claimed(tmp_path, found, message):

@@ -20,7 +20,7 @@ from detune.bench.plots import colour_of, new_figure, plain, plot_lines, save
 from detune.bench.results import CellResult, LayerResult, ResultStore
 from detune.bench.run import draw, plan, run
 from detune.bench.sheets import write_sheet
-from detune.bench.subsets import Subset
+from detune.bench.subsets import Subset, nearest
 from detune.bench.table import frame_of
 from detune.errors import InputError
 from detune.methods import Spectral
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["STUDIES", "Bench", "Study", "StudyResult", "run_study"]
+__all__ = ["STUDIES", "Bench", "Study", "StudyResult", "find_study", "run_study"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,18 @@ class Study:
     answer: "Callable[[Bench], tuple[pd.DataFrame, Figure]]"
 
 
+def find_study(name: str) -> Study:
+    """The study of a name.
+
+    Raises:
+        InputError: There is none.
+    """
+    if name not in STUDIES:
+        expected = f"expected one of {', '.join(STUDIES)}"
+        raise InputError(f"no study {name!r}", expected, f"did you mean {nearest(name, STUDIES)}?")
+    return STUDIES[name]
+
+
 def run_study(name: str, bench: Bench) -> StudyResult:
     """Answer one question and write `studies/NAME.SUBSET.csv`, `.png` and `.svg` beside the results.
 
@@ -110,12 +122,13 @@ def run_study(name: str, bench: Bench) -> StudyResult:
         bench: Subsets and where their results are kept.
 
     Raises:
-        InputError: No subset was given, or two of one name.
+        InputError: No such study, no subset, or two of one name.
     """
+    study = find_study(name)
     names = [subset.name for subset in bench.subsets]
     if not names or len(set(names)) < len(names):
         raise InputError(f"subsets {', '.join(names) or 'none'}", "expected one or more, each once", "name them once")
-    frame, figure = STUDIES[name].answer(bench)
+    frame, figure = study.answer(bench)
     stem = bench.store.folder / "studies" / f"{name}.{'+'.join(names)}"
     files = save(figure, stem)
     sheet = stem.with_name(f"{stem.name}.csv")

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from detune.bench.results import ResultStore
     from detune.bench.subsets import Subset
 
-STUDIES = ("models", "scheduler", "ranks", "depth", "rank-by-models")
-
 
 class Numbers(click.ParamType[tuple[int, ...]]):
     """Numbers with commas between them, and ranges: "3,5,8" or "2-15"."""
@@ -238,7 +236,7 @@ def table(results: Path, output: Output) -> None:
 
 
 @bench.command()
-@click.argument("study", type=click.Choice(STUDIES), metavar="STUDY")
+@click.argument("study")
 @click.argument("subsets", nargs=-1, required=True, metavar="SUBSET...")
 @out_option
 @click.option("--models", type=Numbers(), default=(), help="How many models; by default the study's own.")
@@ -263,9 +261,10 @@ def study(
     A STUDY is one of models, scheduler, ranks, depth, rank-by-models.
     """
     from detune.bench.results import ResultStore
-    from detune.bench.studies import Bench, run_study
+    from detune.bench.studies import Bench, find_study, run_study
     from detune.bench.subsets import open_subset
 
+    find_study(study)
     _use_threads(threads)
     opened = tuple(open_subset(name, data=data, revision=revision) for name in subsets)
     output = Output(quiet, as_json=False)

@@ -5,13 +5,15 @@ from pathlib import Path
 
 from detune._runtime import OnPart, OnStart
 from detune.bench.defences.families import FAMILIES, given_family, trained_families
-from detune.bench.defences.matrix import MODELS, Cell, Row, RowResult, outcome, rows_of, run_rows
+from detune.bench.defences.result import AttackResult, Outcome, RowResult
+from detune.bench.defences.rows import MODELS, Row, rows_of
+from detune.bench.defences.run import run_rows
 from detune.bench.defences.table import write
 from detune.demo.texts import DOMAINS, passages
 from detune.demo.train import base_model
 from detune.errors import InputError
 
-__all__ = ["Cell", "Row", "RowResult", "bench_defences", "outcome", "run_rows", "write"]
+__all__ = ["AttackResult", "Outcome", "Row", "RowResult", "bench_defences", "run_rows", "write"]
 
 # Passages of each domain that the defences look at activations with; none of them is held out.
 CALIBRATION = 24
@@ -27,7 +29,7 @@ def bench_defences(
     on_start: OnStart | None = None,
     on_part: OnPart | None = None,
 ) -> tuple[RowResult, ...]:
-    """Run the matrix, and write the table and the figure.
+    """Run the rows, and write the table and the figure.
 
     Args:
         out: The folder to fill: the fine-tunes in `models/`, one JSON file a defence in `rows/`, `defences.md` and

@@ -39,16 +39,16 @@ def entry_of(result: RowResult, authors: Sequence[str], command: str, link: str 
     if not result.answers:
         raise InputError(
             f"no attack on {result.name!r} gave an answer",
-            f"the first, {result.cells[0].attack}, says: {result.cells[0].failure}"
-            if result.cells
+            f"the first, {result.attacks[0].name}, says: {result.attacks[0].failure}"
+            if result.attacks
             else "none was tried",
             "add an attack to the row that does: average, for one",
         )
-    for cell in result.cells:
-        found, expected = repr(ATTACKS[cell.attack]()), ATTACK_SETS[LATEST].attacks.get(cell.attack)
+    for attack in result.attacks:
+        found, expected = repr(ATTACKS[attack.name]()), ATTACK_SETS[LATEST].attacks.get(attack.name)
         if found != expected:
             raise InputError(
-                f"the attack {cell.attack} is not that of {LATEST}",
+                f"the attack {attack.name} is not that of {LATEST}",
                 f"found {found}, expected {expected}",
                 "a changed attack needs a new set in detune.bench.leaderboard.attack_sets",
             )
@@ -62,8 +62,8 @@ def entry_of(result: RowResult, authors: Sequence[str], command: str, link: str 
         average=Attacked(w_error=result.undefended_w_error, embeddings=result.undefended_embeddings),
         utility=Utility(undefended=result.undefended_accuracy, defended=result.accuracy),
         attacks={
-            cell.attack: Attacked(w_error=cell.w_error, embeddings=cell.embeddings, failure=cell.failure)
-            for cell in result.cells
+            attack.name: Attacked(w_error=attack.w_error, embeddings=attack.embeddings, failure=attack.failure)
+            for attack in result.attacks
         },
         status="claimed",
         made=Making(date=datetime.now(UTC).date(), command=command, environment=Environment.now("cpu")),
