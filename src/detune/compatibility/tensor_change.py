@@ -150,7 +150,9 @@ def describe_change(
         reason = f"{len(groups)} versions that differ at full rank, and as many models have one as the other"
         foreign = tuple(ForeignTensor(i, name, "every model has its own") for i in holders if len(groups[0]) == 1)
         return TensorChange(ChangedTensor(name, shape, (), False, reason, changed), foreign)
-    outcome = _find_ranks([models[i] for i in groups[0]], name, device)
+    # Where deltas are below a step, rounding is far above what float32 loses.
+    dtype = torch.float32 if bits.light else None
+    outcome = _find_ranks([models[i] for i in groups[0]], name, device, dtype)
     ranks: tuple[int | None, ...] = ()
     if outcome.ranks:
         ranks = _placed(dict(zip(groups[0], outcome.ranks, strict=True)), members)
@@ -190,14 +192,16 @@ class _Outcome:
     reason: str
 
 
-def _find_ranks(models: Sequence[Checkpoint], name: str, device: torch.device | str | None) -> _Outcome:
+def _find_ranks(
+    models: Sequence[Checkpoint], name: str, device: torch.device | str | None, dtype: torch.dtype | None
+) -> _Outcome:
     tensors = [model.read(name) for model in models]
     if not all(tensor.is_floating_point() for tensor in tensors):
         return _Outcome((), False, "not floating point")
     if len(models) == 1:
         return _Outcome((), False, "a single model has it")
     noise = noise_of(models, name, tensors)
-    stack = Stack.of([matricise(tensor) for tensor in tensors], device=device, noise=noise)
+    stack = Stack.of([matricise(tensor) for tensor in tensors], dtype, device, noise)
     try:
         if min(stack.shape) == 1:
             return _vector(told_by_others(stack))
