@@ -14,7 +14,6 @@ import detune
 from detune.certificate.verdict import Verdict
 from detune.checkpoints import RunDirectory, run_directory
 from detune.errors import OutputError
-from detune.recovery.execution import job
 from detune.recovery.report import Report
 from tests.families import Fine, edit, plain_family, tree
 
@@ -22,20 +21,6 @@ from tests.families import Fine, edit, plain_family, tree
 @pytest.fixture
 def fine(tmp_path: Path) -> Fine:
     return plain_family(tmp_path / "models")
-
-
-@pytest.fixture
-def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A mark for every tensor that is solved."""
-    marks: list[str] = []
-    solve = job.solve_tensor
-
-    def mark(*arguments: Any) -> Any:
-        marks.append("solved")
-        return solve(*arguments)
-
-    monkeypatch.setattr(job, "solve_tensor", mark)
-    return marks
 
 
 def recover(fine: Fine, folder: Path, **options: Any) -> Report:

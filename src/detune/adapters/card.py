@@ -58,7 +58,7 @@ def adapter_cards(
     """
     known = [] if base is None else [base]
 
-    def card(name: str, body: str, inputs: Collection[InputCard], licence: Licence | None) -> bytes:
+    def card(name: str, body: str, licence: Licence | None) -> bytes:
         hub_id = base.hub_id if base is not None else None
         parts = (f"# {text(name)}", body, licence_section(licence, "the models and of their base"))
         return render_card(
@@ -89,7 +89,7 @@ The LoRA of {code(model.name)} as a PEFT adapter of {code(base_name)}, extracted
 {MEANING}"""
         licence = agreed_licence(inputs)
         files |= {f"{name}/{file}": content for file, content in kept.items()}
-        files[f"{name}/{CARD}"] = card(name, body, inputs, licence)
+        files[f"{name}/{CARD}"] = card(name, body, licence)
     inputs = [*(models[name] for name in summary), *known]
     listed = [(name, models[name].name, adapter_sentence(figures)) for name, figures in summary.items()]
     body = f"""\
@@ -102,7 +102,7 @@ is an adapter, with a card of its own.
 {table(*adapter_table(rows))}
 {MEANING}
 {code("detune.json")} has a line for each tensor of each model."""
-    files[CARD] = card(title, body, inputs, agreed_licence(inputs))
+    files[CARD] = card(title, body, agreed_licence(inputs))
     return files
 
 

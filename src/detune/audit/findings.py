@@ -217,7 +217,7 @@ def verdict_of(
         level = "error"
         headline = f"{these} give{'s' * (n == 1)} the base away."
     sentences = [_counted(final, matrices, release, n, has_base)]
-    sentences += _closeness(tensors, curve, has_base)
+    sentences += _closeness(tensors, has_base)
     sentences += _shares(tensors, unchanged)
     if base is not None and (new := [entry.name for entry in tensors if entry.name not in base]):
         verb = "is" if len(new) == 1 else "are"
@@ -247,7 +247,7 @@ def _counted(final: int, matrices: int, release: int | None, n: int, has_base: b
     return f"{counted}; release {release} was the one too many."
 
 
-def _closeness(tensors: Sequence[TensorEntry], curve: Sequence[CurvePoint], has_base: bool) -> list[str]:
+def _closeness(tensors: Sequence[TensorEntry], has_base: bool) -> list[str]:
     """How close what was recovered is, in terms that need no logarithm."""
     ratios = []
     for entry in tensors:

@@ -126,7 +126,7 @@ class _Rows:
         component, slash, parameter = name.rpartition("/")
         weight = self.base.read(name).float()
         model = component if slash else self.model_type
-        loras = tuple(_factors(lora, name, weight) for lora in self.loras)
+        loras = tuple(_factors(lora, name) for lora in self.loras)
         return Layer(index, self.task, model, parameter, self.base_name, weight, loras)
 
     @cached_property
@@ -152,7 +152,7 @@ class _Rows:
         return hashlib.sha256(json.dumps([files, texts], sort_keys=True).encode()).hexdigest()
 
 
-def _factors(lora: Lora, name: str, weight: torch.Tensor) -> LoraFactors:
+def _factors(lora: Lora, name: str) -> LoraFactors:
     layer = lora.read(name)
     for part, factor in (("A", layer.A), ("B", layer.B)):
         if not bool(torch.isfinite(factor).all()):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -77,22 +78,9 @@ def new_directory(
     Raises:
         OutputError: `check` refused, or the disk does.
     """
-    target = resolved(out)
-    with reported(target):
-        remove_abandoned(target)
-        if same is None:
-            check(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with staging(target) as directory:
-            partial = directory / CONTENT
-            partial.mkdir()
-            yield partial
-            if same is not None and target.is_dir() and same(partial, target):
-                return
-            sync_tree(partial)
-            check(target)
-            os.rename(partial, target)
-            sync(target.parent)
+    with _in_its_place(resolved(out), check, same) as made:
+        made.mkdir()
+        yield made
 
 
 @contextmanager
@@ -111,18 +99,25 @@ def new_file(out: Path | str, same: Same | None = None) -> Iterator[Path]:
     Raises:
         OutputError: `out` exists, or the disk refuses.
     """
-    target = resolved(out)
+    with _in_its_place(resolved(out), partial(check_new, directory=False), same) as made:
+        yield made
+
+
+@contextmanager
+def _in_its_place(target: Path, check: Callable[[Path], None], same: Same | None) -> Iterator[Path]:
+    """Make something in a hidden directory beside its place, and rename it there when the block ends normally."""
     with reported(target):
         remove_abandoned(target)
         if same is None:
-            check_new(target, directory=False)
+            check(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with staging(target) as directory:
-            partial = directory / CONTENT
-            yield partial
-            if same is not None and target.is_file() and same(partial, target):
+            made = directory / CONTENT
+            yield made
+            alike = target.is_dir() if made.is_dir() else target.is_file()
+            if same is not None and alike and same(made, target):
                 return
-            sync(partial)
-            check_new(target, directory=False)
-            os.rename(partial, target)
+            (sync_tree if made.is_dir() else sync)(made)
+            check(target)
+            os.rename(made, target)
             sync(target.parent)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from mmap import mmap
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 import torch
@@ -230,7 +230,7 @@ class CheckpointFiles:
             with self._report_disk(file):
                 sync(self._directory / file)
 
-    def finish(self, extra: Mapping[str, bytes]) -> None:
+    def finish(self, extra: Mapping[str, bytes] = MappingProxyType({})) -> None:
         """Write the headers, and the files that travel with the weights.
 
         Args:
@@ -299,7 +299,6 @@ class CheckpointWriter:
         self._parts = parts
         self._target = Target(resolved(out))
         self._dtype = dtype
-        self._extra: dict[str, bytes] = {}
         self._written: set[str] = set()
         self._lock = threading.Lock()
         self._opened = ExitStack()
@@ -318,19 +317,6 @@ class CheckpointWriter:
         """Copy one tensor of `like`; see `CheckpointFiles.copy`. None is written twice."""
         self._claim(name)
         self._files.copy(name)
-
-    def add_file(self, relative_path: str | Path, data: bytes) -> None:
-        """Add a small file, in place of a file of `like` of the same name.
-
-        Args:
-            relative_path: Where it goes below the output directory.
-            data: Its content.
-
-        Raises:
-            InputError: The path leads outside the output directory.
-        """
-        inside(self._target.out, relative_path)
-        self._extra[str(relative_path)] = data
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
@@ -356,7 +342,7 @@ class CheckpointWriter:
                     f"the first is {missing[0]!r}",
                     "report this",
                 )
-            self._files.finish(self._extra)
+            self._files.finish()
         logger.info("wrote %s (%d bytes of weights)", self._target.out, self._files.needed_bytes)
 
     def _claim(self, name: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from detune._runtime import needs_extra
 from detune.errors import InputError, parsing
@@ -108,7 +108,6 @@ class ArchiveReader:
         with needs_extra("pack"):
             import zstandard
         self.path = path
-        self._zstandard: Any = zstandard
         self._decompressor = zstandard.ZstdDecompressor()
         with parsing(path, _DAMAGED):
             open_regular(path).close()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import detune
 from detune.certificate.verdict import Verdict
 from detune.errors import DetuneError, InputError, OutputError
-from detune.recovery.execution import Processes, dask_workers, job, units
+from detune.recovery.execution import Processes, dask_workers, units
 from detune.recovery.execution.executors.processes import cores
 from tests.cases import seeded
 from tests.families import Fine, add, delta, plain_family, plain_state, save_plain, shard, tree
@@ -215,20 +215,6 @@ detune.recover({fine.specs!r}, {str(folder / "out")!r}, mask={str(folder / "mask
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
     return folder
-
-
-@pytest.fixture
-def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A mark for every tensor that is solved from now on in this process."""
-    marks: list[str] = []
-    solve = job.solve_tensor
-
-    def mark(*arguments: Any) -> Any:
-        marks.append("solved")
-        return solve(*arguments)
-
-    monkeypatch.setattr(job, "solve_tensor", mark)
-    return marks
 
 
 def journal(folder: Path) -> Path:
