@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from detune.problem.recovery import Recovery, Solver
 from detune.problem.stack import Stack
 from detune.problem.unit_scale import UnitScale
+from detune.problem.upcast import as_merged
 from detune.problem.wild import Split, WildEntries
 
 
@@ -25,12 +26,13 @@ class Prepared:
 
     @classmethod
     def of(cls, stack: Stack) -> "Prepared":
-        """Scale a stack, and put zeros in the place of wild entries.
+        """Scale a stack in the dtypes that it was merged in, and put zeros in the place of wild entries.
 
         Raises:
             NonFinite: A model holds NaN or Inf.
         """
         wild = WildEntries.of(stack)
+        stack = as_merged(stack)
         scale = UnitScale.of(stack if wild is None else wild.filled(stack, 0 * wild.stored))
         return cls(scale.stack, scale, wild)
 
