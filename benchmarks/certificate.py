@@ -72,7 +72,8 @@ def judged(found: Sequence[Outcome]) -> Iterator[Judged]:
         if o.worst is not None:
             yield Judged(o, Certificate(Verdict.APPROXIMATE, "", 0, None, o.best, o.worst))
         elif o.basis is not None and o.predicted is not None:
-            assessment = Assessment(o.basis, 10**o.predicted, o.covariates, o.doubts, o.at_floor, "")
+            rest = {"reason": "", "hidden_mse": o.hidden_mse}
+            assessment = Assessment(o.basis, 10**o.predicted, o.covariates, o.doubts, o.at_floor, **rest)
             yield Judged(o, calibrated(assessment))
 
 

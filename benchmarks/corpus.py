@@ -58,6 +58,7 @@ class Outcome:
         at_floor: As in `Assessment`.
         covariates: As there.
         doubts: As there.
+        hidden_mse: As there.
         best: The lower end of a range that is derived and not calibrated; None where there is none, or it is open.
         worst: Its upper end.
         certain: How many entries were called certain; 0 where none was.
@@ -82,6 +83,7 @@ class Outcome:
     at_floor: bool
     covariates: Mapping[str, float]
     doubts: tuple[str, ...]
+    hidden_mse: float
     best: float | None
     worst: float | None
     certain: int
@@ -138,6 +140,7 @@ def outcome(seed: int, problem: Problem, most_seconds: float = MOST_SECONDS) -> 
         at_floor=bool(ranged and found.at_floor),
         covariates={name: round(value, 4) for name, value in found.covariates.items()} if ranged else {},
         doubts=found.doubts if ranged else (),
+        hidden_mse=found.hidden_mse if ranged else 0.0,
         best=None if ranged else found.best_w_error,
         worst=None if ranged else found.worst_w_error,
         certain=int(certain.sum()),
@@ -165,6 +168,7 @@ def _nothing() -> dict[str, Any]:
         "at_floor": False,
         "covariates": {},
         "doubts": (),
+        "hidden_mse": 0.0,
         "best": None,
         "worst": None,
         "certain": 0,

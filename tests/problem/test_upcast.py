@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from detune.certificate.verdict import Verdict
 from detune.certificate.certify import certify
+from detune.certificate.verdict import Verdict
 from detune.methods import Auto
 from detune.problem import Stack
 from detune.problem.solving import solve

@@ -30,6 +30,7 @@ class Assessment:
         reason: What the answer is, if storage noise is all that is left.
         agreement: The same figure by the disagreement of parts of the models; 0 where that was not looked at.
         certain: As in `Certificate`.
+        hidden_mse: What may be wrong beside that and does not show, at most; 0 where nothing is.
     """
 
     basis: str
@@ -40,6 +41,7 @@ class Assessment:
     reason: str
     agreement: float = 0.0
     certain: bool = True
+    hidden_mse: float = 0.0
 
 
 @dataclass(frozen=True)

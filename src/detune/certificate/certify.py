@@ -166,6 +166,8 @@ def calibrated(found: Assessment) -> Certificate:
     agreement = math.log10(found.agreement) if found.agreement else None
     if agreement is not None:
         worst = max(worst, agreement)
+    if found.hidden_mse:
+        worst = max(worst, math.log10(found.hidden_mse))
     narrow = best is not None and worst - best <= (BANDS if found.basis.startswith("grid") else NARROW)
     doubts = found.doubts if bin_.seen else (*found.doubts, UNSEEN)
     verdict = Verdict.FLOOR if found.at_floor and narrow and bin_.seen else Verdict.APPROXIMATE

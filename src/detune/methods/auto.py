@@ -50,6 +50,8 @@ CLEAR = 8.0
 # `benchmarks/constants.py`).
 JUST_ABOVE = 2.0
 FEW_DIRECTIONS = 16
+# The rank that adapters usually have, though few of a light one's directions show (a definition).
+USUAL_RANK = 16
 DEPENDENT = "the others' adapters are not independent of theirs"
 
 
@@ -291,8 +293,8 @@ def _left_alone_by_rank(stack: Stack, differences: Differences, quick: Recovery)
     if 0 not in ranks or not _adds_up(differences) or sum(map(bool, ranks)) < stack.n - 1:
         return None
     model = ranks.index(0)
-    # Directions of the size of what is noise, as many as another model has, would not be seen.
-    hidden = (SIGNAL * float(stack.noise_norm(model, stack.shape[0]))) ** 2 * max(ranks)
+    # Directions of the size of what is noise, as many as another model has or as adapters have, would not be seen.
+    hidden = (SIGNAL * float(stack.noise_norm(model, stack.shape[0]))) ** 2 * max(USUAL_RANK, *ranks)
     sign = f"model {model} differs from the others by their own ranks alone"
     found = left_alone(stack, model, sign, hidden / (stack.shape[0] * stack.shape[1]))
     return replace(found, deltas=quick.deltas, ranks=quick.ranks)
