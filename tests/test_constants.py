@@ -22,7 +22,7 @@ DECIDES_NOTHING = re.compile(r"\bany (small |odd )?(number|numbers|share) (does|
 CHOSEN = re.compile(r"\b(measured|definitions?)\b", re.IGNORECASE)
 
 # Numbers that were chosen, by a measurement or by what is meant, in all these packages. One more needs a reason.
-MOST_CHOSEN = 62
+MOST_CHOSEN = 64
 
 
 def constants(file: Path) -> Iterator[tuple[str, str]]:

@@ -141,9 +141,10 @@ def is_exact(stack: Stack, recovery: Recovery) -> bool:
 def are_certain(stack: Stack, recovery: Recovery, amplified: float) -> bool:
     """Whether the entries that a fit on a grid calls certain are to be taken for it.
 
-    Not if the grid is assumed, nor if the fit leaves more than the models' rounding. Not of models as coarse as the base if half of the entries are open, if the matrix is
-    small, or if the fit began with a least-squares answer that is one of many, or nearly so: then entries are wrong
-    together. So they are where the fit finds no direction of a model that did not leave the matrix alone. And not of
+    Not if the grid is assumed, nor if the fit leaves more than the models' rounding. Not of models as coarse as the
+    base if half of the entries are open, if the matrix is small, or if the fit began with a least-squares answer that
+    is one of many, or nearly so: then entries are wrong together. So they are where the fit finds no direction of a
+    model that did not leave the matrix alone. And not of
     one model, unless next to all its entries are certain: a delta that is off by whole steps in some rows and columns
     explains that model as well (11 wrong of 0.1 million entries called certain in `benchmarks/corpus.py`).
 
