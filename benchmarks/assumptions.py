@@ -122,7 +122,7 @@ def full_rank(share: float) -> Callable[[MatrixFamily], list[Tensor]]:
 
 
 def permuted(share: float) -> Callable[[MatrixFamily], list[Tensor]]:
-    """A fourth model, in which so many of the neurons (rows) have changed places."""
+    """A fourth model, in which some of the neurons (rows) have changed places."""
 
     def models(family: MatrixFamily) -> list[Tensor]:
         *rest, last = family.models(N + 1)

@@ -88,7 +88,7 @@ class Problem:
 
     @property
     def least_squares(self) -> float:
-        """The same with M_i from the truncated SVD of `W_i - W`: least squares that knows W."""
+        """That share with M_i from the truncated SVD of `W_i - W`: least squares that knows W."""
         svds = [torch.linalg.svd(W_i.double() - self.W) for W_i in self.stack.matrices]
         return self.share_given([(U[:, :RANK] * S[:RANK]) @ Vh[:RANK] for U, S, Vh in svds])
 

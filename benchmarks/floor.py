@@ -112,7 +112,7 @@ def _sum(a: Counts, b: Counts) -> Counts:
 
 
 def least_seconds(run: Callable[[], object]) -> float:
-    """Of a few runs."""
+    """The least time of a few runs."""
     least = math.inf
     for _ in range(REPEATS):
         began = time.perf_counter()

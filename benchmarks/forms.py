@@ -138,7 +138,7 @@ def by_blocks(matrix: Tensor) -> Tensor:
 
 
 def fp8(rows: int | None, columns: int | None) -> Callable[[State, int], State]:
-    """e4m3 with a scale beside for so many rows and columns; None is all."""
+    """e4m3 with a scale beside for each block of rows and columns; None is all."""
 
     def change(state: State, i: int) -> State:
         stored: State = {}
@@ -203,7 +203,7 @@ def training(legacy: bool) -> Callable[[Path], list[Path]]:
 
 
 def in_four_bits(state: State, i: int) -> State:
-    """Of five, the last two were merged onto what 4 bits leave of the base: QLoRA's."""
+    """Merge the last two of five onto what 4 bits leave of the base, as QLoRA does."""
     if i < 3:
         return state
     with open_checkpoint(base_model()) as base:
@@ -239,9 +239,9 @@ def stacked(folder: Path, as_stack: bool) -> list[Path]:
 
 # Forms with five models, whose time is held against that of five plain ones.
 OF_FIVE = ("five", "three, and two in 4 bits")
-# Storing an answer in bf16 moves it by less than this.
+# Storing an answer in bf16 moves its W-Error by less.
 STORED = 0.01
-# What each row needs of the plain form: nothing lost, or quantised with so much to gain over the average.
+# What each row needs of the plain form: nothing lost, or the gain over the average of a quantised one.
 ROWS: dict[str, tuple[Callable[[Path], list[Path]], float | None]] = {
     "plain": (each(lambda state, i: state), None),
     "2 tokens more in one": (each(tokens(0, 0, 2)), None),

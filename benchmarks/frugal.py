@@ -62,7 +62,7 @@ def frugal(models: Tensor, share: int) -> Tensor:
 
 
 def with_true_spaces(W: Tensor, models: Tensor) -> Tensor:
-    """The same with row spaces that no rows have to tell: the best that two models could give."""
+    """Two models with row spaces that no rows have to tell: the best that they could give."""
     ranks = [M_i.rank for M_i in METHOD.solve(Stack.of(models)).deltas]
     spaces = [torch.linalg.svd(W_i.double() - W.double())[2] for W_i in models[:2]]
     V = [Vh[:r].mT for Vh, r in zip(spaces, ranks, strict=False)]

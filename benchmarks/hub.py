@@ -39,7 +39,7 @@ class Architecture:
     vocabulary: int
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of every tensor."""
+        """The shape of every tensor."""
         h, k, m = self.hidden, self.keys, self.mlp
         layer = [(h, h), (k, h), (k, h), (h, h), (m, h), (m, h), (h, m), (h,), (h,)]
         return layer * self.layers + [(self.vocabulary, h), (h,), (self.vocabulary, h)]

@@ -26,7 +26,7 @@ class Hub:
         root: The directory.
         gated: Names of repositories that nobody may read, although all may see them.
         takes_ranges: Whether a request for a part of a file gets no more.
-        drops_after: Break the connection off after so many bytes of a big file.
+        drops_after: Bytes of a big file after which the connection breaks off.
         sent: Bytes of big files sent, by `org/name/path`.
         requests: Requests for parts of big files, by `org/name/path`.
         token: What lets its owner, `me`, who is of `org`, write; None lets nobody.

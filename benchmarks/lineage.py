@@ -257,7 +257,7 @@ def l2(first: Tensor, second: Tensor) -> float:
 
 
 def rank(first: Tensor, second: Tensor) -> float:
-    """Of the difference, above the rounding of what is stored: without that all merges are of full rank."""
+    """The rank of a difference above the rounding of what is stored: without that all merges are of full rank."""
     difference = first.float() - second.float()
     eps = torch.finfo(first.dtype).eps
     noise = eps * float(first.float().square().mean().sqrt()) * (sum(difference.shape) ** 0.5)

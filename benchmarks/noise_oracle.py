@@ -37,7 +37,7 @@ WIDE = 1e4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--every", type=int, default=4, help="look at one matrix of so many")
+    parser.add_argument("--every", type=int, default=4, metavar="N", help="look at one matrix of N")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = CACHE / f"forms-{options.steps}"

@@ -27,7 +27,7 @@ LAYERS = ("layer.2.",)
 
 
 def trained_tiny(name: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """The same of two 96x96 layers: seconds."""
+    """Train on two 96x96 layers: takes seconds."""
     return tiny_set(METHODS[name], max(COUNTS))
 
 

@@ -158,7 +158,7 @@ def _full(draw: _Draw, base: State) -> State:
 
 
 def _permuted(draw: _Draw, base: State) -> State:
-    """The same network with its hidden neurons in another order."""
+    """A network with its hidden neurons in another order."""
     state = dict(base)
     for layer in range(len(base) - 1):
         order = draw.permutation(base[_name(layer)].shape[0])

@@ -55,7 +55,7 @@ class Regime:
         dtype: Storage dtype.
         frozen: Each `M_i` scales the rows and directions of VeRA's factors, of its rank and of this seed.
         changed: Each `M_i` is a random choice of this share of the entries.
-        blocks: Each `M_i` is a sum of so many Kronecker products as its rank says, the first factors of this shape.
+        blocks: Shape of the first factors of Kronecker products, of which each `M_i` is the sum of as many as its rank.
     """
 
     shape: tuple[int, int] = (72, 60)

@@ -160,7 +160,7 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Fine:
 
 @pytest.fixture(scope="module", params=["least", "largest"])
 def scaled(request, fine: Fine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fine, int]:
-    """The same family times a power of two, and the exponent."""
+    """A family times a power of two, and the exponent."""
     folder = tmp_path_factory.mktemp("scaled")
     states = {path: stored(path) for path in (fine.base, *fine.models)}
     floats = [W for state in states.values() for W in state.values() if W.is_floating_point()]

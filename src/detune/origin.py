@@ -1,4 +1,4 @@
-"""Where a weight comes from."""
+"""The origin of a weight."""
 
 from enum import StrEnum
 
@@ -6,7 +6,7 @@ __all__ = ["Origin"]
 
 
 class Origin(StrEnum):
-    """Where a weight comes from, whichever method gave it.
+    """The origin of a weight, whichever method gave it.
 
     Attributes:
         SOLVED: A method took the deltas out.

@@ -15,7 +15,7 @@ SHAPE = (160, 96)
 def problem(
     dtype: torch.dtype, ulps: float, rank: int = 4, shape: tuple[int, int] = SHAPE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`W`, `W_i = round(W + M)`, and M with a root mean square of so many units in the last place of W."""
+    """`W`, `W_i = round(W + M)`, and M whose root mean square is given in units in the last place of W."""
     generator = seeded(5)
     W = normal(generator, *shape).to(dtype)
     M = normal(generator, shape[0], rank) @ normal(generator, rank, shape[1])

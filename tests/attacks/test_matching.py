@@ -7,7 +7,7 @@ HIDDEN, WIDTH = 48, 6
 
 
 def near(generator, matrix, size=0.3):
-    """The same matrix with a LoRA's change."""
+    """A matrix with a LoRA's change."""
     change = normal(generator, matrix.shape[0], 4) @ normal(generator, 4, matrix.shape[1])
     return matrix + size * matrix.std() * change / change.std()
 

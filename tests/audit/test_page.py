@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs_version
 from detune.audit import AuditReport, audit
 from detune.audit.figures import charts
 from detune.audit.page import PLOTLY, render
+from detune.certificate.verdict import Verdict
 from tests.families import plain_family, plain_state, save_plain
 
 PLOTLY_SHA256 = "79542150855a52c567260e3137095dbe2b744e6d702a5cabe67da246942fba7a"
@@ -77,10 +78,10 @@ class TestThePage:
         assert "predicted W-Error" in render(blind)
 
     def test_shows_a_range_where_no_more_is_known(self, blind):
-        """Of a tensor, and of all of them together at the top."""
+        """A tensor has one, and all of them together have one at the top."""
         known = {"predicted_w_error": -6.6, "best_w_error": -6.9, "worst_w_error": -4.1}
         entry = blind.matrices[0]
-        last = entry.outcomes[-1].model_copy(update={"verdict": "approximate", **known})
+        last = entry.outcomes[-1].model_copy(update={"verdict": Verdict.APPROXIMATE, **known})
         changed = entry.model_copy(update={"outcomes": (*entry.outcomes[:-1], last)})
         point = blind.curve[-1].model_copy(update=known | {"worst_w_error": -5.1})
         page = render(

@@ -182,7 +182,7 @@ class TestSomeOfThem:
 
 class TestTheGrid:
     def fine_tunes(self, folder: Path, size: float) -> tuple[Path, list[Path]]:
-        """Of a bf16 base, in float32, changed by so many of its steps."""
+        """Fine-tunes of a bf16 base, in float32, changed by `size` of its steps."""
         generator = seeded(7)
         W = (normal(generator, 192, 128) / 16).to(torch.bfloat16).float()
         models = []

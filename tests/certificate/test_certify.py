@@ -20,14 +20,14 @@ EXPECTED = PredictedError(1e-8, 3e-9, 4e-8)
 
 
 def problem(times: float = 300.0, **changes: object) -> Problem:
-    """A regime in float32 with deltas of so many times the storage noise."""
+    """A problem in float32 whose deltas are `times` as large as the storage noise."""
     regime = replace(Regime(shape=(64, 48), ranks=(3, 3, 3), dtype=torch.float32), **changes)
     noise = float(storage_variance(normal(seeded(), 1000).to(regime.dtype)).mean().sqrt())
     return make_problem(replace(regime, scale=times * noise), seeded())
 
 
 def on_grid(given: Problem, grid: torch.dtype, dtype: torch.dtype) -> Problem:
-    """The same with a base in one dtype and merges in another."""
+    """A problem with its base in one dtype and its merges in another."""
     W_star = given.W_star.to(grid).double()
     return Problem(W_star, given.deltas, torch.stack([W_star + M_i for M_i in given.deltas]).to(dtype))
 

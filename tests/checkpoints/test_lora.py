@@ -437,7 +437,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("setting", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}])
     def test_more_than_lora(self, adapters: Path, diffusion: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
-        """The same for PEFT's configuration and for the one that diffusers has in the file's metadata."""
+        """PEFT's configuration says it, or the one that diffusers has in the file's metadata."""
         base = open_checkpoint(diffusion)
         config = json.loads((adapters / "unet" / "adapter_config.json").read_text()) | setting
         shutil.copytree(adapters / "unet", tmp_path / "peft")

@@ -21,7 +21,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--by", nargs="+", type=Blow, default=list(Blow), choices=list(Blow), help="How; all by default."
     )
-    parser.add_argument("--every", type=int, default=1, help="Strike one of so many, drawn at random.")
+    parser.add_argument(
+        "--every", type=int, default=1, help="Strike one of N operations, drawn at random.", metavar="N"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     names = arguments.commands or list(COMMANDS)

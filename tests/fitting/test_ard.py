@@ -70,7 +70,7 @@ def test_deltas_that_are_clear_of_the_noise_are_not_looked_at(monkeypatch):
 
 
 def noisy(seed: int, size: float, shared: float, turned: bool = False, n: int = 3) -> tuple[torch.Tensor, Stack]:
-    """A base, and models with noise that is told, their deltas so many times as large, their rows alike."""
+    """A base, and models with noise that is told, and deltas with like rows, larger by a factor."""
     generator = seeded(seed)
     out, columns, rank, noise = 192, 160, 6, 1e-3
     W = 0.05 * normal(generator, out, columns)

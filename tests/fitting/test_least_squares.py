@@ -15,7 +15,7 @@ N, OUT, IN, RANKS = 3, 700, 500, (4, 2, 3)
 
 @pytest.fixture
 def layouts() -> tuple[Stack, Stack]:
-    """The same matrices row by row and column by column."""
+    """One set of matrices, stored row by row and column by column."""
     matrices = normal(seeded(), N, OUT, IN)
     turned = [W_i.mT.contiguous().mT for W_i in matrices]
     return Stack.of(matrices, torch.float64), Stack.of(turned, torch.float64)

@@ -20,7 +20,7 @@ def random_estimate(out: int = 40, columns: int = 24, rank: int = 3) -> Estimate
 
 
 def variances(e: Estimate) -> np.ndarray:
-    """Of every entry, by the words of the class."""
+    """The variance of every entry, by the words of the class."""
     right, left = (factor.square().sum(dim=1) for factor in (e.right, e.left))
     return (e.rows[:, None] * right + left[:, None] * e.columns + e.lack).numpy()
 

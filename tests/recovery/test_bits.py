@@ -31,7 +31,7 @@ def base_state():
 
 
 def fine_tunes(folder: Path, n: int, steps: float, dtype: torch.dtype, rank: int = 3) -> list[Path]:
-    """Merges of LoRAs whose root mean square is so many steps of the base's grid, in `dtype` throughout."""
+    """Merges of LoRAs whose root mean square is given in steps of the base's grid, in `dtype` throughout."""
     generator = seeded(22)
     models = []
     for i in range(n):

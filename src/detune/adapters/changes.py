@@ -34,7 +34,7 @@ from detune.problem.solving import wild_entries_of
 from detune.problem.stack import matricise
 
 _Noise = tuple[float | None, float | None]
-"""Of the base's tensor and a model's, see `Held`."""
+"""The noise of the base's tensor and of a model's, see `Held`."""
 
 
 class Kept(StrEnum):

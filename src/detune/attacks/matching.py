@@ -1,4 +1,4 @@
-"""Which neuron, and which head, of one release is which of another.
+"""Matching of neurons and heads: which of one release is which of another.
 
 Adapters change a neuron or a head by little, in few of many directions: its twin is by far the most like it. The best
 assignment as a whole is a linear problem (Kuhn's Hungarian method, by scipy). Where every place has a best partner of

@@ -248,7 +248,7 @@ def _counted(final: int, matrices: int, release: int | None, n: int, has_base: b
 
 
 def _closeness(tensors: Sequence[TensorEntry], has_base: bool) -> list[str]:
-    """How close what was recovered is, in terms that need no logarithm."""
+    """Sentences on how close the recovered weights are, in terms that need no logarithm."""
     ratios = []
     for entry in tensors:
         outcome = entry.outcomes[-1]

@@ -1,4 +1,4 @@
-"""Which releases the recovery goes by: those that share a source, brought into one frame first where that helps."""
+"""The releases that the recovery goes by: those of one source, brought into one frame first where that helps."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -59,7 +59,7 @@ class Members:
         return [self.models[i] for i in self.places]
 
     def why(self, place: int) -> str | None:
-        """Why a release is left out; None where it is not."""
+        """The reason why a release is left out; None where it is not."""
         return dict(self.reasons).get(place)
 
 

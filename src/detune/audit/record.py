@@ -73,7 +73,7 @@ class Tool(_Record):
 
 
 class Invocation(_Record):
-    """How it was called.
+    """The call: the command line and its options.
 
     Attributes:
         argv: The command line, or the program that called `audit`.

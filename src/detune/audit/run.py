@@ -163,7 +163,7 @@ def _require_merged(releases: Models) -> None:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """What a number of releases give of one tensor, tried on each.
+    """An attempt at each tensor with one release, with two, and so on.
 
     Attributes:
         family: The releases.

@@ -53,7 +53,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Trial:
-    """How a tensor is recovered from any number of releases.
+    """The recovery of a tensor from any number of releases.
 
     Attributes:
         solver: For three releases and more.
@@ -135,7 +135,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class _Figures:
-    """How large the releases' changes of a tensor are.
+    """Sizes of the releases' changes of a tensor.
 
     Attributes:
         change: Root mean square over all releases; None where the base's values are not known.

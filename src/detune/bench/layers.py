@@ -93,7 +93,7 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """Which projection it is: the last part of the module's name that is not a number."""
+        """The projection: the last part of the module's name that is not a number."""
         parts = [part for part in self.name.removesuffix(".weight").split(".") if not part.isdigit()]
         return parts[-1]
 

@@ -1,4 +1,4 @@
-"""How figures look, the same everywhere: a colour for each method, PNG and SVG side by side."""
+"""The look of figures, the same everywhere: a colour for each method, PNG and SVG side by side."""
 
 import warnings
 from pathlib import Path

@@ -80,7 +80,7 @@ class Judge:
         return self.behaviour.observe(self.base)
 
     def compare(self, recovered: Path) -> Differences:
-        """How differently a recovered model behaves; the original is observed once."""
+        """The differences of a recovered model's behaviour; the original is observed once."""
         return self.behaviour.compare(self._original, self.behaviour.observe(recovered))
 
 
@@ -142,7 +142,7 @@ def plan(
 
 
 def draw(total: int, n: int, seed: int) -> tuple[int, ...]:
-    """Which LoRAs a seed picks: more of them with the same seed only adds some."""
+    """The LoRAs that a seed picks: more of them with the same seed only adds some."""
     order = list(range(total))
     random.Random(seed).shuffle(order)
     return tuple(sorted(order[:n]))

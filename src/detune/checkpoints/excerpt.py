@@ -107,7 +107,7 @@ class Excerpt(Checkpoint):
         return copy_block(self.read(name), start, shown if length is None else min(start + length, shown), out)
 
     def shown_bytes(self, name: str) -> int:
-        """How many bytes of a tensor `read` and `read_bytes` give."""
+        """The number of bytes of a tensor that `read` and `read_bytes` give."""
         info, runs = self.tensors[name], self._runs(name)
         return info.nbytes // info.shape[0] * sum(run.stop - run.start for run in runs) if runs else info.nbytes
 

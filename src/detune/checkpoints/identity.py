@@ -1,4 +1,4 @@
-"""Which content a model has, found out without reading it: what a run that was cut off is known again by."""
+"""The identity of a model's content, without reading it: what a run that was cut off is known again by."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Which files of a directory make up a model."""
+"""The files of a directory that make up a model."""
 
 import json
 import re

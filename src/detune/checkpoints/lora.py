@@ -36,7 +36,7 @@ _ADAPTER_FILES = (
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """How one LoRA changes one tensor: `W + alpha / rank * B @ A`.
+    """The change of one tensor by one LoRA: `W + alpha / rank * B @ A`.
 
     Kernels are flattened behind their first dimension: `B.flatten(1) @ A.flatten(1)` has the entries of W.
 

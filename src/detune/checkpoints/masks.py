@@ -1,4 +1,4 @@
-"""Which entries are certain: boolean arrays, packed into bits while a run lasts, and one file of all of them."""
+"""Masks of the certain entries: boolean arrays, packed into bits while a run lasts, and one file of all of them."""
 
 import math
 import zipfile

@@ -1,4 +1,4 @@
-"""Which module a stored tensor belongs to, and what PEFT can do with it."""
+"""The modules that stored tensors belong to, and what PEFT can do with them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

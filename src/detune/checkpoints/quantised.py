@@ -24,7 +24,7 @@ NOISE_ROWS, NOISE_PLACES = 8, 8
 
 
 class Coding(Protocol):
-    """How a quantised tensor is stored."""
+    """The stored form of a quantised tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -178,7 +178,7 @@ class Decoded(Checkpoint):
 
 
 def rows_of_heads(rows: int, heads: int) -> Tensor:
-    """Where llama.cpp has put the rows of queries and keys, `(rows,)`: the halves of a head in turns.
+    """The order in which llama.cpp stores rows of queries and keys, `(rows,)`: the halves of a head in turns.
 
     Args:
         rows: All rows.

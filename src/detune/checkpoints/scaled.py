@@ -184,7 +184,7 @@ def _coding(model: Checkpoint, name: str, scale: str) -> ScaledCodes:
 
 
 def _sides(model: Checkpoint, name: str, scale: str) -> tuple[int, ...]:
-    """How many neighbours have one scale, in each dimension.
+    """The number of neighbours with one scale, in each dimension.
 
     Raises:
         InputError: The scales do not fit.

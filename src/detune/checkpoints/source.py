@@ -192,7 +192,7 @@ class Checkpoint:
         return rows
 
     def shown_bytes(self, name: str) -> int:
-        """How many bytes of a tensor `read` and `read_bytes` give: all; an excerpt gives fewer."""
+        """The number of bytes of a tensor that `read` and `read_bytes` give: all; an excerpt gives fewer."""
         return self.tensors[name].nbytes
 
     def read_whole(self, name: str) -> torch.Tensor:
@@ -204,7 +204,7 @@ class Checkpoint:
         return self._entries[name].encoding
 
     def noise(self, name: str, rows: slice | None = None) -> float | None:
-        """How far a tensor's numbers are from those that were stored, where that is more than its dtype tells.
+        """The noise of a tensor's numbers, where it is more than rounding to the dtype.
 
         Args:
             name: A key of `tensors`.

@@ -1,4 +1,4 @@
-"""Where the work is done: a table of executors, an option for each, and the headings that help lists options under."""
+"""The table of executors, an option for each, and the headings that help lists options under."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -65,12 +65,12 @@ EXECUTORS = {
         {"type": click.IntRange(min=1), "metavar": "JOBS", "help": "Number of Slurm jobs to compute in."},
     ),
 }
-"""What `detune recover` can compute with beside its own process, by option."""
+"""The executors that `detune recover` can compute with beside its own process, by option."""
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Where a command is to compute.
+    """The place where a command is to compute.
 
     Attributes:
         kind: One of `EXECUTORS`; None is this process.

@@ -1,4 +1,4 @@
-"""How a command tells what it found: with a bar meanwhile, then as tables, as JSON, or not at all."""
+"""The output of a command: a bar meanwhile, then tables, JSON, or nothing at all."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How far a command is: the tensors in work, what is left of them, and in the end what has taken longest."""
+"""Progress of a command: the tensors in work, what is left of them, and in the end what has taken longest."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ class Bar(Protocol):
 
     @property
     def console(self) -> Any:
-        """Where it is drawn."""
+        """The console that it is drawn on."""
 
     def add_task(self, description: str, *, total: None, **fields: Any) -> Any:
         """Add a task of a size that is not known yet."""

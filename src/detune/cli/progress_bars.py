@@ -1,4 +1,4 @@
-"""How progress looks: bars with the time left, and the bars of the Hub's client."""
+"""The look of progress: bars with the time left, and the bars of the Hub's client."""
 
 import sys
 from collections.abc import Iterator

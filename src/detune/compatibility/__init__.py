@@ -1,1 +1,1 @@
-"""Which models share a base, which do not and why, and how far their tensors fit together."""
+"""The models that share a base, those that do not and why, and how far their tensors fit together."""

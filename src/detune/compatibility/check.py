@@ -194,7 +194,7 @@ def _model_status(
 
 
 def _changes(tensors: Sequence[ChangedTensor], member: int) -> str:
-    """How many tensors a member changed, and apart from that at how many a rank shows."""
+    """The numbers of tensors that a member changed, and of those in which a rank shows."""
     changed = [row for row in tensors if row.changed[member]]
     matrices = [row for row in changed if len(row.shape) > 1]
     said = f"changed {len(matrices)} {_matrices(len(matrices))}"

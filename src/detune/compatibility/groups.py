@@ -1,4 +1,4 @@
-"""Which models come from one base, before anything is solved.
+"""Groups of models of one base, before anything is solved.
 
 Every model's matrix is compared with one of each group found so far (`detune.compatibility.low_rank_test.split`), on
 some matrices first and on all where those do not agree. Two models are kin if they differ by a low rank, or not at all,
@@ -91,7 +91,7 @@ class Selection:
     left_out: tuple[LeftOut, ...] = ()
 
     def reason(self, model: int) -> str | None:
-        """Why a model is left out; None where it is not."""
+        """The reason why a model is left out; None where it is not."""
         return next((row.reason for row in self.left_out if row.model == model), None)
 
 
@@ -184,7 +184,7 @@ def split_tensor(models: Sequence[Checkpoint], name: str, *, based: bool = False
 
 
 def why_foreign(models: Sequence[Checkpoint], model: int, member: int, name: str) -> Mismatch:
-    """How a model's tensor resembles that of a member of the family, all of it: rows may have changed places.
+    """The likeness of a model's tensor to a member's of the family, all of it: rows may have changed places.
 
     Raises:
         InputError: One of them holds NaN or Inf in it.

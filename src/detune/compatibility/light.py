@@ -42,7 +42,7 @@ BELOW_A_STEP = "deltas are below a step of half precision, where a full fine-tun
 
 @dataclass(frozen=True)
 class BitChange:
-    """How models' versions of a tensor differ, bit by bit.
+    """The differences of models' versions of a tensor, bit by bit.
 
     Attributes:
         changed: For each model whether it changed the tensor, as far as the others show.

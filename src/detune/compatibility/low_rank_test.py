@@ -1,4 +1,4 @@
-"""How two models' versions of one weight matrix are related: low rank apart, or not.
+"""The low-rank test: whether two models' versions of a weight matrix are a low rank apart.
 
 Fine-tunes of one base by LoRA differ by `M_i - M_j`, a matrix of low rank, and storage noise. Anything else differs in
 every direction. What decides is the whole spectrum of the difference, on some of its rows and columns:
@@ -57,7 +57,7 @@ PRODUCT_ROUNDING = {torch.float32: 4.0, torch.float64: 4.0, torch.bfloat16: 0.5,
 
 
 class Kind(StrEnum):
-    """How two versions of a matrix differ."""
+    """A kind of difference between two versions of a matrix."""
 
     SAME = "same"
     """Not at all, or by no more than storage noise."""

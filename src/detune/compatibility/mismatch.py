@@ -1,4 +1,4 @@
-"""Why a matrix differs from the others at full rank.
+"""Reasons why a matrix differs from the others at full rank.
 
 A full fine-tune stays close to its base; another base is unrelated. Between them is the same base put another way:
 transposed, or with its neurons or attention heads in another order, which changes nothing that the network computes.
@@ -34,7 +34,7 @@ MOST_SORTED = 1 << 26
 
 
 class Cause(StrEnum):
-    """Why a matrix is not one of the family."""
+    """A reason why a matrix is not one of the family."""
 
     FULL = "fine-tuned in full"
     """Close to the others: trained in every direction."""
@@ -50,7 +50,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True)
 class Mismatch:
-    """How a matrix resembles one of the family.
+    """The likeness of a matrix to one of the family.
 
     Attributes:
         cause: What happened to it.

@@ -93,7 +93,7 @@ class Models:
 
     @property
     def reading(self) -> Reading | None:
-        """How much of the models was read so far; None where they are looked at whole."""
+        """The share of the models that was read so far; None where they are looked at whole."""
         excerpts = [model for model in self.models if isinstance(model, Excerpt)]
         if not excerpts:
             return None
@@ -110,7 +110,7 @@ class Models:
 
 
 class Why(StrEnum):
-    """Why a tensor is copied, and nothing is computed."""
+    """A reason to copy a tensor, and compute nothing."""
 
     SHARED = "identical in all models"
     BASE = "the base's own, saved beside an adapter that was not merged"
@@ -182,7 +182,7 @@ class ModelSet(Models):
         return tuple(model.tensors[name].dtype for model in holders)
 
     def read_bytes(self, name: str) -> int:
-        """How much is read of a tensor, of all models that have it."""
+        """The bytes that are read of a tensor, of all models that have it."""
         return sum(self.models[i].shown_bytes(name) for i in self.holders(name))
 
     def view(self, model: Checkpoint) -> Checkpoint:
@@ -194,7 +194,7 @@ class ModelSet(Models):
         return view_of(model, self.layout, self.parts)
 
     def copied(self, name: str) -> Why | None:
-        """Why a tensor is copied; None where it is not. Read block by block up to the first difference."""
+        """The reason why a tensor is copied; None where it is not. Reads block by block up to the first difference."""
         holders = [self.models[i] for i in self.holders(name)]
         if not holders:
             return Why.NOBODY
@@ -222,7 +222,7 @@ class ModelSet(Models):
 def noise_of(
     models: Sequence[Checkpoint], name: str, tensors: Sequence[Tensor], *, based: bool = False
 ) -> tuple[float | None, ...]:
-    """How far models' numbers are from those that were quantised, where they were.
+    """The noise of models' numbers where they were quantised.
 
     Args:
         models: The models.
@@ -246,7 +246,7 @@ def noise_of(
 
 
 def rows_to_read(specs: Sequence[str | Path], rows: int | Literal["auto", "all"]) -> int | None:
-    """How many rows of each matrix to look at.
+    """The number of rows of each matrix to look at.
 
     Args:
         specs: The models.

@@ -1,4 +1,4 @@
-"""Which tensor of one model is which of another's, where they are saved under other names.
+"""Names matched: which tensor of one model is which of another's, where they are saved under other names.
 
 Wrappers put words in front of names, or between them: `module.` (DataParallel), `_orig_mod.` (torch.compile), `bert.`
 (the model inside its head), `base_model.model.` (PEFT), `0_Transformer/` (sentence-transformers of old). What stays the
@@ -157,7 +157,7 @@ def may_be_one(shape: Shape, other: Shape) -> bool:
 
 
 def _ends(name: str) -> list[tuple[str, ...]]:
-    """How a name ends, from the whole of it to its last part."""
+    """The ends of a name, from the whole of it to its last part."""
     parts = _parts(name)
     return [parts[k:] for k in range(len(parts))]
 

@@ -1,11 +1,11 @@
-"""How much of the models a statement rests on."""
+"""The share of the models that a statement rests on."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How much of the models was read, where some rows of each matrix were enough.
+    """The share of the models that was read, where some rows of each matrix were enough.
 
     Attributes:
         rows: Rows looked at in each matrix.

@@ -108,6 +108,6 @@ def held_rows(piece: Part, expected: Sequence[int], rows: int, own: str) -> Part
 
 
 def _equal_rows(holders: Sequence[View], name: str, rows: slice) -> Tensor:
-    """Which of some rows have the same bytes in all models, `(rows,)`, bool."""
+    """A mask of the rows that have the same bytes in all models, `(rows,)`, bool."""
     first, *others = (holder.read_rows(name, [rows]).contiguous().view(torch.uint8).flatten(1) for holder in holders)
     return torch.stack([first.eq(other).all(dim=1) for other in others]).all(dim=0)

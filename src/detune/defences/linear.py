@@ -1,4 +1,4 @@
-"""Which of a model's tensors defences change: the weights of its linear layers, where adapters are."""
+"""The tensors of a model that defences change: the weights of its linear layers, where adapters are."""
 
 import hashlib
 from collections.abc import Mapping

@@ -35,7 +35,7 @@ _ALL = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class FineTune:
-    """How one of the LoRAs is trained.
+    """The training of one of the LoRAs.
 
     Attributes:
         domain: What it learns to write like, one of `detune.demo.texts.DOMAINS`.

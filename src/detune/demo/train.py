@@ -180,7 +180,7 @@ def embeddings(model_dir: Path, sentences: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Cloze:
-    """How well an encoder tells which second half belongs to which first: the task that `train_lora` trains.
+    """Measure how well an encoder tells which second half belongs to which first: the task that `train_lora` trains.
 
     Attributes:
         hits: For each passage the probability that its own second half is closer than those of seven others, drawn at

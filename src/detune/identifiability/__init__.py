@@ -1,1 +1,1 @@
-"""How well the data determine W, without the truth: the null space, error variances, undetected directions."""
+"""Identifiability of W by the data, without the truth: the null space, error variances, undetected directions."""

@@ -1,4 +1,4 @@
-"""How well the data determine W: traces of the inverse of the recovery problem's operator.
+"""Traces of the inverse of the recovery problem's operator: how well the data determine W.
 
 Linearised at `M_i = U_i C_i V_i^T`, least squares leaves W with the error
 
@@ -65,7 +65,7 @@ def cramer_rao_mse(U: Sequence[Tensor], V: Sequence[Tensor], variance: float, pr
 
 @dataclass(frozen=True)
 class ErrorTraces:
-    """How the noise of each model enters W and the residual.
+    """The way of each model's noise into W and the residual.
 
     Attributes:
         weight: `tr(A^-1 (P_i x R_i) A^-1)` for each model, `(n,)`: times its variance, its share of `|E|^2`.

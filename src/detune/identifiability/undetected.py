@@ -1,4 +1,4 @@
-"""How strong a direction of an adapter can be and still escape notice.
+"""Undetected directions: the strength up to which a direction of an adapter escapes notice.
 
 A direction `s u v^T` of `M_i` that is not in its recovered ranks goes into W and into those deltas whose row
 spaces hold v (or whose column spaces hold u): then W is off by it, and the misfit hardly shows it. With u outside

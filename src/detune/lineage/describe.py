@@ -153,7 +153,7 @@ class _Family:
         return evidence
 
     def _rounded_below(self, u: int, v: int) -> float:
-        """How much likelier the roundings of merges are with u the older end of an edge than with v: log of the ratio.
+        """The log-likelihood ratio of the roundings of merges, with u the older end of an edge against v.
 
         On the way from a model a to a model c each node was rounded but the oldest one. The steps of a node between are
         those of a or of c, by which of the two it is nearer to: it counts by `w = d_c / (d_a + d_c)` in a's share.

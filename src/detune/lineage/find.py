@@ -123,7 +123,7 @@ def _far_apart(count: int) -> list[int]:
 
 
 def _tokens(given: Models, model: int) -> int:
-    """How many tokens a model has, less those of the layout."""
+    """The number of tokens of a model, less those of the layout."""
     fit = given.common.fits[model]
     layout = given.layout.tensors
     return max((rows - layout[name].shape[0] for name, rows in fit.resized.items()), default=0, key=abs) if fit else 0

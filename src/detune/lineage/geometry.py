@@ -46,7 +46,7 @@ class Share(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """How often each of two models was rounded since they parted: 0 where the other descends from it, 1 by a merge."""
+    """The number of times that each of two models was rounded since they parted: 0 where the other descends from it."""
 
     first: Share
     second: Share
@@ -98,11 +98,11 @@ class Geometry:
         return tuple(each.rank for each in found if each.kind is Kind.LOW_RANK)
 
     def kinds(self, i: int, j: int) -> list[Kind]:
-        """How two models differ in some matrices."""
+        """The kinds of difference of two models in some matrices."""
         return [self.relation(min(i, j), max(i, j), matrix).kind for matrix in self.differing(i, j)]
 
     def shared_rank(self, v: int, j: int, k: int) -> float | None:
-        """How much of the ranks of `W_j - W_v` and `W_k - W_v` is one and the same update: 0 to 1.
+        """The share of the ranks of `W_j - W_v` and `W_k - W_v` that is one and the same update: 0 to 1.
 
         It is `(r_vj + r_vk - r_jk) / 2`, the rank of what j and k have in common against v, over the smaller of both.
         None where ranks do not show.
@@ -216,7 +216,7 @@ def first_share(found: Sequence[Rounding], count: int) -> Share | None:
 
 
 def rounding_shares(first: Tensor, second: Tensor) -> Rounding | None:
-    """How much of each one's rounding is in the difference of two matrices, beside a low rank.
+    """The amount of each one's rounding in the difference of two matrices, beside a low rank.
 
     Args:
         first: `(rows, columns)`, as stored.

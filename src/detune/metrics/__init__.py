@@ -1,4 +1,4 @@
-"""How far a recovered matrix is from the truth, and a recovered model from the original. Truth enters here alone."""
+"""Distances of a recovered matrix from the truth, and of a recovered model from the original."""
 
 from detune.metrics.activation import activation_distance
 from detune.metrics.images import largest_level_difference, lpips_distance

@@ -1,4 +1,4 @@
-"""How differently two models see the same inputs."""
+"""The activation distance: how differently two models see the same inputs."""
 
 from collections.abc import Sequence
 from statistics import fmean

@@ -1,4 +1,4 @@
-"""How far two sets of generated images are apart: in 8-bit levels, and as people see it (LPIPS)."""
+"""Distances of two sets of generated images: in 8-bit levels, and as people see it (LPIPS)."""
 
 import warnings
 from collections.abc import Callable

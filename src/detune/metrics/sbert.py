@@ -1,4 +1,4 @@
-"""How far two models' texts are apart in meaning."""
+"""The distance of two models' texts in meaning."""
 
 import math
 import sys

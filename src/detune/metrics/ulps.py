@@ -27,7 +27,7 @@ def from_ordered_bits(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def ulps(got: Tensor, expected: Tensor) -> Tensor:
-    """How many steps of the dtype lie between two values, entry by entry.
+    """The number of steps of the dtype between two values, entry by entry.
 
     Args:
         got: Any shape, a float dtype; compared in that of `expected`.

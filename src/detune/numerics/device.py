@@ -117,7 +117,7 @@ def _compact(rows: Tensor) -> Tensor:
 
 
 class _Products:
-    """How torch multiplies float32 matrices: one setting for the whole process, whose threads may compute together.
+    """The precision in which torch multiplies float32 matrices: one setting for the process and all its threads.
 
     The first one in keeps the user's setting, and the last one out restores it.
     """

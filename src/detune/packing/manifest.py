@@ -19,7 +19,7 @@ VERSION = 1
 
 
 class Coding(StrEnum):
-    """How a tensor is told."""
+    """The coding of a tensor."""
 
     SAME = "same"
     """As the base's."""

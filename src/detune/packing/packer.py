@@ -205,7 +205,7 @@ def require_alike(family: ModelSet) -> None:
 
 
 def _coded(model: Checkpoint) -> str:
-    """Why a model whose numbers are those of a dtype is not stored as it is read."""
+    """The reason why a model whose numbers are those of a dtype is not stored as it is read."""
     if isinstance(raw(model), Unmerged):
         return "it holds an adapter that was not merged beside its base"
     return "its tensors are stored under other names or in another order than they are read"
@@ -283,7 +283,7 @@ class _Packer:
         return tuple(tensors[name] for tensors in self._tensors)
 
     def _told(self, place: str, index: int, base: Tensor, tensor: Tensor) -> PackedTensor:
-        """How one model's tensor is told, with the members for it."""
+        """Code one tensor of a model, with the members for it."""
         if tensor.dtype == base.dtype and bit_identical(base, tensor) == 1:
             return PackedTensor(index, Coding.SAME, tensor.dtype)
         predicted: dict[str, bytes] = {}

@@ -1,4 +1,4 @@
-"""How long the parts of a command take: a few matrices are computed here, some bytes hashed and compressed.
+"""Estimates of how long a command takes: a few matrices are computed here, some bytes hashed and compressed.
 
 Matrices are computed by the functions that the command calls, side by side where it does so, after a first one that
 compiles the loops and warms the libraries up. The time for all of them follows from the entries; what opening the
@@ -168,7 +168,7 @@ def _timed(
 
 
 def opening(seconds: float, *timed: Timed | None) -> Spent:
-    """What a command does once, whatever the size of the models: by what it took here.
+    """The time of what a command does once, whatever the size of the models: by what it took here.
 
     Args:
         seconds: For opening and choosing the models.

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from detune.problem.storage_noise import storage_variance
 
-# Rows and columns are weighed by this many entries of each, which tell a row's noise to a tenth (derived).
+# Entries of each row and column that it is weighed by: 256 tell a row's noise to a tenth (derived).
 SAMPLED = 256
 # Scaling settles at once where noise is a product of rows and columns (Sinkhorn & Knopp 1967; derived).
 ROUNDS = 3
-# Rounding that is less than this share of the usual one, in mean squares, is none that matters: that of rows of zeros
-# is not multiplied beyond what float32 holds (any small number does).
+# Rounding below a millionth of the usual one, in mean squares, does not matter: that of rows of zeros is not multiplied
+# beyond what float32 holds (any small number does).
 NEGLIGIBLE = 2.0**-20
 
 

@@ -1,4 +1,4 @@
-"""How large deltas are, and how alike, before any is known.
+"""The sizes of deltas, and how alike they are, before any is known.
 
 In differences of models W drops out: `W_i - W_j` times `W_i - W_k` is `M_i^2` on average where the three are
 independent, and the squares of all differences tell which are. Entries with fine steps count most, since rounding is
@@ -24,21 +24,21 @@ SAMPLED, FINEST = 1 << 17, 0.03
 # Fewer show whether deltas are alike: a product of independent ones is known to 1 % of their sizes (any number does:
 # `benchmarks/constants.py`).
 SAMPLED_FOR_PRODUCTS = 1 << 15
-# No model's delta is taken for smaller than this share of their average: what is too small to be measured is not zero
-# (any number does: `benchmarks/constants.py`).
+# No model's delta is taken for smaller than a tenth of their average: what is too small to be measured is not zero (any
+# number does: `benchmarks/constants.py`).
 SMALLEST_SHARE = 0.1
 # Standard errors by which a delta's size may be larger than it seems, and two deltas' product too (any number does:
 # `benchmarks/constants.py`).
 SURE = 3.0
-# Fine-tunes of one base on texts of one language had a correlation of 0.16 at most (`benchmarks/llm.py`): independent
-# ones have less than this (measured).
+# Fine-tunes of one base on texts of one language had a correlation of 0.16 at most (`benchmarks/llm.py`): from 0.25 on
+# two are not independent (measured).
 MOST_ALIKE = 0.25
 # Those of few directions reach 0.3 by chance (`tests/methods/test_auto.py`), and to leave one out costs little accuracy
 # but some; a copy, a later checkpoint or a merge of two has 0.45 or more with one of the others (`benchmarks/llm.py`)
 # (measured).
 TOO_ALIKE = 0.35
-# A delta that has less in common with another than this share of the larger one is as good as independent
-# of it: what independent ones of a real model have in common comes to 0.13 of them (measured: `benchmarks/llm.py`).
+# A delta that has less than 0.15 of the larger one in common with another is as good as independent of it: what
+# independent ones of a real model have in common comes to 0.13 of them (measured: `benchmarks/llm.py`).
 LEAST_SHARED = 0.15
 # Bases of three that are looked at: all that fifteen models have (any number does).
 MOST_THREES = 455
@@ -49,7 +49,7 @@ LEAST = torch.finfo(torch.float64).tiny
 
 
 class DeltaScale(NamedTuple):
-    """How large a delta's entries are.
+    """The size of a delta's entries.
 
     Attributes:
         rms: Root mean square.

@@ -1,4 +1,4 @@
-"""How many tensors are computed at the same time, and on how many threads each.
+"""The scheduler of tensors: how many are computed at the same time, and on how many threads each.
 
 One matrix alone keeps several threads busy for a part of its time only: between large products lie small
 factorisations. So tensors are computed side by side, as many as memory and threads allow, and the threads are shared
@@ -69,7 +69,7 @@ class TensorScheduler(Generic[Result]):
         self._threads = self._all_threads
 
     def threads(self, load: TensorLoad) -> int:
-        """How many threads a tensor is computed on: the same in every run."""
+        """The number of threads that a tensor is computed on: the same in every run."""
         if load.entries < SHARED_OUT:
             return 1
         side_by_side = min(self._slots, self._limit_bytes // max(1, load.working_bytes))

@@ -67,7 +67,7 @@ def report_table(report: Report) -> tuple[list[str], list[tuple[str, ...]]]:
 
 
 def doubts(report: Report) -> list[Doubt]:
-    """Why tensors are approximate or not determined: each reason once, with the span of its figures."""
+    """The reasons why tensors are approximate or not determined: each once, with the span of its figures."""
     rows: dict[tuple[str, ...], list[TensorResult]] = {}
     for row in report.tensors:
         if row.verdict in (Verdict.NOT_DETERMINED, Verdict.APPROXIMATE):

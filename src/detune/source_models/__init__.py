@@ -1,1 +1,1 @@
-"""Which of the models an answer is from: one of those that are identical, or the finest ones. Methods share this."""
+"""Choice of the models that an answer is from: one of those that are identical, or the finest. Methods share it."""

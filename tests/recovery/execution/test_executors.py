@@ -280,7 +280,7 @@ def interrupted_once(fine: Fine, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def interrupted(interrupted_once: Path, tmp_path: Path) -> Iterator[Path]:
-    """The same for one test, where it was: adapters name their base, and elsewhere it would be another run."""
+    """An interrupted run for one test, in its own place: adapters name their base, and elsewhere it is another run."""
     shutil.copytree(interrupted_once, tmp_path / "before")
     yield interrupted_once
     shutil.rmtree(interrupted_once)
@@ -328,7 +328,7 @@ def test_what_landed_with_other_options_is_not_used(fine, killed, tmp_path, solv
 
 
 def interrupt(at: int) -> Callable[..., None]:
-    """For `on_tensor`: Ctrl-C when so many tensors are done."""
+    """An `on_tensor` that presses Ctrl-C when a number of tensors are done."""
     rows: list[Any] = []
 
     def on_tensor(name: str, row: Any) -> None:

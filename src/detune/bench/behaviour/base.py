@@ -28,7 +28,7 @@ MEANINGS: dict[Metric, str] = {
 
 @dataclass(frozen=True)
 class Differences:
-    """How differently two models behave.
+    """The differences of two models' behaviour.
 
     Attributes:
         values: Metrics by name; a distance is zero where the models do the same.

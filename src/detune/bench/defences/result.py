@@ -10,7 +10,7 @@ BROKEN, PARTLY = 10.0, 2.0
 
 
 class Outcome(StrEnum):
-    """What a defence is worth, by how much closer its best attack comes than averaging undefended releases does.
+    """The worth of a defence, by how much closer its best attack comes than averaging undefended releases does.
 
     Attributes:
         SURVIVES: Below 2 times.
@@ -86,7 +86,7 @@ class RowResult:
 
     @property
     def times_closer(self) -> float | None:
-        """How many times closer to the base the best attack comes than averaging undefended releases does.
+        """The factor by which the best attack comes closer to the base than averaging undefended releases does.
 
         In root mean square, and by the weights or by the embeddings, whichever shows more: noise can be all over the
         weights and do nothing, and where the model comes back its weights need not. None where no attack gave an

@@ -79,7 +79,7 @@ def run_rows(
 
 
 def _parts(row: Row) -> tuple[str, ...]:
-    """What is done for a row, in order."""
+    """The parts of the work on a row, in order."""
     defending = () if row.defence is None else (_DEFENDING,)
     return tuple(f"{row.name}: {what}" for what in (*defending, *row.attacks, _JUDGING))
 
@@ -139,7 +139,7 @@ class _Yardstick:
 
     @cached_property
     def fine_tune_distance(self) -> float:
-        """How far the first fine-tune's embeddings are from the base's."""
+        """The distance of the first fine-tune's embeddings from the base's."""
         return self._distance(self.family.models[0])
 
     def away(self, model: Path) -> float:

@@ -143,7 +143,7 @@ class Entry(_Record):
 
     @property
     def times_closer(self) -> float:
-        """How many times closer to the base it comes than averaging undefended releases.
+        """The factor by which it comes closer to the base than averaging undefended releases.
 
         In root mean square, by the weights or by the embeddings, whichever shows more.
         """

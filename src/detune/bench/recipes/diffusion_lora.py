@@ -17,10 +17,10 @@ from detune.checkpoints import load_pretrained
 __all__ = ["TEXT_ENCODER_MODULES", "UNET_MODULES", "train_lora"]
 
 UNET_MODULES = ("proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
-"""How the names of the U-Net's LoRA modules end: attn1 and attn2 have four each, so twelve a transformer."""
+"""Ends of the names of the U-Net's LoRA modules: attn1 and attn2 have four each, so twelve a transformer."""
 
 TEXT_ENCODER_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj", "mlp.fc1", "mlp.fc2")
-"""How the names of the text encoder's LoRA modules end, six a layer."""
+"""Ends of the names of the text encoder's LoRA modules, six a layer."""
 
 
 def train_lora(recipe: DiffusionSettings, base: Path, look: str, out: Path, *, rank: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""How a recovery is executed: here, by processes of this machine, or by workers anywhere on a shared file system.
+"""The execution of a recovery: here, by processes of this machine, or by workers anywhere on a shared file system.
 
 | module | what it knows |
 | --- | --- |

@@ -42,7 +42,7 @@ def kept_for_later(run_directory: RunDirectory) -> Iterator[None]:
 
 
 def _count(run_directory: RunDirectory) -> str:
-    """How many tensors that is, where it can still be told."""
+    """The number of tensors that are complete, where it can still be told."""
     with suppress(DetuneError, OSError, ValueError):
         names = {row["row"]["name"] for row in run_directory.journal.rows()}
         return f", {len(names)} tensor{'s' * (len(names) != 1)}"

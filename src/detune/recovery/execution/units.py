@@ -1,4 +1,4 @@
-"""How tensors are cut into pieces of work."""
+"""Units of work: tensors cut into pieces."""
 
 from collections.abc import Iterable
 from itertools import groupby
