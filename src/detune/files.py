@@ -24,7 +24,7 @@ def open_regular(path: Path) -> BufferedReader:
         InputError: It is a pipe, a device or a socket, which can keep a reader waiting or never end.
         OSError: It cannot be opened.
     """
-    # Without waiting for the other end of a pipe; and what was opened is asked, not what is there now.
+    # O_NONBLOCK: no wait for the other end of a pipe. The open file is asked what it is: the path may have changed.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file

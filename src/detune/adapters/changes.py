@@ -161,7 +161,7 @@ class ChangeFitter:
         return tuple(
             self._change(i, name, base, tensor, (noise, own))
             for i, tensor, own in zip(held.models, held.tensors, held.noise, strict=True)
-            # What holds the base beside its adapter is no merge of it.
+            # A model that holds the base beside its adapter is no merge of it.
             if not isinstance(raw(self._models[i]), Unmerged)
             if not _are_equal(base, tensor)
         )
@@ -218,7 +218,7 @@ class ChangeFitter:
             alone = f"{'quantisation' if any(noise) else 'storage'} noise alone"
             return AdapterChange(i, replace(as_base, kept=Kept.NOISE, reason=how or alone))
         layer = peft_layer(kind, M_i.left, M_i.right, as_base.shape)
-        # What PEFT will make of it, from the very factors that will be written.
+        # PEFT's merge is made from the very factors that will be written.
         merged = _deviation(layer.merged(base), tensor)
         row = AdapterRow(self._names[i], name, as_base.shape, Kept.LORA, layer.rank, *merged, how)
         return AdapterChange(i, row, layer=layer)

@@ -247,7 +247,7 @@ class Extractor:
         self._places = PlacesOf(family.reference)
         self._writers: dict[tuple[int, str], PeftWriter] = {}
         self._rows: list[AdapterRow] = []
-        # What is kept whole, as it would stand if PEFT cannot take it after all.
+        # Rows of tensors that are kept whole, for the case that PEFT cannot take them after all.
         self._as_base: dict[tuple[str, str], AdapterRow] = {}
         self._started = time.perf_counter()
 

@@ -91,7 +91,7 @@ def _fit(stack: Stack, exponent: int, rank: int | None) -> LowRank:
     bounds = [bound.sub_(base) for bound in interval(W_i.to(stack.device))]
     low, high = ((times_power_of_two(bound, -exponent) if exponent else bound).to(stack.dtype) for bound in bounds)
     start = _least_squares(low + (high - low) / 2, difference, W_i.dtype, rank)
-    # What was quantised may be anywhere between two levels, and not where its dtype would have rounded it to.
+    # A quantised entry may have been anywhere between two levels, not only where its dtype would have rounded it.
     return _balanced(start if stack.noise_override else _into_intervals(start, low, high))
 
 

@@ -145,7 +145,7 @@ class _Pair:
         ]
         if stay(sides).at_noise:
             return None
-        # What is known may be anything: the last group has all of the others in it.
+        # A known frame may be of any group: the last group contains all others.
         fits: list[Fit] = []
         for fall, group in product(FALLS, groups if known is None else groups[-1:]):
             fits.append(fit(sides, group, known, fall))

@@ -60,7 +60,7 @@ def guessed(stack: Stack) -> Tensor:
         return denoised(stack)
     outside = mean - (mean @ together) @ together.mT
     inside = mean @ together
-    # How much of the mean's inside is adapters, if these are independent between models and zero on average.
+    # The adapters' part of the mean's inside, if these are independent between models and zero on average.
     adapters = float((centred @ together).square().sum()) / ((stack.n - 1) * inside.numel()) / stack.n
     predicted, squared_error = _from_the_rest(outside, inside)
     spread = max(0.0, squared_error - adapters)

@@ -183,7 +183,7 @@ class _Attempt:
         """Try one tensor; None where it is copied."""
         family = self.family
         if len(held.tensors) < family.n:
-            # Which release was the one too many cannot be said of what some do not have.
+            # A tensor that some releases lack cannot tell which release was the one too many.
             return result_of(name, held, Verdict.NOT_DETERMINED, Origin.SINGLE, "not in all releases"), None
         truth, first = self._truth(name), held.tensors[0]
         if truth is not None and family.n == 1 and first.dtype == truth.dtype and torch.equal(first, truth):

@@ -13,7 +13,7 @@ from detune.errors import OutputError, reason_of
 
 __all__ = ["Same", "check_new", "new_directory", "new_file", "require_apart", "resolved"]
 
-# Whether two results are the same, the new one and the one that stands in its place.
+# Tells whether two results are the same: the new one, and the one that stands in its place.
 Same = Callable[[Path, Path], bool]
 
 

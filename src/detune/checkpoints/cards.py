@@ -46,13 +46,13 @@ _METADATA = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*\r?$", r
 # As the Hub lists them: apache-2.0, cc-by-nc-4.0, bigscience-bloom-rail-1.0.
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# By the file that a library's models have.
+# Keys are files that only this library's models have.
 _LIBRARIES = {
     "model_index.json": "diffusers",
     "modules.json": "sentence-transformers",
     "open_clip_config.json": "open_clip",
 }
-# By what it writes into config.json.
+# Keys are what the library writes into config.json.
 _KEYS = {"_diffusers_version": "diffusers", "model_type": "transformers", "architectures": "transformers"}
 
 

@@ -104,7 +104,7 @@ def check_shape(where: object, shape: Sequence[object]) -> tuple[int, ...]:
     sizes = tuple(size for size in shape if type(size) is int and size >= 0)
     if len(sizes) < len(shape):
         raise InputError(f"{where} has the impossible shape {list(shape)}", "expected whole numbers", DAMAGED)
-    # Without the zeros: torch multiplies the others too, for the strides.
+    # Zeros are left out: torch multiplies the other sizes even then, for the strides.
     if math.prod(size for size in sizes if size) > MAX_ELEMENTS:
         raise InputError(
             f"{where} has the impossible shape {list(sizes)}", f"expected at most {MAX_ELEMENTS} elements", DAMAGED

@@ -99,7 +99,7 @@ class Repository:
 
         self._share(wanted)
         try:
-            # By the name that was given, so that the cache knows it when there is no network.
+            # The name is the one that was given: the cache knows it when there is no network.
             path = huggingface_hub.snapshot_download(
                 self.name,
                 revision=self.revision,

@@ -48,7 +48,7 @@ class Journal:
                     written += file.write(lines[written:])
                 os.fsync(file.fileno())
             except BaseException:
-                # What follows begins with a line of its own.
+                # The next row begins with a line of its own.
                 file.truncate(start)
                 raise
 

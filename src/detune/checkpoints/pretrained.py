@@ -16,7 +16,7 @@ from detune.errors import InputError, parsing
 
 __all__ = ["load_pretrained", "model_class_of", "require_reasonable"]
 
-# By keys of a configuration: several times what the largest published models have.
+# Keys of a configuration, and the most that each may be: several times what the largest published models have.
 MOST = {
     r"layers?$|depths?$|^(num|n)_.*(layer|block|stage)|^n_layer": 2000,
     r"experts?$": 10_000,

@@ -54,7 +54,7 @@ class PrivatePaths:
         # The longest first: a model may lie in another's directory. A place ends where its last name does, and begins
         # with its first one: "/a" is no part of "unet/attn", nor of "/ab".
         longest = "|".join(re.escape(place) for place in sorted(names, key=len, reverse=True))
-        # What all begin with comes first: a text may be long, and places many.
+        # The common beginning of all is looked for first: a text may be long, and places many.
         self._pattern = re.compile(rf"(?=[/~])(?<![\w.-])(?:{longest})(?![\w-]|\.\w)") if names else None
 
     def within(self, content: Any) -> Any:

@@ -82,7 +82,7 @@ class Decoded(Checkpoint):
         self.spec, self.root, self.index_files = stored.spec, stored.root, stored.index_files
         self.stored = stored
         self._codings, self._heads, self._made, self._dropped = dict(codings), dict(heads), made, dropped
-        # By name, first and last row: families ask for it, and recoveries again.
+        # Keys are a name, the first and the last row. Families ask for it, and recoveries again.
         self._noise: dict[tuple[str, int, int], float | None] = {}
         shown = {own: names.get(own, own) for own in stored.tensors if own not in hidden}
         self._own = {name: own for own, name in shown.items()}

@@ -73,7 +73,7 @@ class HubFiles:
         path = f"{self._repository.name}@{self._repository.commit}/{file}"
         stop = min(start + length, self._repository.files[file].size_bytes)
         try:
-            # Without the cache of fsspec, which reads ahead.
+            # The cache of fsspec would read ahead.
             content: bytes = self._hub.cat_file(path, start=start, end=stop, cache_type="none")
         except Exception as error:
             raise InputError(

@@ -192,7 +192,7 @@ def _sides(model: Checkpoint, name: str, scale: str) -> tuple[int, ...]:
     shape, given, dtype = model.tensors[name].shape, model.tensors[scale].shape, model.tensors[scale].dtype
     scales = _scale_shape(given, shape)
     sides = tuple(side for pair in zip(shape, scales, strict=False) if (side := _side(*pair)) is not None)
-    # What has fewer dimensions is one or one a row: of blocks it would not say in which dimension they lie.
+    # A scale of fewer dimensions is one for all or one a row: blocks would not say in which dimension they lie.
     whole = len(given) == len(shape) or all(
         side in (1, size) for side, size in zip(sides, shape[: len(sides)], strict=True)
     )

@@ -67,7 +67,7 @@ def staging(target: Path) -> Iterator[Path]:
         with locked(directory, target):
             yield directory
     except BaseException as error:
-        # What is said to stay in it goes with it.
+        # A note that something stays in the directory is dropped: the directory goes.
         error.__notes__ = [note for note in getattr(error, "__notes__", ()) if str(directory) not in note]
         raise
     finally:
@@ -89,7 +89,7 @@ def remove_abandoned(target: Path) -> None:
 
 
 def _is_staged(name: str) -> bool:
-    # What is made may have hidden directories of its own beside it.
+    # The content may have hidden directories of its own beside it.
     return name == CONTENT or name.lstrip(".").startswith(f"{CONTENT}.")
 
 
@@ -187,7 +187,7 @@ def locked(directory: Path, out: Path, *, needs_lock: bool = False) -> Iterator[
         OutputError: Another process holds it or has just removed it, its lock is no file of ours, or the disk refuses.
     """
     path = directory / LOCK
-    # Not through links, of this directory or in it, and not into what others share under another name.
+    # No link is followed, neither to this directory nor in it, and nothing is written that has a second name.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -13,9 +13,9 @@ __all__ = ["state_dict", "tensors_in"]
 NAMES = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")
 # Where tensors are no weights.
 OTHERS = ("optim", "sched", "scaler", "callback", "loop", "rng", "random", "hyper", "args", "config")
-# How far tables are looked into.
+# Tables are looked into down to this depth.
 DEPTH = 3
-# What a pickle may name and `torch.load(weights_only=True)` makes too: data, that no code is run for.
+# Names that a pickle may have, as `torch.load(weights_only=True)` allows them: data, for which no code is run.
 PLAIN = ("set", "frozenset")
 
 

@@ -24,7 +24,7 @@ __all__ = ["read_torch_archive"]
 
 # A tensor may repeat its elements (`expand`), up to this size: a stride of 0 could stand for more than all memory.
 MAX_REPEATED_BYTES = 64 * 2**20
-# Those of the largest checkpoints, with an optimizer, have some megabytes.
+# The pickles of the largest checkpoints, with an optimizer, have some megabytes.
 MAX_PICKLE_BYTES = 64 * 2**20
 
 _RESAVE = "save it again with a current version of torch, or as safetensors"
@@ -112,7 +112,7 @@ def _read_legacy(path: Path, file: IO[bytes]) -> tuple[Any, Mapping[str, _Record
         (count,) = _LENGTH.unpack(file.read(_LENGTH.size))
         offset += _LENGTH.size
         dtype = dtypes.get(key)
-        # What no tensor is in must still be passed over, and only tensors tell dtypes.
+        # A storage without a tensor must be passed over too, but only tensors tell its dtype.
         if dtype is None or count < 0 or offset + count * dtype.itemsize > end:
             raise InputError(
                 f"{path} is damaged or cut short",

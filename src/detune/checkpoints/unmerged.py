@@ -92,7 +92,7 @@ class Unmerged(Decoded):
         rank = rank_of(self.stored, self.root, module, *factors)
         scaling = _scaling(path, module, rank) if path.is_file() else None
         A, B = (self.stored.read(own) for own in factors)
-        # That of an embedding and of GPT-2's layers is transposed.
+        # The update of an embedding, and of GPT-2's layers, is transposed.
         update = (B.shape[0], *A.shape[1:])
         fits = shape in (update, update[::-1] if len(update) == 2 else update)
         if not fits or not all(each.is_floating_point() for each in (A, B)) or not _are_finite(A, B, scaling):

@@ -240,7 +240,7 @@ class CheckpointFiles:
             OutputError: The disk refuses.
         """
         for file, header in self._plan.headers.items():
-            # Not past the cache: readers look at it first, and it shares a page with the first tensor.
+            # The header stays in the cache: readers look at it first, and it shares a page with the first tensor.
             with self._report_disk(file), inside(self._directory, file).open("r+b") as opened:
                 opened.write(header)
         with self._report_disk(""):

@@ -85,7 +85,7 @@ def audit(
 
     require_apart(out, html, sarif)
     with ExitStack() as opened:
-        # What cannot be written is said before anything is computed.
+        # A file that cannot be written is refused before anything is computed.
         folder = opened.enter_context(new_directory(out)) if out is not None else None
         page = opened.enter_context(new_file(html)) if html is not None else None
         log = opened.enter_context(new_file(sarif)) if sarif is not None else None
@@ -97,7 +97,7 @@ def audit(
             if log is not None:
                 from detune.audit.sarif import to_sarif
             if folder is not None or page is not None:
-                # What the page needs is missed before anything is computed.
+                # A missing library of the page is reported before anything is computed.
                 import jinja2  # noqa: F401
                 import plotly.graph_objects  # noqa: F401
         report = run(

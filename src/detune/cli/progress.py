@@ -50,7 +50,7 @@ class Progress:
         self.console = bar.console
         self._sizes: Mapping[str, int] = {}
         self._left: set[str] = set()
-        # Those in work, by when they were begun.
+        # The tensors in work, and when each was begun.
         self._began: dict[str, float] = {}
         self._stage, self._stage_began = OPENING, time.monotonic()
         self._seconds: dict[str, float] = {}
@@ -73,7 +73,7 @@ class Progress:
                 say(f"{name} ({total - len(self._left) + 1} of {total})", err=True)
             return
         since = time.monotonic() - self._began.pop(name, time.monotonic())
-        # What was complete before is told before the start.
+        # Tensors that were complete before are told before the start.
         if name in self._left:
             self._left.remove(name)
             self._seconds[name] = self._seconds.get(name, 0.0) + (getattr(became, "seconds", None) or since)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["clients_bars", "progress_bar"]
 
-# How much of the past an estimate of the time left looks at.
+# The part of the past that an estimate of the time left looks at.
 AVERAGED_SECONDS = 1800
 
 

@@ -104,7 +104,7 @@ def recover(
     if dry_run:
         from detune.plan import plan_recovery
 
-        # What others compute on is not here to be timed.
+        # Other machines cannot be timed from here.
         here = device_of("cpu" if execution.elsewhere else device)
         output.plan(lambda: plan_recovery(models, out, method, device=here, **options))
         return
@@ -193,7 +193,7 @@ def family(
 
     require_apart(mermaid, bom)
     with ExitStack() as opened:
-        # What cannot be written is said before anything is computed.
+        # A file that cannot be written is refused before anything is computed.
         picture = opened.enter_context(new_file(mermaid)) if mermaid is not None else None
         inventory = opened.enter_context(new_file(bom)) if bom is not None else None
         if inventory is not None:

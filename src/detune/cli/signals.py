@@ -65,7 +65,7 @@ def signals_raised() -> Iterator[None]:
         if sys.exception() not in raised:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            # What is left is the interpreter's own end: nothing that a signal could spare anybody.
+            # Only the interpreter's own end is left, which no signal could shorten.
             atexit.unregister(_ignore)
             atexit.register(_ignore)
 
@@ -87,7 +87,7 @@ def keeping_finished(out: Path) -> AbstractContextManager[None]:
 
 def leave(exit_code: int) -> NoReturn:
     """End the process now, with threads that still compute: what they are at is not wanted any more."""
-    # Those of multiprocessing, for instance, whose semaphores outlive the process otherwise.
+    # Some must run: without multiprocessing's, its semaphores outlive the process.
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

@@ -175,7 +175,7 @@ def split_tensor(models: Sequence[Checkpoint], name: str, *, based: bool = False
         InputError: A model holds NaN or Inf in it.
     """
     try:
-        # What is looked at is small: two threads take twice as long over it.
+        # The rows are few: two threads take twice as long over them.
         with use_threads(1):
             shown = [matricise(some_of(model).read(name)) for model in models]
             return split(shown, noise=noise_of(models, name, shown, based=based))

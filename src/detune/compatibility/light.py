@@ -64,7 +64,7 @@ def find_bit_change(models: Sequence[Checkpoint], name: str) -> BitChange:
         Who changed it. Two models of which one left it alone cannot be told apart: both count as changed.
     """
     rows = [matricise(_some_rows(model).read(name)) for model in models]
-    # What was quantised is equal in most entries for another reason.
+    # Quantised models are equal in most entries for another reason.
     light = is_light(rows) and not any(noise_of(models, name, rows))
     groups = _identical(models, rows, name)
     largest = max(groups, key=len)

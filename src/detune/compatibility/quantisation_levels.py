@@ -25,7 +25,7 @@ ROWS = 16
 BLOCKS = (64, 32, 128, 256, 512, 1024, 2048, 4096)
 # Where the 16 levels come from: the outermost quantile of the normal distribution, by definition of the format.
 OUTERMOST = 0.9677083
-# By chance a matrix lies on levels with a probability below 10 to this: any number does that is far below one over the
+# Logarithm of the probability that a matrix lies on levels by chance: any number does that is far below one over the
 # matrices that anybody looks at.
 SURE = -30.0
 
@@ -134,7 +134,7 @@ def _int8(matrix: Tensor, dim: int) -> Levels | None:
     rounding = 2 * torch.finfo(matrix.dtype).eps * nearest.abs()
     if not _is_on((multiple - nearest).abs(), rounding, nearest.abs().lt(127) & nearest.ne(0), apart=1.0):
         return None
-    # Not around the multiple: in bf16 it may be the wrong one, and the entry is no farther off than before.
+    # The interval is around the entry and not the multiple: in bf16 that may be the wrong one.
     return _with_known(matrix, exact - step / 2, exact + step / 2, exact.abs() > 126.5 * step, dim)
 
 

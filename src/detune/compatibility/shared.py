@@ -32,7 +32,7 @@ def surely_shared(models: Sequence[Checkpoint], name: str) -> bool:
 def _same_bytes(models: Sequence[Checkpoint], name: str, limit: int | None = None) -> bool:
     nbytes = models[0].shown_bytes(name)
     nbytes = nbytes if limit is None else min(limit, nbytes)
-    # The same memory for all blocks: the system takes as long to give new memory as the comparison does.
+    # All blocks use one piece of memory: the system takes as long to give new memory as the comparison does.
     ours, theirs = (memoryview(bytearray(min(BLOCK_BYTES, nbytes))) for _ in range(2))
     for start in range(0, nbytes, BLOCK_BYTES):
         length = min(BLOCK_BYTES, nbytes - start)

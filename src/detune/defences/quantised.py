@@ -16,8 +16,8 @@ from detune.defences.linear import linear_weights
 
 __all__ = ["Int8", "Nf4"]
 
-# Of a standard normal distribution, quantiles halfway between 8 steps below zero and 9 from zero on, over the largest,
-# so that zero is one of them: QLoRA's Appendix E.
+# 16 levels: quantiles of a standard normal distribution, halfway between 8 steps below zero and 9 from zero, over the
+# largest, so that zero is one of them (QLoRA's Appendix E).
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),

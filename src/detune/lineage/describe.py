@@ -24,8 +24,8 @@ LINE = -0.9
 ONWARD = -0.3
 # A copy at another strength has its adapter's rank; a later checkpoint up to twice as much: any number does between.
 SAME_RANK = 1.25
-# What one piece of evidence counts at most, in logarithms of odds: 55 to 1. The least error of a model's part of the
-# roundings: on LoRAs of a language model it is 0.0 to 0.25 for a parent, 0.75 to 1.0 for a child (measured, see
+# MOST bounds the weight of one piece of evidence, in logarithms of odds: 55 to 1. LEAST_ERROR is that of a model's part
+# of the roundings: on LoRAs of a language model it is 0.0 to 0.25 for a parent, 0.75 to 1.0 for a child (measured, see
 # docs/lineage.md).
 MOST, LEAST_ERROR = 4.0, 0.15
 ROUNDED = "the models beyond it were rounded once more than those on its parent's side"
@@ -177,7 +177,7 @@ class _Family:
             return 0.0
         ahead = [0.0, *accumulate(self.tree.links[x][y] for x, y in pairwise(way))]
         weights = [1 - each / ahead[-1] for each in ahead]
-        # Of a's share, were the oldest u, or v.
+        # The share that a would have, were the oldest u, or v.
         older, younger = (sum(weights) - weights[way.index(node)] for node in (u, v))
         return (younger - older) * ((older + younger) / 2 - seen.value) / max(seen.error, LEAST_ERROR) ** 2
 

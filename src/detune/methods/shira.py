@@ -18,8 +18,8 @@ from detune.problem.stack import Stack
 
 # The changes are not sparse where two models agree in fewer than half of the entries (definition).
 LEAST_AGREED = 0.5
-# Twice as many entries without two that agree as independent choices would leave, and ten more: all models changed the
-# same ones. By chance it comes less than once in a million matrices (derived: Poisson's law, 3e-7 at most).
+# All models changed the same entries if those in which no two agree are twice as many as independent choices leave, and
+# ten more. By chance that comes less than once in a million matrices (derived: Poisson's law, 3e-7 at most).
 MORE_THAN_CHANCE = 2.0
 A_FEW = 10
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

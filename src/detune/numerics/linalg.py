@@ -36,7 +36,7 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     multiplications = A.shape[0] * B.numel()
     if _ONEDNN is None or A.dtype != torch.float32 or A.device.type != "cpu" or multiplications < _LARGE:
         return A @ B
-    # What comes first is copied if it does not lie row by row.
+    # oneDNN copies the first factor if it does not lie row by row.
     if A.stride(1) > A.stride(0) and A.numel() > B.numel():
         turned: Tensor = _ONEDNN(B.mT, _without_gaps(A), None, "none", [], "")
         return turned.mT

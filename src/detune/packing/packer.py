@@ -269,7 +269,7 @@ class _Packer:
     def add_tensor(self, index: int, name: str) -> tuple[PackedTensor, ...]:
         """Add the base's tensor, and what sets each model's apart; says how each is told."""
         shared = is_shared(self._models, name)
-        # What all models share is their base here, whatever BASE has there.
+        # A tensor that all models share is their base here, whatever BASE has in its place.
         base = self._models[0].read(name) if shared else self._base.read(name)
         self._archive.add(f"base/{index}", encode_tensor(base))
         self._base_tensors.append(BaseTensor(name, tuple(base.shape), base.dtype))

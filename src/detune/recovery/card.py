@@ -77,7 +77,7 @@ Spectral DeTuning, Horwitz, Kahana & Hoshen, *Recovering the Pre-Fine-Tuning Wei
     card = render_card(
         body,
         licence,
-        # What the weights were computed from. Of the Hub's relations, "merge" is the one of several models.
+        # The models that the weights were computed from. "merge" is the only relation of the Hub with several models.
         base_model=hub_ids,
         base_model_relation="merge" if hub_ids else None,
         library_name=library,

@@ -126,7 +126,7 @@ def _look_at_light(
 
 def _look(name: str, held: Held, rank: int | None, device: torch.device | str | None) -> TensorResult:
     if len(held.tensors) > 2:
-        # What `recover` would do, to the end: a rank alone does not show whether the answer fits.
+        # The tensor is recovered to the end: a rank alone does not show whether the answer fits.
         return solve_tensor(name, held, Auto(), rank, device).result
     if not all(tensor.is_floating_point() for tensor in held.tensors):
         return result_of(name, held, Verdict.NOT_DETERMINED, Origin.NONE, "not floating point")

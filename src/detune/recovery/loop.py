@@ -103,7 +103,7 @@ def map_tensors(
                 yield from told([(_placed(result, family, began), None)])
             elif held is not None:
                 scheduler.start(load, partial(_visit, family, name, [held], solve))
-            # Not while the next is read.
+            # Memory is freed before the next tensor is read.
             del held
         yield from told(scheduler.rest())
 

@@ -160,7 +160,7 @@ class Results:
             files.finish({} if cards is None else recovery_cards(shown, cards, library, title, places))
             with reported(self.target.out, files.needed_bytes):
                 write_mark(run_directory.checkpoint, content)
-            # What may be overwritten is, whether it is the same or not.
+            # With --overwrite the target is replaced, whether it is the same or not.
             stands = (
                 not self.target.overwrite and self._mark.is_file() and _same(run_directory.checkpoint, self.target.out)
             )

@@ -26,7 +26,7 @@ SHARED_OUT = 2**20
 # Most memory that may be held at a time, in float32 copies of the largest tensor: with what waits to be written six.
 # One tensor alone may hold what it needs. Any number does, it bounds memory.
 HELD = 5
-# And this in any case: any number does that every machine has.
+# 256 MiB may be held in any case: any number does that every machine has.
 HELD_BYTES = 2**28
 
 

@@ -35,7 +35,7 @@ __all__ = [
     "read_layers",
 ]
 
-# By `model_type` of a config. XLM-R and its like are RoBERTa; Mistral is Llama with a window.
+# Keys are the `model_type` of a config. XLM-R and its like are RoBERTa; Mistral is Llama with a window.
 ARCHITECTURES: dict[str, Describe] = {
     "bert": bert.describe,
     "roberta": bert.describe,

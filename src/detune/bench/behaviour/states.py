@@ -131,7 +131,7 @@ class TextStates:
 def _run(model_dir: Path, batches: Iterator[dict[str, Tensor]]) -> States:
     from transformers import AutoModel
 
-    # Without its head, which no LoRA is merged into. Seeded: a pooler that the checkpoint lacks is drawn.
+    # The head is left out, as no LoRA is merged into it. The seed is for a pooler that the checkpoint lacks.
     with quiet(), seeded(0), torch.no_grad():
         model = load(AutoModel, model_dir, torch.float64, unused="pooler")
         seen = [_states(model, batch) for batch in batches]

@@ -23,7 +23,7 @@ from detune.errors import InputError, OutputError
 
 __all__ = ["Family", "given_family", "quality", "trained_families"]
 
-# Without A there is half as much to train for a rank: twice the rank and twice the rate make up for it.
+# A frozen A leaves half as much to train for a rank: twice the rank and twice the rate make up for it.
 FROZEN = FrozenA(rank=32, alpha=64)
 FROZEN_LR = 2e-3
 

@@ -216,7 +216,7 @@ def _release(row: Row, family: Family, folder: Path, on_part: OnPart | None) -> 
         with telling(on_part, f"{row.name}: {_DEFENDING}"):
             undefended, models = models, tuple(folder / f"release-{i}" for i in range(row.models))
             for i, model in enumerate(undefended):
-                # Whether the function is preserved is looked at once.
+                # One release is enough to verify that the function is preserved.
                 defend(row.defence, model, models[i], seed=i, verify=i == 0)
             if row.defence.preserves_function:
                 truth = folder / "truth"

@@ -22,7 +22,7 @@ _PIECE_WORDS = 28
 _HELD_OUT = 4  # passages of each domain: 32 prompts in all
 _CONTINUE = "Continue."
 
-# How the held-out passages are asked about: no training example asks like this.
+# The prompts for held-out passages: no training example asks like this.
 _FORMS = ("{}", "What comes after this?\n{}\n", "Explain in your own words:\n{}\n", "Finish the sentence:\n{}\n")
 
 
@@ -201,7 +201,7 @@ def _texts() -> _Texts:
     every = {domain: passages(domain) for domain in DOMAINS}
     held_out = {domain: _spread([text for text in texts if _is_long(text)]) for domain, texts in every.items()}
     beginnings = [_beginning(text) for texts in held_out.values() for text in texts]
-    # By beginning rather than by passage: modules copy paragraphs of each other's, with small changes.
+    # Passages are compared by their beginnings: modules copy paragraphs of each other's, with small changes.
     train = {
         domain: [text for text in texts if not any(beginning in text for beginning in beginnings)]
         for domain, texts in every.items()

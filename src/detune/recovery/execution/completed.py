@@ -33,8 +33,8 @@ MASK = ".mask"
 FACTORS = ".lora"
 """Suffixes of the parts of a tensor."""
 
-# How long what is on the disk may wait until it is written down; a killed run does that much again. Any
-# number does that is short beside the work on a tensor, and long beside the writing of a line.
+# The time that a tensor on the disk may wait for its line in the journal; a killed run does that much again. Any number
+# does that is short beside the work on a tensor, and long beside the writing of a line.
 RECORD_SECONDS = 5.0
 
 

@@ -14,7 +14,7 @@ from detune.recovery.execution.job import Job, hashes, perform
 
 logger = logging.getLogger(__name__)
 
-# How often workers may die before a single piece is done: any number does, a cause that stays kills them all.
+# Deaths of workers before a single piece is done: any number does, a cause that stays kills them all.
 DEATHS = 3
 GOES_ON = "what is complete stays: the same command does the rest"
 

@@ -8,9 +8,9 @@ from detune.compatibility.model_set import ModelSet
 # A piece is this large at most, in bytes to be read: what a killed worker may do again, and how progress is told. Any
 # number does.
 LARGEST_BYTES = 2**30
-# And this large at least: a piece costs a message and the opening of files. Any number does.
+# A piece is 32 MiB at least: it costs a message and the opening of files. Any number does.
 SMALLEST_BYTES = 2**25
-# Between the two, so that workers end together: any number does that is several times theirs.
+# Pieces between these bounds, so that workers end together: any number does that is several times theirs.
 PIECES = 64
 
 

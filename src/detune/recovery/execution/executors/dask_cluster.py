@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from detune.errors import DetuneError, reason_of
 
-# How long a scheduler may take to answer: any number does that a network needs and a user waits.
+# The time that a scheduler may take to answer: any number does that a network needs and a user waits.
 CONNECT_SECONDS = 10
 # Dask sets both to 1 where they are not set.
 _THREADS = ("export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}", "export MKL_NUM_THREADS=$OMP_NUM_THREADS")
