@@ -22,6 +22,7 @@ from torch import Tensor
 
 from detune.lattice.entries import Entries, row_blocks
 from detune.lattice.estimate import Estimate, known, means
+from detune.numerics.float_grid import COARSE
 from detune.problem.recovery import FEWEST_MODELS
 
 # Conjugate gradients: a model's own equations are close to those of all, so few steps, or a small rest, are enough (any
@@ -38,9 +39,14 @@ LOCKED = 12.0
 # What is held to be lacking changes by no more than these factors in a half sweep: it is seen in few entries (any
 # number does: `benchmarks/constants.py`).
 MOST_RISE, MOST_FALL = 8.0, 0.9
-# One or two models hold W only modulo what they differ by: a fit that is sure too early locks rows onto wrong points
-# (any number does: `benchmarks/constants.py`).
+# One or two models hold W only modulo what they differ by, and so do one or two fine ones beside coarse ones: a fit
+# that is sure too early locks rows onto wrong points (any number does: `benchmarks/constants.py`).
 SLOW_FALL = 0.3
+# Of a fine model that lacks less than this, in steps of the grid of W, each entry has one grid point, and nothing is
+# left to lock onto (derived: four standard deviations are a fifth of a step).
+RESOLVED = 0.03
+# Rows that steps are measured in (any number does).
+MEASURED = 16
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ def stepped(
     seen = [_Lack() for _ in estimates]
     lefts: list[list[Tensor]] = [[] for _ in estimates]
     variances: list[list[Tensor]] = [[] for _ in estimates]
+    most_falls = _most_falls(entries, estimates, grid) if held is not None else (0.0,) * len(seen)
     for rows in row_blocks(entries):
         said = Measurements.of(entries, estimates, grid, rows, for_rows=True)
         here = [e.part(rows, slice(None)) for e in estimates]
@@ -127,10 +134,23 @@ def stepped(
             e,
             left=torch.cat(left),
             rows=torch.cat(variance),
-            lack=e.lack if held is None else lack.update(e.lack, SLOW_FALL if entries.n < FEWEST_MODELS else MOST_FALL),
+            lack=e.lack if held is None else lack.update(e.lack, most_fall),
         )
-        for e, left, variance, lack in zip(estimates, lefts, variances, seen, strict=True)
+        for e, left, variance, lack, most_fall in zip(estimates, lefts, variances, seen, most_falls, strict=True)
     )
+
+
+def _most_falls(entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray) -> tuple[float, ...]:
+    """By how much the lack of each estimate may fall in a half sweep."""
+    low, high = entries.block(slice(0, MEASURED))
+    steps = [float(np.median(each)) for each in high - low]
+    step = float(grid[0] * np.median(np.abs(low[0])))
+    if sum(each <= COARSE * min(steps) for each in steps) >= FEWEST_MODELS:
+        return (MOST_FALL,) * len(steps)
+    finer = [2 * own < step for own in steps]
+    coarse_fall = SLOW_FALL if entries.n < FEWEST_MODELS else MOST_FALL
+    fine_falls = [SLOW_FALL if e.lack > (RESOLVED * step) ** 2 else MOST_FALL for e in estimates]
+    return tuple(fall if is_finer else coarse_fall for fall, is_finer in zip(fine_falls, finer, strict=True))
 
 
 class _Lack:

@@ -8,7 +8,7 @@ delta modulo the base's step.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +24,7 @@ from detune.lattice.light import is_coarse, left_alone_by_fit, left_alone_by_siz
 from detune.lattice.message_passing import sweep
 from detune.lattice.start import from_least_squares, from_some
 from detune.lattice.submatrix import Submatrix
-from detune.numerics.float_grid import HALVES, lies_on, name_of, spacing
+from detune.numerics.float_grid import HALVES, finely_stored, lies_on, name_of, spacing
 from detune.problem.delta_sizes import DeltaScale, delta_scales, scatter
 from detune.problem.recovery import FEWEST_MODELS, DecodedBits, NotRecoverable, Recovery, left_alone
 from detune.problem.stack import SMALL_ENTRIES, Stack
@@ -85,9 +85,7 @@ class LatticeSearch:
             return patient.refined(stack, start, rank)
         return self.refined(stack, start, rank)
 
-    def of_light(
-        self, stack: Stack, rank: int | None = None, of_finest: Callable[[], Recovery | None] = lambda: None
-    ) -> Recovery | None:
+    def of_light(self, stack: Stack, rank: int | None = None) -> Recovery | None:
         """The base of models whose deltas are rounded away in most entries; None of others.
 
         The other entries show the deltas finely, but not to least squares.
@@ -95,7 +93,6 @@ class LatticeSearch:
         Args:
             stack: Three models or more.
             rank: As in `refine`.
-            of_finest: The answer of the finely stored models alone, asked for where all have deltas.
 
         Raises:
             NoGrid: As there.
@@ -103,8 +100,15 @@ class LatticeSearch:
         scales = delta_scales(stack)
         if not is_coarse(stack, scales):
             return None
-        alone = left_alone_by_sizes(stack, self._sweeps, scales) or of_finest()
-        return alone or self.refined(stack, None, rank, scales)
+        alone = left_alone_by_sizes(stack, self._sweeps, scales)
+        return alone or self._of_few_fine(stack).refined(stack, None, rank, scales)
+
+    def _of_few_fine(self, stack: Stack) -> "LatticeSearch":
+        """The options for models of which one or two are finely stored, and settle slowly; these ones for others."""
+        fine = finely_stored(stack.rounded_dtypes)
+        if len(fine) == stack.n or len(fine) >= FEWEST_MODELS:
+            return self
+        return replace(self, sweeps=max(self.sweeps, MOST_SWEEPS), patience=max(self.patience, 1))
 
     def taking_in(self, stack: Stack, found: Recovery, rank: int | None = None) -> Recovery:
         """The base's bits with models that an answer has left out, where it is expected to be nearer to it with them.

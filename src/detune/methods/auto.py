@@ -28,7 +28,6 @@ from detune.problem.storage_noise import FLOOR_RATIO
 from detune.source_models.identical import solve_versions, unchanged
 from detune.source_models.mixed_precision import (
     rounded_alike,
-    solve_few_finest,
     solve_from_finest,
     solve_rounded_alike,
 )
@@ -111,9 +110,8 @@ class Auto:
         assert self.lattice is not None
         found = self._left_alone(stack) if stack.n >= self.min_models else None
         if found is None:
-            refine = self.lattice.refine
             with suppress(NoGrid):
-                found = self.lattice.of_light(stack, rank, lambda: solve_few_finest(stack, refine, rank))
+                found = self.lattice.of_light(stack, rank)
         return found
 
     def _of_some(self, stack: Stack, models: tuple[int, ...], rank: int | None) -> Recovery | None:

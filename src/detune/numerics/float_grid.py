@@ -5,6 +5,7 @@ stored in such a dtype has its entries on these points. The spacing (the unit in
 power of two, so a row of small and large weights is a row of exact and coarse measurements.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,17 @@ def name_of(dtype: torch.dtype) -> str:
         'bfloat16'
     """
     return str(dtype).removeprefix("torch.")
+
+
+def finely_stored(dtypes: Sequence[torch.dtype]) -> tuple[int, ...]:
+    """The places of the dtypes that are about as fine as the finest.
+
+    Example:
+        >>> finely_stored([torch.bfloat16, torch.float32, torch.float16])
+        (1,)
+    """
+    steps = [torch.finfo(dtype).eps for dtype in dtypes]
+    return tuple(i for i, step in enumerate(steps) if step <= COARSE * min(steps))
 
 
 class Interval(NamedTuple):

@@ -3,18 +3,17 @@
 Least squares weighs all models alike: one bf16 merge beside three in float32 leaves its own rounding in W, and rounds
 away what it holds of a small delta. So W is found from the finely stored models where they are enough; the
 differences of the others from it are their `M_i`. Where too few are fine, all are asked: on the base's grid each entry
-says what its own dtype holds, and of light deltas the fine models alone say more; off it, least squares takes them as
-coarse as the coarsest if that hides what the others show.
+says what its own dtype holds; off it, least squares takes them as coarse as the coarsest if that hides what the others
+show.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from detune.fitting.differences import find_differences
 from detune.lattice import is_coarse
-from detune.numerics.float_grid import COARSE, name_of
+from detune.numerics.float_grid import finely_stored, name_of
 from detune.problem.recovery import FEWEST_MODELS, NotRecoverable, Recovery
 from detune.problem.stack import Stack
 from detune.source_models.solve_from import Solve, solve_from
@@ -40,27 +39,10 @@ def solve_from_finest(stack: Stack, solve: Solve, rank: int | None) -> Recovery 
     return solve_from(stack, fine, solve, rank, COARSELY)
 
 
-def solve_few_finest(
-    stack: Stack, refine: Callable[[Stack, None, int | None], Recovery], rank: int | None
-) -> Recovery | None:
-    """The answer of one or two finely stored models on the base's grid; None as in `solve_from_finest`.
-
-    Args:
-        stack: The models.
-        refine: Finds the base on a grid.
-        rank: The most that any `M_i` can have.
-    """
-    fine = _fine_models(stack)
-    if len(fine) >= min(FEWEST_MODELS, stack.n):
-        return None
-    return solve_from(stack, fine, lambda part, rank: refine(part, None, rank), rank, COARSELY)
-
-
 def _fine_models(stack: Stack) -> tuple[int, ...]:
     if stack.noise_override:
         return _least_noisy(stack)
-    steps = [torch.finfo(dtype).eps for dtype in stack.rounded_dtypes]
-    return tuple(i for i, step in enumerate(steps) if step <= COARSE * min(steps))
+    return finely_stored(stack.rounded_dtypes)
 
 
 def _least_noisy(stack: Stack) -> tuple[int, ...]:
