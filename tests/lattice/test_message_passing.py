@@ -84,6 +84,19 @@ def test_lack_that_is_none_goes_away():
     assert all(e.lack < 0.02 * much for e in found)
 
 
+@pytest.mark.parametrize("much", [0.3, 0.01], ids=["open", "resolved"])
+def test_what_one_fine_model_lacks_beside_coarse_ones_falls_slowly_while_it_is_open(much):
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    problem = LatticeProblem((128, 128), n=3, delta=2.0, merge=kinds)
+    start = [replace(e, lack=(much * problem.step) ** 2) for e in problem.estimates(0.01)]
+    found = stepped(problem.entries, start, GRID, held_out((128, 128)), careful=True)
+    kept = [e.lack / before.lack for e, before in zip(found, start, strict=True)]
+    assert kept[0] < 0.3
+    assert all(share == pytest.approx(0.7) if much > 0.1 else share < 0.69 for share in kept[1:])
+    hasty = stepped(problem.entries, start, GRID, held_out((128, 128)))
+    assert all(e.lack < 0.3 * before.lack for e, before in zip(hasty, start, strict=True))
+
+
 def test_a_row_that_its_held_entries_contradict_is_not_taken_for_known():
     problem = LatticeProblem((96, 128), n=1, delta=0.5)
     estimates = problem.estimates(0.01)

@@ -149,3 +149,16 @@ def test_models_of_which_all_make_the_mean_better_are_all_used():
     noises = [0.01, 0.012, 0.011, 0.015]
     noisy = [W_star + M_i + noise * normal(seeded(30), *SHAPE) for M_i, noise in zip(deltas, noises, strict=True)]
     assert Auto().solve(Stack.of(noisy, noise=noises)).source_models == ()
+
+
+@pytest.mark.parametrize(
+    "kinds", [[COARSE, COARSE, FINE], [COARSE, torch.float16, FINE], [FINE, COARSE, FINE]], ids=str
+)
+def test_light_deltas_of_few_fine_models_come_from_all(kinds):
+    """Coarse models have their directions too, where few of their entries changed."""
+    W_star = base(on_grid=True)
+    deltas = [lora(i, 0.15, rank=4) for i in range(3)]
+    recovery = Auto().solve(merges(W_star, deltas, kinds))
+    assert float(recovery.weight.eq(W_star).double().mean()) > 0.999
+    assert recovery.source_models == ()
+    assert all(recovery.ranks)

@@ -130,6 +130,7 @@ class Sweeps:
         # Least squares is at its best before directions are taken from what it leaves.
         barren, stalls = 0, 0
         first = int(any(e.rank for e in found))
+        careful = not first
         for turn in range(self.most):
             came = 0
             if turn >= first and barren < BARREN:
@@ -138,7 +139,7 @@ class Sweeps:
                 barren = 0 if came else barren + 1
             if not any(e.rank for e in found):
                 return found, turn
-            found = tuple(e.within(spaces) for e in sweep(entries, found, points, held))
+            found = tuple(e.within(spaces) for e in sweep(entries, found, points, held, careful=careful))
             uncertain = sum(e.variance for e in found)
             stalls = 0 if came or uncertain < self.least_gain * before else stalls + 1
             if stalls > self.patience:

@@ -83,7 +83,12 @@ class Measurements:
 
 
 def sweep(
-    entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor | None = None
+    entries: Entries,
+    estimates: Sequence[Estimate],
+    grid: np.ndarray,
+    held: Tensor | None = None,
+    *,
+    careful: bool = False,
 ) -> tuple[Estimate, ...]:
     """New left factors for the right ones, then new right factors for the left ones.
 
@@ -92,29 +97,41 @@ def sweep(
         estimates: One for each.
         grid: That W lies on, as in `Known`.
         held: Entries that are kept from the fit, `(out, in)`, bool: they tell what the estimates lack. None fits all.
+        careful: Whether the fit has begun from nothing: one or two fine models beside coarse ones settle slowly then.
     """
-    found = half_sweep(entries, estimates, grid, held)
+    found = half_sweep(entries, estimates, grid, held, careful=careful)
     turned = [e.transposed for e in found]
-    found = half_sweep(entries.transposed, turned, grid, None if held is None else held.mT)
+    found = half_sweep(entries.transposed, turned, grid, None if held is None else held.mT, careful=careful)
     return tuple(e.transposed for e in found)
 
 
 def half_sweep(
-    entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor | None = None
+    entries: Entries,
+    estimates: Sequence[Estimate],
+    grid: np.ndarray,
+    held: Tensor | None = None,
+    *,
+    careful: bool = False,
 ) -> tuple[Estimate, ...]:
     """New left factors for the right ones, without directions that are no larger than what they are uncertain by."""
-    return tuple(e.significant() for e in stepped(entries, [e.normalised() for e in estimates], grid, held))
+    begun = [e.normalised() for e in estimates]
+    return tuple(e.significant() for e in stepped(entries, begun, grid, held, careful=careful))
 
 
 def stepped(
-    entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor | None = None
+    entries: Entries,
+    estimates: Sequence[Estimate],
+    grid: np.ndarray,
+    held: Tensor | None = None,
+    *,
+    careful: bool = False,
 ) -> tuple[Estimate, ...]:
     """A Newton step for each row of the left factors, and how well its numbers are known then."""
     equations = [_Equations.of(e) for e in estimates]
     seen = [_Lack() for _ in estimates]
     lefts: list[list[Tensor]] = [[] for _ in estimates]
     variances: list[list[Tensor]] = [[] for _ in estimates]
-    most_falls = _most_falls(entries, estimates, grid) if held is not None else (0.0,) * len(seen)
+    most_falls = _most_falls(entries, estimates, grid, careful) if held is not None else (0.0,) * len(seen)
     for rows in row_blocks(entries):
         said = Measurements.of(entries, estimates, grid, rows, for_rows=True)
         here = [e.part(rows, slice(None)) for e in estimates]
@@ -140,17 +157,19 @@ def stepped(
     )
 
 
-def _most_falls(entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray) -> tuple[float, ...]:
+def _most_falls(entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray, careful: bool) -> tuple[float, ...]:
     """By how much the lack of each estimate may fall in a half sweep."""
+    if entries.n < FEWEST_MODELS or not careful:
+        return (SLOW_FALL if entries.n < FEWEST_MODELS else MOST_FALL,) * entries.n
     low, high = entries.block(slice(0, MEASURED))
-    steps = [float(np.median(each)) for each in high - low]
+    own = [float(np.median(each)) for each in high - low]
+    if sum(each <= COARSE * min(own) for each in own) >= FEWEST_MODELS:
+        return (MOST_FALL,) * entries.n
     step = float(grid[0] * np.median(np.abs(low[0])))
-    if sum(each <= COARSE * min(steps) for each in steps) >= FEWEST_MODELS:
-        return (MOST_FALL,) * len(steps)
-    finer = [2 * own < step for own in steps]
-    coarse_fall = SLOW_FALL if entries.n < FEWEST_MODELS else MOST_FALL
-    fine_falls = [SLOW_FALL if e.lack > (RESOLVED * step) ** 2 else MOST_FALL for e in estimates]
-    return tuple(fall if is_finer else coarse_fall for fall, is_finer in zip(fine_falls, finer, strict=True))
+    return tuple(
+        SLOW_FALL if 2 * each < step and e.lack > (RESOLVED * step) ** 2 else MOST_FALL
+        for e, each in zip(estimates, own, strict=True)
+    )
 
 
 class _Lack:
