@@ -128,7 +128,7 @@ def _into_intervals(start: LowRank, low: Tensor, high: Tensor) -> LowRank:
         if violated == 0:
             break
         left = left + DAMPING / max(violated, FEWEST_VIOLATED) * (lacking @ right)
-        # In another basis, so that the left factor is the orthonormal one: L V^T = Q (V R^T)^T.
+        # Another basis makes the left factor the orthonormal one: L V^T = Q (V R^T)^T.
         Q, R = torch.linalg.qr(left)
         left, right = right @ R.mT, Q
         low, high = low.mT, high.mT

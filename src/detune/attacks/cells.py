@@ -57,7 +57,7 @@ class Cells:
 
 
 def between_levels(stack: Stack, sweeps: int = 4) -> Tensor:
-    """One matrix.
+    """Fit one matrix to the cells of its quantisation.
 
     Args:
         stack: At least three models, quantised.

@@ -50,7 +50,7 @@ class Complete:
 
 
 def completed(stack: Stack) -> Tensor:
-    """One matrix.
+    """Complete one matrix from whole fine-tunes.
 
     Args:
         stack: The truncated base, then whole fine-tunes.

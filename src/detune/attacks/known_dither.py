@@ -41,7 +41,7 @@ class KnownDither:
 
 
 def undithered(name: str, stack: Stack, sweeps: int = 4) -> Tensor:
-    """One matrix.
+    """Recover one matrix whose dither is known.
 
     Args:
         name: The tensor's, which seeds the dither.

@@ -45,7 +45,7 @@ class Prior:
 
 
 def guessed(stack: Stack) -> Tensor:
-    """One matrix.
+    """Guess one matrix where all releases share a row space; recover the rest.
 
     Args:
         stack: At least three models.

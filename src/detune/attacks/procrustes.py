@@ -33,7 +33,7 @@ _STEPS = 60
 _PATIENCE = 10
 # A step that changes A by less, relative to it and to the precision of the stored numbers, changes nothing.
 _ENOUGH = 0.1
-# To this A is computed.
+# The precision that A is computed to.
 _COMPUTED = 16 * torch.finfo(torch.float64).eps
 # Two stored matrices, one of them turned, have twice the storage variance of one; a merge that was stored before it was
 # turned had been rounded once before, and both were.

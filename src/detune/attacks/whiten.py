@@ -45,7 +45,7 @@ class Whiten:
 
 
 def whitened(stack: Stack, rounds: int = 3) -> Tensor:
-    """One matrix.
+    """Whiten the noise of one matrix over its inputs, then recover it.
 
     Args:
         stack: At least three models.

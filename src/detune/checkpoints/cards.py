@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 MAX_METADATA_CHARACTERS = 2**16
 _METADATA = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-# As the Hub lists them: apache-2.0, cc-by-nc-4.0, bigscience-bloom-rail-1.0.
+# Licences as the Hub lists them: apache-2.0, cc-by-nc-4.0, bigscience-bloom-rail-1.0.
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Keys are files that only this library's models have.

@@ -119,7 +119,7 @@ def require_writable(out: Path) -> None:
         parent = _existing(out.parent)
     if not parent.is_dir():
         raise OutputError(f"cannot write {out}", f"{parent} is no directory", "choose another place")
-    # As who this process acts, where the system can tell.
+    # The effective user counts, where the system can tell.
     if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise OutputError(
             f"cannot write {out}", f"{parent} may not be written to", "change its permissions, or choose another place"

@@ -21,7 +21,7 @@ _AGAIN = "copy the adapter again"
 # A LoRA has some hundred modules, and a pattern for all of one kind is some characters long.
 MAX_EXPRESSIONS = 100
 MAX_EXPRESSION_LENGTH = 1000
-# For all modules of an adapter; one match takes microseconds.
+# The time for all modules of an adapter; one match takes microseconds.
 MAX_SECONDS = 5.0
 
 # A dot is any character to an expression; in a name it is meant as a dot, and hardly any other name has another there.

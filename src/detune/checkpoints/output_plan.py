@@ -93,7 +93,7 @@ class OutputPlan:
         prefix = file[: file.rfind("/") + 1]
         files = {prefix + shard for shard in content["weight_map"].values()}
         within = [name.removeprefix(prefix) for name, info in model.tensors.items() if info.file in files]
-        # In the order of the index, but for names that it does not have.
+        # Names keep the order of the index; those that it does not have come last.
         names = list(dict.fromkeys([name for name in content["weight_map"] if name in set(within)] + within))
         total_bytes = sum(self.tensors[prefix + name].nbytes for name in names)
         content["metadata"] = {**(content.get("metadata") or {}), "total_size": total_bytes}

@@ -11,7 +11,7 @@ __all__ = ["state_dict", "tensors_in"]
 
 # Keys of the model's weights: Lightning's and timm's; Keras-like loops'; others'.
 NAMES = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")
-# Where tensors are no weights.
+# Tables of these names hold tensors that are no weights.
 OTHERS = ("optim", "sched", "scaler", "callback", "loop", "rng", "random", "hyper", "args", "config")
 # Tables are looked into down to this depth.
 DEPTH = 3

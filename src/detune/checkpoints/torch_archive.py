@@ -145,7 +145,7 @@ def _records(path: Path, file: IO[bytes]) -> Mapping[str, _Record]:
     prefix = f"{tops[0]}/"
     records: dict[str, _Record] = {}
     end = os.fstat(file.fileno()).st_size
-    # From the last to the first: none may reach into the next one.
+    # The order is from the last to the first: none may reach into the next one.
     for member in sorted(members, key=lambda member: member.header_offset, reverse=True):
         name = member.filename.removeprefix(prefix)
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & _ENCRYPTED:

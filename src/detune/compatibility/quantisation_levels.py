@@ -23,7 +23,7 @@ Q8_0_BLOCK = 32
 ROWS = 16
 # Weights with one scale, in NF4: QLoRA's (arXiv 2305.14314), then the others that bitsandbytes has.
 BLOCKS = (64, 32, 128, 256, 512, 1024, 2048, 4096)
-# Where the 16 levels come from: the outermost quantile of the normal distribution, by definition of the format.
+# The outermost of the 16 levels is this quantile of the normal distribution, by definition of the format.
 OUTERMOST = 0.9677083
 # Logarithm of the probability that a matrix lies on levels by chance: any number does that is far below one over the
 # matrices that anybody looks at.

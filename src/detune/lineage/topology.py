@@ -103,7 +103,7 @@ def find_tree(distances: np.ndarray, shared: Shared) -> Tree:
     tree = Tree(n, {i: {} for i in range(n)})
     spanning = spanning_tree(distances)
     resolved = Tree(n, {i: {} for i in range(n)})
-    # Where each end of an edge of the spanning tree is attached, and how far from its model.
+    # The node that each end of an edge of the spanning tree is attached to, and its distance from its model.
     ends: dict[tuple[int, int], tuple[int, float]] = {}
     for u, v in spanning:
         tree.join(u, v, float(distances[u, v]))

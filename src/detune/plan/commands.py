@@ -89,7 +89,7 @@ def plan_recovery(
         spent = [opening(opened_seconds, solved)]
         spent += [] if solved is None else [solved.spent(what, family, changed)]
         layout_files = (family.layout.weight_files, family.layout.index_files, files.side_files)
-        # With the report.
+        # One more file is the report.
         made = sum(map(len, layout_files)) + 1 + _cards(family) * card
         writes = [Made("checkpoint", str(out), made, files.needed_bytes, "exactly")]
         if adapters is not None and solved is not None:
@@ -161,7 +161,7 @@ def plan_pack(
         input_bytes = sum(read.size_bytes for read in reads)
         reference = family.reference
         if base is None:
-            # As `recover` would, beside the pack.
+            # A pack without a base recovers one beside it.
             before = time.perf_counter()
             recovery = plan_recovery(models, target.with_name(f"{target.name}.base"), rank=rank, device=device)
             spent += [part for part in recovery.time if part.what == "recovering"]

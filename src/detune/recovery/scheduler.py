@@ -124,7 +124,7 @@ class TensorScheduler(Generic[Result]):
 
 
 def _on_threads(threads: int, compute: Callable[[], Result]) -> Result:
-    # In the thread that computes: the products' setting is its own.
+    # Each thread that computes has a setting of its own.
     torch.set_num_threads(threads)
     return compute()
 

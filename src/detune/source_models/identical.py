@@ -90,7 +90,7 @@ def _unseen(stack: Stack, agreeing: tuple[int, ...], groups: tuple[tuple[int, ..
 
 def _distance(stack: Stack, i: int, j: int) -> float:
     """Mean square of the difference of two models."""
-    # In blocks that stay inside the processor's caches: a tenth of the time of whole matrices, and of their memory.
+    # Blocks stay inside the processor's caches: they take a tenth of the time of whole matrices, and of their memory.
     blocks = stack.part((i, j)).blocks()
     squares = sum(float(torch.linalg.vector_norm(block.differences, dtype=torch.float64)) ** 2 for block in blocks)
     return squares / math.prod(stack.shape)

@@ -234,7 +234,7 @@ def _attack(name: str, released: _Released, folder: Path, yardstick: _Yardstick)
     try:
         ATTACKS[name]().run(released.public, recovered)
     except DetuneError as error:
-        # Where the releases lay for a while is nobody's concern.
+        # Paths of temporary releases are nobody's concern.
         reason = str(error).replace(f"{folder}/", "")
         return AttackResult(name, None, None, reason, time.perf_counter() - started)
     seconds = time.perf_counter() - started

@@ -13,7 +13,7 @@ from detune.markdown import text
 
 __all__ = ["draw", "markdown", "to_json", "write"]
 
-# Where the columns beside the map are, in its cells.
+# Places of the columns beside the map, in its cells.
 _BESIDE = (-0.4, 0.5, 1.3)
 
 # More than that is all of it.

@@ -29,7 +29,7 @@ from detune.bench.recipes.mistral_base import (
 __all__ = ["MistralMiniDpo", "MistralMiniSft"]
 
 _TARGETS = ("k_proj", "o_proj", "q_proj", "v_proj")
-# Where TRL's defaults differ from transformers': both are for large models on GPUs.
+# TRL's defaults differ from transformers' in these: both are for large models on GPUs.
 _TRL = MappingProxyType({"bf16": False, "gradient_checkpointing": False})
 
 _QUICK = Pretraining(

@@ -272,7 +272,7 @@ class ResultWriter:
                 future.cancel()
         self._thread.shutdown()
         try:
-            # In this thread: the other one is done.
+            # This thread may record: the other one is done.
             self._record()
         except DetuneError:
             if error is None:

@@ -128,7 +128,7 @@ class Performer:
         """The result of a tensor, which is yet to be written."""
         job = self._job
         found = solve_tensor(name, held, job.solver, job.rank, job.device, self._files.dtype(name), job.check)
-        # As it will be stored: smaller, and what counts for the adapters.
+        # The stored form is smaller, and counts for the adapters.
         stored = self._files.as_stored(name, found.weight.reshape(held.tensors[0].shape))
         changes = self._fitter.fit(name, stored, held) if self._fitter else ()
         mask = found.certain if job.mask else None

@@ -34,7 +34,7 @@ def dask_workers(scheduler: str) -> Iterator[Executor]:
     with _required():
         import distributed
     try:
-        # In a thread of its own: notebooks have a loop running in theirs.
+        # A thread of its own is needed: notebooks have a loop running in theirs.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(asyncio.run, _answers(scheduler)).result()
         client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
