@@ -15,9 +15,9 @@ from detune.problem.rank_rule import SIGNAL, is_full_rank, rank_over
 from detune.problem.stack import Stack
 from detune.problem.storage_noise import noise_edge, sample_rows, storage_variance
 
-# Rows that show whether a difference has a low rank: one of half as many is told (any number does that is larger than
-# an adapter's rank).
-ROWS = 256
+# Rows and columns that show whether a difference has a low rank: few are quick, and many tell of higher ranks (any
+# numbers do that are larger than adapters' ranks).
+SIDES = (128, 1024)
 
 
 def as_merged(stack: Stack) -> Stack:
@@ -52,9 +52,15 @@ def _coarser(stack: Stack, model: int) -> torch.dtype | None:
 
 
 def _differs_at_full_rank(W_i: Tensor, W_j: Tensor) -> bool:
-    """Whether some rows of two models differ at full rank, by the noise of the second."""
-    one, other = (sample_rows(W, ROWS).double() for W in (W_i, W_j))
-    difference = other - one
-    shape = difference.shape[0], difference.shape[1]
-    floor = SIGNAL * float(noise_edge(shape, storage_variance(sample_rows(W_j, ROWS))))
-    return is_full_rank(rank_over(torch.linalg.svdvals(difference), floor), min(shape))
+    """Whether two models differ at full rank, by the noise of the second."""
+    return all(_of_full_rank(_spread(W_j, side), _spread(W_i, side)) for side in SIDES)
+
+
+def _of_full_rank(W_j: Tensor, W_i: Tensor) -> bool:
+    floor = SIGNAL * float(noise_edge((W_j.shape[0], W_j.shape[1]), storage_variance(W_j)))
+    return is_full_rank(rank_over(torch.linalg.svdvals(W_j.double() - W_i.double()), floor), min(W_j.shape))
+
+
+def _spread(W: Tensor, side: int) -> Tensor:
+    """Some rows and columns of a matrix, at regular distances."""
+    return sample_rows(sample_rows(W, side).mT, side).mT
