@@ -17,7 +17,7 @@ from random_sets import RandomSet, Role, random_set
 
 import detune
 from detune.compatibility.check import FamilyCheck, ModelStatus
-from detune.compatibility.low_rank_test import Kind, relate
+from detune.compatibility.low_rank_test import RelationKind, relate
 
 REASONS = {
     Role.OTHER: "it has another base",
@@ -91,7 +91,7 @@ def near_the_noise() -> None:
             M = torch.randn(256, 8, generator=generator).double() @ torch.randn(8, 256, generator=generator).double()
             lora = W + 0.01 * M / 8**0.5
             full = W + size * torch.randn(256, 256, generator=generator)
-            found += relate(lora.bfloat16(), full.bfloat16()).kind is Kind.FULL_RANK
+            found += relate(lora.bfloat16(), full.bfloat16()).kind is RelationKind.FULL_RANK
         print(f"  relative size {size:<7} {found:3} of 20")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from detune.attacks.cells import within_cells
-from detune.bench.defences.families import Family, trained_families
+from detune.bench.defences.families import FineTuneFamily, trained_families
 from detune.bench.defences.rows import MODELS
 from detune.bench.defences.run import SENTENCES
 from detune.checkpoints import CheckpointWriter, open_checkpoint
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def write(
-    family: Family,
+    family: FineTuneFamily,
     defence: Defence,
     solve: Callable[[Sequence[Tensor], Tensor], Tensor],
     best: Path,

@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from detune.audit import trial as trial_module
-from detune.audit.naming import Place
+from detune.audit.naming import Position
 from detune.audit.trial import Trial, is_given_away
 from detune.certificate.verdict import Verdict
 from detune.compatibility.model_set import Held
 from detune.methods import Auto
 
-PLACE = Place("layer.0", 0, "query")
+PLACE = Position("layer.0", 0, "query")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detune.compatibility.low_rank_test import FIRST_SAMPLE, Kind, relate, rounded_to, sample, split
+from detune.compatibility.low_rank_test import FIRST_SAMPLE, RelationKind, relate, rounded_to, sample, split
 from detune.problem import NonFinite
 from tests.cases import normal, rms, seeded
 from tests.families import delta
@@ -35,7 +35,7 @@ def merges(
 )
 def test_loras_differ_by_a_low_rank(shape, ranks, sizes, dtype):
     relation = relate(*merges(shape, ranks, sizes, dtype))
-    assert relation.kind is not Kind.FULL_RANK
+    assert relation.kind is not RelationKind.FULL_RANK
     # In float32 nothing of these LoRAs is below the noise; in float64 the rounding of their own products is above it.
     if dtype is torch.float32:
         assert relation.rank == sum(ranks)
@@ -48,19 +48,19 @@ def test_a_change_of_every_entry_is_of_full_rank(shape, size, dtype):
     lora = merges(shape, (8,), (0.01,), dtype)[0]
     change = normal(seeded(7), *shape)
     full = (lora.double() + change * size * rms(lora)).to(dtype)
-    assert relate(lora, full).kind is Kind.FULL_RANK
+    assert relate(lora, full).kind is RelationKind.FULL_RANK
 
 
 def test_what_is_below_the_rounding_is_no_difference():
     """A change of a thirtieth of a unit in the last place: it moves few entries, and those by no more than rounding."""
     W = normal(seeded(1), 128, 128).bfloat16()
     change = normal(seeded(2), 128, 128) * W.double().abs() * HALF[torch.bfloat16] / 30
-    assert relate(W, (W.double() + change).bfloat16()).kind is Kind.SAME
+    assert relate(W, (W.double() + change).bfloat16()).kind is RelationKind.SAME
 
 
 def test_equal_is_the_same():
     W = normal(seeded(), 100, 80)
-    assert relate(W, W.clone()).kind is Kind.SAME
+    assert relate(W, W.clone()).kind is RelationKind.SAME
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_dtypes_may_differ_and_the_base_may_have_been_converted_first(first, sec
     generator = seeded(5)
     W = normal(generator, 128, 160)
     merged = [(W.to(dtype).double() + delta(generator, W, 8, 0.03)).to(dtype) for dtype in (first, second)]
-    assert relate(*merged).kind is Kind.LOW_RANK
+    assert relate(*merged).kind is RelationKind.LOW_RANK
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -86,7 +86,7 @@ def test_half_precision_saved_as_float32_beside_float32(dtype):
     W = normal(generator, 128, 160).to(dtype).double()
     merged = [(W + delta(generator, W, 8, 0.1)).to(dtype).float(), (W + delta(generator, W, 8, 0.1)).float()]
     relation = relate(*merged)
-    assert relation.kind is Kind.LOW_RANK
+    assert relation.kind is RelationKind.LOW_RANK
     assert relation.coarse
 
 
@@ -94,7 +94,7 @@ def test_delta_may_be_rounded_before_it_is_added():
     generator = seeded(5)
     W = normal(generator, 128, 160).bfloat16()
     merged = [W + delta(generator, W, 8, 1.0).bfloat16() for _ in range(2)]
-    assert relate(*merged).kind is Kind.LOW_RANK
+    assert relate(*merged).kind is RelationKind.LOW_RANK
 
 
 def test_versions_are_grouped():
@@ -112,7 +112,7 @@ def test_a_coarse_version_hides_no_difference_between_fine_ones():
     fine = [(W + delta(generator, W, 4, 0.02)).float() for _ in range(2)]
     full = (W + 5e-4 * normal(generator, 128, 128)).float()
     coarse = (W + delta(generator, W, 4, 0.02)).bfloat16()
-    assert relate(coarse, full).kind is Kind.LOW_RANK
+    assert relate(coarse, full).kind is RelationKind.LOW_RANK
     assert split([coarse, full, *fine]) == ((0, 2, 3), (1,))
 
 
@@ -151,4 +151,4 @@ def test_what_lapack_cannot_do_in_float32_is_done_in_float64(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigvalsh", failing)
     base = normal(seeded(), 80, 60)
     relation = relate(base.float(), (base + delta(seeded(1), base, 3)).float())
-    assert (relation.kind, relation.rank) == (Kind.LOW_RANK, 3)
+    assert (relation.kind, relation.rank) == (RelationKind.LOW_RANK, 3)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from detune.compatibility.low_rank_test import Kind
+from detune.compatibility.low_rank_test import RelationKind
 from detune.lineage.geometry import Rounding, Share, first_share, rounding_shares
 from tests.lineage.trees import Descent
 
@@ -44,7 +44,7 @@ def test_a_full_fine_tune_has_no_rank():
     models.full("full", "base")
     models.lora("lora", "base")
     g = models.geometry("base", "full", "lora")
-    assert set(g.kinds(0, 1)) == {Kind.FULL_RANK}
+    assert set(g.kinds(0, 1)) == {RelationKind.FULL_RANK}
     assert (g.ranks(0, 1), g.shared_rank(0, 1, 2), g.roundings(0, 1)) == ((), None, [])
 
 

@@ -249,7 +249,10 @@ def test_a_pack_has_one_directory_for_each_model(packed, tmp_path, name):
         (lambda m: m.pop("base"), "'base'"),
         (lambda m: m["models"][0]["files"][0].pop("sha256"), "sha256"),
         (lambda m: m["base"][0].update(dtype="F3"), "'F3'"),
-        (lambda m: m["models"][0]["tensors"]["layer.0.weight"].update(coding="magic"), "'magic' is not a valid Coding"),
+        (
+            lambda m: m["models"][0]["tensors"]["layer.0.weight"].update(coding="magic"),
+            "'magic' is not a valid TensorCoding",
+        ),
     ],
 )
 def test_another_manifest_is_refused(packed, tmp_path, change, message):

@@ -12,7 +12,7 @@ from detune.attacks.groups import Complex, Group, Invertible, Orthogonal
 from detune.attacks.matching import match_heads, match_neurons
 from detune.attacks.procrustes import FALLS, Fit, Side, fit, stay
 from detune.checkpoints import Checkpoint
-from detune.compatibility.low_rank_test import Kind, relate
+from detune.compatibility.low_rank_test import RelationKind, relate
 from detune.symmetries import Actions, HeadFrame, Layer, NeuronFrame, NormFrame, NormInto, act, join
 
 __all__ = ["find_actions"]
@@ -177,7 +177,7 @@ class _Pair:
 
 
 def _are_near(target: Tensor, source: Tensor) -> bool:
-    return relate(target, source.to(target.dtype)).kind is not Kind.FULL_RANK
+    return relate(target, source.to(target.dtype)).kind is not RelationKind.FULL_RANK
 
 
 def _snapped(matrices: Tensor, dtype: torch.dtype) -> Tensor:

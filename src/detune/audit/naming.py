@@ -1,4 +1,4 @@
-"""The place of a tensor in a model, by its name."""
+"""The position of a tensor in a model, by its name."""
 
 import re
 from collections.abc import Iterable
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
-    """A tensor's place.
+class Position:
+    """The position of a tensor in a model.
 
     Attributes:
         block: The name up to its first number; empty where there is none.
-        depth: Place of the block among all blocks, from 0; None without a block.
+        depth: Position of the block among all blocks, from 0; None without a block.
         kind: The rest of the name without "weight": which projection it is.
     """
 
@@ -20,18 +20,18 @@ class Place:
     kind: str
 
 
-def places(names: Iterable[str]) -> dict[str, Place]:
-    """The places of a model's tensors.
+def positions(names: Iterable[str]) -> dict[str, Position]:
+    """The positions of a model's tensors.
 
     Args:
         names: All of them, in file order.
 
     Returns:
-        A place for each. Blocks of one prefix are ordered by their numbers, prefixes as they come.
+        A position for each. Blocks of one prefix are ordered by their numbers, prefixes as they come.
 
     Example:
-        >>> found = places(["layer.10.query.weight", "layer.2.query.weight", "embed.weight"])
-        >>> [(place.depth, place.kind) for place in found.values()]
+        >>> found = positions(["layer.10.query.weight", "layer.2.query.weight", "embed.weight"])
+        >>> [(each.depth, each.kind) for each in found.values()]
         [(1, 'query'), (0, 'query'), (None, 'embed')]
     """
     parts = {name: _split(name) for name in names}
@@ -41,7 +41,9 @@ def places(names: Iterable[str]) -> dict[str, Place]:
     )
     depths = {(prefixes[k], number): depth for depth, (k, number) in enumerate(blocks)}
     return {
-        name: Place("", None, kind) if number is None else Place(f"{prefix}{number}", depths[prefix, number], kind)
+        name: Position("", None, kind)
+        if number is None
+        else Position(f"{prefix}{number}", depths[prefix, number], kind)
         for name, (prefix, number, kind) in parts.items()
     }
 

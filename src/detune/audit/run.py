@@ -16,7 +16,7 @@ from detune.audit.assumptions import ASSUMPTIONS, Evidence, check_assumptions
 from detune.audit.behaviour import Judge
 from detune.audit.findings import FINDINGS, curve_of, find, verdict_of
 from detune.audit.members import base_in_frame, find_members
-from detune.audit.naming import Place, places
+from detune.audit.naming import Position, positions
 from detune.audit.record import AuditReport, Behaviour, Invocation, ModelEntry, TensorEntry, Tool, Unchanged
 from detune.audit.spectra import spectrum
 from detune.audit.trial import Trial, Tried
@@ -101,7 +101,7 @@ def audit(
         spectra = ChangeSpectra(family.n)
         recovered = folder / "recovered" if judge is not None and judge.is_ready else None
         kept = spectra if references else None
-        attempt = _Attempt(family, truth, trial, kept, places(family.names))
+        attempt = _Attempt(family, truth, trial, kept, positions(family.names))
         tensors, unchanged = _try_all(attempt, recovered, on_start, on_tensor)
         if not tensors:
             raise InputError(
@@ -170,14 +170,14 @@ class _Attempt:
         base: What they were fine-tuned from; None where it was not given.
         trial: How a matrix is recovered.
         spectra: Takes the spectra of the changes; None where nothing asks for them.
-        place_of: Where each tensor is in the model.
+        position_of: Where each tensor is in the model.
     """
 
     family: ModelSet
     base: Checkpoint | None
     trial: Trial
     spectra: ChangeSpectra | None
-    place_of: Mapping[str, Place]
+    position_of: Mapping[str, Position]
 
     def __call__(self, name: str, held: Held) -> tuple[TensorResult, Tried | None]:
         """Try one tensor; None where it is copied."""
@@ -188,7 +188,7 @@ class _Attempt:
         truth, first = self._truth(name), held.tensors[0]
         if truth is not None and family.n == 1 and first.dtype == truth.dtype and torch.equal(first, truth):
             return result_of(name, held, Verdict.SHARED, Origin.COPY, "as the base has it"), None
-        tried = self.trial.run(name, self.place_of[name], held, truth)
+        tried = self.trial.run(name, self.position_of[name], held, truth)
         if self.spectra is not None and changes_are_known(tried.entry, truth is not None):
             weight = tried.weight if truth is None else truth
             self.spectra.add(name, held.tensors, weight, tried.entry.outcomes[-1].ranks)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detune.attacks.measured_noise import best_split, with_measured_noise
 from detune.audit.members import ENOUGH
-from detune.audit.naming import Place
+from detune.audit.naming import Position
 from detune.audit.record import Outcome, TensorEntry
 from detune.certificate.verdict import Verdict
 from detune.compatibility.model_set import Held
@@ -69,14 +69,14 @@ class Trial:
     turned: bool = False
     noisy: bool = False
 
-    def run(self, name: str, place: Place, held: Held, truth: Tensor | None) -> Tried:
+    def run(self, name: str, position: Position, held: Held, truth: Tensor | None) -> Tried:
         """Recover a tensor from the first release, from the first two, and so on.
 
         All of them come first: what they show of the deltas tells whether fewer have to be tried at all.
 
         Args:
             name: Its qualified name.
-            place: Where it lies in the model.
+            position: Where it lies in the model.
             held: What every release holds of it.
             truth: The base's; None where that is not given.
         """
@@ -94,9 +94,9 @@ class Trial:
             outcomes.append(_outcome(k, found, truth, figures, time.perf_counter() - began))
         entry = TensorEntry(
             name=name,
-            block=place.block,
-            depth=place.depth,
-            kind=place.kind,
+            block=position.block,
+            depth=position.depth,
+            kind=position.kind,
             shape=tuple(tensors[0].shape),
             dtype=", ".join(dict.fromkeys(name_of(tensor.dtype) for tensor in tensors)),
             is_matrix=tensors[0].is_floating_point() and min(matricise(tensors[0]).shape) > 1,

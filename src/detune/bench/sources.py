@@ -13,7 +13,7 @@ from detune.errors import InputError, reason_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["REPOSITORY", "FolderFiles", "HubFiles", "RowFiles", "check_files", "resolve_commit"]
+__all__ = ["REPOSITORY", "DatasetFiles", "FolderFiles", "RowFiles", "check_files", "resolve_commit"]
 
 REPOSITORY = "Eliahu/LoWRA-Bench"
 
@@ -92,7 +92,7 @@ class FolderFiles:
 
 
 @dataclass(frozen=True)
-class HubFiles:
+class DatasetFiles:
     """A subset of the published dataset, on the Hub.
 
     Attributes:

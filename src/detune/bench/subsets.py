@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError, field_validator
 
 from detune._runtime import needs_extra
-from detune.bench.sources import REPOSITORY, FolderFiles, HubFiles, RowFiles, check_files, resolve_commit
+from detune.bench.sources import REPOSITORY, DatasetFiles, FolderFiles, RowFiles, check_files, resolve_commit
 from detune.errors import InputError, cannot_read
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def open_subset(name: str, *, data: Path | None = None, revision: str = "main") 
         return _open_copy(name, data)
     commit = resolve_commit(revision)
     rows = PUBLISHED[name].layers
-    return Subset(name, f"{REPOSITORY}@{commit}", name, None, None, rows, HubFiles(name, commit))
+    return Subset(name, f"{REPOSITORY}@{commit}", name, None, None, rows, DatasetFiles(name, commit))
 
 
 def nearest(word: str, words: Any) -> str:

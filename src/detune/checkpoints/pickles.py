@@ -15,7 +15,7 @@ import torch
 
 from detune.errors import InputError
 
-__all__ = ["Foreign", "Storage", "StoredTensor", "read_pickle"]
+__all__ = ["Foreign", "PickledStorage", "StoredTensor", "read_pickle"]
 
 # Some 30 operations make a tensor: this is a model of 100,000 tensors, and some seconds of reading.
 MAX_OPERATIONS = 3_000_000
@@ -26,7 +26,7 @@ MAX_KEY = 2**60
 
 
 @dataclass(frozen=True)
-class Storage:
+class PickledStorage:
     """A run of numbers that the file holds under a key.
 
     Attributes:
@@ -58,7 +58,7 @@ class StoredTensor:
         lazy: Whether its values are the negatives or conjugates of what is stored.
     """
 
-    storage: Storage
+    storage: PickledStorage
     dtype: torch.dtype | None
     offset: int
     shape: tuple[Any, ...]
@@ -93,7 +93,7 @@ def read_pickle(stream: IO[bytes]) -> Any:
 
     Returns:
         Tables (keys are texts, numbers, None or `Foreign`), lists, tuples, texts, bytes, numbers, None, `StoredTensor`,
-        `Storage` and `Foreign`. Lists and tables may contain themselves.
+        `PickledStorage` and `Foreign`. Lists and tables may contain themselves.
 
     Raises:
         InputError: It has more than `MAX_OPERATIONS` operations.
@@ -233,10 +233,10 @@ _STORAGE_DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-def _storage(place: Any) -> Storage:
+def _storage(place: Any) -> PickledStorage:
     match place:
         case ("storage", _Global() as kind, str(key), _, int(size), *views) if not any(views):
-            return Storage(key, _STORAGE_DTYPES.get(kind.name.rpartition(".")[2]), size)
+            return PickledStorage(key, _STORAGE_DTYPES.get(kind.name.rpartition(".")[2]), size)
     raise ValueError("a reference to something other than a storage")
 
 
@@ -245,13 +245,13 @@ def _called(function: str, arguments: Any) -> Any:
     match function, arguments:
         case (
             "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2",
-            (Storage() as storage, int(offset), tuple(shape), tuple(stride), *more),
+            (PickledStorage() as storage, int(offset), tuple(shape), tuple(stride), *more),
         ):
             # Behind these stand requires_grad, hooks, and what makes a view lazy.
             return StoredTensor(storage, storage.dtype, offset, shape, stride, lazy=any(more[2:]))
         case (
             "torch._utils._rebuild_tensor_v3",
-            (Storage() as storage, int(offset), tuple(shape), tuple(stride), _, _, _Global() as dtype, *more),
+            (PickledStorage() as storage, int(offset), tuple(shape), tuple(stride), _, _, _Global() as dtype, *more),
         ):
             return StoredTensor(storage, _dtype(dtype.name), offset, shape, stride, lazy=any(more))
         case (

@@ -8,7 +8,7 @@ from pathlib import Path
 from detune.checkpoints.entries import Header
 from detune.checkpoints.hub import Repository, without_secrets
 from detune.checkpoints.safetensors_file import parse_safetensors
-from detune.checkpoints.storage import Part
+from detune.checkpoints.storage import ByteRange
 from detune.errors import InputError, reason_of
 
 __all__ = ["HubFiles"]
@@ -49,10 +49,10 @@ class HubFiles:
 
         return parse_safetensors(self.where(file), self._repository.files[file].size_bytes, read)
 
-    def read(self, file: str, parts: Iterable[Part], name: str) -> None:
+    def read(self, file: str, parts: Iterable[ByteRange], name: str) -> None:
         """See `Storage.read`; a request for each part, several at a time."""
 
-        def fill(part: Part) -> None:
+        def fill(part: ByteRange) -> None:
             part.memory[:] = self._range(file, part.offset, len(part.memory), f"tensor {name!r}")
 
         wanted = [part for part in parts if len(part.memory)]

@@ -16,7 +16,7 @@ import torch
 from detune.checkpoints.blocks import copy_block, memory_of, new_block
 from detune.checkpoints.entries import Entry
 from detune.checkpoints.side_files import side_files
-from detune.checkpoints.storage import Part, Storage
+from detune.checkpoints.storage import ByteRange, Storage
 from detune.errors import InputError
 
 __all__ = ["Checkpoint", "TensorInfo", "WeightFile"]
@@ -159,10 +159,10 @@ class Checkpoint:
         entry = self._entries[name]
         if entry.stride is None:
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
-            self._load(name, [Part(entry.offset, memory_of(tensor))])
+            self._load(name, [ByteRange(entry.offset, memory_of(tensor))])
             return tensor
         span = torch.empty(entry.span_bytes // entry.dtype.itemsize, dtype=entry.dtype)
-        self._load(name, [Part(entry.offset, memory_of(span))])
+        self._load(name, [ByteRange(entry.offset, memory_of(span))])
         return span.as_strided(entry.shape, entry.stride).clone(memory_format=torch.contiguous_format)
 
     def read_rows(self, name: str, runs: Sequence[slice]) -> torch.Tensor:
@@ -186,7 +186,7 @@ class Checkpoint:
         parts, memory = [], memory_of(rows)
         for run in runs:
             length = (run.stop - run.start) * row_bytes
-            parts.append(Part(entry.offset + run.start * row_bytes, memory[:length]))
+            parts.append(ByteRange(entry.offset + run.start * row_bytes, memory[:length]))
             memory = memory[length:]
         self._load(name, parts)
         return rows
@@ -253,10 +253,10 @@ class Checkpoint:
         if entry.stride is not None:
             return copy_block(self.read(name), start, stop, out)
         block = new_block(stop - start, out)
-        self._load(name, [Part(entry.offset + start, block)])
+        self._load(name, [ByteRange(entry.offset + start, block)])
         return block
 
-    def _load(self, name: str, parts: Iterable[Part]) -> None:
+    def _load(self, name: str, parts: Iterable[ByteRange]) -> None:
         self._storage.read(self.tensors[name].file, parts, name)
 
     def hashes(self) -> dict[str, str]:

@@ -9,11 +9,11 @@ from detune.checkpoints.blocks import file_hash, read_into
 from detune.checkpoints.entries import Header
 from detune.checkpoints.formats import read_header
 
-__all__ = ["LocalFiles", "Part", "Storage"]
+__all__ = ["ByteRange", "LocalFiles", "Storage"]
 
 
 @dataclass(frozen=True)
-class Part:
+class ByteRange:
     """Bytes of a file to read.
 
     Attributes:
@@ -49,7 +49,7 @@ class Storage(Protocol):
         """
         ...
 
-    def read(self, file: str, parts: Iterable[Part], name: str) -> None:
+    def read(self, file: str, parts: Iterable[ByteRange], name: str) -> None:
         """Read parts of a file; `name` is the tensor's, for messages.
 
         Raises:
@@ -93,7 +93,7 @@ class LocalFiles:
         """See `Storage.header`."""
         return read_header(self.root / file)
 
-    def read(self, file: str, parts: Iterable[Part], name: str) -> None:
+    def read(self, file: str, parts: Iterable[ByteRange], name: str) -> None:
         """See `Storage.read`."""
         for part in parts:
             read_into(self.root / file, part.offset, part.memory, name)

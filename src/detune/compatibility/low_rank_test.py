@@ -56,7 +56,7 @@ CROWD_FACTOR = 3.0
 PRODUCT_ROUNDING = {torch.float32: 4.0, torch.float64: 4.0, torch.bfloat16: 0.5, torch.float16: 0.5}
 
 
-class Kind(StrEnum):
+class RelationKind(StrEnum):
     """A kind of difference between two versions of a matrix."""
 
     SAME = "same"
@@ -79,7 +79,7 @@ class Relation:
         coarse: Judged by the noise of a coarser dtype than one is stored in, which its values would fit in.
     """
 
-    kind: Kind
+    kind: RelationKind
     rank: int = 0
     left: float = 0.0
     crowd: float = 0.0
@@ -141,7 +141,7 @@ def split(matrices: Sequence[Tensor], seed: int = 0, noise: Sequence[float | Non
             (_relate_seen((matrices[group[0]], matrices[i]), seed, math.hypot(told[group[0]], told[i])), group)
             for group in groups
         ]
-        low = [pair for pair in related if pair[0].kind is not Kind.FULL_RANK]
+        low = [pair for pair in related if pair[0].kind is not RelationKind.FULL_RANK]
         if low:
             min(low, key=lambda pair: (pair[0].coarse, pair[0].left))[1].append(i)
         else:
@@ -169,14 +169,14 @@ def _relate(samples: Sequence[Tensor], noise: float) -> Relation:
     first, second = (matrix.double() for matrix in samples)
     difference = second - first
     if not bool(difference.any()):
-        return Relation(Kind.SAME)
+        return Relation(RelationKind.SAME)
     stored = [matrix.dtype for matrix in samples]
     if noise:
         return _spectrum(difference, samples, stored, noise)
     rounded = [rounded_to(matrix) for matrix in samples]
     # Both on a coarse grid: that was the rounding. One alone may be a base of that dtype that was left as it was.
     relation = _spectrum(difference, samples, rounded if all(dtype.itemsize <= 2 for dtype in rounded) else stored)
-    if relation.kind is Kind.FULL_RANK and rounded != stored:
+    if relation.kind is RelationKind.FULL_RANK and rounded != stored:
         relation = _spectrum(difference, samples, rounded)
         return replace(relation, coarse=True)
     return relation
@@ -227,12 +227,12 @@ def _singular_values(scaled: Tensor) -> Tensor:
 def _judge(values: Tensor, p: int, q: int) -> Relation:
     most, edges, rank = len(values), _edges(len(values), p, q), numerical_rank(values, p, q)
     if is_full_rank(rank, most):
-        return Relation(Kind.FULL_RANK, rank)
+        return Relation(RelationKind.FULL_RANK, rank)
     left = float(values[rank:].square().sum()) / ((p - rank) * (q - rank))
     crowd = int(values[:rank].lt(CROWD_FACTOR * edges[rank]).sum()) / most
     if left > MOST_LEFT and crowd > CROWD:
-        return Relation(Kind.FULL_RANK, rank, left, crowd)
-    return Relation(Kind.LOW_RANK if rank else Kind.SAME, rank, left, crowd)
+        return Relation(RelationKind.FULL_RANK, rank, left, crowd)
+    return Relation(RelationKind.LOW_RANK if rank else RelationKind.SAME, rank, left, crowd)
 
 
 def numerical_rank(values: Tensor, p: int, q: int) -> int:

@@ -6,7 +6,7 @@ from statistics import fmean
 
 import torch
 
-from detune.compatibility.low_rank_test import Kind
+from detune.compatibility.low_rank_test import RelationKind
 from detune.lineage.geometry import Geometry, first_share
 from detune.lineage.rooting import SURE, find_root
 from detune.lineage.topology import TOGETHER, Tree, find_tree
@@ -191,7 +191,7 @@ class _Family:
         return eps[0] > eps[1] and self._is_same(u, v)
 
     def _is_same(self, u: int, v: int) -> bool:
-        return set(self.geometry.kinds(u, v)) == {Kind.SAME}
+        return set(self.geometry.kinds(u, v)) == {RelationKind.SAME}
 
     def _node(self, node: int) -> Node:
         spec = self.specs[node] if node < self.tree.n else None
@@ -264,7 +264,7 @@ class _Family:
         found: list[int] = []
         for each in self.tree.links[hidden]:
             near = self._nearest(hidden, each)
-            if all(Kind.FULL_RANK not in self.geometry.kinds(near, other) for other in found):
+            if all(RelationKind.FULL_RANK not in self.geometry.kinds(near, other) for other in found):
                 found.append(near)
         return tuple(self.specs[i] for i in sorted(found)) if len(found) >= FEWEST_MODELS else ()
 

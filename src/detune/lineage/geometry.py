@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from detune.compatibility.light import is_light
-from detune.compatibility.low_rank_test import Kind, Relation, numerical_rank, relate, rounded_to
+from detune.compatibility.low_rank_test import Relation, RelationKind, numerical_rank, relate, rounded_to
 from detune.problem.storage_noise import storage_variance
 
 # Matrices in which ranks and roundings of two models are looked at: any number does, it bounds the time.
@@ -95,9 +95,9 @@ class Geometry:
     def ranks(self, i: int, j: int) -> tuple[int, ...]:
         """Ranks of `W_i - W_j` in the matrices where it is low; empty where it is not."""
         found = [self.relation(min(i, j), max(i, j), matrix) for matrix in self.differing(i, j)]
-        return tuple(each.rank for each in found if each.kind is Kind.LOW_RANK)
+        return tuple(each.rank for each in found if each.kind is RelationKind.LOW_RANK)
 
-    def kinds(self, i: int, j: int) -> list[Kind]:
+    def kinds(self, i: int, j: int) -> list[RelationKind]:
         """The kinds of difference of two models in some matrices."""
         return [self.relation(min(i, j), max(i, j), matrix).kind for matrix in self.differing(i, j)]
 
@@ -135,7 +135,7 @@ class Geometry:
                 ranks.append(0)
                 continue
             found = self.relation(min(i, j), max(i, j), matrix)
-            if found.kind is not Kind.LOW_RANK or self._is_light(matrix, i, j):
+            if found.kind is not RelationKind.LOW_RANK or self._is_light(matrix, i, j):
                 return None
             ranks.append(found.rank)
         return ranks
@@ -158,8 +158,8 @@ class Geometry:
         """Whether two models differ by no more than what the levels of one round off, and a low rank."""
         found = self.differing(i, j)
         return bool(found) and all(
-            self.relation(min(i, j), max(i, j), matrix).kind is not Kind.FULL_RANK
-            and self._plain_relation(min(i, j), max(i, j), matrix).kind is Kind.FULL_RANK
+            self.relation(min(i, j), max(i, j), matrix).kind is not RelationKind.FULL_RANK
+            and self._plain_relation(min(i, j), max(i, j), matrix).kind is RelationKind.FULL_RANK
             for matrix in found
         )
 
@@ -169,7 +169,7 @@ class Geometry:
     def _relation(self, i: int, j: int, matrix: int) -> Relation:
         plain, noise = self._plain_relation(i, j, matrix), [self.noise[matrix][each] or 0.0 for each in (i, j)]
         # A model on levels may be the base of others that are not.
-        if plain.kind is not Kind.FULL_RANK or not any(noise):
+        if plain.kind is not RelationKind.FULL_RANK or not any(noise):
             return plain
         return relate(self.blocks[matrix][i], self.blocks[matrix][j], noise=math.hypot(*noise))
 

@@ -18,7 +18,7 @@ FORMAT = "detune pack"
 VERSION = 1
 
 
-class Coding(StrEnum):
+class TensorCoding(StrEnum):
     """The coding of a tensor."""
 
     SAME = "same"
@@ -42,7 +42,7 @@ class PackedTensor:
     """
 
     index: int
-    coding: Coding
+    coding: TensorCoding
     dtype: torch.dtype
     rank: int = 0
     exponent: int = 0
@@ -172,7 +172,11 @@ def _model(row: Any, base: Sequence[BaseTensor]) -> PackedModel:
 
 def _tensor(name: str, row: Any, base: Sequence[BaseTensor]) -> PackedTensor:
     packed = PackedTensor(
-        _count(row, "index"), Coding(row["coding"]), DTYPES[row["dtype"]], _count(row, "rank"), _whole(row, "exponent")
+        _count(row, "index"),
+        TensorCoding(row["coding"]),
+        DTYPES[row["dtype"]],
+        _count(row, "rank"),
+        _whole(row, "exponent"),
     )
     shape = base[packed.index].shape
     if packed.rank > max(shape, default=0):

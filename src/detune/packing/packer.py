@@ -35,7 +35,7 @@ from detune.metrics import bit_identical
 from detune.packing.archive import MANIFEST, ArchiveReader, ArchiveWriter
 from detune.packing.codec import PREDICTABLE, encode_factors, encode_residual, encode_tensor
 from detune.packing.layout import all_files, between, measure, weight_layout
-from detune.packing.manifest import BaseTensor, Coding, Manifest, PackedFile, PackedModel, PackedTensor
+from detune.packing.manifest import BaseTensor, Manifest, PackedFile, PackedModel, PackedTensor, TensorCoding
 from detune.packing.prediction import IntegerFactors, predict, to_integers
 from detune.packing.unpacker import Contents
 from detune.problem import NonFinite, NotLowRank
@@ -274,7 +274,7 @@ class _Packer:
         self._archive.add(f"base/{index}", encode_tensor(base))
         self._base_tensors.append(BaseTensor(name, tuple(base.shape), base.dtype))
         if shared:
-            packed = PackedTensor(index, Coding.SAME, base.dtype)
+            packed = PackedTensor(index, TensorCoding.SAME, base.dtype)
             for tensors in self._tensors:
                 tensors[name] = packed
             return (packed,) * len(self._models)
@@ -285,7 +285,7 @@ class _Packer:
     def _told(self, place: str, index: int, base: Tensor, tensor: Tensor) -> PackedTensor:
         """Code one tensor of a model, with the members for it."""
         if tensor.dtype == base.dtype and bit_identical(base, tensor) == 1:
-            return PackedTensor(index, Coding.SAME, tensor.dtype)
+            return PackedTensor(index, TensorCoding.SAME, tensor.dtype)
         predicted: dict[str, bytes] = {}
         factors = None
         if base.dtype in PREDICTABLE and tensor.dtype in PREDICTABLE and bool(torch.isfinite(base).all()):
@@ -299,12 +299,12 @@ class _Packer:
             plain = self._archive.compressed(encode_tensor(tensor))
             if not predicted or len(plain) <= size:
                 self._archive.add_frame(f"plain/{place}", plain)
-                return PackedTensor(index, Coding.PLAIN, tensor.dtype)
+                return PackedTensor(index, TensorCoding.PLAIN, tensor.dtype)
         for kind, frame in predicted.items():
             self._archive.add_frame(f"{kind}/{place}", frame)
         if factors is None:
-            return PackedTensor(index, Coding.PREDICTED, tensor.dtype)
-        return PackedTensor(index, Coding.PREDICTED, tensor.dtype, factors.left.shape[1], factors.exponent)
+            return PackedTensor(index, TensorCoding.PREDICTED, tensor.dtype)
+        return PackedTensor(index, TensorCoding.PREDICTED, tensor.dtype, factors.left.shape[1], factors.exponent)
 
     def _fit(self, base: Tensor, tensor: Tensor) -> IntegerFactors | None:
         """The change at low rank; None where there is none."""

@@ -17,7 +17,7 @@ from detune.errors import InputError
 from detune.packing.archive import ArchiveReader
 from detune.packing.codec import decode_factors, decode_residual, decode_tensor
 from detune.packing.layout import blocks
-from detune.packing.manifest import Coding, Manifest, PackedFile, PackedModel
+from detune.packing.manifest import Manifest, PackedFile, PackedModel, TensorCoding
 from detune.packing.prediction import predict
 from detune.problem.stack import matricise
 
@@ -187,11 +187,11 @@ class Contents:
             packed = model.tensors[name]
             info = self.manifest.base[packed.index]
             place = f"{self.manifest.models.index(model)}/{packed.index}"
-            if packed.coding is Coding.PLAIN:
+            if packed.coding is TensorCoding.PLAIN:
                 data = self._archive.read(f"plain/{place}", what, packed.nbytes(self.manifest.base))
                 return decode_tensor(data, info.shape, packed.dtype)
             base = decode_tensor(self._archive.read(f"base/{packed.index}", what, info.nbytes), info.shape, info.dtype)
-            if packed.coding is Coding.SAME:
+            if packed.coding is TensorCoding.SAME:
                 return base
             factors = None
             if packed.rank:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from detune._runtime import OnPart, OnStart
 from detune.bench.defences.families import FAMILIES, given_family, trained_families
-from detune.bench.defences.result import AttackResult, Outcome, RowResult
+from detune.bench.defences.result import AttackResult, DefenceOutcome, RowResult
 from detune.bench.defences.rows import MODELS, Row, rows_of
 from detune.bench.defences.run import run_rows
 from detune.bench.defences.table import write
@@ -13,7 +13,7 @@ from detune.demo.texts import DOMAINS, passages
 from detune.demo.train import base_model
 from detune.errors import InputError
 
-__all__ = ["AttackResult", "Outcome", "Row", "RowResult", "bench_defences", "run_rows", "write"]
+__all__ = ["AttackResult", "DefenceOutcome", "Row", "RowResult", "bench_defences", "run_rows", "write"]
 
 # Passages of each domain that the defences look at activations with; none of them is held out.
 CALIBRATION = 24

@@ -21,7 +21,7 @@ from detune.demo.texts import DOMAINS, passages
 from detune.demo.train import STEPS, Cloze, base_model, cloze, merge, train_lora
 from detune.errors import InputError, OutputError
 
-__all__ = ["Family", "given_family", "quality", "trained_families"]
+__all__ = ["FineTuneFamily", "given_family", "quality", "trained_families"]
 
 # A frozen A leaves half as much to train for a rank: twice the rank and twice the rate make up for it.
 FROZEN = FrozenA(rank=32, alpha=64)
@@ -34,7 +34,7 @@ FAMILIES = ("ordinary", "frozen-a", "bf16-base")
 
 
 @dataclass(frozen=True)
-class Family:
+class FineTuneFamily:
     """Fine-tunes of one base, as they are before a defence.
 
     Attributes:
@@ -60,7 +60,7 @@ def trained_families(
     held_out: int = HELD_OUT,
     on_start: OnStart | None = None,
     on_part: OnPart | None = None,
-) -> dict[str, Family]:
+) -> dict[str, FineTuneFamily]:
     """Train the fine-tunes; what `out` has is kept.
 
     Args:
@@ -118,7 +118,7 @@ def trained_families(
                         merge(on_grid if family == "bf16-base" else base, trained, partial)
     texts = tuple(_passages(domain)[-held_out:] for domain in domains)
     return {
-        family: Family(
+        family: FineTuneFamily(
             family,
             on_grid if family == "bf16-base" else base,
             tuple(out / family / domain for domain in domains[:models]),
@@ -128,7 +128,7 @@ def trained_families(
     }
 
 
-def given_family(base: Path, models: Sequence[Path], held_out: int = HELD_OUT) -> Family:
+def given_family(base: Path, models: Sequence[Path], held_out: int = HELD_OUT) -> FineTuneFamily:
     """Fine-tunes of a user's own, all measured on some passages of every domain.
 
     Args:
@@ -142,7 +142,7 @@ def given_family(base: Path, models: Sequence[Path], held_out: int = HELD_OUT) -
     if len(models) < 3:
         raise InputError(f"{len(models)} models given", "expected at least three", "add models")
     texts = tuple(text for domain in DOMAINS for text in _passages(domain)[-(held_out // len(DOMAINS)) :])
-    return Family("given", base, tuple(models), (texts,) * len(models))
+    return FineTuneFamily("given", base, tuple(models), (texts,) * len(models))
 
 
 def quality(models: tuple[Path, ...], texts: tuple[tuple[str, ...], ...]) -> Cloze:

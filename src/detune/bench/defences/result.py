@@ -4,12 +4,12 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-__all__ = ["AttackResult", "Outcome", "RowResult"]
+__all__ = ["AttackResult", "DefenceOutcome", "RowResult"]
 
 BROKEN, PARTLY = 10.0, 2.0
 
 
-class Outcome(StrEnum):
+class DefenceOutcome(StrEnum):
     """The worth of a defence, by how much closer its best attack comes than averaging undefended releases does.
 
     Attributes:
@@ -101,13 +101,13 @@ class RowResult:
         return float(max(weights, function))
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> DefenceOutcome:
         """Whether the defence survives its best attack."""
         if self.times_closer is None:
-            return Outcome.NO_ANSWER
+            return DefenceOutcome.NO_ANSWER
         if self.times_closer >= BROKEN:
-            return Outcome.BROKEN
-        return Outcome.PARTLY if self.times_closer >= PARTLY else Outcome.SURVIVES
+            return DefenceOutcome.BROKEN
+        return DefenceOutcome.PARTLY if self.times_closer >= PARTLY else DefenceOutcome.SURVIVES
 
     def to_json(self) -> str:
         """All that was measured, as JSON."""

@@ -17,7 +17,7 @@ import torch
 
 from detune._runtime import OnPart, OnStart, telling
 from detune.attacks import ATTACKS
-from detune.bench.defences.families import Family, quality
+from detune.bench.defences.families import FineTuneFamily, quality
 from detune.bench.defences.result import AttackResult, RowResult
 from detune.bench.defences.rows import Row
 from detune.checkpoints import open_checkpoint, temporary_directory
@@ -42,7 +42,7 @@ _DEFENDING, _JUDGING = "defending", "task quality"
 
 def run_rows(
     rows: Sequence[Row],
-    families: Mapping[str, Family],
+    families: Mapping[str, FineTuneFamily],
     out: Path,
     *,
     on_start: OnStart | None = None,
@@ -106,8 +106,8 @@ class _Yardstick:
         plain: The ordinary ones, without a defence: what is lost against them counts.
     """
 
-    family: Family
-    plain: Family
+    family: FineTuneFamily
+    plain: FineTuneFamily
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -209,7 +209,7 @@ def _undefended_accuracy(models: tuple[Path, ...], texts: tuple[tuple[str, ...],
     return quality(models, texts).accuracy
 
 
-def _release(row: Row, family: Family, folder: Path, on_part: OnPart | None) -> _Released:
+def _release(row: Row, family: FineTuneFamily, folder: Path, on_part: OnPart | None) -> _Released:
     """Defend the models, and the base where that is published or changes with them."""
     models, truth = family.models[: row.models], family.base
     if row.defence is not None:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from detune.attacks import ATTACKS
-from detune.bench.defences.result import Outcome, RowResult
+from detune.bench.defences.result import DefenceOutcome, RowResult
 from detune.bench.plots import plain
 from detune.documents import document
 from detune.documents import to_json as to_text
@@ -19,7 +19,11 @@ _BESIDE = (-0.4, 0.5, 1.3)
 # More than that is all of it.
 _MANY = 1e4
 
-_COLOURS: dict[str, str] = {Outcome.SURVIVES: "#0072B2", Outcome.PARTLY: "#E69F00", Outcome.BROKEN: "#D55E00"}
+_COLOURS: dict[str, str] = {
+    DefenceOutcome.SURVIVES: "#0072B2",
+    DefenceOutcome.PARTLY: "#E69F00",
+    DefenceOutcome.BROKEN: "#D55E00",
+}
 
 
 def write(rows: Sequence[RowResult], out: Path) -> tuple[Path, Path]:
@@ -60,7 +64,7 @@ def markdown(rows: Sequence[RowResult]) -> str:
                 text(row.name),
                 str(row.models),
                 *figures,
-                Outcome.NO_ANSWER if closest is None else f"{closest:.1e}",
+                DefenceOutcome.NO_ANSWER if closest is None else f"{closest:.1e}",
                 _times(row.times_closer),
                 f"{row.accuracy:.3f} ({_change(row)})",
                 row.outcome,
@@ -101,7 +105,7 @@ def draw(rows: Sequence[RowResult], file: Path) -> None:
     for i, row in enumerate(rows):
         for cell in row.attacks:
             light = cell.w_error is not None and cell.w_error < -11.5
-            told = Outcome.NO_ANSWER if cell.w_error is None else f"{cell.w_error:.1f}"
+            told = DefenceOutcome.NO_ANSWER if cell.w_error is None else f"{cell.w_error:.1f}"
             size = 7 if cell.w_error is None else 9
             weight = "bold" if cell is row.best else "normal"
             label = axis.text(attacks.index(cell.name), i, told, ha="center", va="center", fontsize=size)
@@ -133,7 +137,7 @@ def _attacks(rows: Sequence[RowResult]) -> list[str]:
 
 def _times(times: float | None) -> str:
     if times is None:
-        return Outcome.NO_ANSWER
+        return DefenceOutcome.NO_ANSWER
     if times >= _MANY:
         return f"> {_MANY:.0e}".replace("e+0", "e")
     return f"{times:.1f}" if times < 100 else f"{times:.0f}"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["TASKS", "Examples", "Split", "Task", "draw", "load", "some"]
+__all__ = ["TASKS", "DigitTask", "Examples", "Split", "draw", "load", "some"]
 
 _EVERY = 7  # one image in seven is held out; the digits come in runs of ten, which seven does not divide
 _SEED = 0  # of noise and of drawn answers: they belong to the data, whatever the seed of the training
@@ -45,7 +45,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Task:
+class DigitTask:
     """A question about images.
 
     Attributes:
@@ -68,25 +68,25 @@ class Task:
         return self.change(digits, np.random.default_rng(_SEED))
 
 
-def _ask(*answers: int) -> Task:
+def _ask(*answers: int) -> DigitTask:
     """Ask something else about the same images: one answer for each of the ten digits."""
 
     def change(digits: Examples, generator: np.random.Generator) -> Examples:
         return replace(digits, labels=np.array(answers)[digits.labels])
 
-    return Task(max(answers) + 1, change)
+    return DigitTask(max(answers) + 1, change)
 
 
-def _show(see: Callable[[_Image, np.random.Generator], _Image]) -> Task:
+def _show(see: Callable[[_Image, np.random.Generator], _Image]) -> DigitTask:
     """Ask which digit it is, of changed images."""
 
     def change(digits: Examples, generator: np.random.Generator) -> Examples:
         return replace(digits, pixels=see(digits.pixels, generator))
 
-    return Task(10, change)
+    return DigitTask(10, change)
 
 
-def _spot(count: int, do: Callable[[_Image, int], _Image]) -> Task:
+def _spot(count: int, do: Callable[[_Image, int], _Image]) -> DigitTask:
     """Do one of `count` things to each image and ask which."""
 
     def change(digits: Examples, generator: np.random.Generator) -> Examples:
@@ -94,10 +94,10 @@ def _spot(count: int, do: Callable[[_Image, int], _Image]) -> Task:
         pixels = np.stack([do(image, int(answer)) for image, answer in zip(digits.pixels, answers, strict=True)])
         return Examples(pixels, answers)
 
-    return Task(count, change)
+    return DigitTask(count, change)
 
 
-TASKS: Mapping[str, Task] = MappingProxyType(
+TASKS: Mapping[str, DigitTask] = MappingProxyType(
     {
         "parity": _ask(0, 1, 0, 1, 0, 1, 0, 1, 0, 1),
         "greater-than-four": _ask(0, 0, 0, 0, 0, 1, 1, 1, 1, 1),
