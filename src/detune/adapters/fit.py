@@ -113,25 +113,30 @@ def _into_intervals(start: LowRank, low: Tensor, high: Tensor) -> LowRank:
 
     With v what M lacks to its interval in each entry, `left += step v right` is a gradient step on `|v|^2 / 2` with
     respect to the left factor. Its curvature is about the share p of entries that are violated, which makes 1 / p
-    Newton's step. Then the factors change places.
+    Newton's step. Then it is the right factor's turn.
     """
     middle, reach = low + (high - low) / 2, (high - low) * (0.5 * (1 - MARGIN))
     low, high = middle - reach, middle + reach
     best, most_inside = start, -1.0
     left, right = start.left, start.right
+    # The same memory for all steps: the system takes longer to give new memory than a step does.
+    M, lacking = torch.empty_like(low), torch.empty_like(low)
     for step in range(STEPS + 1):
-        M = left @ right.mT
-        lacking = torch.clamp(M, low, high).sub_(M)
+        torch.mm(left, right.mT, out=M)
+        torch.clamp(M, low, high, out=lacking).sub_(M)
         violated = float(lacking.count_nonzero()) / lacking.numel()
         if 1 - violated > most_inside:
-            best, most_inside = (LowRank(left, right) if step % 2 == 0 else LowRank(right, left)), 1 - violated
+            best, most_inside = LowRank(left, right), 1 - violated
         if violated == 0:
             break
-        left = left + DAMPING / max(violated, FEWEST_VIOLATED) * (lacking @ right)
-        # Another basis makes the left factor the orthonormal one: L V^T = Q (V R^T)^T.
-        Q, R = torch.linalg.qr(left)
-        left, right = right @ R.mT, Q
-        low, high = low.mT, high.mT
+        length = DAMPING / max(violated, FEWEST_VIOLATED)
+        # Another basis makes the factor that was moved the orthonormal one: L R^T = Q (R S^T)^T of L = Q S.
+        if step % 2 == 0:
+            left, S = torch.linalg.qr(left + length * (lacking @ right))
+            right = right @ S.mT
+        else:
+            right, S = torch.linalg.qr(right + length * (lacking.mT @ left))
+            left = left @ S.mT
     return best
 
 

@@ -44,11 +44,10 @@ def round_to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return tensor.to(dtype)
     single = tensor.float()
     bits = single.view(torch.int32)
-    # Only a float32 that ends in these zeros can be a tie of a smaller dtype.
-    suspects = ((bits & 0xFFF) == 0).nonzero(as_tuple=True)
+    # Only a float32 that ends in these zeros can be a tie of a smaller dtype, and it misleads where it is inexact.
+    suspects = (((bits & 0xFFF) == 0) & single.ne(tensor)).nonzero(as_tuple=True)
     exact, rounded = tensor[suspects], single[suspects]
-    truncated = bits[suspects] - (rounded.abs() > exact.abs()).int()
-    bits[suspects] = truncated | (rounded != exact).int()
+    bits[suspects] = (bits[suspects] - (rounded.abs() > exact.abs()).int()) | 1
     return single.to(dtype)
 
 

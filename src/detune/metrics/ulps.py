@@ -44,4 +44,5 @@ def ulps(got: Tensor, expected: Tensor) -> Tensor:
 
 
 def _flip(bits: Tensor) -> Tensor:
-    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
+    # The shift spreads the sign over all bits.
+    return bits ^ ((bits >> (8 * bits.element_size() - 1)) & torch.iinfo(bits.dtype).max)

@@ -103,6 +103,8 @@ def predict(base: Tensor, factors: IntegerFactors | None, dtype: torch.dtype) ->
     Returns:
         The prediction, in the base's shape.
     """
+    if factors is None and base.dtype == dtype:
+        return Prediction(base, torch.zeros(base.shape, dtype=torch.float64))
     exact = base.double()
     if factors is not None:
         exact = exact + factors.dense().reshape(base.shape)
