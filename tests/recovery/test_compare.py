@@ -6,6 +6,8 @@ import torch
 
 import detune
 from detune.errors import InputError
+from detune.metrics import squared_error, w_error
+from tests.cases import normal, seeded
 from tests.families import plain_state, save_plain
 
 
@@ -77,3 +79,16 @@ def test_refuses_what_cannot_be_compared(tmp_path):
     for pair in ((damaged, one), (one, damaged)):
         with pytest.raises(InputError, match=r"'x' of .*d holds NaN or Inf"):
             detune.compare(*pair)
+
+
+def test_sums_over_several_blocks():
+    truth = normal(seeded(0), 600, 700)
+    assert squared_error(truth + 0.5, truth) == pytest.approx(0.25)
+    expected = math.log10(float(truth.square().mean())) - 400
+    assert w_error(1e-200 * truth, torch.zeros_like(truth)) == pytest.approx(expected)
+
+
+def test_a_sum_beyond_the_dtype_is_no_damage(tmp_path):
+    state = {"x": torch.full((64, 64), 6e4, dtype=torch.float16)}
+    models = [save_plain(tmp_path / name, state) for name in "ab"]
+    assert detune.compare(*models).rows[0].bit_identical == 1
