@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from detune._runtime import quiet, seeded, use_threads
+from detune._runtime import global_seed, quiet, use_threads
 from detune.demo.language_model import FineTune, language_model, train_adapter
 from detune.demo.texts import passages
 from detune.demo.train import merge
@@ -110,7 +110,7 @@ def with_added_tokens() -> Path:
     """D's merge with a vocabulary of two more tokens."""
     path = CACHE / "light-bf16" / "D-tokens"
     if not (path / "tokenizer.json").is_file():
-        with quiet(), seeded(0):
+        with quiet(), global_seed(0):
             model = AutoModelForCausalLM.from_pretrained(merged("D", "light", "bf16"), dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(base())
             tokenizer.add_tokens([f"<added-{i}>" for i in range(ADDED_TOKENS)])
@@ -135,7 +135,7 @@ def fully_tuned() -> Path:
     path = CACHE / "light-bf16" / "full"
     if (path / "tokenizer.json").is_file():
         return path
-    with quiet(), seeded(0), use_threads(1):
+    with quiet(), global_seed(0), use_threads(1):
         tokenizer = AutoTokenizer.from_pretrained(base())
         model = AutoModelForCausalLM.from_pretrained(base(), dtype=torch.float32)
         optimizer = torch.optim.AdamW(model.parameters(), lr=FULL_RATE, weight_decay=0.0)

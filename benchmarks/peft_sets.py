@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detune._runtime import quiet, seeded, use_threads
+from detune._runtime import global_seed, quiet, use_threads
 
 TARGETS = ("query", "value")
 
@@ -112,7 +112,7 @@ def fine_tune(
     import peft
 
     full = method is METHODS["full"]
-    with quiet_peft(), seeded(0):
+    with quiet_peft(), global_seed(0):
         model = base if full else peft.get_peft_model(base, method.config(index))
         model.train()
         if full:
@@ -157,11 +157,11 @@ def tiny_set(
     Returns:
         The base's matrices, and each fine-tune's.
     """
-    with seeded(1):
+    with global_seed(1):
         truth = weights(Layers(width))
     models = []
     for index in range(count):
-        with seeded(1):
+        with global_seed(1):
             base = Layers(width)
         models.append(weights(fine_tune(base, method, index, steps, _lesson(100 + index, width))))
     return truth, models
@@ -169,7 +169,7 @@ def tiny_set(
 
 def _lesson(seed: int, width: int) -> Callable[[nn.Module, int], Tensor]:
     """How far a model is from another base."""
-    with seeded(seed):
+    with global_seed(seed):
         teacher, inputs = Layers(width), torch.randn(64, width)
         outputs = teacher(inputs).detach()
     return lambda model, step: F.mse_loss(model(inputs), outputs)

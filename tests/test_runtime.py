@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from detune._runtime import needs_extra, quiet, seeded, use_threads
+from detune._runtime import global_seed, needs_extra, quiet, use_threads
 from detune.errors import DetuneError
 
 
@@ -22,12 +22,12 @@ def test_seeded_puts_every_global_generator_back():
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    with seeded(5):
+    with global_seed(5):
         first = float(torch.rand(()))
         random.seed(9)  # as trainers do
         np.random.seed(9)
     assert draws() == expected
-    with seeded(5):
+    with global_seed(5):
         assert float(torch.rand(())) == first
 
 

@@ -16,9 +16,9 @@ __all__ = [
     "OnPart",
     "OnStart",
     "command_line",
+    "global_seed",
     "needs_extra",
     "quiet",
-    "seeded",
     "telling",
     "use_threads",
     "versions",
@@ -81,7 +81,7 @@ def telling(on_part: OnPart | None, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def global_seed(seed: int) -> Iterator[None]:
     """Seed torch's global generator, which PEFT and dropout draw from, and put it back.
 
     Trainers seed those of Python and numpy as well: these are put back too.

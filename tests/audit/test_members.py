@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from detune._runtime import quiet, seeded
+from detune._runtime import global_seed, quiet
 from detune.attacks.align import align
 from detune.audit import AuditReport, audit, members
 from detune.audit.findings import verdict_of
@@ -14,8 +14,8 @@ from detune.audit.trial import AboveMeasuredNoise
 from detune.defences import Noise, Permutation, defend
 from detune.methods import Auto
 from detune.problem import Stack
+from tests.cases import global_seed as generator_of
 from tests.cases import normal
-from tests.cases import seeded as generator_of
 from tests.families import Fine, fine_tune, save_plain
 
 
@@ -30,7 +30,7 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Fine:
         intermediate_size=96,
         max_position_embeddings=16,
     )
-    with seeded(0), quiet():
+    with global_seed(0), quiet():
         return fine_tune(BertModel(config), ["query.weight", "value.weight"], tmp_path_factory.mktemp("bert"))
 
 

@@ -16,8 +16,8 @@ from transformers import BertModel
 from detune._runtime import quiet
 from detune.bench import build
 from detune.bench.build import build_subset
-from detune.bench.checkpoints import merge_subset, tensor_name
 from detune.bench.layers import Layer, arrow_schema
+from detune.bench.merging import merge_subset, tensor_name
 from detune.bench.subsets import Subset, open_subset
 from detune.checkpoints import open_checkpoint
 from detune.errors import InputError, OutputError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detune._runtime import seeded
+from detune._runtime import global_seed
 from detune.bench import run as runner
 from detune.bench.behaviour import Differences
 from detune.bench.methods import find_method
@@ -333,7 +333,7 @@ def test_no_results_is_an_error(store):
 
 
 def test_running_leaves_the_global_generator_alone(subset, store):
-    with seeded(0):
+    with global_seed(0):
         state = torch.get_rng_state()
         run(subset, plan(subset, methods(subset, "spectral"), [3]), store)
         assert torch.equal(torch.get_rng_state(), state)

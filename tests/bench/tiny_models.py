@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from detune._runtime import quiet, seeded
+from detune._runtime import global_seed, quiet
 
 LAYERS = 3
 """Blocks of the encoders."""
@@ -20,7 +20,7 @@ def save_vit(out: Path) -> None:
         image_size=16,
         patch_size=8,
     )
-    with seeded(0), quiet():
+    with global_seed(0), quiet():
         ViTForImageClassification(config).double().save_pretrained(out)
         ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(out)
 
@@ -38,7 +38,7 @@ def save_bert(out: Path, words: list[str]) -> None:
         intermediate_size=16,
         max_position_embeddings=160,
     )
-    with seeded(0), quiet():
+    with global_seed(0), quiet():
         BertForMaskedLM(config).double().save_pretrained(out)
         BertTokenizerFast(vocab=vocabulary).save_pretrained(out)
 
@@ -61,7 +61,7 @@ def save_llama(out: Path, words: list[str]) -> None:
         eos_token_id=1,
         bos_token_id=None,
     )
-    with seeded(0), quiet():
+    with global_seed(0), quiet():
         LlamaForCausalLM(config).save_pretrained(out)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(out)
 
@@ -73,7 +73,7 @@ def save_diffusion(out: Path, words: list[str]) -> None:
 
     letters = sorted(set("".join(words)))
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    with seeded(0), quiet("diffusers"):
+    with global_seed(0), quiet("diffusers"):
         tokenizer = CLIPTokenizer(vocab=dict(zip(tokens, range(99), strict=False)), merges=[], model_max_length=16)
         text = CLIPTextConfig(
             vocab_size=len(tokens),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
-from detune._runtime import quiet, seeded
+from detune._runtime import global_seed, quiet
 
 WORDS = ("a", "base", "model", "leaks", "from", "fine", "tunes", "of", "its", "weights", "when", "three", "are", "out")
 TEXTS = tuple(" ".join(WORDS[i % 7 : 3 + i % 11]) for i in range(40))
@@ -24,7 +24,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=40,
         max_position_embeddings=80,
     )
-    with seeded(0), quiet():
+    with global_seed(0), quiet():
         BertForMaskedLM(config).save_pretrained(out)
         BertTokenizerFast(vocab=vocabulary).save_pretrained(out)
     return out

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detune._runtime import quiet, seeded
+from detune._runtime import global_seed, quiet
 from detune.checkpoints import CheckpointWriter, open_checkpoint
 from detune.defences.base import Defence
 
@@ -104,7 +104,7 @@ KINDS = {
 
 def build(kind: str, seed: int = 0) -> Any:
     """A random model in float32, biases and norms not at their defaults."""
-    with seeded(seed), quiet():
+    with global_seed(seed), quiet():
         model = KINDS[kind].make().eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

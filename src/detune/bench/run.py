@@ -22,8 +22,8 @@ from torch import Tensor
 
 from detune._runtime import OnPart, OnStart, telling
 from detune.bench.behaviour import Behaviour, Differences, Metric, behaviour_of
-from detune.bench.checkpoints import tensor_name, write_with
 from detune.bench.layers import Layer
+from detune.bench.merging import tensor_name, write_with
 from detune.bench.methods import Method
 from detune.bench.results import Cell, CellResult, Environment, LayerResult, ResultStore
 from detune.bench.subsets import Subset

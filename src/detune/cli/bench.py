@@ -149,7 +149,7 @@ def build(
 @quiet_option
 def merge(subset: str, out: Path, base: Path | None, data: Path | None, revision: str, quiet: bool) -> None:
     """Write every fine-tuned model of SUBSET as a merged checkpoint below OUT."""
-    from detune.bench.checkpoints import merge_subset
+    from detune.bench.merging import merge_subset
     from detune.bench.subsets import open_subset
 
     output = Output(quiet, as_json=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from detune._runtime import needs_extra, quiet, seeded
+from detune._runtime import global_seed, needs_extra, quiet
 from detune.checkpoints import from_out, load_pretrained, new_directory, resolved
 from detune.errors import InputError, reason_of
 
@@ -67,7 +67,7 @@ class FrozenA:
             from transformers import AutoModel
 
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets))
-        with new_directory(out) as partial, quiet(), seeded(seed):
+        with new_directory(out) as partial, quiet(), global_seed(seed):
             try:
                 model = get_peft_model(load_pretrained(AutoModel, base, dtype=torch.float32), config)
             except (OSError, ValueError) as error:

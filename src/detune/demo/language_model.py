@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from detune._runtime import needs_extra, quiet, seeded, use_threads
+from detune._runtime import global_seed, needs_extra, quiet, use_threads
 from detune.checkpoints import load_pretrained, open_checkpoint
 from detune.demo.texts import passages
 from detune.errors import DetuneError
@@ -156,7 +156,7 @@ def train_adapter(
         task_type="CAUSAL_LM",
     )
     texts = passages(tune.domain)
-    with quiet(), seeded(tune.seed), use_threads(threads):
+    with quiet(), global_seed(tune.seed), use_threads(threads):
         tokenizer = load_pretrained(AutoTokenizer, base_dir)
         tokens = [token for ids in tokenizer(texts)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
         model = get_peft_model(load_pretrained(AutoModelForCausalLM, base_dir, dtype=torch.float32), config)

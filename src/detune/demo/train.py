@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detune._runtime import needs_extra, quiet, seeded, use_threads
+from detune._runtime import global_seed, needs_extra, quiet, use_threads
 from detune.checkpoints import load_pretrained, model_class_of
 from detune.defences.frozen_a import freeze_a
 from detune.errors import InputError
@@ -102,7 +102,7 @@ def train_lora(
         from transformers import AutoModel, AutoTokenizer
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
-    with quiet(), seeded(seed), use_threads(threads):
+    with quiet(), global_seed(seed), use_threads(threads):
         tokenizer = load_pretrained(AutoTokenizer, base_dir)
         model = load_pretrained(AutoModel, base_dir, dtype=torch.float32)
         if start is None:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detune._runtime import needs_extra, quiet, seeded
+from detune._runtime import global_seed, needs_extra, quiet
 from detune.bench.behaviour.base import Differences, Metric
 from detune.bench.behaviour.loading import load, loading
 from detune.checkpoints import load_pretrained
@@ -56,7 +56,7 @@ class DrawnImages:
             from transformers import CLIPTextModel
 
             classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-            with seeded(self.seed):  # whatever a library draws, torch's generator is put back
+            with global_seed(self.seed):  # whatever a library draws, torch's generator is put back
                 parts = {name: load(part, model_dir / name, torch.float32) for name, part in classes.items()}
                 with loading(f"the pipeline in {model_dir}"):
                     without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detune._runtime import needs_extra, quiet, seeded
+from detune._runtime import global_seed, needs_extra, quiet
 from detune.bench.behaviour.base import Differences
 from detune.bench.behaviour.loading import load, loading
 from detune.checkpoints import load_pretrained
@@ -132,7 +132,7 @@ def _run(model_dir: Path, batches: Iterator[dict[str, Tensor]]) -> States:
     from transformers import AutoModel
 
     # The head is left out, as no LoRA is merged into it. The seed is for a pooler that the checkpoint lacks.
-    with quiet(), seeded(0), torch.no_grad():
+    with quiet(), global_seed(0), torch.no_grad():
         model = load(AutoModel, model_dir, torch.float64, unused="pooler")
         seen = [_states(model, batch) for batch in batches]
     return tuple(torch.cat(layer) for layer in zip(*seen, strict=True))

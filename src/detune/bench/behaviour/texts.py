@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from detune._runtime import needs_extra, quiet, seeded
+from detune._runtime import global_seed, needs_extra, quiet
 from detune.bench.behaviour.base import Differences
 from detune.bench.behaviour.loading import load, loading
 from detune.checkpoints import load_pretrained
@@ -99,7 +99,7 @@ class WrittenTexts:
     def _write(self, model: Any, tokenizer: Any, prompt: str) -> str:
         # Some tokenizers give token types, which not every model takes.
         tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        with seeded(self.seed):
+        with global_seed(self.seed):
             (sequence,) = model.generate(**tokens)
         text: str = tokenizer.decode(sequence, skip_special_tokens=True)
         return text

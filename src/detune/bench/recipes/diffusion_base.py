@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from detune._runtime import needs_extra, quiet, seeded, use_threads
+from detune._runtime import global_seed, needs_extra, quiet, use_threads
 from detune.bench.recipes.diffusion_pictures import LOOKS, SIDE, Digits, Pictures, captions_of, digits, vocabulary
 from detune.bench.recipes.diffusion_settings import DiffusionSettings
 from detune.bench.recipes.diffusion_training import Denoiser, encode, learn, to_tensor
@@ -39,7 +39,7 @@ def make_base(recipe: DiffusionSettings, out: Path) -> None:
     with needs_extra("bench"), quiet("diffusers"):
         from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-        with seeded(recipe.base_seed), use_threads(recipe.threads):
+        with global_seed(recipe.base_seed), use_threads(recipe.threads):
             generator = torch.Generator().manual_seed(recipe.base_seed)
             data = digits(recipe.base_examples)
             tokenizer = _tokenizer()

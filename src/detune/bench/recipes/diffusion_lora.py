@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detune._runtime import needs_extra, quiet, seeded, use_threads
+from detune._runtime import global_seed, needs_extra, quiet, use_threads
 from detune.bench.recipes.base import write_losses
 from detune.bench.recipes.diffusion_pictures import LOOKS, Digits, captions_of, digits, look_caption
 from detune.bench.recipes.diffusion_settings import DiffusionSettings
@@ -48,7 +48,7 @@ def train_lora(recipe: DiffusionSettings, base: Path, look: str, out: Path, *, r
         data = digits(recipe.adapter_examples)
         latents = encode(pipeline.vae, LOOKS[look](data.pictures)) * pipeline.vae.config.scaling_factor
         denoiser = pipeline.denoiser
-        with seeded(seed):
+        with global_seed(seed):
             _add_lora(denoiser, rank, alpha=rank * recipe.alpha / recipe.rank)
         captions = _captions(data, look)
         losses = learn(

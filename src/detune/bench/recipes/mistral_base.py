@@ -118,8 +118,8 @@ def settings_of(scratch: Path, steps: int, batch: int, lr: float, seed: int) -> 
 
 @contextmanager
 def workplace(seed: int) -> Iterator[Path]:
-    """A place for a trainer to work in: silent, seeded, on the recipe's threads, with a directory to write to."""
-    from detune._runtime import needs_extra, quiet, seeded, use_threads
+    """A place for a trainer to work in: silent, global_seed, on the recipe's threads, with a directory to write to."""
+    from detune._runtime import global_seed, needs_extra, quiet, use_threads
     from detune.checkpoints import temporary_directory
 
     with needs_extra("bench"):
@@ -128,7 +128,7 @@ def workplace(seed: int) -> Iterator[Path]:
     bars = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        with quiet(), seeded(seed), use_threads(THREADS), temporary_directory("training") as scratch:
+        with quiet(), global_seed(seed), use_threads(THREADS), temporary_directory("training") as scratch:
             yield scratch
     finally:
         if bars:

@@ -83,7 +83,7 @@ class VitMini:
         Raises:
             DetuneError: The extra `bench` is not installed.
         """
-        from detune._runtime import needs_extra, quiet, seeded, use_threads
+        from detune._runtime import global_seed, needs_extra, quiet, use_threads
 
         with needs_extra("bench"):
             from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -100,7 +100,7 @@ class VitMini:
             label2id={str(digit): digit for digit in range(10)},
         )
         processor = ViTImageProcessorPil(size={"height": self.image_pixels, "width": self.image_pixels})
-        with quiet(), seeded(_BASE_SEED), use_threads(self.threads):
+        with quiet(), global_seed(_BASE_SEED), use_threads(self.threads):
             model = ViTForImageClassification(config)
             losses = _train(
                 model,
@@ -135,7 +135,7 @@ class VitMini:
         """
         if task not in self.tasks:
             raise InputError(f"{self.name} has no task {task!r}", f"expected one of {', '.join(self.tasks)}")
-        from detune._runtime import needs_extra, quiet, seeded, use_threads
+        from detune._runtime import global_seed, needs_extra, quiet, use_threads
 
         with needs_extra("bench"):
             from peft import LoraConfig, get_peft_model
@@ -157,7 +157,7 @@ class VitMini:
                 target_modules=targets,
                 lora_dropout=0.1,
             )
-            with seeded(seed):
+            with global_seed(seed):
                 # The LoRA first: how much the head draws depends on the task, and A must not.
                 model = get_peft_model(vit, config)
                 vit.classifier = nn.Linear(self.hidden, question.classes)

@@ -1,4 +1,4 @@
-"""Checkpoints made of rows: the base with other weights in the rows' places."""
+"""Checkpoints with the rows of a subset merged in: the base with other weights in their places."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
