@@ -40,6 +40,16 @@ def test_the_part_has_the_source_models_and_their_deltas_alone():
     assert answer.weight is recovery.weight
 
 
+def test_models_are_said_by_their_numbers_among_all():
+    def solve(part: Stack, rank: int | None):
+        return replace(
+            Intersect().solve(part, rank), reason="model 1 is as rank 2 says, from models 0 and 2 of 3 models"
+        )
+
+    recovery = solve_from(STACK, (0, 2, 3), solve, None, "for the test")
+    assert recovery.reason.startswith("model 2 is as rank 2 says, from models 0 and 3 of 3 models; from models 0, 2, 3")
+
+
 def test_no_answer_that_is_not_at_the_noise():
     def solve(part: Stack, rank: int | None):
         return replace(Intersect().solve(part, rank), noise_ratio=3.0)

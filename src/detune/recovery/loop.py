@@ -20,6 +20,7 @@ from detune.origin import Origin
 from detune.problem import NonFinite
 from detune.recovery.report import TensorResult
 from detune.recovery.scheduler import TensorLoad, TensorScheduler
+from detune.source_models.solve_from import renumbered
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def _placed(result: TensorResult, family: ModelSet, began: float) -> TensorResul
         result,
         shape=family.shape(name),
         dtype=", ".join(dict.fromkeys(name_of(dtype) for dtype in family.dtypes(name))),
-        reason=result.reason + f"; {len(holders)} of {family.n} models have it" * some,
+        reason=renumbered(result.reason, holders) + f"; {len(holders)} of {family.n} models have it" * some,
         ranks=tuple(ranks.get(i) for i in range(family.n)) if ranks else (),
         seconds=time.perf_counter() - began,
     )

@@ -22,6 +22,7 @@ from detune.problem.stack import matricise
 from detune.problem.storage_noise import FLOOR_RATIO, sample_rows
 from detune.recovery.report import TensorResult
 from detune.source_models.identical import unchanged
+from detune.source_models.solve_from import renumbered
 
 # Where models have trained rows of their own, most rows are as they were, and most entries of the others are not. Low
 # ranks change all rows; where rounding leaves most entries as they were, it does so in all rows, too
@@ -161,7 +162,7 @@ def _solve_group(
     found = _solve_matrix(stack.part(group), solver, rank, stored, check)
     others = [i for i in range(stack.n) if i not in group]
     listed = f"model{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
-    reason = f"{found.result.reason}; without {listed} of the {stack.n} used: full rank here"
+    reason = f"{renumbered(found.result.reason, group)}; without {listed} of the {stack.n} used: full rank here"
     known = dict(zip(group, found.result.ranks, strict=True)) if found.result.ranks else {}
     ranks = tuple(known.get(i, min(stack.shape)) for i in range(stack.n)) if known else ()
     return found.but(reason=reason, ranks=ranks)

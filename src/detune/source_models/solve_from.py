@@ -1,6 +1,7 @@
 """The answer of some of the models, with the deltas of all: the others' are their differences from it."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from detune.fitting.differences import find_differences
@@ -16,7 +17,24 @@ from detune.problem.storage_noise import FLOOR_RATIO
 # (derived).
 ROUNDED_TWICE = 2**0.5
 
+# The models that a sentence names, by their numbers in the stack.
+NUMBERED = re.compile(r"(?<=\bmodel )\d+|(?<=\bmodels )\d+(?:, \d+)*(?: and \d+)?")
+
 Solve = Callable[[Stack, int | None], Recovery]
+
+
+def renumbered(reason: str, models: Sequence[int]) -> str:
+    """A sentence about a part of some models, with the numbers that these have among all.
+
+    Args:
+        reason: What is said of the part.
+        models: The number of each of its models.
+
+    Example:
+        >>> renumbered("models 0 and 2 agree, model 1 does not", (1, 3, 4))
+        'models 1 and 4 agree, model 3 does not'
+    """
+    return NUMBERED.sub(lambda listed: re.sub(r"\d+", lambda each: str(models[int(each[0])]), listed[0]), reason)
 
 
 def solve_from(
@@ -47,7 +65,7 @@ def solve_from(
     names = ", ".join(map(str, models))
     return replace(
         found,
-        reason=f"{found.reason}; from model{'s' * (len(models) > 1)} {names}: {why_not_all}",
+        reason=f"{renumbered(found.reason, models)}; from model{'s' * (len(models) > 1)} {names}: {why_not_all}",
         deltas=tuple(deltas[i] for i in sorted(deltas)),
         ranks=tuple(deltas[i].rank for i in sorted(deltas)),
         residuals=None,
