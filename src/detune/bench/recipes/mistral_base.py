@@ -118,7 +118,7 @@ def settings_of(scratch: Path, steps: int, batch: int, lr: float, seed: int) -> 
 
 @contextmanager
 def workplace(seed: int) -> Iterator[Path]:
-    """A place for a trainer to work in: silent, global_seed, on the recipe's threads, with a directory to write to."""
+    """A place for a trainer to work in: silent, seeded, on the recipe's threads, with a directory to write to."""
     from detune._runtime import global_seed, needs_extra, quiet, use_threads
     from detune.checkpoints import temporary_directory
 
