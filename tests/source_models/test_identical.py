@@ -7,6 +7,8 @@ from detune.methods import Auto
 from detune.metrics import w_error
 from detune.numerics.float_grid import nearest
 from detune.problem import Recovery, Stack
+from detune.problem.recovery import left_alone
+from detune.source_models.identical import solve_versions
 from tests.cases import normal, seeded
 
 SHAPE = (64, 48)
@@ -105,6 +107,30 @@ class TestThreeVersions:
             "exact, if models 1 and 2 agree in every bit, as the others allow, because the matrix was left alone"
         )
         assert float("-inf") < w_error(recovery.weight, base) <= certificate.worst_w_error
+
+    def test_what_most_leave_alone_is_not_taken_from_one_that_hardly_changed_it(self):
+        base = W.bfloat16()
+        sizes = (0.0, 0.1, 0.0, 0.01, 0.0)
+        stack = Stack.of([(base.double() + size * lora(seed)).bfloat16() for seed, size in enumerate(sizes)])
+
+        def take_the_lightest(versions: Stack, rank: int | None) -> Recovery:
+            return left_alone(versions, 2, "model 2 shows no change of its own", 1e-9)
+
+        recovery = solve_versions(stack, take_the_lightest, None)
+        certificate = certify(stack, recovery, torch.bfloat16)
+        assert torch.equal(recovery.weight.bfloat16(), base)
+        assert certificate.verdict is Verdict.APPROXIMATE
+        assert certificate.reason == (
+            "exact, if models 0, 2 and 4, most of all, agree in every bit because the matrix was left alone"
+        )
+        assert certificate.worst_w_error == pytest.approx(w_error(stack.matrices[3], base), abs=1e-6)
+
+    def test_an_adapter_that_most_share_is_taken_off_where_it_shows(self):
+        base = W.bfloat16()
+        stack = Stack.of([(base.double() + 20 * lora(seed)).bfloat16() for seed in (0, 0, 0, 1, 2)])
+        recovery = Auto().solve(stack)
+        assert recovery.ranks == (2, 2, 2, 2, 2)
+        assert in_range(stack, recovery, base)
 
     def test_two_pairs_and_another(self):
         stack = merged(lora(0), lora(1), lora(0), lora(1), lora(2))

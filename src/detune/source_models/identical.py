@@ -3,7 +3,8 @@
 Of two that agree and a third nobody can tell: either side may be the base's. What can be said is what the third differs
 by, which is how far the base may be off. A third version decides: where the ranks of the differences add up without
 those that agree having one, or where the base's grid shows. In half precision it confirms no more than that: a light
-delta changes few entries there, and those are the ones of which nothing is certain.
+delta changes few entries there, and those are the ones of which nothing is certain. Nor does it refute there what most
+models say: which of two matrices is the base's and which one lightly changed is seen in no difference.
 """
 
 import math
@@ -51,25 +52,31 @@ def solve_versions(stack: Stack, solve: Callable[[Stack, int | None], Recovery],
 
     Returns:
         The answer; with the bits of models that agree, where the others confirm them: in half precision as far as
-        another version is off. None where no two agree, there are too few versions, or they do not have an answer.
+        another version is off. There the bits that most models agree in need no more than that the others do not speak
+        clearly against them. None where no two agree, there are too few versions, or they do not have an answer.
     """
     groups = stack.versions
     if not FEWEST_MODELS <= len(groups) < stack.n:
         return None
     firsts = tuple(group[0] for group in groups)
     found = solve_from(stack, firsts, solve, rank, "the others agree with one of these in every bit")
-    confirmed = [group for group in groups if found and len(group) > 1 and _confirms(found, stack.matrices[group[0]])]
-    if found is None or not confirmed:
-        return found
-    unseen = _unseen(stack, confirmed[0], groups)
-    how = "as the others allow," if unseen else "and the others show that base"
-    kept = left_alone(stack, confirmed[0][0], f"{_agree(confirmed[0])}, {how}", unseen)
-    return replace(kept, deltas=found.deltas, ranks=found.ranks)
+    if found is None:
+        return None
+    for group in groups:
+        if len(group) > 1 and _confirms(found, stack.matrices[group[0]]):
+            unseen = _unseen(stack, group, groups)
+            how = "as the others allow," if unseen else "and the others show that base"
+            kept = left_alone(stack, group[0], f"{_agree(group)}, {how}", unseen)
+            return replace(kept, deltas=found.deltas, ranks=found.ranks)
+    most = max(groups, key=len)
+    if 2 * len(most) > stack.n and stack.rounded_dtypes[most[0]] in HALVES and not _is_clear(found):
+        return left_alone(stack, most[0], _agree(most, ", most of all,"), _unseen(stack, most, groups))
+    return found
 
 
-def _agree(group: tuple[int, ...]) -> str:
+def _agree(group: tuple[int, ...], how_many: str = "") -> str:
     *most, last = map(str, group)
-    return f"models {', '.join(most)} and {last} agree in every bit"
+    return f"models {', '.join(most)} and {last}{how_many} agree in every bit"
 
 
 def _confirms(found: Recovery, own: Tensor) -> bool:
@@ -78,6 +85,11 @@ def _confirms(found: Recovery, own: Tensor) -> bool:
         return False
     same = found.weight.eq(own.to(found.weight))
     return bool((same if found.bits is None else same[found.bits.certain]).all())
+
+
+def _is_clear(found: Recovery) -> bool:
+    """Whether an answer shows a delta of every model, and most of the base's bits where it is about these."""
+    return all(found.ranks) and bool(found.deltas) and (found.bits is None or found.bits.share >= MOST)
 
 
 def _unseen(stack: Stack, agreeing: tuple[int, ...], groups: tuple[tuple[int, ...], ...]) -> float:
