@@ -65,7 +65,7 @@ def solve_versions(stack: Stack, solve: Callable[[Stack, int | None], Recovery],
     for group in groups:
         if len(group) > 1 and _confirms(found, stack.matrices[group[0]]):
             unseen = _unseen(stack, group, groups)
-            how = "as the others allow," if unseen else "and the others show that base"
+            how = "as the others allow" if unseen else "and the others show that base"
             kept = left_alone(stack, group[0], f"{_agree(group)}, {how}", unseen)
             return replace(kept, deltas=found.deltas, ranks=found.ranks)
     most = max(groups, key=len)
