@@ -104,7 +104,7 @@ class TestThreeVersions:
         assert recovery.method == "unchanged"
         assert certificate.verdict is Verdict.APPROXIMATE
         assert certificate.reason == (
-            "exact, if models 1 and 2 agree in every bit, as the others allow, because the matrix was left alone"
+            "exact, if models 1 and 2 agree in every bit (the others allow it) because the matrix was left alone"
         )
         assert float("-inf") < w_error(recovery.weight, base) <= certificate.worst_w_error
 

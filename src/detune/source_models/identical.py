@@ -65,8 +65,8 @@ def solve_versions(stack: Stack, solve: Callable[[Stack, int | None], Recovery],
     for group in groups:
         if len(group) > 1 and _confirms(found, stack.matrices[group[0]]):
             unseen = _unseen(stack, group, groups)
-            how = "as the others allow" if unseen else "and the others show that base"
-            kept = left_alone(stack, group[0], f"{_agree(group)}, {how}", unseen)
+            how = " (the others allow it)" if unseen else ", and the others show that base"
+            kept = left_alone(stack, group[0], f"{_agree(group)}{how}", unseen)
             return replace(kept, deltas=found.deltas, ranks=found.ranks)
     most = max(groups, key=len)
     if 2 * len(most) > stack.n and stack.rounded_dtypes[most[0]] in HALVES and not _is_clear(found):
