@@ -102,7 +102,10 @@ def relate(first: Tensor, second: Tensor, seed: int = 0, noise: float = 0.0) -> 
         NonFinite: One holds NaN or Inf where it was looked at.
     """
     pair = _seen((first, second), (0.0, noise))
-    return _relate_seen(pair.matrices, seed, math.hypot(*pair.noise_override))
+    relation = _relate_seen(pair.matrices, seed, math.hypot(*pair.noise_override))
+    # A merge that was saved more finely is seen in the dtype that it was merged in, and judged by its noise.
+    coarser = any(seen.dtype != stored.dtype for seen, stored in zip(pair.matrices, (first, second), strict=True))
+    return replace(relation, coarse=relation.coarse or coarser)
 
 
 def _relate_seen(pair: Sequence[Tensor], seed: int, noise: float) -> Relation:
