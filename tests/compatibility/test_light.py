@@ -48,6 +48,13 @@ def test_models_are_light_that_are_equal_in_many_entries(size, expected, dtype):
     assert is_light(light_matrices((unit, unit, unit), dtype=dtype)) is expected
 
 
+def test_one_pair_beyond_a_third_leaves_many_light_and_one_ordinary_model_does_not():
+    matrices = light_matrices((0.1, 0.1, 0.1, 0.1, 1.0, 1.0))
+    assert not is_light(matrices[4:])
+    assert is_light(matrices)
+    assert not is_light([*matrices[:4], *light_matrices((3.0,))])
+
+
 def test_only_half_precision_is_light():
     matrices = light_matrices((0.1, 0.1))
     assert not is_light([matrix.float() for matrix in matrices])

@@ -23,8 +23,8 @@ from detune.problem.stack import matricise
 # Rows of a matrix that are looked at: four thousand entries even of 64 columns, of which a share is known to a per cent
 # (derived).
 ROWS = 64
-# Models are light that differ in less than two entries of three, each from each: where two models changed a share c of
-# the entries each, they differ in about 1 - (1 - c)^2 of them, so that most of each one's are the base's own
+# Models are light that differ in less than two entries of three, each from the others: where two models changed a
+# share c of the entries each, they differ in about 1 - (1 - c)^2 of them, so that most of each one's are the base's own
 # (derived: c = 0.42).
 LIGHT = 2 / 3
 # A model left a matrix alone that seems to have changed fewer entries than a fifth of what the others did. On four
@@ -78,13 +78,21 @@ def find_bit_change(models: Sequence[Checkpoint], name: str) -> BitChange:
 
 
 def is_light(matrices: Sequence[Tensor]) -> bool:
-    """Whether matrices in half precision, two at least, are equal in a third of the entries, each to each."""
+    """Whether matrices in half precision, two at least, are equal in a third of the entries, each to the others.
+
+    That is on average over the others: among many models a pair beyond it is no sign that their deltas are larger.
+    """
     dtypes = {matrix.dtype for matrix in matrices}
     if len(dtypes) > 1 or not dtypes <= set(HALVES) or min(matrices[0].shape) == 1:
         return False
     # As integers: processors compare those several times as fast as numbers in half precision.
     bits = _some_entries([matrix[:ROWS] for matrix in matrices]).view(torch.int16)
-    return all(int(one.ne(other).count_nonzero()) < LIGHT * len(one) for one, other in combinations(bits, 2))
+    differing = [0] * len(bits)
+    for i, j in combinations(range(len(bits)), 2):
+        count = int(bits[i].ne(bits[j]).count_nonzero())
+        differing[i] += count
+        differing[j] += count
+    return max(differing) < LIGHT * bits[0].numel() * (len(bits) - 1)
 
 
 def changed_in_part(matrices: Sequence[Tensor]) -> tuple[bool, ...]:
