@@ -94,6 +94,7 @@ def test_equal_bytes_say_who_left_it_alone(tmp_path):
     edit(models[1], lambda state: state.update({"layer.1.weight": alone["layer.1.weight"]}))
     rows = {row.name: row for row in detune.check_family(models).tensors}
     assert rows["layer.1.weight"].changed == (False, False, True)
+    assert rows["layer.1.weight"].ranks[:2] == (0, 0)
     assert rows["norm.weight"].changed == (False, False, True)
 
 

@@ -157,7 +157,8 @@ def describe_change(
     if outcome.ranks:
         ranks = _placed(dict(zip(groups[0], outcome.ranks, strict=True)), members)
         if bits.light:
-            ranks = tuple(rank if rank or not was else None for was, rank in zip(changed, ranks, strict=True))
+            # Pairs of ranks that hardly show may give one to a model that has the others' bits.
+            ranks = tuple(0 if was is False else rank or None for was, rank in zip(changed, ranks, strict=True))
         else:
             # A model that no other agrees with to the bit, and that has no rank, left the tensor alone.
             changed = tuple(was and rank != 0 for was, rank in zip(changed, ranks, strict=True))
