@@ -65,7 +65,7 @@ def test_the_answer_scales_with_the_matrices(dtype):
         assert torch.equal(scaled.change.times_power_of_two(-exponent).dense(), found.change.dense())
 
 
-def test_a_wild_entry_does_not_hide_the_change():
+def test_an_outlier_does_not_hide_the_change():
     W, W_ft, signal = problem(2, (96, 96), rank=5)
     W_ft[3, 5] = 1e30
     found = denoise_change(W, W_ft)

@@ -117,10 +117,10 @@ def test_the_grid_method_stays_there(elsewhere, n, delta, sweeps):
     assert torch.equal(fetched(recovery.bits.certain), expected.bits.certain)
 
 
-@pytest.mark.parametrize("wild", [(1,), (0, 1, 2)], ids=["in one model", "in all"])
-def test_scale_and_wild_entries_stay_there(elsewhere, wild):
+@pytest.mark.parametrize("damaged", [(1,), (0, 1, 2)], ids=["in one model", "in all"])
+def test_scale_and_outliers_stay_there(elsewhere, damaged):
     models = times_power_of_two(make_problem(REGIMES["float32"], seeded()).stack, -90)
-    models[list(wild), 5, 7] = 1e10
+    models[list(damaged), 5, 7] = 1e10
     stack, here = Stack.of(models, device=elsewhere), Stack.of(models)
     recovery, expected = (solve(Intersect(), s) for s in (stack, here))
     assert torch.equal(fetched(recovery.weight), expected.weight)

@@ -30,7 +30,7 @@ from detune.checkpoints.side_files import CARD
 from detune.compatibility.model_set import Held, ModelSet, damaged
 from detune.metrics import bit_identical, ulps
 from detune.problem import LowRank, NonFinite, NotLowRank, Stack
-from detune.problem.solving import wild_entries_of
+from detune.problem.solving import outliers_of
 from detune.problem.stack import matricise
 
 _Noise = tuple[float | None, float | None]
@@ -235,14 +235,14 @@ class ChangeFitter:
                     return None, "no low rank"
                 found = denoise_change(W, W_i, self._rank, self._device)
                 M_i, told = found.change, f"denoised: {found.kept:.0%} of the change stands over its noise"
-            wild = wild_entries_of(Stack((W, W_i), torch.float64, W.device), ("the base", "the model"))
+            outliers = outliers_of(Stack((W, W_i), torch.float64, W.device), ("the base", "the model"))
         except NonFinite as error:
             raise damaged(name, (self._base, self._specs[i])[error.model]) from None
         if M_i.rank * sum(W.shape) >= W.numel():
             return None, "no low rank"
         if not _has_float32_factors(M_i):
             return None, "a change of this size has no float32 factors"
-        return M_i, "; ".join(filter(None, (told, wild)))
+        return M_i, "; ".join(filter(None, (told, outliers)))
 
 
 def _are_equal(base: Tensor, tensor: Tensor) -> bool:

@@ -50,7 +50,7 @@ def certify(
     """
     prepared, stored = Prepared.of(stack), stored or recovery.weight.dtype
     unit, as_solved = prepared.as_solved(recovery)
-    scale, wild = prepared.scale, prepared.wild
+    scale, outliers = prepared.scale, prepared.outliers
     found = _certify(unit, as_solved.with_plain_errors(), stored, check)
     if recovery.bits is not None or recovery.left_alone:
         found = found.rounded(name_of(stored), _lost(as_solved.weight, stored))
@@ -60,9 +60,9 @@ def certify(
         step = torch.finfo(stored).tiny * torch.finfo(stored).eps
         reason = "some entries are below the smallest normal number, and what storing makes of them is not known"
         found = found.but(reason, 2 * math.log10(step) - math.log10(12))
-    if wild is not None and bool(wild.everywhere.any()):
+    if outliers is not None and bool(outliers.everywhere.any()):
         reason = "what all models hold far above the typical size is known to its rounding at best"
-        found = found.but(reason, wild.log10_unknown - math.log10(recovery.weight.numel()))
+        found = found.but(reason, outliers.log10_unknown - math.log10(recovery.weight.numel()))
     return found
 
 

@@ -153,7 +153,7 @@ def split(matrices: Sequence[Tensor], seed: int = 0, noise: Sequence[float | Non
 
 
 def _seen(matrices: Sequence[Tensor], noise: Sequence[float]) -> Stack:
-    """The versions of a matrix as numbers of the order of one, none of them wild."""
+    """The versions of a matrix as numbers of the order of one, without outliers."""
     told = tuple(noise) if any(noise) else ()
     return told_by_others(Stack(tuple(matrices), torch.float64, matrices[0].device, told))
 

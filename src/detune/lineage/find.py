@@ -20,8 +20,8 @@ from detune.errors import InputError
 from detune.lineage.describe import describe_tree
 from detune.lineage.geometry import Geometry
 from detune.lineage.tree import Lineage, Node
+from detune.problem.outliers import Outliers
 from detune.problem.stack import Stack, matricise
-from detune.problem.wild import WildEntries
 
 # Matrices looked at, of all kinds in turn, and rows and columns of each: any numbers do, they bound the time.
 MATRICES = 12
@@ -99,10 +99,12 @@ def _look(models: Sequence[Checkpoint], names: Sequence[str]) -> Geometry | None
 
 
 def _tame(block: list[Tensor]) -> list[Tensor]:
-    """A block of every model, with what the others hold in place of wild entries: one alone would decide distances."""
+    """A block of every model, with what the others hold in place of outliers: one alone would decide distances."""
     stack = Stack(tuple(block), torch.float64, block[0].device)
-    wild = WildEntries.of(stack)
-    return block if wild is None else list(wild.filled(stack, wild.foretold(stack, lambda part: ())).matrices)
+    outliers = Outliers.of(stack)
+    return (
+        block if outliers is None else list(outliers.filled(stack, outliers.foretold(stack, lambda part: ())).matrices)
+    )
 
 
 def _tells(model: Checkpoint, name: str) -> bool:

@@ -17,7 +17,7 @@ from detune.methods import Auto, Lattice, Mean, SHiRA, Single
 from detune.numerics.float_grid import name_of
 from detune.origin import Origin
 from detune.problem import NotRecoverable, Recovery, Solver, Stack
-from detune.problem.solving import Prepared, solve, wild_entries_of
+from detune.problem.solving import Prepared, outliers_of, solve
 from detune.problem.stack import matricise
 from detune.problem.storage_noise import FLOOR_RATIO, sample_rows
 from detune.recovery.report import TensorResult
@@ -179,7 +179,7 @@ def _solve_matrix(stack: Stack, solver: Solver, rank: int | None, stored: torch.
     except NotRecoverable as why:
         if trained is not None:
             return _certified(stack, trained.recovery(stack), stored)
-        reason = _joined(str(why), wild_entries_of(stack))
+        reason = _joined(str(why), outliers_of(stack))
         return _recovered(solve(Mean(), stack), Verdict.NOT_DETERMINED).but(reason=reason)
     return _certified(stack, recovery, stored, (lambda part: solver.solve(part, rank)) if check else None)
 
@@ -204,7 +204,7 @@ def _solve_vector(stack: Stack, solver: Solver, stored: torch.dtype) -> Recovere
     if untouched is not None:
         return _certified(stack, prepared.restored(untouched), stored)
     reason = f"a vector cannot be low-rank: the average of {stack.n} models"
-    return _recovered(solve(Mean(), stack), Verdict.AVERAGED).but(reason=_joined(reason, wild_entries_of(stack)))
+    return _recovered(solve(Mean(), stack), Verdict.AVERAGED).but(reason=_joined(reason, outliers_of(stack)))
 
 
 def _joined(*sentences: str) -> str:

@@ -10,8 +10,8 @@ from detune.methods import SOLVERS, Auto
 from detune.metrics import w_error
 from detune.numerics.float_grid import nearest, times_power_of_two
 from detune.problem import NonFinite, Stack
+from detune.problem.outliers import Outliers
 from detune.problem.solving import solve, told_by_others
-from detune.problem.wild import WildEntries
 from tests.cases import Problem, Regime, make_problem, normal, seeded
 
 PLAIN = Regime(shape=(48, 40), ranks=(2, 2, 2), scale=0.01, dtype=torch.float32)
@@ -124,13 +124,13 @@ def test_what_all_models_hold_is_taken_as_it_is_and_no_certainty(method, value):
 def test_a_matrix_of_two_scales_has_none(larger):
     W = normal(seeded(), 40, 30)
     W[:, larger] *= 10 ** (9 * torch.rand(40, 1, generator=seeded(1), dtype=torch.float64))
-    assert WildEntries.of(Stack.of([W, 1.01 * W, 0.99 * W])) is None
+    assert Outliers.of(Stack.of([W, 1.01 * W, 0.99 * W])) is None
 
 
-def test_zeros_make_no_entry_wild():
+def test_zeros_make_no_outliers():
     W = torch.zeros(40, 30)
     W[3, 4] = 1.0
-    assert WildEntries.of(Stack.of([W, torch.zeros(40, 30)])) is None
+    assert Outliers.of(Stack.of([W, torch.zeros(40, 30)])) is None
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

@@ -1,12 +1,12 @@
-"""An entry that stands out of its matrix by a factor of a thousand: damage, or a number that stands for infinity.
+"""Outliers: entries a thousand times as large as the others of their matrix, by damage or to stand for infinity.
 
-Its rounding is as much as that of a million others. It is left out of the fit: what the model would hold there, as far
-as the others tell, is put in its place. The rows without wild entries give the row spaces `R_i` of the
+The rounding of one is as much as that of a million others. It is left out of the fit: what the model would hold there,
+as far as the others tell, is put in its place. The rows without outliers give the row spaces `R_i` of the
 `M_i = L_i R_i^T`; a row with one has its part of the `L_i` from its other columns, by least squares on
 
     W_i - mean_j W_j = L_i R_i^T - mean_j L_j R_j^T ,
 
-and its W from the models that are not wild there. Where all are, their own numbers are the answer.
+and its W from the models without an outlier there. Where all have one, their own numbers are the answer.
 """
 
 import math
@@ -22,9 +22,9 @@ from detune.problem.low_rank import LowRank
 from detune.problem.recovery import NotRecoverable, Recovery
 from detune.problem.stack import Stack
 
-# An entry is wild from a thousand times the typical size on, if it is as many times what another model holds there, or
-# all hold such: its rounding is then as much as that of a million others (derived). The largest weights of language
-# models are some hundreds of times the typical size, and adapters change an entry by far less.
+# An entry is an outlier from a thousand times the typical size on, if it is as many times what another model holds
+# there, or all hold such: its rounding is then as much as that of a million others (derived). The largest weights of
+# language models are some hundreds of times the typical size, and adapters change an entry by far less.
 APART = 1e3
 # A larger share of a model's entries is another matrix: any number does that is well below a half.
 MOST = 0.1
@@ -40,15 +40,15 @@ Split = Callable[[Stack], Sequence[LowRank]]
 
 
 @dataclass(frozen=True)
-class WildEntries:
-    """The places of a matrix in which some models hold wild entries.
+class Outliers:
+    """The places of a matrix in which some models hold outliers.
 
     Attributes:
         rows: Rows of the places, `(p,)`, int64.
         columns: `(p,)`.
         stored: What the models hold there, `(p, n)`, float64.
         steps: Units in the last place of that, `(p, n)`, float64.
-        wild: Which of it is wild, `(p, n)`, bool.
+        is_outlier: Which of it is one, `(p, n)`, bool.
         typical: The typical size of each model's entries, `(n,)`, float64.
     """
 
@@ -56,11 +56,11 @@ class WildEntries:
     columns: Tensor
     stored: Tensor
     steps: Tensor
-    wild: Tensor
+    is_outlier: Tensor
     typical: Tensor
 
     @classmethod
-    def of(cls, stack: Stack) -> "WildEntries | None":
+    def of(cls, stack: Stack) -> "Outliers | None":
         """Look for them; None where there are none.
 
         Raises:
@@ -83,39 +83,39 @@ class WildEntries:
         chosen, columns = mask.any(dim=0).nonzero(as_tuple=True)
         if not len(chosen):
             return None
-        wild, rows = mask[:, chosen, columns].mT, rows[chosen]
+        is_outlier, rows = mask[:, chosen, columns].mT, rows[chosen]
         there = [_at(W_i, rows, columns) for W_i in stack.matrices]
         steps = torch.stack([spacing(values, values.dtype) for values in there], dim=1)
         stored = torch.stack([values.double() for values in there], dim=1)
-        return cls(rows, columns, stored, steps, wild, stack.typical)
+        return cls(rows, columns, stored, steps, is_outlier, stack.typical)
 
     @property
-    def transposed(self) -> "WildEntries":
+    def transposed(self) -> "Outliers":
         """The places in the transposed matrix."""
         return replace(self, rows=self.columns, columns=self.rows)
 
     @property
     def everywhere(self) -> Tensor:
-        """The places in which all models are wild, `(p,)`, bool."""
-        return self.wild.all(dim=1)
+        """The places in which all models have outliers, `(p,)`, bool."""
+        return self.is_outlier.all(dim=1)
 
     def filled(self, stack: Stack, values: Tensor) -> Stack:
-        """The stack with values in place of the wild entries.
+        """The stack with values in place of the outliers.
 
         Args:
             stack: The models.
-            values: For each place and model, `(p, n)`, float64; what is not wild is left as it is.
+            values: For each place and model, `(p, n)`, float64; other entries are left as they are.
         """
         matrices = []
-        for W_i, is_wild, own in zip(stack.matrices, self.wild.mT, values.mT, strict=True):
-            matrices.append(_put(W_i, self.rows[is_wild], self.columns[is_wild], own[is_wild]))
+        for W_i, is_outlier, own in zip(stack.matrices, self.is_outlier.mT, values.mT, strict=True):
+            matrices.append(_put(W_i, self.rows[is_outlier], self.columns[is_outlier], own[is_outlier]))
         return replace(stack, matrices=tuple(matrices))
 
     def foretold(self, stack: Stack, split: Split) -> Tensor:
         """The values that the models would hold in these places, by the others.
 
         Args:
-            stack: The models, with anything finite for the wild entries.
+            stack: The models, with anything finite for the outliers.
             split: Finds the `M_i` of a part of the rows, or of the columns.
 
         Returns:
@@ -133,15 +133,17 @@ class WildEntries:
             entries = [R_i[turned.columns[here]] @ l_i for R_i, l_i in zip(spaces, lefts, strict=True)]
             deltas[here] = torch.stack(entries, dim=1)
         stored = torch.stack([_at(W_i, self.rows, self.columns).double() for W_i in stack.matrices], dim=1)
-        weights = torch.where(self.wild, 0.0, stored - deltas).sum(dim=1, keepdim=True)
-        values = weights / (~self.wild).sum(dim=1, keepdim=True).clamp(min=1) + deltas
+        weights = torch.where(self.is_outlier, 0.0, stored - deltas).sum(dim=1, keepdim=True)
+        values = weights / (~self.is_outlier).sum(dim=1, keepdim=True).clamp(min=1) + deltas
         for i, j in self._twins(stack):
-            values[:, i] = torch.where(self.wild[:, j], values[:, i], stored[:, j])
+            values[:, i] = torch.where(self.is_outlier[:, j], values[:, i], stored[:, j])
         return values
 
     def _twins(self, stack: Stack) -> Iterator[tuple[int, int]]:
         """The pairs of models that agree in every bit elsewhere: one has what the other has lost."""
-        emptied = replace(self, wild=torch.ones_like(self.wild)).filled(stack, torch.zeros_like(self.stored))
+        emptied = replace(self, is_outlier=torch.ones_like(self.is_outlier)).filled(
+            stack, torch.zeros_like(self.stored)
+        )
         for group in emptied.versions:
             yield from permutations(group, 2)
 
@@ -164,7 +166,7 @@ class WildEntries:
         return weight + torch.stack(deltas, dim=1) if deltas else weight
 
     def emptied(self, recovery: Recovery) -> Recovery:
-        """The answer with zeros where all models are wild."""
+        """The answer with zeros where all models have outliers."""
         there = self.everywhere
         if not bool(there.any()):
             return recovery
@@ -172,7 +174,7 @@ class WildEntries:
         return replace(recovery, weight=weight)
 
     def restored(self, recovery: Recovery) -> Recovery:
-        """The answer with the models' median where all are wild; none of these places is certain."""
+        """The answer with the models' median where all have outliers; none of these places is certain."""
         there, weight, bits, agreed = self.everywhere, recovery.weight, recovery.bits, recovery.agreed
         if bool(there.any()):
             weight = _put(weight, self.rows[there], self.columns[there], self.stored[there].median(dim=1).values)
@@ -190,12 +192,12 @@ class WildEntries:
             names: What the models are called; by default "model 0" and so on.
         """
         names = names or [f"model {i}" for i in range(len(self.typical))]
-        places = zip(self.rows.tolist(), self.columns.tolist(), self.wild, self.stored, strict=True)
+        places = zip(self.rows.tolist(), self.columns.tolist(), self.is_outlier, self.stored, strict=True)
         said = [
-            f"entry ({row}, {column}) of {_whose(is_wild, names)}, {_worst(values, is_wild):.3g}, "
-            f"is {_worst(values / self.typical, is_wild, sign=False):.1g} times the typical size: left out of the fit, "
-            f"and {'taken as it is' if bool(is_wild.all()) else 'found from the others'}"
-            for row, column, is_wild, values in islice(places, NAMED)
+            f"entry ({row}, {column}) of {_whose(those, names)}, {_worst(values, those):.3g}, "
+            f"is {_worst(values / self.typical, those, sign=False):.1g} times the typical size: left out of the fit, "
+            f"and {'taken as it is' if bool(those.all()) else 'found from the others'}"
+            for row, column, those, values in islice(places, NAMED)
         ]
         more = len(self.rows) - NAMED
         return "; ".join(said) + (f"; and in {more} more place{'s' * (more > 1)}" if more > 0 else "")
@@ -224,15 +226,15 @@ def _put(matrix: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tenso
     return matrix.index_put((rows.to(matrix.device), columns.to(matrix.device)), values.to(matrix))
 
 
-def _whose(is_wild: Tensor, names: Sequence[str]) -> str:
-    """The models that are wild in a place."""
-    return "all models" if bool(is_wild.all()) else " and ".join(compress(names, is_wild.tolist()))
+def _whose(is_outlier: Tensor, names: Sequence[str]) -> str:
+    """The models with an outlier in a place."""
+    return "all models" if bool(is_outlier.all()) else " and ".join(compress(names, is_outlier.tolist()))
 
 
-def _worst(values: Tensor, is_wild: Tensor, sign: bool = True) -> float:
-    """The wild number of the largest magnitude."""
-    wild = values[is_wild]
-    worst = float(wild[wild.abs().argmax()])
+def _worst(values: Tensor, is_outlier: Tensor, sign: bool = True) -> float:
+    """The outlier of the largest magnitude."""
+    outliers = values[is_outlier]
+    worst = float(outliers[outliers.abs().argmax()])
     return worst if sign else abs(worst)
 
 
