@@ -15,13 +15,11 @@ from detune.lattice.kernels import (
     Known,
     decode,
     intervals,
-    inverse_spectrum,
     log_ratios,
     measure,
     weigh,
 )
 from detune.numerics import float_grid
-from detune.numerics.random import seeded
 from tests.lattice.entries import GRID, REGIMES, Sample, all_points, found
 
 
@@ -330,20 +328,3 @@ def test_weigh_is_a_product_with_a_diagonal_and_a_rank_one_matrix():
     expected = precision * y - pull * (pull * y).sum(axis=0)
     weigh(precision, pull, y)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("r", "columns"), [(1, 40), (4, 100), (16, 300), (64, 700)])
-def test_the_inverse_spectrum_of_random_rows_is_the_true_one(r, columns):
-    """The deterministic equivalent against eigenvalues, with precisions of many sizes and rows of R of all lengths."""
-    generator = seeded(r)
-    right = torch.randn(columns, r, generator=generator) * (0.2 + torch.rand(columns, 1, generator=generator))
-    right = torch.linalg.qr(right).Q * columns**0.5
-    precision = torch.exp(2 * torch.randn(5, columns, generator=generator))
-    prior = 1 + columns * torch.rand(r, generator=generator)
-    variance, curvature = torch.zeros(5), torch.zeros(5)
-    energy = right.square().mean(dim=1)
-    inverse_spectrum(*(part.numpy() for part in (precision, energy, prior, variance, curvature)))
-    normal = torch.einsum("ab,bi,bj->aij", precision, right, right) + torch.diag(prior)
-    true = torch.linalg.inv(normal.double()).diagonal(dim1=1, dim2=2).mean(dim=1)
-    assert variance.numpy() == pytest.approx(true.numpy(), rel=0.6 / min(r, 16) ** 0.5 if r > 1 else 1e-4)
-    assert bool((curvature <= 1.0001 * precision @ energy).all())

@@ -168,7 +168,7 @@ def are_certain(stack: Stack, recovery: Recovery, amplified: float) -> bool:
         return False
     if amplified <= MOST_AMPLIFIED:
         return entries >= FEWEST_ENTRIES
-    return entries >= FEW_ENTRIES and all(recovery.ranks) and not recovery.method.endswith("+lattice")
+    return entries >= FEW_ENTRIES and all(recovery.ranks) and not bits.from_least_squares
 
 
 def _explains(recovery: Recovery) -> bool:

@@ -228,7 +228,7 @@ class _Equations:
 
     def spectrum(self, precision: Tensor) -> tuple[Tensor, Tensor]:
         """Mean variance of each row's coordinates, `(rows,)`, and about what entries add to precisions, `(rows, 1)`."""
-        from detune.lattice.kernels import inverse_spectrum
+        from detune.lattice.inverse_spectrum import inverse_spectrum
 
         variance, curvature = (precision.new_zeros(len(precision)) for _ in range(2))
         if len(self.prior):

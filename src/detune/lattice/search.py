@@ -127,9 +127,11 @@ class LatticeSearch:
         if fit is None:
             return found
         fit = replace(fit, log10_false_positive=found.bits.log10_false_positive)
-        again = replace(_answer(stack, None, fit), method=found.method, reason=f"{found.reason}; then all models")
+        again = _answer(stack, None, fit)
         assert again.bits is not None
-        return again if stays(again, found) and again.bits.expected.mse < found.bits.expected.mse else found
+        bits = replace(again.bits, from_least_squares=found.bits.from_least_squares)
+        again = replace(again, bits=bits, method=found.method, reason=f"{found.reason}; then all models")
+        return again if stays(again, found) and bits.expected.mse < found.bits.expected.mse else found
 
     def refined(
         self, stack: Stack, start: Recovery | None, rank: int | None, scales: Sequence[DeltaScale] | None = None
@@ -273,10 +275,10 @@ def _known_spaces(stack: Stack, rank: int | None, scales: Sequence[DeltaScale]) 
 def _answer(stack: Stack, start: Recovery | None, fit: Fit) -> Recovery:
     found = decoded(fit.entries, fit.estimates, grid_of(fit.grid))
     assert fit.grid is not None
+    used = bool(start is not None and start.deltas)
     bits = DecodedBits(
-        fit.grid, fit.log10_false_positive, found.certain.to(stack.device), found.expected, found.foreseeable
+        fit.grid, fit.log10_false_positive, found.certain.to(stack.device), found.expected, found.foreseeable, used
     )
-    used = start is not None and start.deltas
     before = f"{start.reason}; then " if start is not None and used else ""
     return Recovery(
         found.weight.to(stack.device, stack.dtype),

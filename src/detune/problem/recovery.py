@@ -82,6 +82,7 @@ class DecodedBits:
         expected: Error of the weight that the rest is expected to leave: the median, and between what it is by chance.
         foreseeable: The probability that the error is within a factor of two of the median: where a few entries with
             long steps decide, it is chance.
+        from_least_squares: Whether the fit began with a least-squares answer, and not from nothing.
     """
 
     grid: torch.dtype
@@ -89,6 +90,7 @@ class DecodedBits:
     certain: Tensor
     expected: PredictedError
     foreseeable: float
+    from_least_squares: bool = False
 
     @property
     def share(self) -> float:
