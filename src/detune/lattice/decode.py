@@ -70,7 +70,7 @@ def decoded(entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray) -
     wrong, sums = np.zeros(256), np.zeros(3)
     strain = tuple(np.zeros((entries.n, size)) for size in entries.shape)
     fine = _finely_stored(entries, grid)
-    residuals: list[np.ndarray] = []
+    away = np.empty(entries.shape if len(fine) else (0, 0), dtype=np.float32)
     for rows in row_blocks(entries):
         here = [e.part(rows, slice(None)) for e in estimates]
         m = means(here)
@@ -81,12 +81,12 @@ def decoded(entries: Entries, estimates: Sequence[Estimate], grid: np.ndarray) -
         )
         strain[0][:, rows] = of_rows
         if len(fine):
-            residuals.append(_residuals(low[fine], high[fine], weight[rows] + m[fine]))
+            away[rows] = ((low[fine] + high[fine]) / 2 - weight[rows] - m[fine]).mean(axis=0)
     # A row of L, or of R, that has locked onto wrong points strains its line of the matrix.
     certain[_off(strain[0])] = False
     certain[:, _off(strain[1])] = False
-    if residuals:
-        certain[_is_off_grid(*np.concatenate(residuals, axis=1))] = False
+    if len(fine):
+        certain[_off_grid(entries, fine, away)] = False
     squares, rounding, spread = (float(value) for value in sums)
     if grid[0]:
         expected, foreseeable = _outlook(torch.from_numpy(wrong), weight.size)
@@ -122,22 +122,21 @@ def _finely_stored(entries: Entries, grid: np.ndarray) -> np.ndarray:
     return np.flatnonzero(COARSE * (high - low).mean(axis=(1, 2)) < steps)
 
 
-def _residuals(low: np.ndarray, high: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """The mean of `W_i - M_i - W` over some models, and the variance that their rounding has: `(2, rows, in)`."""
-    away = ((low + high) / 2 - fitted).mean(axis=0)
-    return np.stack([away, ((high - low) ** 2).sum(axis=0) / (12 * len(low) ** 2)]).astype(np.float32)
-
-
-def _is_off_grid(away: np.ndarray, rounding: np.ndarray) -> np.ndarray:
+def _off_grid(entries: Entries, fine: np.ndarray, away: np.ndarray) -> np.ndarray:
     """Where the base does not lie on the grid, by residuals that rounding and the adapters' errors do not explain.
 
     Args:
-        away: Residuals of W, `(out, in)`.
-        rounding: Their variance by the models' rounding.
+        entries: The models.
+        fine: Which of them are finely stored.
+        away: The mean of their `W_i - M_i - W`, `(out, in)`; replaced by its absolute values.
     """
-    size = np.abs(away)
-    errors = sum((FROM_MEAN * size.mean(axis=axis, keepdims=True)) ** 2 for axis in (0, 1))
-    off: np.ndarray = size > MOST_AWAY * np.sqrt(rounding + errors)
+    np.abs(away, out=away)
+    of_rows, of_columns = ((FROM_MEAN * away.mean(axis=axis, keepdims=True)) ** 2 for axis in (1, 0))
+    off = np.empty(away.shape, dtype=np.bool_)
+    for rows in row_blocks(entries):
+        low, high = entries.block(rows)
+        rounding = ((high[fine] - low[fine]) ** 2).sum(axis=0) / (12 * len(fine) ** 2)
+        off[rows] = away[rows] > MOST_AWAY * np.sqrt(rounding + of_rows[rows] + of_columns)
     return off
 
 
