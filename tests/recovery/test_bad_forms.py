@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.families import Fine, State, edit, plain_family
+from tests.families import Fine, State, edit, plain_family, shard
 
 LAYERS = [f"layer.{i}.weight" for i in range(4)]
 FP8 = torch.float8_e4m3fn
@@ -70,12 +70,25 @@ def two_towers(model: Path) -> Path:
     return model
 
 
+def one_tensor_in_two_shards(model: Path) -> Path:
+    second = shard(model)
+    first = load_file(model / "model-00001-of-00002.safetensors")
+    name = next(iter(first))
+    save_file(load_file(second) | {name: first[name] + 1}, second)
+    return model
+
+
+def a_shard_missing(model: Path) -> Path:
+    shard(model).unlink()
+    return model
+
+
 def one_tensor_twice(model: Path) -> Path:
     edit(model, lambda state: state.update({"module.norm.weight": state["norm.weight"] + 1}))
     return model
 
 
-@pytest.mark.parametrize("verb", ["recover", "family", "inspect"])
+@pytest.mark.parametrize("verb", ["recover", "family", "inspect", "extract", "pack", "audit"])
 @pytest.mark.parametrize(
     ("spoil", "happened", "cure"),
     [
@@ -86,15 +99,24 @@ def one_tensor_twice(model: Path) -> Path:
         (cut_short, "{model} is damaged, cut short, or no GGUF file; it ends at byte ", "copy the file again"),
         (two_towers, "the tensors of {model} and {other} can be matched in two ways; ", "save them from one class"),
         (one_tensor_twice, "{model} holds a tensor twice; ", "save the model again, without the wrapper"),
+        (
+            one_tensor_in_two_shards,
+            "'embed_tokens.weight' is stored twice; in {model}/model-00001-of",
+            "copy the model ",
+        ),
+        (a_shard_missing, "{model}/model.safetensors.index.json names a missing file; ", "copy or download it too"),
     ],
 )
 def test_it_is_one_line_with_the_file_and_the_cure(command, fine, tmp_path, verb, spoil, happened, cure):
     models = [spoil(fine.models[0]), *fine.models[1:]]
     out = tmp_path / "out"
-    ran = command(verb, *models, *(["--out", out] if verb == "recover" else []))
+    options = ["--out", out] if verb not in ("family", "inspect") else []
+    if verb == "extract":
+        options += ["--base", fine.base]
+    ran = command(verb, *models, *options)
     assert (ran.code, ran.out) == (2, "")
     (line,) = ran.err.splitlines()
-    assert happened.format(model=models[0], other=models[1]) in line
+    assert happened.format(model=models[0], other=fine.base if verb == "extract" else models[1]) in line
     assert cure in line
     assert not out.exists()
 
