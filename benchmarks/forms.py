@@ -1,9 +1,9 @@
 """Sets as people publish them, against the plain form of the same set: W-Error, verdict and time.
 
 Three LoRAs of one seed on all-MiniLM-L6-v2, merged in float32 (five where 4 bits are told from the rest), and each
-form made of them. Expected: every form that loses nothing within 0.3 of the plain form, in at most 1.1 times its
-processor time (of that of five plain models, where five are given); 8 bits at least 0.5 better than the average of the
-dequantised models, the others no worse than that. Training the adapters takes some
+form made of them. K quants and mixed dtypes are of SmolLM2's matrices, see `forms_of_llm.py`. Expected: every form that
+loses nothing within 0.3 of the form it is held against, in at most 1.1 times its processor time; 8 bits at least 0.5
+better than the average of the dequantised models, the others no worse than that. Training the adapters takes some
 minutes, fewer with `--steps`; they are kept in `benchmarks/.cache`.
 """
 
@@ -13,11 +13,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import forms_of_llm
 import numpy as np
 import torch
 from problems import verdict
@@ -237,63 +239,92 @@ def stacked(folder: Path, as_stack: bool) -> list[Path]:
     return paths
 
 
-# Forms with five models, whose time is held against that of five plain ones.
-OF_FIVE = ("five", "three, and two in 4 bits")
-# Storing an answer in bf16 moves its W-Error by less.
+def changed_matrices() -> State:
+    """The base's, of those that the LoRAs change."""
+    with open_checkpoint(base_model()) as base:
+        return {name: base.read(name) for name in base.tensors if name.endswith(CHANGED)}
+
+
+# Storing an answer in bf16 moves it by less than this.
 STORED = 0.01
-# What each row needs of the plain form: nothing lost, or the gain over the average of a quantised one.
-ROWS: dict[str, tuple[Callable[[Path], list[Path]], float | None]] = {
-    "plain": (each(lambda state, i: state), None),
-    "2 tokens more in one": (each(tokens(0, 0, 2)), None),
-    "2 tokens more in the first": (each(tokens(2, 0, 0)), None),
-    "1, 2 and 8 tokens more": (each(tokens(1, 2, 8)), None),
-    "trained embeddings beside": (each(trained_tokens), None),
-    "a tied head saved in one": (each(tied), None),
-    "one lacks the pooler": (each(without_pooler), None),
-    "module. in one": (each(prefixed("", "module.", "")), None),
-    "three prefixes": (each(prefixed("_orig_mod.", "bert.", "base_model.model.")), None),
-    "not merged, one model": (unmerged, None),
-    "a stack of experts": (lambda folder: stacked(folder, True), None),
-    "Lightning's .ckpt": (training(False), None),
-    "torch before 1.6": (training(True), None),
-    "five": (each(lambda state, i: state, 5), None),
-    "three, and two in 4 bits": (each(in_four_bits, 5), None),
-    "GGUF F32": (gguf_files("F32"), None),
-    "GGUF Q8_0": (gguf_files("Q8_0"), 0.5),
-    "GGUF Q4_0": (gguf_files("Q4_0"), -STORED),
-    "fp8, a scale a tensor": (each(fp8(None, None)), -STORED),
-    "fp8, a scale a channel": (each(fp8(1, None)), -STORED),
-    "fp8, a scale a block": (each(fp8(128, 128)), -STORED),
-    "Q8_0 in fp16 again": (each(half(by_blocks)), 0.5),
-    "int8 in fp16 again": (each(half(by_rows)), 0.5),
-    "NF4 in fp16 again": (each(half(to_nf4)), -STORED),
+
+
+@dataclass(frozen=True)
+class Row:
+    """A form.
+
+    Attributes:
+        make: Writes the models below a directory.
+        gain: How much of W-Error is to be gained over the average of the models; None where nothing is lost against
+            the reference.
+        reference: The plain form, whose time and W-Error it is held against.
+        truth: The base's matrices that are compared.
+    """
+
+    make: Callable[[Path], list[Path]]
+    gain: float | None = None
+    reference: str = "plain"
+    truth: Callable[[], State] = changed_matrices
+
+
+ROWS = {
+    "plain": Row(each(lambda state, i: state)),
+    "2 tokens more in one": Row(each(tokens(0, 0, 2))),
+    "2 tokens more in the first": Row(each(tokens(2, 0, 0))),
+    "1, 2 and 8 tokens more": Row(each(tokens(1, 2, 8))),
+    "trained embeddings beside": Row(each(trained_tokens)),
+    "a tied head saved in one": Row(each(tied)),
+    "one lacks the pooler": Row(each(without_pooler)),
+    "module. in one": Row(each(prefixed("", "module.", ""))),
+    "three prefixes": Row(each(prefixed("_orig_mod.", "bert.", "base_model.model."))),
+    "not merged, one model": Row(unmerged),
+    "a stack of experts": Row(lambda folder: stacked(folder, True)),
+    "Lightning's .ckpt": Row(training(False)),
+    "torch before 1.6": Row(training(True)),
+    "five": Row(each(lambda state, i: state, 5), reference="five"),
+    "three, and two in 4 bits": Row(each(in_four_bits, 5), reference="five"),
+    "GGUF F32": Row(gguf_files("F32")),
+    "GGUF Q8_0": Row(gguf_files("Q8_0"), 0.5),
+    "GGUF Q4_0": Row(gguf_files("Q4_0"), -STORED),
+    "fp8, a scale a tensor": Row(each(fp8(None, None)), -STORED),
+    "fp8, a scale a channel": Row(each(fp8(1, None)), -STORED),
+    "fp8, a scale a block": Row(each(fp8(128, 128)), -STORED),
+    "Q8_0 in fp16 again": Row(each(half(by_blocks)), 0.5),
+    "int8 in fp16 again": Row(each(half(by_rows)), 0.5),
+    "NF4 in fp16 again": Row(each(half(to_nf4)), -STORED),
+    **{
+        name: Row(form.make, -STORED if form.is_lossy else None, form.reference, form.truth)
+        for name, form in forms_of_llm.FORMS.items()
+    },
 }
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    with open_checkpoint(base_model()) as base:
-        truth = {name: base.read(name) for name in base.tensors if name.endswith(CHANGED)}
+    chosen = options().only
+    known: dict[str, Figures] = {}
     print(f"{'form':28} {'plain':>7} {'average':>8} {'W-Error':>8} {'predicted':>10} {'verdict':>22} {'time':>6}")
     with tempfile.TemporaryDirectory() as folder:
         # Not timed: the first run imports and compiles.
-        run(Path(folder), "plain", truth)
-        plain = run(Path(folder), "plain", truth)
-        five = run(Path(folder), "five", truth) if set(OF_FIVE) & set(options().only) else plain
-        for name in options().only:
-            known = {"plain": plain, "five": five}
-            figures = known[name] if name in known else run(Path(folder), name, truth)
-            times = figures.seconds / (five if name in OF_FIVE else plain).seconds
+        run(Path(folder), ROWS[chosen[0]].reference)
+        for name in chosen:
+            row = ROWS[name]
+            for each_name in (row.reference, name):
+                if each_name not in known:
+                    known[each_name] = run(Path(folder), each_name)
+            reference, figures = known[row.reference], known[name]
+            times = figures.seconds / reference.seconds
             print(
-                f"{name:28} {plain.error:7.2f} {figures.average:8.2f} {figures.error:8.2f} {figures.predicted:10.2f} "
-                f"{figures.verdict:>22} {times:6.2f}"
+                f"{name:28} {reference.error:7.2f} {figures.average:8.2f} {figures.error:8.2f} "
+                f"{figures.predicted:10.2f} {figures.verdict:>22} {times:6.2f}"
             )
-            gain = ROWS[name][1]
-            if gain is None:
-                print("  ", verdict("worse than the plain form by", figures.error - plain.error, 0.3))
+            if row.gain is None:
+                print("  ", verdict("worse than the plain form by", figures.error - reference.error, 0.3))
             else:
-                print("  ", verdict("worse than the average by", figures.error - figures.average, -gain))
+                print("  ", verdict("worse than the average by", figures.error - figures.average, -row.gain))
             print("  ", verdict("times the plain form's time", times, 1.1), flush=True)
+            if name in forms_of_llm.FORMS:
+                print(f"   in the range that was said: {figures.in_range} of {figures.with_range} matrices", flush=True)
 
 
 class Figures:
@@ -313,6 +344,10 @@ class Figures:
         predicted = [row.predicted_w_error for row in rows if row.predicted_w_error is not None]
         self.predicted = fmean(predicted) if predicted else -math.inf
         self.verdict = max({row.verdict for row in rows}, key=[row.verdict for row in rows].count) if rows else "exact"
+        ends = {row.name: (row.best_w_error, row.worst_w_error) for row in rows if row.worst_w_error is not None}
+        said = [(w_error(values[name], truth[name]), *ends[name]) for name in truth if name in ends]
+        self.with_range = len(said)
+        self.in_range = sum((low is None or low <= error) and error <= high for error, low, high in said)
 
 
 def mean_error(values: State, truth: State) -> float:
@@ -333,16 +368,16 @@ def by_name(model: Any, truth: State) -> State:
     return found
 
 
-def run(folder: Path, name: str, truth: State) -> Figures:
+def run(folder: Path, name: str) -> Figures:
     """The figures of a form, with the median processor time of some runs."""
-    paths = ROWS[name][0](folder / name)
+    paths = ROWS[name].make(folder / name)
     times = []
     for k in range(options().repeats):
         out = folder / f"{name}-out-{k}"
         began = time.process_time()
         report = detune.recover(paths, out)
         times.append(time.process_time() - began)
-    figures = Figures(paths, out, report, truth, median(times))
+    figures = Figures(paths, out, report, ROWS[name].truth(), median(times))
     for made in folder.iterdir():
         shutil.rmtree(made)
     return figures

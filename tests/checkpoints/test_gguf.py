@@ -90,6 +90,29 @@ def test_the_other_formats_are_read_as_the_package_reads_them(tmp_path, kind):
         assert model.noise("a.weight") > 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "low_bits"), [(Kind.Q4_K, slice(16, 144)), (Kind.Q5_K, slice(48, 176)), (Kind.Q6_K, slice(0, 128))]
+)
+def test_the_noise_of_k_quants_is_that_of_the_scales_they_store(tmp_path, kind, low_bits):
+    """Whatever levels the weights happen to lie on: one more in every weight moves it by a step."""
+    _, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    packed = np.random.default_rng(2).integers(0, 60, (4, nbytes), dtype=np.uint8)
+    packed[:, low_bits] = 0
+    more = packed.copy()
+    more[:, low_bits] = 0x11
+    steps = gguf.dequantize(more, kind) - gguf.dequantize(packed, kind)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "other")
+    writer.add_tensor("a.weight", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open_checkpoint(tmp_path / "model.gguf") as model:
+        assert model.noise("a.weight") == pytest.approx(
+            float(np.sqrt((steps.astype(float) ** 2).mean() / 12)), rel=1e-4
+        )
+
+
 def permuted(weight: Tensor, heads: int) -> np.ndarray:
     """As llama.cpp's converter puts the rows of queries and keys."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape).numpy()

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}
 # Bytes of a block of 32, in the formats that begin with the distance of its levels, fp16.
 _SCALED = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24}
+# Bytes of a block of 256, in the formats whose levels are even, with a scale for each 32 or 16 (`_k_steps`).
+_K_SCALED = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
 # Architectures whose tensors transformers stores as llama.cpp does, but for the order of rows.
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "falcon", "phi3", "stablelm", "starcoder2")
 
@@ -62,10 +64,13 @@ class Blocks:
             return torch.from_numpy(dequantize(packed.numpy(), GGMLQuantizationType[self.encoding]))
 
     def steps(self, stored: Checkpoint, rows: slice) -> Tensor:
-        """See `Coding.steps`: the block's scale, where it begins with that and its levels are even.
+        """See `Coding.steps`: the scale that is stored, where levels are even.
 
         Elsewhere it is what lies closest among the entries of one scale, which are many beside its levels.
         """
+        if self.encoding in _K_SCALED:
+            packed = stored.read_rows(self.weight, [rows])
+            return _k_steps(packed.view(-1, _K_SCALED[self.encoding]), self.encoding).view(len(packed), -1)
         if self.encoding in _SCALED:
             packed = stored.read_rows(self.weight, [rows])
             blocks = packed.view(len(packed), -1, _SCALED[self.encoding])
@@ -79,6 +84,23 @@ class Blocks:
         closest = torch.where(gaps > least, gaps, torch.inf).amin(dim=1, keepdim=True)
         steps = torch.where(closest.isfinite(), closest, 0.0)
         return steps.expand_as(groups).reshape(values.shape)
+
+
+def _k_steps(blocks: Tensor, encoding: str) -> Tensor:
+    """The distances of levels in K quants, `d s`, for each weight of blocks.
+
+    Args:
+        blocks: `(blocks, bytes)`, uint8.
+        encoding: Q4_K and Q5_K, with eight scales of 6 bits in the twelve bytes after `d` and `d_min`; or Q6_K, with
+            sixteen of 8 bits before `d`, which comes last.
+    """
+    if encoding == "Q6_K":
+        scales, d = blocks[:, 192:208].contiguous().view(torch.int8), blocks[:, 208:]
+    else:
+        first, last = blocks[:, 4:8], blocks[:, 12:16]
+        scales, d = torch.cat([first & 63, (last & 15) | (first >> 6 << 4)], dim=1), blocks[:, :2]
+    steps = d.contiguous().view(torch.float16).float() * scales.float()
+    return steps.abs().repeat_interleave(256 // scales.shape[1], dim=1)
 
 
 def with_gguf_names(model: Checkpoint) -> Checkpoint:
