@@ -27,6 +27,7 @@ import detune
 from detune.certificate.verdict import Verdict
 from detune.errors import InputError, OutputError
 from detune.methods import SOLVERS, Spectral
+from detune.metrics.w_error import w_error
 from detune.problem import NotRecoverable
 from detune.recovery.report import TensorResult
 from tests.cases import normal, seeded
@@ -311,10 +312,11 @@ def test_mixed_dtypes_are_legal_and_reported(fine, tmp_path):
     rows = rows_of(detune.recover(fine.models, tmp_path / "out"))
     row = rows["layer.0.weight"]
     assert row.dtype == "float32, bfloat16"
-    assert row.verdict is Verdict.FLOOR
+    # Finely stored models beside a coarse one leave less of the error than can be said.
+    assert row.verdict is Verdict.APPROXIMATE
     got = stored(tmp_path / "out")["layer.0.weight"]
     assert got.dtype is torch.float32
-    torch.testing.assert_close(got, plain_state()["layer.0.weight"], rtol=0, atol=0.02)
+    assert row.best_w_error < w_error(got, plain_state()["layer.0.weight"]) < row.worst_w_error
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

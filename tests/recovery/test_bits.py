@@ -62,8 +62,10 @@ def test_the_file_hashes_to_the_bases(tmp_path, n, steps, method):
         # One model alone can lock a row onto wrong points, and the smallest weights need not be certain to be right.
         assert float((found[name] == truth[name]).float().mean()) > 0.99
         assert rows[name].grid == "bfloat16"
-        assert rows[name].certain > (0.95 if n > 1 else 0.4)
+        assert rows[name].certain > 0.95 or (n == 1 and rows[name].certain == 0)
         assert rows[name].log10_false_positive < -9
+    # Where a row is locked the fit leaves more than rounding, and nothing is certain.
+    assert any(rows[name].certain > 0.95 for name in LAYERS)
 
 
 def test_without_a_dtype_the_bits_are_the_bases_in_the_models_dtype(tmp_path):
