@@ -14,8 +14,8 @@ from detune.audit.trial import AboveMeasuredNoise
 from detune.defences import Noise, Permutation, defend
 from detune.methods import Auto
 from detune.problem import Stack
-from tests.cases import seeded as generator_of
 from tests.cases import normal
+from tests.cases import seeded as generator_of
 from tests.families import Fine, fine_tune, save_plain
 
 
