@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column
 
 from detune.adapters.summary import adapter_sentence, adapter_table
-from detune.cli.terminal import Branch, duration, say, show_table, show_tree
+from detune.cli.terminal import Branch, duration, say, show_table, show_tree, terminal_width
 from detune.compatibility.name_patterns import by_pattern, counted, spans
 from detune.compatibility.reading import Reading
 from detune.recovery.report import Report
 from detune.recovery.summary import doubts, report_table
+
+# Reasons that are listed; the report has all (a definition).
+MOST_DOUBTS = 5
+# Columns that a terminal of fewer characters has no room for.
+WIDE, LEFT_OUT = 110, ("method", "residual", "× noise")
 
 if TYPE_CHECKING:
     from detune.adapters.extract import Extraction
@@ -32,7 +37,8 @@ def show_report(report: Report, out: Path | None = None) -> None:
     """
     columns, lines = report_table(report)
     if lines:
-        show_table(columns, lines)
+        fitted, shown, title = _fitted(columns, lines)
+        show_table(fitted, shown, title=title and f"tensors {title}")
     for model in report.inputs:
         if model.left_out is not None:
             say(f"left out {model.spec}: {model.left_out}")
@@ -40,12 +46,50 @@ def show_report(report: Report, out: Path | None = None) -> None:
             say(f"{model.spec}: {note}")
     for verdict, count in report.counts.items():
         say(f"{count} tensor{'s' * (count != 1)} {verdict.summary}")
-    for doubt in doubts(report):
+    found = doubts(report)
+    for doubt in found[:MOST_DOUBTS]:
         say(f"  {doubt}")
+    if len(found) > MOST_DOUBTS:
+        say(f"  and {len(found) - MOST_DOUBTS} other reasons, which the whole report has")
+    if any(row.trust for row in report.tensors) and len(report.inputs) > 1:
+        used = [model.spec for model in report.inputs if model.left_out is None]
+        say("  models by number: " + ", ".join(f"{i} {name}" for i, name in enumerate(used)))
     _show_reading(report.reading)
     if out is not None:
         took = f"wrote {out} in {report.seconds:.1f} s"
         say(f"{took}; the whole report is {out / 'detune.json'}")
+
+
+def _fitted(columns: Sequence[str], lines: Sequence[tuple[str, ...]]) -> tuple[list[str], list[tuple[str, ...]], str]:
+    """Columns, lines and a title that a terminal has room for.
+
+    Where it is narrow, how a tensor was found is left to the report, and what all names have in common to the title.
+    """
+    if terminal_width() >= WIDE:
+        return list(columns), list(lines), ""
+    kept = [i for i, name in enumerate(columns) if name not in LEFT_OUT]
+    names, title = _without_common_parts([line[0] for line in lines])
+    fitted = [(name, *(line[i] for i in kept[1:])) for name, line in zip(names, lines, strict=True)]
+    return [columns[i] for i in kept], fitted, title
+
+
+def _without_common_parts(names: Sequence[str]) -> tuple[list[str], str]:
+    """Names of kinds of tensors, without the first and last parts that all have, and how they read with these.
+
+    Example:
+        >>> _without_common_parts(["layers.*.q.weight ×2", "layers.*.k.weight"])
+        (['q ×2', 'k'], 'layers.*.….weight')
+    """
+    parts = [name.partition(" ") for name in names]
+    split = [name.split(".") for name, _, _ in parts]
+    shortest = min(map(len, split)) - 1
+    first = next((i for i in range(shortest) if len({each[i] for each in split}) > 1), shortest)
+    last = next((i for i in range(shortest - first) if len({each[-1 - i] for each in split}) > 1), shortest - first)
+    if len(names) < 2 or not first + last:
+        return list(names), ""
+    inner = [".".join(each[first : len(each) - last]) for each in split]
+    title = ".".join([*split[0][:first], "…", *split[0][len(split[0]) - last :]])
+    return [f"{name}{space}{count}" for name, (_, space, count) in zip(inner, parts, strict=True)], title
 
 
 def show_family(check: "Family") -> None:

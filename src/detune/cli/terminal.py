@@ -62,18 +62,34 @@ def show_table(columns: "Sequence[str | Column]", rows: Iterable[Sequence[str]],
     from rich.text import Text
 
     name, *others = columns
+    shown = [tuple(map(printable, row)) for row in rows]
     table = Table(
-        # Where a terminal is narrow, what a row is about is folded and not cut.
+        # Where a terminal is narrow, what a row is about is folded and not cut; all else stands in whole words.
         Column(name, overflow="fold") if isinstance(name, str) else name,
-        *others,
+        *(
+            Column(each, min_width=_longest_word(shown, i)) if isinstance(each, str) else each
+            for i, each in enumerate(others, 1)
+        ),
         title=Text(printable(title)) if title else None,
         title_justify="left",
         box=None,
         pad_edge=False,
     )
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+    for row in shown:
+        table.add_row(*map(Text, row))
     Console(markup=False, highlight=False, emoji=False).print(table)
+
+
+def _longest_word(rows: "Sequence[Sequence[str]]", column: int) -> int:
+    """The length of the longest word in a column."""
+    return max((len(word) for row in rows for word in row[column].split()), default=0)
+
+
+def terminal_width() -> int:
+    """The number of characters in a line."""
+    from rich.console import Console
+
+    return Console().width
 
 
 def show_tree(label: str, branches: "Iterable[Branch]") -> None:

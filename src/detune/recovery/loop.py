@@ -140,6 +140,7 @@ def _placed(result: TensorResult, family: ModelSet, began: float) -> TensorResul
         shape=family.shape(name),
         dtype=", ".join(dict.fromkeys(name_of(dtype) for dtype in family.dtypes(name))),
         reason=renumbered(result.reason, holders) + f"; {len(holders)} of {family.n} models have it" * some,
+        trust=renumbered(result.trust, holders),
         ranks=tuple(ranks.get(i) for i in range(family.n)) if ranks else (),
         seconds=time.perf_counter() - began,
     )

@@ -23,7 +23,7 @@ class TensorResult:
         dtype: Its stored dtype; several, where the models differ.
         verdict: How far it can be trusted.
         method: The solver that gave it; "copy" or "none" where none did.
-        reason: One sentence.
+        reason: How it was found, and how far it can be trusted and why, in one sentence.
         origin: Where its values come from.
         ranks: The rank found for each model that was used; the full rank for one that was left out of this tensor, and
             None for one that does not have it; empty where none was looked for.
@@ -38,6 +38,7 @@ class TensorResult:
         grid: The dtype that the base was found to have been stored in.
         log10_false_positive: Logarithm of the probability that a base off that grid had passed for one on it.
         certain: Share of the entries whose bits are certain.
+        trust: The part of the reason that says how far the tensor can be trusted; empty where that is all of it.
         seconds: Time taken.
     """
 
@@ -59,6 +60,7 @@ class TensorResult:
     grid: str | None = None
     log10_false_positive: float | None = None
     certain: float | None = None
+    trust: str = ""
     seconds: float = 0.0
 
     @property

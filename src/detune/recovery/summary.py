@@ -14,6 +14,8 @@ from detune.recovery.report import Report, TensorResult, w_error_range
 
 __all__ = ["Doubt", "doubts", "report_table"]
 
+# The chance that a base off the grid looks as if it were on it: one in billions at most, whatever the power of ten is.
+OFF_GRID = re.compile(r"; off that grid with a probability below 1e-?\d+")
 # A measured number: with a point, an exponent or a per cent sign. Counts and the models' numbers are none.
 FIGURE = re.compile(r"-?\b\d+(?:\.\d+(?:e[-+]?\d+)?|e[-+]?\d+|(?= %))")
 
@@ -67,15 +69,22 @@ def report_table(report: Report) -> tuple[list[str], list[tuple[str, ...]]]:
 
 
 def doubts(report: Report) -> list[Doubt]:
-    """The reasons why tensors are approximate or not determined: each once, with the span of its figures."""
+    """The reasons why tensors are approximate or not determined: each once, with the span of its figures.
+
+    How a tensor was found is left out, where the report tells it from how far it can be trusted. The most common first.
+    """
     rows: dict[tuple[str, ...], list[TensorResult]] = {}
     for row in report.tensors:
         if row.verdict in (Verdict.NOT_DETERMINED, Verdict.APPROXIMATE):
-            rows.setdefault(tuple(FIGURE.split(row.reason)), []).append(row)
+            rows.setdefault(tuple(FIGURE.split(_why(row))), []).append(row)
     return [
-        Doubt(alike[0].name, len(alike) - 1, _spanned(words, [row.reason for row in alike]))
-        for words, alike in rows.items()
+        Doubt(alike[0].name, len(alike) - 1, _spanned(words, [_why(row) for row in alike]))
+        for words, alike in sorted(rows.items(), key=lambda each: -len(each[1]))
     ]
+
+
+def _why(row: TensorResult) -> str:
+    return OFF_GRID.sub("", row.trust or row.reason)
 
 
 def _spanned(words: tuple[str, ...], reasons: list[str]) -> str:

@@ -165,7 +165,7 @@ def _solve_group(
     reason = f"{renumbered(found.result.reason, group)}; without {listed} of the {stack.n} used: full rank here"
     known = dict(zip(group, found.result.ranks, strict=True)) if found.result.ranks else {}
     ranks = tuple(known.get(i, min(stack.shape)) for i in range(stack.n)) if known else ()
-    return found.but(reason=reason, ranks=ranks)
+    return found.but(reason=reason, trust=renumbered(found.result.trust, group), ranks=ranks)
 
 
 def _solve_matrix(stack: Stack, solver: Solver, rank: int | None, stored: torch.dtype, check: bool) -> RecoveredTensor:
@@ -217,6 +217,7 @@ def _certified(stack: Stack, recovery: Recovery, stored: torch.dtype, check: Sol
     certificate = certify(stack, recovery, stored, check)
     return _recovered(recovery, certificate.verdict, certificate.certain).but(
         reason=f"{recovery.reason}; {certificate.reason}",
+        trust=certificate.reason,
         undetermined=certificate.undetermined,
         predicted_w_error=certificate.predicted_w_error,
         best_w_error=certificate.best_w_error,
