@@ -18,11 +18,11 @@ from detune.problem.recovery import PredictedError
 # (measured: `benchmarks/constants.py`).
 DOUBT = 1e-9
 SAFETY = 4.0
-# None is in a row or column where the M_i lie outside their intervals by more than this, in squared deviations, summed,
-# and by more than this many standard deviations more than in others (measured: `benchmarks/constants.py`).
+# None is in a row or column where the M_i lie outside their intervals by 3 squared deviations in sum, and by 4 standard
+# deviations more than in others (measured: `benchmarks/constants.py`).
 MOST_STRAIN = 3.0
 DEVIATIONS, SCATTER = 4.0, 2.4
-# The residual of an entry that is off the grid is more standard deviations than this: rounding errors are bounded, and
+# The residual of an entry that is off the grid has more than 3 standard deviations: rounding errors are bounded, and
 # 2.5 is the most in 400 matrices that are on it (measured: `benchmarks/exact.py`).
 MOST_AWAY = 3.0
 # From the mean of the absolute values of a normal number to its standard deviation (derived).

@@ -52,7 +52,7 @@ class Sweeps:
 
     Attributes:
         most: The most sweeps.
-        least_gain: A sweep that leaves more than this share of the variance of the `M_i` has gained nothing.
+        least_gain: Share of the variance of the `M_i` above which what a sweep leaves counts as nothing gained.
         patience: How many such sweeps in a row are followed by another.
         seed: Seed of the held-out entries, and of the rows and columns of large matrices.
     """

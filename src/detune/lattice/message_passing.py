@@ -42,8 +42,8 @@ MOST_RISE, MOST_FALL = 8.0, 0.9
 # One or two models hold W only modulo what they differ by, and so do one or two fine ones beside coarse ones: a fit
 # that is sure too early locks rows onto wrong points (any number does: `benchmarks/constants.py`).
 SLOW_FALL = 0.3
-# Of a fine model that lacks less than this, in steps of the grid of W, each entry has one grid point, and nothing is
-# left to lock onto (derived: four standard deviations are a fifth of a step).
+# A fine model that lacks less than 0.03 steps of the grid of W leaves each entry one grid point, and nothing is left to
+# lock onto (derived: four standard deviations are a fifth of a step).
 RESOLVED = 0.03
 # Rows that steps are measured in (any number does).
 MEASURED = 16

@@ -32,7 +32,7 @@ from detune.problem.stack import SMALL_ENTRIES, Stack
 # Deltas of more steps do not show modulo the step of a single fine model (any number does:
 # `benchmarks/constants.py`).
 MOST_STEPS = 8.0
-# Least squares that leaves more than this multiple of the rounding noise has not explained the models (any number does:
+# Least squares has not explained the models where it leaves more than 1.2 times the rounding noise (any number does:
 # `benchmarks/constants.py`).
 MOST_NOISE = 1.2
 # A delta that correlates less with what it was before other models came in has been lost to them: in 100 random sets
@@ -53,7 +53,7 @@ class LatticeSearch:
     Attributes:
         grids: Dtypes that the base may have been stored in; those finer than the models' are not tried.
         sweeps: Most sweeps of the fit.
-        least_gain: A sweep that leaves more than this share of the variance of the `M_i` has gained nothing.
+        least_gain: Share of the variance of the `M_i` above which what a sweep leaves counts as nothing gained.
         patience: How many such sweeps in a row are followed by another.
         most_false_positive: Largest probability, by its bound, that a base off the grid passes the test for it.
         seed: Seed of the held-out entries, and of the rows and columns of large matrices.
