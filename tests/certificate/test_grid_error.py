@@ -10,7 +10,7 @@ from detune.certificate.certify import certify
 from detune.certificate.grid_error import are_certain, assess_bits, is_exact
 from detune.methods import Auto, Intersect
 from detune.problem import DecodedBits, LowRank, PredictedError, Recovery, Stack
-from tests.cases import Regime, make_problem, rms, seeded
+from tests.cases import Regime, make_problem, normal, rms, seeded
 
 CLOSED_FORM = Auto(lattice=None)
 EXPECTED = PredictedError(1e-8, 3e-9, 4e-8)
@@ -119,3 +119,16 @@ def test_where_none_should_be_wrong_one_may_be():
     found = assess_bits(stack, replace(recovery, bits=bits))
     one = rms(recovery.weight) ** 2 * 2.0**-14 / recovery.weight.numel()
     assert one / 4 < found.mse < one
+
+
+def test_copies_of_two_models_make_nothing_certain():
+    """Either of the two may be the base's."""
+    generator = seeded(3)
+    W = (normal(generator, 128, 96) / 20).half()
+    other = (W.double() + normal(generator, 128, 2) @ normal(generator, 2, 96) / 1000).half()
+    for models in ([other, W, other, W], [W, other, W]):
+        stack = Stack.of(models)
+        bits = DecodedBits(torch.float16, -30.0, torch.ones(stack.shape, dtype=torch.bool), EXPECTED, 0.99)
+        recovery = replace(CLOSED_FORM.solve(Stack.of([W, other, W + 1])), bits=bits, noise_ratio=1.0)
+        assert not is_exact(stack, recovery)
+        assert not are_certain(stack, recovery, 1.0)

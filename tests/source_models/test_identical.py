@@ -93,6 +93,13 @@ class TestThreeVersions:
         assert torch.equal(recovery.weight.float(), W)
         assert [rank > 0 for rank in recovery.ranks] == [seed is not None for seed in order]
 
+    @pytest.mark.parametrize(("size", "hides"), [(1e-5, True), (1.0, False)])
+    def test_deltas_below_a_step_of_float32_hide_too(self, size, hides):
+        stack = merged(None, None, size * lora(1), size * lora(2))
+        kept = solve_versions(stack, lambda part, rank: left_alone(part, 0, "sign"), None)
+        assert kept.left_alone
+        assert (certify(stack, kept, torch.float32).verdict is Verdict.EXACT) != hides
+
     def test_a_light_adapter_that_half_precision_hides_is_not_called_exact(self):
         base = W.bfloat16()
         sizes = (0.1, 0.01, 0.01, 0.1)

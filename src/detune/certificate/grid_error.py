@@ -136,17 +136,18 @@ def is_exact(stack: Stack, recovery: Recovery) -> bool:
     bits = recovery.bits
     if bits is None or not bool(bits.certain.all()) or bits.log10_false_positive > SHOWN:
         return False
-    shows = _are_finer(stack, recovery) or amplification(stack, recovery) <= MOST_AMPLIFIED
-    return shows and _explains(recovery)
+    if not _explains(recovery) or _is_of_two(stack, recovery):
+        return False
+    return _are_finer(stack, recovery) or amplification(stack, recovery) <= MOST_AMPLIFIED
 
 
 def are_certain(stack: Stack, recovery: Recovery, amplified: float) -> bool:
     """Whether the entries that a fit on a grid calls certain are to be taken for it.
 
-    Not if the grid is assumed, nor if the fit leaves more than the models' rounding. Not of models as coarse as the
-    base if a third of the entries is open, if the matrix is small, or if the fit began with a least-squares answer that
-    is one of many, or nearly so: then entries are wrong together. So they are where the fit finds no direction of a
-    model that did not leave the matrix alone. And not of
+    Not if the grid is assumed, nor if the fit leaves more than the models' rounding, nor where models as coarse as the
+    base are copies of two. Not of such models if a third of the entries is open, if the matrix is small, or if the fit
+    began with a least-squares answer that is one of many, or nearly so: then entries are wrong together. So they are
+    where the fit finds no direction of a model that did not leave the matrix alone. And not of
     one model, unless next to all its entries are certain: a delta that is off by whole steps in some rows and columns
     explains that model as well (11 wrong of 0.1 million entries called certain in `benchmarks/corpus.py`).
 
@@ -157,7 +158,7 @@ def are_certain(stack: Stack, recovery: Recovery, amplified: float) -> bool:
     """
     bits = recovery.bits
     assert bits is not None
-    if bits.log10_false_positive > SHOWN or not _explains(recovery):
+    if bits.log10_false_positive > SHOWN or not _explains(recovery) or _is_of_two(stack, recovery):
         return False
     if stack.n == 1:
         return bits.share >= MOSTLY_CERTAIN
@@ -174,6 +175,11 @@ def are_certain(stack: Stack, recovery: Recovery, amplified: float) -> bool:
 def _explains(recovery: Recovery) -> bool:
     """Whether the fit leaves no more than the storage noise."""
     return float(recovery.noise_ratio or 0.0) <= FLOOR_RATIO
+
+
+def _is_of_two(stack: Stack, recovery: Recovery) -> bool:
+    """Whether models as coarse as the base are copies of two: either may be the base's."""
+    return stack.n > 2 and len(stack.versions) == 2 and not _are_finer(stack, recovery)
 
 
 def _are_finer(stack: Stack, recovery: Recovery) -> bool:

@@ -22,6 +22,8 @@ from detune.source_models.solve_from import solve_from
 # Where an entry is not certain it says nothing, and too few of them say too little (any number does:
 # `benchmarks/constants.py`).
 MOST = 0.5
+# Deltas of some steps show in every entry: a step is the square root of twelve times the noise (derived).
+HIDING = 12.0
 
 
 def unchanged(stack: Stack) -> Recovery | None:
@@ -93,11 +95,14 @@ def _is_clear(found: Recovery) -> bool:
 
 
 def _unseen(stack: Stack, agreeing: tuple[int, ...], groups: tuple[tuple[int, ...], ...]) -> float:
-    """Mean square of the delta that models which agree may share: an independent one is no larger than a difference."""
+    """Mean square of the delta that models which agree may share: an independent one is no larger than a difference.
+
+    Nothing where differences are so far over the models' rounding that no delta hides in it.
+    """
     model = agreeing[0]
-    if stack.rounded_dtypes[model] not in HALVES:
-        return 0.0
-    return min(_distance(stack, model, group[0]) for group in groups if group != agreeing)
+    nearest = min(_distance(stack, model, group[0]) for group in groups if group != agreeing)
+    hides = stack.rounded_dtypes[model] in HALVES or nearest < (HIDING * float(stack.noise.max())) ** 2
+    return nearest if hides else 0.0
 
 
 def _distance(stack: Stack, i: int, j: int) -> float:
