@@ -26,7 +26,8 @@ def write(
     for key, value in settings.items():
         getattr(writer, f"add_{key}")(value)
     for name, (values, kind) in tensors.items():
-        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+        packed = values if values.dtype == np.uint8 else gguf.quantize(values, kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -78,13 +79,8 @@ def test_the_noise_is_that_of_the_format_where_weights_lie_on_coarser_levels(tmp
 def test_the_other_formats_are_read_as_the_package_reads_them(tmp_path, kind):
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     packed = np.random.default_rng(1).integers(0, 60, (3, 2 * nbytes), dtype=np.uint8)
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "other")
-    writer.add_tensor("a.weight", packed, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with open_checkpoint(tmp_path / "model.gguf") as model:
+    path = write(tmp_path / "model.gguf", {"a.weight": (packed, kind)})
+    with open_checkpoint(path) as model:
         assert model.tensors["a.weight"].shape == (3, 2 * block)
         assert torch.equal(model.read("a.weight"), torch.from_numpy(gguf.dequantize(packed, kind)))
         assert model.noise("a.weight") > 0
@@ -101,13 +97,8 @@ def test_the_noise_of_k_quants_is_that_of_the_scales_they_store(tmp_path, kind, 
     more = packed.copy()
     more[:, low_bits] = 0x11
     steps = gguf.dequantize(more, kind) - gguf.dequantize(packed, kind)
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "other")
-    writer.add_tensor("a.weight", packed, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with open_checkpoint(tmp_path / "model.gguf") as model:
+    path = write(tmp_path / "model.gguf", {"a.weight": (packed, kind)})
+    with open_checkpoint(path) as model:
         assert model.noise("a.weight") == pytest.approx(
             float(np.sqrt((steps.astype(float) ** 2).mean() / 12)), rel=1e-4
         )
@@ -266,12 +257,7 @@ def test_without_the_number_of_heads_names_stay_and_no_row_moves(tmp_path, llama
 
 
 def test_an_unknown_format_is_named(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "other")
     _, nbytes = gguf.GGML_QUANT_SIZES[Kind.Q8_K]
-    writer.add_tensor("a.weight", np.zeros((2, nbytes), dtype=np.uint8), raw_dtype=Kind.Q8_K)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = write(tmp_path / "model.gguf", {"a.weight": (np.zeros((2, nbytes), dtype=np.uint8), Kind.Q8_K)})
     with pytest.raises(InputError, match=r"tensor 'a\.weight' in .* is stored as Q8_K; known are F64"):
-        open_checkpoint(tmp_path / "model.gguf")
+        open_checkpoint(path)

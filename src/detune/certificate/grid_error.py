@@ -1,6 +1,8 @@
 """The error to expect of an answer on the base's grid, what says how good that prediction is, and its doubts."""
 
 import math
+from itertools import combinations
+from statistics import fmean
 
 import torch
 
@@ -75,10 +77,10 @@ def assess_bits(stack: Stack, recovery: Recovery) -> Assessment:
     unseen = stack.n > 2 and 0 in recovery.ranks and is_coarse(stack)
     certain = bits.share if believed else 0.0
     share = f"{100 * certain:.4g} % of the entries are certain" if certain else "no entry is certain"
-    left = float(recovery.noise_ratio or 0.0)
+    left, explained = float(recovery.noise_ratio or 0.0), _explains(recovery)
     table = (
         (
-            left > FLOOR_RATIO,
+            not explained,
             f"{left:.2g} times the storage noise is left: the adapters' fit does not explain the data",
         ),
         (
@@ -103,19 +105,13 @@ def assess_bits(stack: Stack, recovery: Recovery) -> Assessment:
         mse,
         covariates,
         tuple(why for holds, why in table if holds),
-        left <= FLOOR_RATIO,
+        explained,
         f"{share} {on_grid(bits)}",
         certain=believed,
-        hidden_mse=CHANGED_ALIKE * _distance(stack) if unseen else 0.0,
+        hidden_mse=CHANGED_ALIKE * fmean(stack.distance(i, j) for i, j in combinations(range(stack.n), 2))
+        if unseen
+        else 0.0,
     )
-
-
-def _distance(stack: Stack) -> float:
-    """Mean square of the difference of two models, over all pairs."""
-    first, *others = (W_i.to(stack.dtype) for W_i in stack.matrices)
-    away = torch.stack([W_i - first for W_i in others])
-    scattered = away.square().sum() - away.sum(dim=0).square().sum() / stack.n
-    return 2 * float(scattered) / ((stack.n - 1) * first.numel())
 
 
 def on_grid(bits: DecodedBits) -> str:

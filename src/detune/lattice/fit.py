@@ -108,27 +108,30 @@ class Sweeps:
         self,
         entries: StoredEntries,
         estimates: Sequence[Estimate],
-        grid: torch.dtype,
+        grid: torch.dtype | None,
         held: Tensor,
         rank: int | None,
         spaces: tuple[Tensor, Tensor] | None = None,
+        *,
+        growing: bool = True,
     ) -> tuple[tuple[Estimate, ...], int]:
         """Sweep until nothing new comes.
 
         Args:
             entries: The models.
             estimates: The start.
-            grid: The grid of W.
+            grid: The grid of W; None is no grid.
             held: Entries that are kept from the fit.
             rank: The most directions of any model.
             spaces: Orthonormal bases that hold the left and the right factors of every model.
+            growing: Whether directions are taken in that stand over the noise.
 
         Returns:
             The estimates, and how many sweeps were made.
         """
         found, before, points = tuple(estimates), math.inf, grid_of(grid)
         # Least squares is at its best before directions are taken from what it leaves.
-        barren, stalls = 0, 0
+        barren, stalls = 0 if growing else BARREN, 0
         first = int(any(e.rank for e in found))
         careful = not first
         for turn in range(self.most):
@@ -146,26 +149,6 @@ class Sweeps:
                 return found, turn + 1
             before = uncertain
         return found, self.most
-
-    def settled(
-        self, entries: StoredEntries, estimates: Sequence[Estimate], grid: np.ndarray, held: Tensor
-    ) -> Sequence[Estimate]:
-        """Sweep until nothing is gained, with the directions that there are.
-
-        Args:
-            entries: The models.
-            estimates: The start.
-            grid: The grid of W; none is one, too.
-            held: Entries that are kept from the fit.
-        """
-        before = math.inf
-        for _ in range(self.most):
-            estimates = sweep(entries, estimates, grid, held)
-            uncertain = sum(e.variance for e in estimates)
-            if uncertain > self.least_gain * before:
-                break
-            before = uncertain
-        return estimates
 
     def _of_all(
         self,

@@ -199,7 +199,7 @@ class LatticeSearch:
         if len({W_i.dtype for W_i in rounded.matrices}) > 1 and start.weight.numel() <= SMALL_ENTRIES:
             # Finely stored models gain ten times as much from each sweep; others a tenth, for four times the time.
             held = held_out(entries.shape, self.seed)
-            estimates = self._sweeps.settled(entries, estimates, grid, held)
+            estimates, _ = self._sweeps.until_settled(entries, estimates, None, held, None, growing=False)
         estimates = sweep(entries, estimates, grid)
         found = decoded(entries, estimates, grid)
         variances = float(stack.noise.square().sum()) + sum(e.variance for e in estimates)

@@ -7,11 +7,9 @@ delta changes few entries there, and those are the ones of which nothing is cert
 models say: which of two matrices is the base's and which one lightly changed is seen in no difference.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from detune.numerics.float_grid import HALVES
@@ -40,7 +38,7 @@ def unchanged(stack: Stack) -> Recovery | None:
         return None
     model = agreeing[0][0]
     # If these share an adapter, another's matrix may be the base's.
-    hidden = [_distance(stack, model, group[0]) for group in groups if group[0] != model]
+    hidden = [stack.distance(model, group[0]) for group in groups if group[0] != model]
     return left_alone(stack, model, _agree(agreeing[0]), max(hidden, default=0.0))
 
 
@@ -100,14 +98,6 @@ def _unseen(stack: Stack, agreeing: tuple[int, ...], groups: tuple[tuple[int, ..
     Nothing where differences are so far over the models' rounding that no delta hides in it.
     """
     model = agreeing[0]
-    nearest = min(_distance(stack, model, group[0]) for group in groups if group != agreeing)
+    nearest = min(stack.distance(model, group[0]) for group in groups if group != agreeing)
     hides = stack.rounded_dtypes[model] in HALVES or nearest < (HIDING * float(stack.noise.max())) ** 2
     return nearest if hides else 0.0
-
-
-def _distance(stack: Stack, i: int, j: int) -> float:
-    """Mean square of the difference of two models."""
-    # Blocks stay inside the processor's caches: they take a tenth of the time of whole matrices, and of their memory.
-    blocks = stack.part((i, j)).blocks()
-    squares = sum(float(torch.linalg.vector_norm(block.differences, dtype=torch.float64)) ** 2 for block in blocks)
-    return squares / math.prod(stack.shape)
